@@ -1,0 +1,96 @@
+"""The mathematics of attention weights, on tensors alone.
+
+Nothing here knows upstream: queries and keys come in, weights come out.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dinov2_attn.errors import InvalidInput
+
+Heads = Literal["mean"] | None
+
+# Where autocast exists in every torch from 2.0 on. Elsewhere (meta, mps, ...) there is either
+# nothing to switch off or no way to ask for it in all of them.
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    causal_rows: Tensor | None = None,
+    heads: Heads = None,
+) -> Tensor:
+    """Return ``softmax(query @ keyᵀ · scale + bias)``, the weights before dropout.
+
+    ======  ======================================================================
+    query   ``(B, heads, Q, head_dim)``, any floating dtype
+    key     ``(B, heads, N, head_dim)``, the same dtype
+    bias    broadcastable to ``(B, heads, Q, N)``: added to the scores when floating,
+            a mask of what may be seen when boolean, as in PyTorch's kernel
+    result  ``(B, heads, Q, N)``, or ``(B, Q, N)`` with ``heads="mean"``, in the dtype
+            of ``query``
+    ======  ======================================================================
+
+    ``causal_rows`` makes the attention causal: it holds the position ``(Q,)`` of every
+    query in its sequence, and a query sees no key behind its own position::
+
+        positions 0, 2 of 4        1 0 0 0
+                                   1 1 1 0
+
+    Product and softmax run in float32 at least, autocast or not: the fused kernels
+    accumulate in float32 too, and in half precision the scores alone would lose more
+    than the kernel does. The equivalent code is::
+
+        scores = query.float() @ key.float().transpose(-2, -1) * scale
+        return (scores + bias).softmax(dim=-1).to(query.dtype)
+
+    Source: Vaswani et al., *Attention Is All You Need*, 2017, equation 1.
+    """
+    with _without_autocast(query.device):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        scores = (query.to(dtype) * scale) @ key.to(dtype).transpose(-2, -1)
+        if bias is not None:
+            scores = _biased(scores, bias)
+        if causal_rows is not None:
+            scores = scores.masked_fill(_future(causal_rows, key.shape[-2]), float("-inf"))
+        weights = scores.softmax(dim=-1)
+        if heads == "mean":
+            weights = weights.mean(dim=1)
+        return weights.to(query.dtype)
+
+
+def check_heads(heads: object) -> None:
+    """Raise ``InvalidInput`` unless ``heads`` is ``None`` (keep all) or ``"mean"``."""
+    if not (heads is None or (isinstance(heads, str) and heads == "mean")):
+        raise InvalidInput(
+            'heads=None (every head) or heads="mean"',
+            f"heads={heads!r}",
+            "Leave heads out and select from dimension 1 of the result.",
+        )
+
+
+def _biased(scores: Tensor, bias: Tensor) -> Tensor:
+    if bias.dtype == torch.bool:
+        return scores.masked_fill(~bias, float("-inf"))
+    return scores + bias
+
+
+def _future(rows: Tensor, length: int) -> Tensor:
+    """Mask ``(Q, N)`` of the keys that lie behind each row's own position."""
+    keys = torch.arange(length, device=rows.device)
+    return keys[None, :] > rows[:, None]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if device.type in _AUTOCAST_DEVICES:
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

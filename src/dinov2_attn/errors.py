@@ -1,0 +1,50 @@
+"""Every error a user can meet: what was expected, what was found, what to do next."""
+
+from __future__ import annotations
+
+
+class Dinov2AttnError(Exception):
+    """The base of all errors of this package.
+
+    The three parts are kept in ``args``, so that an error survives pickling on
+    its way out of a worker process.
+    """
+
+    def __init__(self, expected: str, found: str, next_step: str) -> None:
+        super().__init__(expected, found, next_step)
+
+    def __str__(self) -> str:
+        expected, found, next_step = self.args
+        return f"expected {expected}; found {found}. {next_step}"
+
+
+class IncompatibleUpstream(Dinov2AttnError, RuntimeError):
+    """The classes at hand do not compute the attention this package would return."""
+
+
+class PatchedOnTop(Dinov2AttnError, RuntimeError):
+    """Somebody replaced a graft after it was set, so it cannot be undone safely."""
+
+
+class NotGrafted(Dinov2AttnError, RuntimeError):
+    """Attention was asked of a module that ``install`` has not reached."""
+
+
+class InvalidInput(Dinov2AttnError, ValueError):
+    """An argument is of the wrong kind or shape."""
+
+
+class OutOfRange(InvalidInput, IndexError):
+    """A layer, a query or a mask points outside of what there is."""
+
+
+class Unavailable(Dinov2AttnError, RuntimeError):
+    """Code or weights could not be had in any of the ways that were tried."""
+
+
+class UnreadableFile(Dinov2AttnError, RuntimeError):
+    """A file given by the user is missing or is not what it should be."""
+
+
+class UnwritableOutput(Dinov2AttnError, RuntimeError):
+    """A result could not be written; nothing half-written was left behind."""

@@ -1,0 +1,97 @@
+"""Which rows of the attention matrix are asked for.
+
+The words ``"registers"`` and ``"patches"`` need the number of registers, which only a
+whole model knows; positions need the number of tokens, which only an input has. So a
+request is first *spelled out* by the model and then *placed* by the attention module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import index
+
+from dinov2_attn.errors import InvalidInput, OutOfRange
+
+Queries = str | int | slice | Sequence[int] | None
+Rows = slice | list[int]
+
+_WORDS = ("cls", "registers", "patches")
+
+
+def spell_out(queries: Queries, registers: int) -> Queries:
+    """Replace a word by the rows it stands for, in the layout ``[CLS, registers, patches]``.
+
+    ``"cls"`` is row 0, ``"registers"`` rows ``1 … R`` (none without registers),
+    ``"patches"`` everything behind. What is not a word comes back as it is.
+    """
+    if not isinstance(queries, str):
+        return queries
+    if queries not in _WORDS:
+        raise InvalidInput(
+            f"queries to be None, one of {', '.join(map(repr, _WORDS))}, an int, "
+            "a slice or a sequence of ints",
+            repr(queries),
+            "Check the spelling, or give positions in the token sequence.",
+        )
+    prefix = 1 + registers
+    return {"cls": slice(0, 1), "registers": slice(1, prefix), "patches": slice(prefix, None)}[
+        queries
+    ]
+
+
+def place(queries: Queries, length: int) -> Rows:
+    """Return the rows that ``queries`` selects among ``length`` tokens.
+
+    The result indexes a token dimension and always keeps it: an int gives one row.
+    Negative positions count from the end, as everywhere in Python. Raises
+    ``OutOfRange`` for a position that is not there.
+    """
+    if queries is None:
+        return slice(None)
+    if isinstance(queries, slice):
+        return queries
+    if isinstance(queries, str):
+        return _place_word(queries)
+    if hasattr(queries, "tolist"):  # a tensor or an array, of positions or of one
+        queries = queries.tolist()
+    if isinstance(queries, Iterable):
+        return [_position(query, length) for query in queries]
+    position = _position(queries, length)
+    return slice(position, position + 1)
+
+
+def _place_word(word: str) -> slice:
+    if word == "cls":
+        return slice(0, 1)
+    spell_out(word, 0)  # an unknown word is reported as such
+    raise InvalidInput(
+        "positions, since a single block or attention module does not know how many "
+        "registers its model has",
+        repr(word),
+        "Ask the model (get_self_attention, get_last_self_attention) or pass a slice.",
+    )
+
+
+def _position(query: object, length: int) -> int:
+    position = _integer(query)
+    if not -length <= position < length:
+        raise OutOfRange(
+            f"a query between {-length} and {length - 1}, there being {length} tokens",
+            str(position),
+            "Positions count CLS first, then the registers, then the patches row by row.",
+        )
+    return position % length
+
+
+def _integer(query: object) -> int:
+    # A list of booleans looks like a mask but would be read as positions 0 and 1.
+    if not isinstance(query, bool):
+        try:
+            return index(query)  # type: ignore[arg-type]  # the TypeError is the answer
+        except TypeError:
+            pass
+    raise InvalidInput(
+        "queries given as whole numbers",
+        f"{query!r} of type {type(query).__name__}",
+        "Pass None, a word, an int, a slice or a sequence of ints.",
+    )

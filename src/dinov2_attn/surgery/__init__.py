@@ -1,0 +1,1 @@
+"""Setting grafts on upstream's classes and taking them off again."""

@@ -1,0 +1,206 @@
+"""``install``, ``uninstall`` and ``status``: what is grafted, for whom, and how it ends.
+
+Importing this module imports neither torch nor upstream: grafting does, and by then both
+are there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from dinov2_attn.errors import IncompatibleUpstream, InvalidInput
+from dinov2_attn.surgery.finder import Finder
+from dinov2_attn.surgery.ledger import Ledger
+from dinov2_attn.surgery.targets import UPSTREAM, UPSTREAM_MODULES, Package
+
+_LOCK = threading.RLock()
+_LEDGER = Ledger()
+_PACKAGES: dict[str, Package] = {}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is installed: tuples for programs, ``str()`` for people.
+
+    ``grafted`` names every graft in force, ``covered`` those that somebody else patched
+    on top of, ``pending`` the modules that will be grafted when they are imported, and
+    ``recognised`` says of each target how its code was recognised, or why it was not.
+    """
+
+    grafted: tuple[str, ...]
+    covered: tuple[str, ...]
+    pending: tuple[str, ...]
+    recognised: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"grafted: {name}" for name in self.grafted]
+        lines += [f"patched on top by somebody else: {name}" for name in self.covered]
+        lines += [f"pending, until imported: {name}" for name in self.pending]
+        lines += [f"{target}: {how}" for target, how in self.recognised.items()]
+        return "\n".join(lines) or "nothing installed"
+
+
+class Handle:
+    """What ``install`` returns: takes that installation back.
+
+    Leaving a ``with`` block restores what was found when ``install`` was called, so a
+    target that was installed before stays installed. ``uninstall()`` takes it off.
+    """
+
+    def __init__(self, target: str, installed_before: bool) -> None:
+        self._target = target
+        self._installed_before = installed_before
+
+    def __repr__(self) -> str:
+        return f"<dinov2_attn installed on {self._target}>"
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._installed_before:
+            self.uninstall()
+
+    def uninstall(self) -> None:
+        """Take this target's grafts off; nothing happens where they are off already."""
+        _remove(self._target)
+
+
+def install(target: Any = None) -> Handle:
+    """Graft ``return_attention`` onto DINOv2's own classes, in place and reversibly.
+
+    ``target`` is ``None`` for upstream's package ``dinov2``, the name of a package that
+    vendors a copy, or a live model. Packages are grafted now as far as they are imported
+    and later, at every import and reload, for the rest. Installing twice is installing
+    once. No random number is drawn.
+
+    Every class is proved on a small instance in float64 first. Raises
+    ``IncompatibleUpstream`` where its attention is not softmax(q kᵀ · scale) of its own
+    projection, and then nothing is grafted; for a package that is not imported yet, that
+    is raised by its import.
+    """
+    if target is None:
+        return _install_package(Package(UPSTREAM, UPSTREAM_MODULES))
+    if isinstance(target, str) and target:
+        return install() if target == UPSTREAM else _install_package(Package(target))
+    if hasattr(target, "modules") and hasattr(target, "state_dict"):
+        return _install_model(target)
+    raise InvalidInput(
+        "None, the name of a package or a live model (torch.nn.Module)",
+        f"{target!r} of type {type(target).__name__}",
+        'Call install(), install("some.vendored.package") or install(model).',
+    )
+
+
+def uninstall() -> None:
+    """Take every graft off: each class holds the very function objects it held before.
+
+    Raises ``PatchedOnTop``, and undoes nothing, where somebody patched on top of a graft.
+    """
+    with _LOCK:
+        _LEDGER.release_all()
+        _PACKAGES.clear()
+        _await_imports()
+
+
+def status() -> Status:
+    """Say what is grafted, what is pending and how each target was recognised."""
+    with _LOCK:
+        targets = {target for graft in _LEDGER for target in graft.targets}
+        recognised = dict.fromkeys(sorted(targets), "recognised by contract and behaviour")
+        failed = {p.name: f"refused: {p.failure}" for p in _PACKAGES.values() if p.failure}
+        return Status(
+            grafted=tuple(str(graft) for graft in _LEDGER if graft.in_force),
+            covered=tuple(str(graft) for graft in _LEDGER if not graft.in_force),
+            pending=tuple(name for p in _PACKAGES.values() for name in p.pending()),
+            recognised={**recognised, **failed},
+        )
+
+
+def _install_package(package: Package) -> Handle:
+    with _LOCK:
+        before = package.name in _PACKAGES
+        package = _PACKAGES.setdefault(package.name, package)
+        _await_imports()
+    try:
+        _finish_imports(package)
+        _graft_package(package)
+    except BaseException:
+        if not before:
+            _remove(package.name)
+        raise
+    return Handle(package.name, before)
+
+
+def _install_model(model: Any) -> Handle:
+    from dinov2_attn.surgery.operation import operate
+    from dinov2_attn.upstream.anatomy import classes_behind
+
+    classes = list(classes_behind(model))
+    if not classes:
+        raise IncompatibleUpstream(
+            "a model with attention modules (qkv, proj, num_heads, scale) inside",
+            f"none in {type(model).__module__}.{type(model).__qualname__}",
+            "Pass DINOv2 itself or a model that contains it.",
+        )
+    outermost, _ = classes[-1]
+    name = f"model with {outermost.__module__}.{outermost.__qualname__}"
+    with _LOCK:
+        before = any(name in graft.targets for graft in _LEDGER)
+        operate(_LEDGER, name, classes)
+    return Handle(name, before)
+
+
+def _finish_imports(package: Package) -> None:
+    """Wait for modules that another thread is importing, without holding our lock.
+
+    The finder is in place by now, so whatever starts to be imported later is seen there.
+    """
+    for name in package.imported():
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue  # that import failed elsewhere and was reported there: still pending
+
+
+def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
+    with _LOCK:
+        if not package.imported():
+            return
+        from dinov2_attn.surgery.operation import operate
+
+        try:
+            operate(_LEDGER, package.name, package.classes(arrived))
+            package.failure = None
+        except Exception as error:
+            package.failure = error
+            raise
+
+
+def _arrived(module: ModuleType) -> None:
+    for package in list(_PACKAGES.values()):
+        if package.covers(module.__name__):
+            _graft_package(package, module)
+
+
+def _remove(target: str) -> None:
+    with _LOCK:
+        _LEDGER.release(target)
+        _PACKAGES.pop(target, None)
+        _await_imports()
+
+
+_FINDER = Finder(lambda name: any(p.covers(name) for p in list(_PACKAGES.values())), _arrived)
+
+
+def _await_imports() -> None:
+    """Keep the finder first on ``sys.meta_path`` while there is a package to wait for."""
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
+    if _PACKAGES:
+        sys.meta_path.insert(0, _FINDER)

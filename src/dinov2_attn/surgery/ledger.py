@@ -1,0 +1,95 @@
+"""The list of grafts in force, with what they replaced.
+
+pytest's ``MonkeyPatch`` with two additions: an entry is kept by every target that needs
+it, and only what is still ours is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dinov2_attn.errors import PatchedOnTop
+
+_ABSENT = object()
+
+
+@dataclass(eq=False)
+class Graft:
+    """A function of ours on an upstream class, what stood there before, and who needs it."""
+
+    owner: type
+    name: str
+    new: Callable[..., object]
+    old: object
+    targets: set[str]
+
+    def __str__(self) -> str:
+        return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
+
+    @property
+    def in_force(self) -> bool:
+        """Whether the class still holds our function, and nobody's on top of it."""
+        return vars(self.owner).get(self.name) is self.new
+
+    def undo(self) -> None:
+        """Put back the very object that was there, or nothing where nothing was."""
+        if self.old is _ABSENT:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.old)
+
+
+class Ledger:
+    """Grafts in the order in which they were set.
+
+    Classes are keys, not their names: after a reload two classes go by one name, and
+    live models still hold the older one.
+    """
+
+    def __init__(self) -> None:
+        self._grafts: list[Graft] = []
+
+    def __iter__(self) -> Iterator[Graft]:
+        return iter(list(self._grafts))
+
+    def set(self, owner: type, name: str, new: Callable[..., object], target: str) -> None:
+        """Put ``new`` on the class for ``target``, remembering what it replaces."""
+        graft = Graft(owner, name, new, vars(owner).get(name, _ABSENT), {target})
+        setattr(owner, name, new)
+        self._grafts.append(graft)
+
+    def keep(self, owner: type, target: str) -> bool:
+        """Note that ``target`` needs the grafts of ``owner``; say whether there are any."""
+        own = [graft for graft in self._grafts if graft.owner is owner]
+        for graft in own:
+            graft.targets.add(target)
+        return bool(own)
+
+    def release(self, target: str) -> None:
+        """Undo what only ``target`` needs; what others need too stays for them."""
+        self._undo([graft for graft in self._grafts if graft.targets == {target}])
+        for graft in self._grafts:
+            graft.targets.discard(target)
+
+    def release_all(self) -> None:
+        """Undo everything."""
+        self._undo(self._grafts)
+
+    def _undo(self, leaving: list[Graft]) -> None:
+        """Undo last first: all of it or, where somebody patched on top, nothing."""
+        _refuse_if_covered([graft for graft in leaving if not graft.in_force])
+        for graft in reversed(list(leaving)):
+            graft.undo()
+            self._grafts.remove(graft)
+
+
+def _refuse_if_covered(covered: list[Graft]) -> None:
+    if not covered:
+        return
+    found = vars(covered[0].owner).get(covered[0].name, "nothing")
+    raise PatchedOnTop(
+        f"the graft of dinov2_attn at {', '.join(map(str, covered))}",
+        f"{found!r}, set by somebody else on top of it",
+        "Nothing was undone. Take that patch off first, then call uninstall() again.",
+    )

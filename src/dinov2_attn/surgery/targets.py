@@ -1,0 +1,73 @@
+"""What ``install`` can be pointed at by name: a package, now or once it is imported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from dinov2_attn.errors import IncompatibleUpstream
+
+if TYPE_CHECKING:
+    from dinov2_attn.upstream.anatomy import Part
+
+
+@dataclass(eq=False)
+class Package:
+    """A package whose classes are to be grafted, and why that failed if it did.
+
+    With ``modules`` only those are looked at, and each must hold something to graft;
+    otherwise everything in the package is searched.
+    """
+
+    name: str
+    modules: tuple[str, ...] = ()
+    failure: Exception | None = None
+
+    def covers(self, module: str) -> bool:
+        """Say whether ``module`` is one to look at."""
+        if self.modules:
+            return module in self.modules
+        return module == self.name or module.startswith(f"{self.name}.")
+
+    def pending(self) -> list[str]:
+        """Name what has not been imported yet."""
+        return [name for name in self.modules or (self.name,) if name not in sys.modules]
+
+    def imported(self) -> list[str]:
+        """Name what has been imported, or is being imported."""
+        return [
+            name for name, m in list(sys.modules.items()) if m is not None and self.covers(name)
+        ]
+
+    def classes(self, arrived: ModuleType | None = None) -> Iterator[tuple[type, Part]]:
+        """Yield what is to be grafted in every module that is complete, as ``arrived`` is."""
+        from dinov2_attn.upstream.anatomy import classes_in
+
+        for name in self.imported():
+            module = sys.modules[name]
+            if module is arrived or not getattr(module.__spec__, "_initializing", False):
+                found = list(classes_in(module))
+                if not found and self.modules:
+                    raise _nothing_in(module)
+                yield from found
+
+
+def _nothing_in(module: ModuleType) -> IncompatibleUpstream:
+    return IncompatibleUpstream(
+        f"attention modules, blocks or a vision transformer in {module.__name__}",
+        "no class of their structure",
+        "Upstream moved or renamed them: call install(model) with a live model instead.",
+    )
+
+
+# Upstream's other modules hold attention of other people's (BEiT adapters in eval/), so for
+# upstream itself the places are named; a vendored copy is searched.
+UPSTREAM = "dinov2"
+UPSTREAM_MODULES = (
+    "dinov2.layers.attention",
+    "dinov2.layers.block",
+    "dinov2.models.vision_transformer",
+)

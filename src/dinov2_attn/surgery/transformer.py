@@ -1,0 +1,181 @@
+"""The methods set on vision transformers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dinov2_attn.attention import Heads, check_heads
+from dinov2_attn.errors import NotGrafted
+from dinov2_attn.queries import Queries, spell_out
+from dinov2_attn.surgery.grafts import announce, require_graft
+from dinov2_attn.surgery.inputs import Layers, check_images, check_list, layers_to_take
+from dinov2_attn.surgery.tap import attentions_of_pass
+from dinov2_attn.upstream.kernel import Forward
+
+
+def get_self_attention(
+    self: Any,
+    x: Tensor | list[Tensor],
+    n: Layers = None,
+    masks: Any = None,
+    *,
+    queries: Queries = None,
+    heads: Heads = None,
+) -> tuple[Any, ...]:
+    """Return the attention weights of some blocks, one entry for each block.
+
+    ========  ==================================================================
+    x         images ``(B, C, H, W)``, or a list of such batches
+    n         ``None``: all blocks; an int: the last ``n``; a sequence: those, in
+              the order in which they run (as in ``get_intermediate_layers``)
+    masks     ``None`` or boolean ``(B, h·w)``; for a list, one for each tensor
+    queries   the rows: ``None`` (all), ``"cls"``, ``"registers"``, ``"patches"``,
+              an int, a slice, a sequence of ints
+    heads     ``None`` (each) or ``"mean"``
+    result    a tuple of ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean; for a
+              list, a tuple of lists with one tensor for each in ``x``
+    ========  ==================================================================
+
+    ``N = 1 + R + h·w``: CLS, registers, patches row by row. Weights are those before
+    dropout, in the dtype of the projection. Blocks behind the last one asked for do not
+    run, and of that one only norm and projection. Raises ``InvalidInput`` and
+    ``OutOfRange`` for what cannot be, ``NotGrafted`` where a block's class is unknown.
+    """
+    queries = spell_out(queries, getattr(self, "num_register_tokens", 0))
+    check_heads(heads)
+    if isinstance(x, list | tuple):
+        each = [
+            get_self_attention(self, images, n, mask, queries=queries, heads=heads)
+            for images, mask in zip(x, check_list(x, masks), strict=True)
+        ]
+        return tuple(map(list, zip(*each, strict=True)))
+    check_images(self, x, masks)
+    blocks = flat_blocks(self.blocks)
+    wanted = layers_to_take(n, len(blocks))
+    return _walk(blocks, wanted, self.prepare_tokens_with_masks(x, masks), queries, heads)
+
+
+def get_last_self_attention(
+    self: Any,
+    x: Tensor | list[Tensor],
+    masks: Any = None,
+    *,
+    queries: Queries = None,
+    heads: Heads = None,
+) -> Any:
+    """Return the attention weights of the last block, ``(B, heads, Q, N)``.
+
+    Arguments and errors are those of ``get_self_attention``; a list gives a list. The
+    last block's value product, output projection and FFN do not run. DINO v1 calls it
+    ``get_last_selfattention``, which is there too.
+    """
+    return get_self_attention(self, x, 1, masks, queries=queries, heads=heads)[0]
+
+
+# What is added to the class, by name. DINO v1's spelling is an alias.
+METHODS: dict[str, Callable[..., Any]] = {
+    "get_self_attention": get_self_attention,
+    "get_last_self_attention": get_last_self_attention,
+    "get_last_selfattention": get_last_self_attention,
+}
+
+
+def graft_forward_features(original: Forward) -> Forward:
+    """Give ``forward_features`` a ``return_attention``: ``"attentions"`` joins the dict.
+
+    The entry is what ``get_self_attention`` returns for all blocks, made in the same pass
+    as the features. A list of tensors gives a list of dicts, answered one by one.
+    """
+
+    @functools.wraps(original, updated=())
+    def forward_features(
+        self: nn.Module, *args: Any, return_attention: bool = False, **kwargs: Any
+    ) -> Any:
+        if not return_attention:
+            return original(self, *args, **kwargs)
+        answers = _answer(original, self, *args, **kwargs)
+        if isinstance(answers, list):
+            return [{**features, "attentions": attentions} for features, attentions in answers]
+        features, attentions = answers
+        return {**features, "attentions": attentions}
+
+    return announce(original, forward_features, "return_attention")
+
+
+def graft_forward(original: Forward) -> Forward:
+    """Give ``forward`` a ``return_attention``: ``(output, attentions)`` comes back.
+
+    Attentions are those of ``get_self_attention`` for all blocks; for a list of tensors
+    both members hold lists, as they do there.
+    """
+
+    @functools.wraps(original, updated=())
+    def forward(self: nn.Module, *args: Any, return_attention: bool = False, **kwargs: Any) -> Any:
+        if not return_attention:
+            return original(self, *args, **kwargs)
+        answers = _answer(original, self, *args, **kwargs)
+        if isinstance(answers, list):
+            outputs, attentions = zip(*answers, strict=True)
+            return list(outputs), tuple(map(list, zip(*attentions, strict=True)))
+        return answers
+
+    return announce(original, forward, "return_attention")
+
+
+def flat_blocks(blocks: nn.ModuleList) -> list[nn.Module]:
+    """Return the blocks of a flat or a chunked model, in order.
+
+    Chunks are lists of blocks, padded in front with ``nn.Identity`` so that indices stay
+    those of the whole model.
+    """
+    flat: list[nn.Module] = []
+    for block in blocks:
+        flat.extend(flat_blocks(block) if isinstance(block, nn.ModuleList) else [block])
+    return [block for block in flat if not isinstance(block, nn.Identity)]
+
+
+def _walk(
+    blocks: Sequence[nn.Module], wanted: list[int], tokens: Any, queries: Queries, heads: Heads
+) -> tuple[Any, ...]:
+    weights = []
+    for i in range(max(wanted, default=-1) + 1):
+        if i in wanted:
+            require_graft(blocks[i], "return_attention")
+            weights.append(blocks[i](tokens, return_attention=True, queries=queries, heads=heads))
+        if i < wanted[-1]:
+            tokens = blocks[i](tokens)
+    return tuple(weights)
+
+
+def _answer(
+    original: Forward,
+    model: Any,
+    x: Any,
+    masks: Any = None,
+    *,
+    queries: Queries = None,
+    heads: Heads = None,
+    **kwargs: Any,
+) -> Any:
+    """Return ``(output, attentions)`` of one pass; for a list of tensors a list of these."""
+    queries = spell_out(queries, getattr(model, "num_register_tokens", 0))
+    check_heads(heads)
+    if isinstance(x, list | tuple):
+        return [
+            _answer(original, model, images, mask, queries=queries, heads=heads, **kwargs)
+            for images, mask in zip(x, check_list(x, masks), strict=True)
+        ]
+    check_images(model, x, masks)
+    with attentions_of_pass(queries=queries, heads=heads) as attentions:
+        output = original(model, x, masks, **kwargs)
+    if len(attentions) != len(flat_blocks(model.blocks)):
+        raise NotGrafted(
+            f"the attention of {len(flat_blocks(model.blocks))} blocks from one forward pass",
+            f"that of {len(attentions)}",
+            "Call dinov2_attn.install(model) with the live model, and do so before compiling it.",
+        )
+    return output, tuple(attentions)

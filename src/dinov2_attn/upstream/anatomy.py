@@ -1,0 +1,91 @@
+"""Finding attention modules, blocks and transformers by their structure.
+
+Names and places differ between upstream and the copies that others vendor; what the
+classes are made of does not. A class found here is a candidate and nothing more: the
+contract and the self-check decide.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from enum import Enum
+from types import ModuleType
+
+from torch import nn
+
+
+class Part(Enum):
+    """The kinds of class that are grafted, in the order in which they build on each other."""
+
+    ATTENTION = "attention module"
+    BLOCK = "transformer block"
+    CAUSAL_BLOCK = "causal transformer block"
+    TRANSFORMER = "vision transformer"
+
+
+ANATOMY = {
+    Part.ATTENTION: {"qkv", "proj", "num_heads", "scale"},
+    Part.BLOCK: {"norm1", "attn"},
+    Part.CAUSAL_BLOCK: {"attention_norm", "attention", "is_causal"},
+    Part.TRANSFORMER: {"blocks", "prepare_tokens_with_masks"},
+}
+
+
+def part_of_class(cls: type) -> Part | None:
+    """Say which part ``cls`` is, from the names its ``__init__`` and its body use."""
+    names = {name for base in cls.__mro__ for name in (*vars(base), *_names_in_init(base))}
+    return _matching(names)
+
+
+def part_of_module(module: nn.Module) -> Part | None:
+    """Say which part a live ``module`` is, from the attributes that it has."""
+    return next((p for p, names in ANATOMY.items() if all(hasattr(module, n) for n in names)), None)
+
+
+def classes_in(module: ModuleType) -> Iterator[tuple[type, Part]]:
+    """Yield the parts that ``module`` itself defines, not those it imports."""
+    for cls in list(vars(module).values()):
+        if (
+            isinstance(cls, type)
+            and issubclass(cls, nn.Module)
+            and cls.__module__ == module.__name__
+            and (part := part_of_class(cls)) is not None
+        ):
+            yield cls, part
+
+
+def classes_behind(model: nn.Module) -> Iterator[tuple[type, Part]]:
+    """Yield the classes whose code a live ``model`` runs as one of the parts.
+
+    Inside a larger model only what belongs to its vision transformers counts, so that
+    somebody else's attention beside them is none of our business. Base classes come
+    too: upstream's methods call those of their bases.
+    """
+    transformers = [m for m in model.modules() if part_of_module(m) is Part.TRANSFORMER]
+    found: dict[type, Part] = {}
+    for root in transformers or [model]:
+        for module in root.modules():
+            if (part := part_of_module(module)) is not None:
+                found.update(dict.fromkeys(_own_bases(type(module)), part))
+    yield from sorted(found.items(), key=lambda item: list(Part).index(item[1]))
+
+
+def _own_bases(cls: type) -> list[type]:
+    """Return the bases of ``cls`` that bring a ``forward``, bases first, PyTorch's left out."""
+    return [
+        base
+        for base in reversed(cls.__mro__)
+        if "forward" in vars(base) and base.__module__.partition(".")[0] != "torch"
+    ]
+
+
+def _matching(names: set[str]) -> Part | None:
+    return next((part for part, needed in ANATOMY.items() if needed <= names), None)
+
+
+def _names_in_init(cls: type) -> tuple[str, ...]:
+    if "__init__" not in vars(cls):
+        return ()
+    code = getattr(inspect.unwrap(vars(cls)["__init__"]), "__code__", None)
+    return code.co_names if code is not None else ()

@@ -1,0 +1,192 @@
+"""Proof at install: tiny modules in float64, a few milliseconds, no random number drawn.
+
+Each check builds one small instance of the class at hand, runs upstream's own code on it
+and compares. What does not hold raises ``IncompatibleUpstream``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_attn.attention import attention_weights
+from dinov2_attn.errors import IncompatibleUpstream
+from dinov2_attn.upstream import contract
+from dinov2_attn.upstream.anatomy import Part, part_of_module
+from dinov2_attn.upstream.kernel import Forward, Kernel, branches, project
+
+# Odd on purpose: no two of tokens, channels, heads and head channels are the same number.
+_DIM, _HEADS, _TOKENS = 10, 2, 7
+_PATCH, _GRID = 2, (2, 3)
+
+# float64, sums of a few dozen terms of order one: anything above is another formula.
+_TOLERANCE = 1e-9
+
+
+@contextmanager
+def laboratory() -> Iterator[None]:
+    """Give checks a place to run: on the CPU, without autograd, autocast or a trace in any RNG."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        yield
+
+
+def measure_kernel(cls: type, forward: Forward) -> Kernel:
+    """Find out whose scale each branch of ``forward`` uses, by changing the attribute."""
+    module, x = _build(cls, dim=_DIM, num_heads=_HEADS, qkv_bias=True), _tokens()
+    runs = branches(forward)
+    before = {flag: _run(cls, run, module, x) for flag, run in runs.items()}
+    module.scale *= 1.5
+    return Kernel(
+        forward,
+        {flag: not torch.equal(before[flag], run(module, x)) for flag, run in runs.items()},
+    )
+
+
+def prove_attention(cls: type, forward: Forward, grafted: Forward, kernel: Kernel) -> None:
+    """Prove invariants 1 and 2 for an attention class: unasked as before, asked faithful."""
+    module, x = _build(cls, dim=_DIM, num_heads=_HEADS, qkv_bias=True), _tokens()
+    for xformers, run in branches(forward).items():
+        contract.check_reads(module, lambda run=run: run(module, x))  # type: ignore[misc]
+        weights = _weights(module, x, kernel.scale(module, xformers=xformers))
+        _same(cls, "proj(weights @ v)", _features(module, x, weights), run(module, x))
+    weights = _weights(module, x, kernel.scale(module))
+    _same(cls, "the weights returned", grafted(module, x, return_attn=True), weights)
+    if "is_causal" in contract.argument_names(forward):
+        causal = grafted(module, x, True, return_attn=True)
+        _same(cls, "causal attention", _features(module, x, causal), forward(module, x, True))
+
+
+def prove_block(cls: type, forward: Forward, grafted: Forward, child: str) -> None:
+    """Prove that a block's weights are those of what it hands to its attention ``child``."""
+    module = _build(cls, dim=_DIM, num_heads=_HEADS)
+    calls = _calls_of([getattr(module, child)], lambda: _run(cls, forward, module, _tokens()))
+    _one_call_each(cls, calls, 1)
+    expected = getattr(module, child)(*calls[0], return_attn=True)
+    _same(
+        cls, "the attention of a block", grafted(module, _tokens(), return_attention=True), expected
+    )
+
+
+def prove_transformer(cls: type) -> None:
+    """Prove that a model's weights, flat and chunked, are those of its own forward pass."""
+    for chunks in (0, 2):
+        model = _build(cls, **_MODEL, block_chunks=chunks)
+        images = _noise(2, 3, _GRID[0] * _PATCH, _GRID[1] * _PATCH)
+        attentions = [m for m in model.modules() if part_of_module(m) is Part.ATTENTION]
+        calls = _calls_of(attentions, lambda m=model, i=images: _run(cls, m.forward_features, i))  # type: ignore[misc]
+        _one_call_each(cls, calls, _MODEL["depth"])
+        expected = [m(*call, return_attn=True) for m, call in zip(attentions, calls, strict=True)]
+        _layout_fits(cls, model, tokens=expected[0].shape[-1])
+        for asked, own in zip(model.get_self_attention(images), expected, strict=True):
+            _same(cls, "the attention of a model", asked, own)
+
+
+_MODEL: dict[str, Any] = {
+    "img_size": 2 * _PATCH,
+    "patch_size": _PATCH,
+    "embed_dim": _DIM,
+    "depth": 4,
+    "num_heads": _HEADS,
+    "mlp_ratio": 1,
+    "num_register_tokens": 3,
+}
+
+
+def _build(cls: type, **options: Any) -> Any:
+    """Build a small ``cls`` in float64 with parameters of order one, in evaluation mode.
+
+    Options that a revision does not know yet (registers) are left out.
+    """
+    known = inspect.signature(cls).parameters
+    module = _run(cls, cls, **{name: value for name, value in options.items() if name in known})
+    for parameter in module.double().eval().parameters():
+        parameter.copy_(_noise(*parameter.shape) / 2)
+    return module
+
+
+def _noise(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _tokens() -> Tensor:
+    return _noise(3, _TOKENS, _DIM)
+
+
+def _weights(module: Any, x: Tensor, scale: float) -> Tensor:
+    query, key, _ = project(module, x)
+    return attention_weights(query, key, scale)
+
+
+def _features(module: Any, x: Tensor, weights: Tensor) -> Any:
+    _, _, value = project(module, x)
+    return module.proj((weights @ value).transpose(1, 2).flatten(2))
+
+
+def _calls_of(modules: list[Any], run: Callable[[], object]) -> list[tuple[Any, ...]]:
+    """Run, and return the positional arguments with which each of ``modules`` was called."""
+    calls: list[tuple[Any, ...]] = []
+    hooks = [m.register_forward_pre_hook(lambda _, args: calls.append(args)) for m in modules]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def _run(cls: type, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    try:
+        return function(*args, **options)
+    except Exception as error:  # foreign code: whatever it raises, it is not what we know
+        raise IncompatibleUpstream(
+            f"{_name(cls)} to be built and run small, as upstream's class can be",
+            f"{type(error).__name__}: {error}",
+            "This class is not supported, so nothing was grafted.",
+        ) from error
+
+
+def _same(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
+    if ours.shape == theirs.shape and torch.allclose(ours, theirs, _TOLERANCE, _TOLERANCE):
+        return
+    gap = (
+        f"a difference of {(ours - theirs).abs().max():.2g}"
+        if ours.shape == theirs.shape
+        else (f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}")
+    )
+    raise IncompatibleUpstream(
+        f"{what} to equal what {_name(cls)} itself computes, within {_TOLERANCE:g} in float64",
+        gap,
+        "Its attention is not softmax(q kᵀ · scale) of its own projection, so nothing was grafted.",
+    )
+
+
+def _one_call_each(cls: type, calls: list[tuple[Any, ...]], expected: int) -> None:
+    if len(calls) != expected:
+        raise IncompatibleUpstream(
+            f"{_name(cls)} to call its attention {expected} times in one pass",
+            f"{len(calls)} calls",
+            "Its forward pass is not upstream's, so nothing was grafted.",
+        )
+
+
+def _layout_fits(cls: type, model: Any, tokens: int) -> None:
+    registers, patches = getattr(model, "num_register_tokens", 0), _GRID[0] * _GRID[1]
+    if tokens != 1 + registers + patches:
+        raise IncompatibleUpstream(
+            f"{_name(cls)} to lay out 1 CLS + {registers} registers + {patches} patches",
+            f"{tokens} tokens",
+            "The rows of its attention cannot be named, so nothing was grafted.",
+        )
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
