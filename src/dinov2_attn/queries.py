@@ -49,7 +49,9 @@ def place(queries: Queries, length: int) -> Rows:
     if queries is None:
         return slice(None)
     if isinstance(queries, slice):
-        return queries
+        # PyTorch knows no negative steps.
+        backwards = queries.step is not None and queries.step < 0
+        return list(range(length))[queries] if backwards else queries
     if isinstance(queries, str):
         return _place_word(queries)
     if hasattr(queries, "tolist"):  # a tensor or an array, of positions or of one
@@ -72,8 +74,23 @@ def _place_word(word: str) -> slice:
     )
 
 
+def whole_number(value: object, what: str) -> int:
+    """Return ``value`` as an int, or raise ``InvalidInput`` that says ``what`` it should be."""
+    # A list of booleans looks like a mask but would be read as positions 0 and 1.
+    if not isinstance(value, bool):
+        try:
+            return index(value)  # type: ignore[arg-type]  # the TypeError is the answer
+        except TypeError:
+            pass
+    raise InvalidInput(
+        f"{what} as whole numbers",
+        f"{value!r} of type {type(value).__name__}",
+        "Pass an int or a sequence of ints.",
+    )
+
+
 def _position(query: object, length: int) -> int:
-    position = _integer(query)
+    position = whole_number(query, "queries")
     if not -length <= position < length:
         raise OutOfRange(
             f"a query between {-length} and {length - 1}, there being {length} tokens",
@@ -81,17 +98,3 @@ def _position(query: object, length: int) -> int:
             "Positions count CLS first, then the registers, then the patches row by row.",
         )
     return position % length
-
-
-def _integer(query: object) -> int:
-    # A list of booleans looks like a mask but would be read as positions 0 and 1.
-    if not isinstance(query, bool):
-        try:
-            return index(query)  # type: ignore[arg-type]  # the TypeError is the answer
-        except TypeError:
-            pass
-    raise InvalidInput(
-        "queries given as whole numbers",
-        f"{query!r} of type {type(query).__name__}",
-        "Pass None, a word, an int, a slice or a sequence of ints.",
-    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinov2_attn.errors import InvalidInput, OutOfRange
+from dinov2_attn.queries import whole_number
 
 Layers = int | Sequence[int] | None
 
@@ -68,7 +69,8 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
     """
     if n is None:
         return list(range(depth))
-    if isinstance(n, int):
+    if not isinstance(n, Iterable):
+        n = whole_number(n, "n, the blocks to take,")
         if not 0 <= n <= depth:
             raise OutOfRange(
                 f"n, the number of last blocks to take, between 0 and {depth}",
@@ -76,13 +78,14 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
                 "Pass a sequence, n=[3], to choose single blocks.",
             )
         return list(range(depth - n, depth))
-    if wrong := [i for i in n if not -depth <= i < depth]:
+    layers = [whole_number(i, "blocks") for i in n]
+    if wrong := [i for i in layers if not -depth <= i < depth]:
         raise OutOfRange(
             f"blocks between {-depth} and {depth - 1}, there being {depth}",
             ", ".join(map(str, wrong)),
             "Blocks count from 0.",
         )
-    return sorted({i % depth for i in n})
+    return sorted({i % depth for i in layers})
 
 
 def patch_size(model: Any) -> tuple[int, int]:
