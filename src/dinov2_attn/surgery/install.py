@@ -88,7 +88,8 @@ def install(target: Any = None) -> Handle:
         return _install_package(Package(UPSTREAM, UPSTREAM_MODULES))
     if isinstance(target, str) and target:
         return install() if target == UPSTREAM else _install_package(Package(target))
-    if hasattr(target, "modules") and hasattr(target, "state_dict"):
+    torch = sys.modules.get("torch")  # a live model has imported it
+    if torch is not None and isinstance(target, torch.nn.Module):
         return _install_model(target)
     raise InvalidInput(
         "None, the name of a package or a live model (torch.nn.Module)",

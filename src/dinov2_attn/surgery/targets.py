@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 class Package:
     """A package whose classes are to be grafted, and why that failed if it did.
 
-    With ``modules`` only those are looked at, and each must hold something to graft;
+    With ``modules`` only those are looked at, and each must hold the part named beside it;
     otherwise everything in the package is searched.
     """
 
     name: str
-    modules: tuple[str, ...] = ()
+    modules: dict[str, str] = field(default_factory=dict)
     failure: Exception | None = None
 
     def covers(self, module: str) -> bool:
@@ -49,16 +49,17 @@ class Package:
         for name in self.imported():
             module = sys.modules[name]
             if module is arrived or not getattr(module.__spec__, "_initializing", False):
-                found = list(classes_in(module))
-                if not found and self.modules:
-                    raise _nothing_in(module)
-                yield from found
+                found = dict(classes_in(module))
+                needed = self.modules.get(name)
+                if needed is not None and needed not in {part.name for part in found.values()}:
+                    raise _missing(needed, name)
+                yield from found.items()
 
 
-def _nothing_in(module: ModuleType) -> IncompatibleUpstream:
+def _missing(part: str, module: str) -> IncompatibleUpstream:
     return IncompatibleUpstream(
-        f"attention modules, blocks or a vision transformer in {module.__name__}",
-        "no class of their structure",
+        f"a class in {module} with the structure of upstream's {part.lower()}",
+        "none",
         "Upstream moved or renamed them: call install(model) with a live model instead.",
     )
 
@@ -66,8 +67,8 @@ def _nothing_in(module: ModuleType) -> IncompatibleUpstream:
 # Upstream's other modules hold attention of other people's (BEiT adapters in eval/), so for
 # upstream itself the places are named; a vendored copy is searched.
 UPSTREAM = "dinov2"
-UPSTREAM_MODULES = (
-    "dinov2.layers.attention",
-    "dinov2.layers.block",
-    "dinov2.models.vision_transformer",
-)
+UPSTREAM_MODULES = {
+    "dinov2.layers.attention": "ATTENTION",
+    "dinov2.layers.block": "BLOCK",
+    "dinov2.models.vision_transformer": "TRANSFORMER",
+}

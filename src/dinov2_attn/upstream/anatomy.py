@@ -44,15 +44,17 @@ def part_of_module(module: nn.Module) -> Part | None:
 
 
 def classes_in(module: ModuleType) -> Iterator[tuple[type, Part]]:
-    """Yield the parts that ``module`` itself defines, not those it imports."""
+    """Yield the parts that ``module`` works with, defined there or elsewhere in its package.
+
+    Those it imports count too: after a reload of one module, others go on building models
+    of the classes from before.
+    """
+    package = _package(module.__name__)
     for cls in list(vars(module).values()):
-        if (
-            isinstance(cls, type)
-            and issubclass(cls, nn.Module)
-            and cls.__module__ == module.__name__
-            and (part := part_of_class(cls)) is not None
-        ):
-            yield cls, part
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            for base in _own_bases(cls):
+                if _package(base.__module__) == package and (part := part_of_class(base)):
+                    yield base, part
 
 
 def classes_behind(model: nn.Module) -> Iterator[tuple[type, Part]]:
@@ -76,8 +78,12 @@ def _own_bases(cls: type) -> list[type]:
     return [
         base
         for base in reversed(cls.__mro__)
-        if "forward" in vars(base) and base.__module__.partition(".")[0] != "torch"
+        if "forward" in vars(base) and _package(base.__module__) != "torch"
     ]
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _matching(names: set[str]) -> Part | None:

@@ -1,0 +1,159 @@
+"""What a model cannot take is refused before anything runs: expected, found, what to do."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import dinov2_attn
+from strategies import noise
+
+IMAGES = noise(2, 3, 4, 6, seed=0)  # patch size 2: a grid of 2 × 3
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0
+    )
+
+
+BAD_IMAGES = {
+    "three dimensions": (
+        IMAGES[0],
+        r"\(B, C, H, W\).*; found a float32 tensor of shape \(3, 4, 6\)",
+    ),
+    "integers": (IMAGES.byte(), r"floating tensor.*; found a uint8 tensor.*images\.float\(\)"),
+    "an array": (IMAGES.numpy(), r"floating tensor.*; found ndarray"),
+    "nothing": (None, r"floating tensor.*; found NoneType"),
+    "four channels": (noise(1, 4, 4, 4, seed=0), r"3 channels.*; found .*\(1, 4, 4, 4\)"),
+    "channels last": (IMAGES.permute(0, 2, 3, 1), r"3 channels.*; found .*\(2, 4, 6, 3\)"),
+    "height off": (noise(1, 3, 5, 4, seed=0), r"multiples of the patch size 2 × 2; found 5 × 4"),
+    "width off": (noise(1, 3, 4, 7, seed=0), r"patch size 2 × 2; found 4 × 7\. Crop"),
+    "no pixel": (noise(1, 3, 0, 4, seed=0), r"patch size 2 × 2; found 0 × 4"),
+    "empty list": ([], r"at least one tensor; found an empty list"),
+    "bad list": ([IMAGES, IMAGES[0]], r"found a float32 tensor of shape \(3, 4, 6\)"),
+}
+
+
+@pytest.mark.parametrize(("images", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_images_that_cannot_be(model, images, message):
+    for ask in (model.get_last_self_attention, model.get_self_attention):
+        with pytest.raises(dinov2_attn.InvalidInput, match=message):
+            ask(images)
+    for ask in (model, model.forward_features):
+        with pytest.raises(dinov2_attn.InvalidInput, match=message):
+            ask(images, return_attention=True)
+
+
+BAD_MASKS = {
+    "another grid": (torch.zeros(2, 5, dtype=torch.bool), r"\(2, 6\).*; found a bool tensor of"),
+    "another batch": (torch.zeros(3, 6, dtype=torch.bool), r"\(2, 6\).*; found a bool .*\(3, 6\)"),
+    "a grid": (torch.zeros(2, 2, 3, dtype=torch.bool), r"Flatten the mask grid row by row"),
+    "floats": (torch.zeros(2, 6), r"boolean tensor.*; found a float32 tensor.*masks\.bool\(\)"),
+    "a list": ([None, None], r"found list"),
+}
+
+
+@pytest.mark.parametrize(("masks", "message"), BAD_MASKS.values(), ids=BAD_MASKS)
+def test_masks_that_cannot_be(model, masks, message):
+    with pytest.raises(dinov2_attn.InvalidInput, match=message):
+        model.get_last_self_attention(IMAGES, masks)
+
+
+@pytest.mark.parametrize("masks", [[None], torch.zeros(2, 6, dtype=torch.bool)])
+def test_masks_of_a_list_are_counted(model, masks):
+    with pytest.raises(dinov2_attn.InvalidInput, match="list of 3 masks, one for each tensor"):
+        model.get_self_attention([IMAGES] * 3, masks=masks)
+
+
+BAD_LAYERS = {
+    "too many": (3, dinov2_attn.OutOfRange, r"between 0 and 2; found 3"),
+    "negative": (-1, dinov2_attn.OutOfRange, r"between 0 and 2; found -1"),
+    "beyond": ([0, 2], dinov2_attn.OutOfRange, r"between -2 and 1, there being 2; found 2\."),
+    "before": ([-3], dinov2_attn.OutOfRange, r"found -3"),
+    "a word": ("last", dinov2_attn.InvalidInput, r"whole numbers; found 'l' of type str"),
+    "a fraction": (1.5, dinov2_attn.InvalidInput, r"whole numbers; found 1\.5 of type float"),
+}
+
+
+@pytest.mark.parametrize(("n", "error", "message"), BAD_LAYERS.values(), ids=BAD_LAYERS)
+def test_layers_that_are_not_there(model, n, error, message):
+    with pytest.raises(error, match=message):
+        model.get_self_attention(IMAGES, n)
+
+
+@pytest.mark.parametrize("queries", [7, -8, [0, 99], "class"])
+def test_queries_that_are_not_there(model, queries):
+    with pytest.raises(dinov2_attn.InvalidInput, match="expected .*; found "):
+        model.get_last_self_attention(IMAGES, queries=queries)
+
+
+def test_nothing_runs_before_the_refusal(model):
+    ran = []
+    hook = model.patch_embed.register_forward_pre_hook(lambda *_: ran.append(1))
+    for options in ({"n": 9}, {"queries": "class"}, {"heads": "max"}):
+        with pytest.raises(dinov2_attn.InvalidInput):
+            model.get_self_attention(IMAGES, **options)
+    hook.remove()
+    assert ran == []
+
+
+def test_nan_images_flow_through(model):
+    images = IMAGES.clone()
+    images[0, 0, 0, 0] = float("nan")
+    weights = model.get_last_self_attention(images)
+    assert weights[0].isnan().any()
+    assert not weights[1].isnan().any()
+
+
+def test_a_module_that_was_never_grafted_says_so(models):
+    """A model may hold blocks of the user's own, which its package does not know."""
+
+    class Block(models.cls("NestedTensorBlock")):
+        def forward(self, x):
+            return super().forward(x)
+
+    model = models.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0
+    )
+    model.blocks[1] = Block(4, num_heads=1)
+    with pytest.raises(dinov2_attn.NotGrafted, match=r"Block, whose forward was never.*install\("):
+        model.get_last_self_attention(IMAGES)
+    with dinov2_attn.install(model):
+        assert len(model.get_self_attention(IMAGES)) == 2
+
+    model.blocks[1] = nn.Identity()
+    assert len(model.get_self_attention(IMAGES)) == 1  # chunks are padded with these
+
+    model.blocks[1] = models.cls("NestedTensorBlock")(4, num_heads=1)
+    model.blocks[1].attn = nn.Linear(4, 4)
+    with pytest.raises(dinov2_attn.NotGrafted, match="Linear, whose forward was never grafted"):
+        model.get_last_self_attention(IMAGES)
+    with pytest.raises(dinov2_attn.NotGrafted):
+        model(IMAGES, return_attention=True)
+
+
+def test_too_many_positional_arguments_are_refused(layers):
+    """UPSTREAM trap 2: what a hand-patched call passes by position lands nowhere by accident."""
+    module = layers.attentions[1](4, num_heads=1)
+    with pytest.raises(dinov2_attn.InvalidInput, match="positional arguments.*; found 4"):
+        module(noise(1, 3, 4, seed=0), None, None, True, return_attn=True)
+
+
+def test_a_bias_of_unknown_kind_is_named(layers):
+    module = layers.attentions[1](4, num_heads=1)
+    with pytest.raises(dinov2_attn.InvalidInput, match=r"dense tensor.*; found builtins\.dict"):
+        module(noise(1, 3, 4, seed=0), {}, return_attn=True)
+
+
+def test_errors_survive_pickling():
+    """They cross process boundaries, out of data loader workers for instance."""
+    error = dinov2_attn.OutOfRange("one", "two", "Three.")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) == "expected one; found two. Three."
+    assert isinstance(again, ValueError)
+    assert isinstance(again, IndexError)

@@ -1,0 +1,80 @@
+"""PyTorch's own machinery works on grafted models as on upstream's."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+from strategies import noise
+
+IMAGES = noise(2, 3, 4, 6, seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0
+    ).eval()
+
+
+def _compiles() -> bool:
+    try:
+        torch.compile(lambda x: x, backend="eager")(torch.ones(1))
+    except RuntimeError:
+        return False
+    return True
+
+
+# torch 2.0 has no torch.compile on Python 3.11; the same calls run in eager mode in every file.
+@pytest.mark.skipif(not _compiles(), reason="this torch cannot compile on this Python")
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own warnings differ from version to version
+def test_every_call_compiles_into_one_graph(model):
+    torch._dynamo.reset()
+    calls = {
+        "features": lambda x: model(x),
+        "both": lambda x: model(x, return_attention=True),
+        "last": lambda x: model.get_last_self_attention(x),
+        "cls": lambda x: model.get_self_attention(x, queries="cls", heads="mean"),
+    }
+    for call in calls.values():
+        compiled = torch.compile(call, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(IMAGES), call(IMAGES))
+
+
+def test_copies_and_pickles_answer_alike(model):
+    expected = model.get_last_self_attention(IMAGES)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    options = {} if torch.__version__ < "2.1" else {"weights_only": False}
+    for twin in (copy.deepcopy(model), torch.load(buffer, **options)):
+        assert torch.equal(twin.get_last_self_attention(IMAGES), expected)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.add_(noise(*parameter.shape, seed=1))
+        assert not torch.equal(twin.get_last_self_attention(IMAGES), expected)
+
+
+def test_wrappers_of_blocks_pass_the_question_on(models):
+    """Sharded, compiled and checkpointed blocks are wrappers around grafted ones."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner(*args, **kwargs)
+
+    model = models.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0
+    ).eval()
+    expected = model(IMAGES, return_attention=True)
+    model.blocks[1] = Wrapper(model.blocks[1])
+    output, attentions = model(IMAGES, return_attention=True)
+    assert torch.equal(output, expected[0])
+    assert torch.equal(attentions[1], expected[1][1])
+    assert torch.equal(model.get_last_self_attention(IMAGES), expected[1][1])

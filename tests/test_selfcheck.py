@@ -1,0 +1,280 @@
+"""The proof at install: what is not plain attention is refused, with nothing grafted."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dinov2_attn
+import upstreams
+from dinov2_attn.upstream.anatomy import Part, classes_in, part_of_module
+from dinov2_attn.upstream.kernel import branches
+from strategies import noise
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    yield
+    dinov2_attn.uninstall()
+
+
+def all_forwards(*modules):
+    return {(c, k): v for m in modules for c, _ in classes_in(m) for k, v in vars(c).items()}
+
+
+def test_depth_anything_3_is_refused_and_left_alone():
+    """Real code with a q/k norm and RoPE between projection and kernel."""
+    fork = upstreams.DEPTH_ANYTHING_3
+    attention = fork.module(fork.attention)
+    before = all_forwards(attention)
+    with pytest.raises(dinov2_attn.IncompatibleUpstream) as caught:
+        dinov2_attn.install(fork.package)
+    assert "pos" in str(caught.value)
+    assert all_forwards(attention) == before
+    assert dinov2_attn.status().grafted == ()
+    assert dinov2_attn.status().recognised == {}
+    assert not any("dinov2_attn" in type(f).__module__ for f in sys.meta_path)
+
+
+def test_depth_anything_3_is_refused_when_imported_later():
+    fork = upstreams.DEPTH_ANYTHING_3
+    for name in [m for m in sys.modules if m.startswith(fork.package + ".")]:
+        del sys.modules[name]
+    dinov2_attn.install(fork.package)
+    for _ in range(2):  # the second import must not succeed with nothing said
+        with pytest.raises(dinov2_attn.IncompatibleUpstream):
+            fork.module(fork.attention)
+    assert dinov2_attn.status().grafted == ()
+    assert "IncompatibleUpstream" not in dinov2_attn.status().grafted
+    assert dinov2_attn.status().recognised[fork.package].startswith("refused: expected")
+
+
+def test_depth_anything_3_is_refused_as_a_live_model():
+    fork = upstreams.DEPTH_ANYTHING_3
+    block = fork.cls("Block")(12, num_heads=2)
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=r"expected .* found .*"):
+        dinov2_attn.install(block)
+
+
+# Each variant changes one thing between projection and kernel, without a new argument or a new
+# attribute: only behaviour can tell. The base is upstream's own class.
+
+
+def _kernel(self, x, change):
+    B, N, C = x.shape
+    qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+    q, k, v = change(self, *qkv.unbind(0))
+    out = F.scaled_dot_product_attention(q, k, v)
+    return self.proj(out.transpose(1, 2).reshape(B, N, C))
+
+
+CHANGES = {
+    "queries and keys normalised": lambda _, q, k, v: (
+        F.normalize(q, dim=-1),
+        F.normalize(k, dim=-1),
+        v,
+    ),
+    "queries shifted by one token": lambda _, q, k, v: (q.roll(1, 2), k, v),
+    "queries rotated": lambda _, q, k, v: (q.flip(-1), k, v),
+    "keys before queries": lambda _, q, k, v: (k, q, v),
+    "heads in another order": lambda _, q, k, v: (q.flip(1), k.flip(1), v),
+    "scaled twice": lambda s, q, k, v: (q * s.scale, k, v),
+    "values before keys": lambda _, q, k, v: (q, v, k),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_any_other_formula_is_refused(change):
+    base = upstreams.ANOMALIB.cls("Attention")
+
+    class Attention(base):
+        def forward(self, x):
+            return _kernel(self, x, change)
+
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="proj.weights @ v.*nothing was"):
+        dinov2_attn.install(Attention(12, num_heads=2))
+    assert "return_attn" not in str(Attention.forward)
+    assert dinov2_attn.status().grafted == ()
+
+
+def test_the_right_formula_written_otherwise_is_accepted():
+    """The counterpart: the check refuses what differs, not what is unfamiliar."""
+    base = upstreams.ANOMALIB.cls("Attention")
+
+    class Attention(base):
+        def forward(self, x):
+            return _kernel(self, x, lambda _, q, k, v: (q, k, v))
+
+    module = Attention(12, num_heads=2)
+    with dinov2_attn.install(module):
+        assert module(noise(1, 5, 12, seed=0), return_attn=True).shape == (1, 2, 5, 5)
+
+
+@pytest.mark.parametrize("attribute", ["q_norm", "rope", "temperature"])
+def test_an_attribute_read_on_the_way_is_refused_even_when_it_does_nothing(attribute):
+    base = upstreams.ANOMALIB.cls("Attention")
+
+    class Attention(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            setattr(self, attribute, nn.Identity())
+
+        def forward(self, x):
+            return super().forward(getattr(self, attribute)(x))
+
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=f"also reads {attribute}"):
+        dinov2_attn.install(Attention(12, num_heads=2))
+
+
+def test_a_copy_patched_by_hand_is_refused():
+    base = upstreams.ANOMALIB.cls("Attention")
+
+    class Attention(base):
+        def forward(self, x, return_attn=False):
+            return x if return_attn else super().forward(x)
+
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="patched by hand"):
+        dinov2_attn.install(Attention(12, num_heads=2))
+
+    class Model(upstreams.MOGE.cls("DinoVisionTransformer")):
+        def get_last_self_attention(self, x):
+            return x
+
+        def forward(self, x):
+            return super().forward(x)
+
+    model = Model(img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1)
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="get_last_self_attention already"):
+        dinov2_attn.install(model)
+    assert dinov2_attn.status().grafted == ()
+
+
+def _other_blocks():
+    base = upstreams.ANOMALIB.cls("Block")
+
+    class NormTwice(base):
+        def forward(self, x):
+            return x + self.attn(self.norm1(self.norm1(x)))
+
+    class AttendTwice(base):
+        def forward(self, x):
+            return x + self.attn(self.norm1(x)) + self.attn(self.norm1(x))
+
+    class NeverAttend(base):
+        def forward(self, x):
+            return x + self.mlp(self.norm2(x))
+
+    return [NormTwice, AttendTwice, NeverAttend]
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_block_that_attends_to_something_else_is_refused(which):
+    block = _other_blocks()[which](12, num_heads=2)
+    for parameter in block.norm1.parameters():
+        nn.init.normal_(parameter)
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="attention"):
+        dinov2_attn.install(block)
+
+
+def test_a_model_whose_pass_is_another_is_refused():
+    """Registers appended behind the patches; every second block skipped."""
+    base = upstreams.MOGE.cls("DinoVisionTransformer")
+
+    class Trailing(base):
+        def prepare_tokens_with_masks(self, x, masks=None):
+            tokens = super().prepare_tokens_with_masks(x, masks)
+            return torch.cat([tokens, tokens[:, :1]], dim=1)
+
+        def forward_features(self, x, masks=None):
+            return super().forward_features(x, masks)
+
+        forward = base.forward
+
+    class Skipping(base):
+        def forward_features(self, x, masks=None):
+            x = self.prepare_tokens_with_masks(x, masks)
+            for block in list(self.modules())[::-1]:
+                x = block(x) if part_of_module(block) is Part.BLOCK else x
+            return {"x_norm_clstoken": x[:, 0]}
+
+        forward = base.forward
+
+    for cls in (Trailing, Skipping):
+        model = cls(img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1)
+        with pytest.raises(dinov2_attn.IncompatibleUpstream, match="tokens|attention of a model"):
+            dinov2_attn.install(model)
+        assert not hasattr(model, "get_self_attention")
+
+
+def test_a_class_that_cannot_be_built_small_is_refused():
+    base = upstreams.ANOMALIB.cls("Attention")
+
+    class Attention(base):
+        def __init__(self, config):
+            super().__init__(**config)
+
+        def forward(self, x):
+            return super().forward(x)
+
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="built and run small.*TypeError"):
+        dinov2_attn.install(Attention({"dim": 12, "num_heads": 2}))
+
+
+def test_a_model_without_attention_is_refused():
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="none in torch.nn.*Linear"):
+        dinov2_attn.install(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("target", [3, "", b"dinov2", object(), nn.Linear, torch])
+def test_what_is_neither_package_nor_model_is_refused(target):
+    with pytest.raises(dinov2_attn.InvalidInput, match="name of a package or a live model"):
+        dinov2_attn.install(target)
+
+
+def test_upstream_with_its_classes_gone_is_refused():
+    """Drift: a module where upstream keeps its attention, without any."""
+    modules = {"dinov2": types.ModuleType("dinov2")}
+    modules |= {n: types.ModuleType(n) for n in ("dinov2.layers", "dinov2.layers.attention")}
+    saved = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "dinov2"}
+    for name in saved:
+        del sys.modules[name]
+    sys.modules.update(modules)
+    try:
+        with pytest.raises(dinov2_attn.IncompatibleUpstream, match="moved or renamed"):
+            dinov2_attn.install()
+    finally:
+        for name in modules:
+            del sys.modules[name]
+        sys.modules.update(saved)
+
+
+def test_the_branch_with_xformers_is_proved_without_xformers():
+    """Its code runs over a plain kernel; a wrong one there is caught as well."""
+    cls = upstreams.FIRST.cls("MemEffAttention")
+    module = cls(12, num_heads=2).double()
+    tokens = noise(2, 5, 12, seed=0, dtype=torch.float64)
+    runs = branches(vars(cls)["forward"])
+    assert runs[True] is not runs[False]
+    torch.testing.assert_close(runs[True](module, tokens), runs[False](module, tokens))
+
+    source_globals = runs[True].__globals__
+    assert source_globals["XFORMERS_AVAILABLE"]
+    assert source_globals is not vars(cls)["forward"].__globals__
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float32])
+def test_the_check_does_not_depend_on_the_users_defaults(default):
+    """Defaults, grad mode and autocast of the importing program stay out of it."""
+    torch.set_default_dtype(default)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            dinov2_attn.install(upstreams.MOGE.package).uninstall()
+        with torch.device("meta"):
+            dinov2_attn.install(upstreams.MOGE.package).uninstall()
+    finally:
+        torch.set_default_dtype(torch.float32)
