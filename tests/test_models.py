@@ -1,0 +1,226 @@
+"""Upstream's models as its hub builds them, and the strict loading of weights."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import upstreams
+from dinov2_attn.errors import InvalidInput, Unavailable, UnreadableFile
+from dinov2_attn.upstream.checkpoints import load_pretrained, load_weights
+from dinov2_attn.upstream.models import build
+from fresh import OFFLINE, python
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    upstreams.FIRST.module("dinov2.models.vision_transformer")
+
+
+@pytest.fixture
+def with_registers(monkeypatch):
+    """A fork with registers in the place of upstream's first revision, which has none."""
+    fork = upstreams.DEPTH_ANYTHING.module("depth_anything_v2.dinov2")
+    monkeypatch.setattr(sys.modules["dinov2.models"], "vision_transformer", fork)
+
+
+@pytest.fixture
+def linear():
+    return nn.Linear(3, 2)
+
+
+def untouched(model):
+    """Return a check that the weights of ``model`` are still what they are now."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return lambda: all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_model_is_what_upstreams_hub_builds():
+    model = build("vit_small")
+    assert not model.training
+    assert not model.chunked_blocks
+    assert model.patch_size == 14
+    assert model.pos_embed.shape == (1, 1 + 37 * 37, 384)
+    assert len(model.blocks) == 12
+    assert torch.equal(model.blocks[0].ls1.gamma, torch.ones(384))
+
+
+def test_patch_size_and_image_size_are_passed_on():
+    model = build("vit_small", patch_size=16, img_size=64)
+    assert model.patch_size == 16
+    assert model.pos_embed.shape == (1, 1 + 4 * 4, 384)
+
+
+@pytest.mark.parametrize(
+    ("arch", "ffn"),
+    [(arch, "mlp") for arch in ("vit_small", "vit_base", "vit_large")]
+    + [("vit_giant2", "swiglufused")],
+)
+def test_each_architecture_has_its_own_builder_and_ffn(monkeypatch, arch, ffn):
+    # Only the arguments: the real giant would take five gigabytes.
+    asked = {}
+    models = sys.modules["dinov2.models.vision_transformer"]
+    monkeypatch.setattr(models, arch, lambda **kwargs: asked.update(kwargs) or nn.Identity())
+    build(arch)
+    assert asked == {
+        "patch_size": 14,
+        "img_size": 518,
+        "init_values": 1.0,
+        "ffn_layer": ffn,
+        "block_chunks": 0,
+    }
+
+
+def test_registers_come_with_their_positional_embedding(with_registers):
+    model = build("vit_small", registers=True, img_size=56)
+    assert model.register_tokens.shape == (1, 4, 384)
+    assert model.interpolate_antialias is True
+    assert model.interpolate_offset == 0.0
+
+
+def test_a_revision_without_registers_names_the_way_out():
+    if upstreams.FIRST.has_registers:
+        pytest.skip("the checkout under test has registers")
+    with pytest.raises(Unavailable, match=r"2023-10-27.*found one without.*--repo PATH"):
+        build("vit_small", registers=True)
+
+
+def test_an_unknown_architecture_lists_the_known():
+    with pytest.raises(InvalidInput, match=r"vit_small, .*found 'vit_tiny'"):
+        build("vit_tiny")
+
+
+# Weights
+
+
+def test_weights_come_back_as_they_were_saved(tmp_path):
+    saved, loaded = build("vit_small", img_size=56), build("vit_small", img_size=56)
+    torch.save(saved.state_dict(), tmp_path / "weights.pth")
+    load_weights(loaded, tmp_path / "weights.pth")
+    assert all(map(torch.equal, saved.parameters(), loaded.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        ({"weight": torch.zeros(2, 3)}, "1 missing: bias"),
+        (
+            {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "more": torch.zeros(1)},
+            "1 left over: more",
+        ),
+        (
+            {"weight": torch.zeros(9, 3), "bias": torch.zeros(2)},
+            r"1 of another shape: weight \(9, 3\) for \(2, 3\)",
+        ),
+        (
+            {f"blocks.{i}": torch.zeros(1) for i in range(9)},
+            "2 missing: weight, bias; 9 left over: blocks.0, .*, blocks.4, …",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_says_where(linear, tmp_path, state, found):
+    torch.save(state, tmp_path / "weights.pth")
+    intact = untouched(linear)
+    with pytest.raises(UnreadableFile, match=rf"expected .*key by key; found .*{found}.*--arch"):
+        load_weights(linear, tmp_path / "weights.pth")
+    assert intact()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"teacher": {"weight": torch.zeros(2, 3)}}, "a dict of teacher"),
+        ([torch.zeros(1)], "an object of type list"),
+        ({"epoch": 3, "model": {}}, "a dict of epoch, model"),
+    ],
+)
+def test_a_checkpoint_of_another_format_says_what_it_holds(linear, tmp_path, content, found):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(UnreadableFile, match=f"plain state dict.*holds {found}. Save"):
+        load_weights(linear, tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 600, -1])
+def test_a_truncated_checkpoint_is_unreadable(linear, tmp_path, length):
+    file = tmp_path / "weights.pth"
+    torch.save(linear.state_dict(), file)
+    file.write_bytes(file.read_bytes()[:length])
+    intact = untouched(linear)
+    with pytest.raises(UnreadableFile, match=r"complete file.*does not load.*save it again"):
+        load_weights(linear, file)
+    assert intact()
+
+
+def test_a_file_that_is_no_checkpoint_is_unreadable(linear, tmp_path):
+    (tmp_path / "notes.txt").write_text("no tensors here")
+    with pytest.raises(UnreadableFile, match=r"complete file.*notes.txt, which does not load"):
+        load_weights(linear, tmp_path / "notes.txt")
+
+
+class Code:
+    """Creates a file wherever it is unpickled without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(linear, tmp_path):
+    torch.save(Code(tmp_path / "trace"), tmp_path / "weights.pth")
+    with pytest.raises(UnreadableFile, match=r"holds tensors only; found .*does not load"):
+        load_weights(linear, tmp_path / "weights.pth")
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(("name", "found"), [("", "a directory"), ("absent.pth", "nothing")])
+def test_a_path_without_a_file_is_unreadable(linear, tmp_path, name, found):
+    with pytest.raises(UnreadableFile, match=rf"expected a checkpoint at .*; found {found}\. Name"):
+        load_weights(linear, tmp_path / name)
+
+
+# Published weights
+
+
+def test_published_weights_that_torch_hub_has_already_are_used(linear, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / "dinov2_vitg14_reg4_pretrain.pth"
+    file.parent.mkdir(parents=True)
+    ones = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    torch.save(ones, file)
+    load_pretrained(linear, "vit_giant2", patch_size=14, registers=True)
+    assert torch.equal(linear.weight, ones["weight"])
+
+
+def test_a_download_that_was_cut_short_says_what_to_remove(linear, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"PK")
+    with pytest.raises(UnreadableFile, match=f"found {file}.*remove the file and run again"):
+        load_pretrained(linear, "vit_small", patch_size=14, registers=False)
+
+
+def test_another_patch_size_has_no_published_weights(linear):
+    with pytest.raises(Unavailable, match=r"patch size 14.*found patch size 16.*--random-weights"):
+        load_pretrained(linear, "vit_small", patch_size=16, registers=False)
+
+
+def test_without_network_the_error_names_the_other_ways(tmp_path):
+    code = """
+from torch import nn
+from dinov2_attn.upstream.checkpoints import load_pretrained
+try:
+    load_pretrained(nn.Linear(3, 2), "vit_base", patch_size=14, registers=False)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    printed = python("-c", code, cwd=tmp_path, **OFFLINE, TORCH_HOME=tmp_path).stdout
+    assert printed.startswith("Unavailable expected the published weights")
+    assert "/dinov2_vitb14/dinov2_vitb14_pretrain.pth; found URLError" in printed
+    assert "--weights PATH" in printed
+    assert "--random-weights" in printed
