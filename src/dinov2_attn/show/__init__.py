@@ -1,0 +1,1 @@
+"""Pictures of attention: photographs in, heatmaps and overlays out."""

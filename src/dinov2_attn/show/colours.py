@@ -1,0 +1,56 @@
+"""From numbers on the patch grid to pixels: ranges, thresholds, colours, blends."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+
+Grid = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Pixels = npt.NDArray[np.uint8]
+Cell = TypeVar("Cell", bound=np.generic)
+
+RED: Pixels = np.array((255, 0, 0), dtype=np.uint8)
+
+
+def viridis(grid: Grid) -> Pixels:
+    """Colour a grid (h, w) from its least value to its greatest: uint8 (h, w, 3).
+
+    A constant grid has one colour, the lowest. NaN is black.
+    """
+    finite = grid[np.isfinite(grid)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+    scaled = (grid - low) / ((high - low) or 1.0)
+    colours: Pixels = matplotlib.colormaps["viridis"](scaled, bytes=True)
+    return colours[..., :3]
+
+
+def heaviest(grid: Grid, share: float) -> Mask:
+    """Mark the cells that together hold the heaviest ``share`` of the mass, (h, w).
+
+    As in DINO v1: cells in ascending order, and marked once their cumulated mass exceeds
+    ``1 - share`` of the total. Without any mass, or with NaN in it, nothing is marked.
+    """
+    order = grid.ravel().argsort()
+    cumulated = grid.ravel()[order].cumsum(dtype=np.float64)
+    marked = np.empty(grid.size, dtype=np.bool_)
+    marked[order] = cumulated > (1 - share) * cumulated[-1]
+    return marked.reshape(grid.shape)
+
+
+def upsample(cells: npt.NDArray[Cell], patch_size: int) -> npt.NDArray[Cell]:
+    """Repeat each of the cells (h, w, …) over its patch: (h·patch_size, w·patch_size, …)."""
+    return cells.repeat(patch_size, axis=0).repeat(patch_size, axis=1)
+
+
+def blend(below: Pixels, above: Pixels) -> Pixels:
+    """Mix two pictures (or a picture and a colour) half and half."""
+    return (below / 2 + above / 2).astype(np.uint8)
+
+
+def stain(picture: Pixels, mask: Mask) -> Pixels:
+    """Blend red into the pixels (H, W, 3) that the mask (H, W) marks."""
+    return np.where(mask[..., np.newaxis], blend(picture, RED), picture)
