@@ -144,6 +144,17 @@ def test_too_many_positional_arguments_are_refused(layers):
         module(noise(1, 3, 4, seed=0), None, None, True, return_attn=True)
 
 
+@pytest.mark.parametrize(
+    "call", [lambda b, x: b(return_attention=True), lambda b, x: b(x, pos=1, return_attention=True)]
+)
+def test_a_block_takes_tokens_and_nothing_else(layers, call):
+    block = layers.cls("Block")(4, num_heads=1)
+    with pytest.raises(
+        dinov2_attn.InvalidInput, match=r"tokens of a block.*; found (nothing|x, pos)"
+    ):
+        call(block, noise(1, 3, 4, seed=0))
+
+
 def test_a_bias_of_unknown_kind_is_named(layers):
     module = layers.attentions[1](4, num_heads=1)
     with pytest.raises(dinov2_attn.InvalidInput, match=r"dense tensor.*; found builtins\.dict"):

@@ -18,6 +18,13 @@ def assert_faithful(module, tokens, weights, output):
     assert_close(reference.features(module, tokens, weights), output, dtype=output.dtype, size=size)
 
 
+def assert_rounded_once(weights, expected):
+    """Each weight is right to the last place of its dtype, not only the largest."""
+    in_float32 = 1e-5 * expected
+    gap = (weights.double() - expected).abs()
+    assert (gap <= torch.finfo(weights.dtype).eps * expected + in_float32).all()
+
+
 @given(attention_cases())
 def test_weights_times_values_projected_are_the_modules_own_output(layers, case):
     module, tokens = case.build(layers)
@@ -37,10 +44,7 @@ def test_weights_equal_a_reference_that_shares_no_code(layers, case):
 def test_weights_are_rounded_once_to_the_kernels_dtype(layers, case):
     """Scores and softmax run in float32 at least: each weight is right to its last place."""
     module, tokens = case.build(layers)
-    expected = reference.weights(module, tokens)
-    gap = (module(tokens, return_attn=True).double() - expected).abs()
-    in_float32 = 1e-5 * expected
-    assert (gap <= torch.finfo(case.dtype).eps * expected + in_float32).all()
+    assert_rounded_once(module(tokens, return_attn=True), reference.weights(module, tokens))
 
 
 PLAIN = AttentionCase(
@@ -103,8 +107,10 @@ def test_autocast_gives_the_kernels_dtype_and_its_attention(layers, seed, dtype)
     module, tokens = module.float(), noise(2, 11, 15, seed=seed)
     with torch.autocast("cpu", dtype=dtype):
         weights, output = module(tokens, return_attn=True), module(tokens)
+        expected = reference.weights(module, tokens)
+        assert_faithful(module, tokens, weights, output)
     assert weights.dtype == dtype
-    assert_faithful(module, tokens, weights, output)
+    assert_rounded_once(weights, expected)
 
 
 @given(attention_cases(st.just(torch.float64)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-import subprocess
 import sys
 import textwrap
 import threading
@@ -22,6 +21,7 @@ from dinov2_attn.surgery.ledger import Ledger
 from dinov2_attn.surgery.targets import UPSTREAM_MODULES
 from dinov2_attn.upstream.source import DINOV2_WHEEL
 from dinov2_attn.upstream.wheel import fetch_wheel
+from fresh import python
 from strategies import noise
 
 ATTENTION, BLOCK, MODEL = UPSTREAM_MODULES
@@ -325,25 +325,20 @@ def test_the_ledger_undoes_last_first_and_knows_absence():
     assert list(ledger) == []
 
 
-def run_fresh(code, *arguments):
+def run_fresh(folder, code, *arguments):
     """Run ``code`` in a process of its own: what imports do there cannot be reached from here."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = python("-W", "ignore", "-c", textwrap.dedent(code), *arguments, cwd=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
 
 
-def test_importing_the_package_imports_neither_torch_nor_upstream():
+def test_importing_the_package_imports_neither_torch_nor_upstream(tmp_path):
     code = """
         import sys, dinov2_attn
         handle = dinov2_attn.install(); dinov2_attn.status(); handle.uninstall()
         print(*[m for m in ("torch", "numpy", "dinov2", "PIL") if m in sys.modules])
     """
-    assert run_fresh(code) == []
+    assert run_fresh(tmp_path, code) == []
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["install", "hub", "torch"])))
@@ -376,7 +371,7 @@ def test_torch_hub_is_reached_in_every_order(tmp_path, order):
         dinov2_attn.uninstall()
         print(hasattr(model, "get_self_attention"))
     """
-    assert run_fresh(code, tmp_path, *order) == ["1", "1", "7", "7", "7", "False"]
+    assert run_fresh(tmp_path, code, tmp_path, *order) == ["1", "1", "7", "7", "7", "False"]
 
 
 def test_a_model_saved_with_the_plugin_loads_without_it(tmp_path):
@@ -395,4 +390,4 @@ def test_a_model_saved_with_the_plugin_loads_without_it(tmp_path):
         images, expected = torch.load(sys.argv[1] + "/expected.pt")
         print(torch.equal(model(images), expected), "dinov2_attn" in sys.modules)
     """
-    assert run_fresh(code, tmp_path, path) == ["True", "False"]
+    assert run_fresh(tmp_path, code, tmp_path, path) == ["True", "False"]

@@ -115,6 +115,25 @@ def test_the_right_formula_written_otherwise_is_accepted():
         assert module(noise(1, 5, 12, seed=0), return_attn=True).shape == (1, 2, 5, 5)
 
 
+def test_overrides_that_hand_everything_on_are_accepted():
+    class Attention(upstreams.ANOMALIB.cls("Attention")):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    class Block(upstreams.ANOMALIB.cls("Block")):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    block = Block(12, num_heads=2, attn_class=Attention)
+    tokens = noise(1, 5, 12, seed=0)
+    with dinov2_attn.install(block):
+        weights = block(tokens, return_attention=True)
+        assert torch.equal(weights, block.attn(block.norm1(tokens), return_attn=True))
+
+
 @pytest.mark.parametrize("attribute", ["q_norm", "rope", "temperature"])
 def test_an_attribute_read_on_the_way_is_refused_even_when_it_does_nothing(attribute):
     base = upstreams.ANOMALIB.cls("Attention")

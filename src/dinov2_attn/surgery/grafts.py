@@ -42,7 +42,7 @@ def graft_attention(original: Forward, kernel: Kernel) -> Forward:
     averages heads, giving ``(B, Q, N)``. It replaces the attribute on the class, which
     every instance looks up at every call.
     """
-    names = argument_names(original)
+    names = argument_names(original) or ["x"]  # an override may hand on *args, **kwargs
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, return_attn: bool = False, **kwargs: Any) -> Any:
@@ -60,13 +60,13 @@ def graft_block(original: Forward, part: Part) -> Forward:
     the block does not run. A list of tensors is answered one by one, whether or not
     xFormers could nest them.
     """
-    names = argument_names(original)
+    names = argument_names(original) or ["x"]
     norm, attention = BLOCK_CHILDREN[part]
 
     def ask(
         self: nn.Module, *args: Any, queries: Queries = None, heads: Heads = None, **kw: Any
     ) -> Any:
-        (tokens,) = _by_name(names, args, kw).values()
+        tokens = _only_tokens(_by_name(names, args, kw))
         if isinstance(tokens, list):
             return [ask(self, t, queries=queries, heads=heads) for t in tokens]
         child = getattr(self, attention)
@@ -159,6 +159,16 @@ def _by_name(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any])
             "Pass return_attn, return_attention, queries and heads by keyword.",
         )
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _only_tokens(arguments: Mapping[str, Any]) -> Any:
+    if len(arguments) != 1:
+        raise InvalidInput(
+            "the tokens of a block, and besides them return_attention, queries and heads",
+            ", ".join(arguments) or "nothing",
+            "Pass one tensor (B, N, C) or a list of them.",
+        )
+    return next(iter(arguments.values()))
 
 
 def _takes(module: nn.Module, keyword: str) -> bool:

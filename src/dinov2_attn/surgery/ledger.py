@@ -77,9 +77,9 @@ class Ledger:
         self._undo(self._grafts)
 
     def _undo(self, leaving: list[Graft]) -> None:
-        """Undo last first: all of it or, where somebody patched on top, nothing."""
+        """Undo all of it or, where somebody patched on top, nothing."""
         _refuse_if_covered([graft for graft in leaving if not graft.in_force])
-        for graft in reversed(list(leaving)):
+        for graft in list(leaving):
             graft.undo()
             self._grafts.remove(graft)
 

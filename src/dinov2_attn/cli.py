@@ -1,0 +1,62 @@
+"""The program ``dinov2-attn``: its subcommands, its log and its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+
+from dinov2_attn import __version__
+from dinov2_attn.commands import heatmap
+from dinov2_attn.errors import Dinov2AttnError
+
+PROGRAM = "dinov2-attn"
+COMMANDS = (heatmap,)
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program on ``argv`` and return its exit status.
+
+    0: all done; 1: some inputs failed and were reported, the others are done; 2: nothing
+    was done. argparse exits by itself, with 2 for bad arguments.
+    """
+    args = _parser().parse_args(argv)
+    _configure_log()
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except Dinov2AttnError as error:
+        log.error("%s", error)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="See, store and check the attention weights of DINOv2."
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add(subparsers)
+    return parser
+
+
+class _Lines(logging.Formatter):
+    """``dinov2-attn: error: …``, the form of argparse's own complaints."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{PROGRAM}: {record.levelname.lower()}: {super().format(record)}"
+
+
+def _configure_log() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("dinov2_attn").setLevel(logging.INFO)
+    # Upstream warns at import that xFormers is missing, in its first years through its
+    # logger. Nobody needs xFormers for a picture.
+    logging.getLogger("dinov2").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="xFormers is")

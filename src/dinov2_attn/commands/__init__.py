@@ -1,0 +1,1 @@
+"""The subcommands, one module each: ``add(subparsers)`` declares it, ``run(args)`` does it."""
