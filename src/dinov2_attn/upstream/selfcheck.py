@@ -30,15 +30,16 @@ _TOLERANCE = 1e-9
 
 @contextmanager
 def laboratory() -> Iterator[None]:
-    """Give checks a place to run: on the CPU, without autograd, autocast or a trace in any RNG."""
+    """Give checks a place to run: on the CPU, without autograd or a trace in any RNG.
+
+    Autocast may be on around it: it leaves float64 alone.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         # Under a default device of the user's only: the context slows every call inside it.
         if torch.empty(0).device.type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast("cpu", enabled=False))
         yield
 
 
