@@ -8,6 +8,7 @@ import itertools
 import sys
 import textwrap
 import threading
+import warnings
 import zipfile
 
 import pytest
@@ -42,6 +43,13 @@ def purge():
 
 def load():
     return upstreams.FIRST.module(MODEL)
+
+
+def reload():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # upstream warns at every import without xFormers
+        for name in UPSTREAM_MODULES:
+            importlib.reload(upstreams.FIRST.module(name))
 
 
 def classes():
@@ -104,8 +112,7 @@ def test_any_order_of_events(steps):
         elif step == "purge":
             purge()
         elif step == "reload" and ATTENTION in sys.modules:
-            for name in UPSTREAM_MODULES:
-                importlib.reload(upstreams.FIRST.module(name))
+            reload()
         elif step == "install model" and MODEL in sys.modules:
             model = small_model(sys.modules[MODEL])
             with dinov2_attn.install(model):
@@ -229,8 +236,7 @@ def test_a_reload_grafts_the_new_classes_and_live_models_keep_the_old():
     purge()
     dinov2_attn.install()
     old = small_model(load())
-    for name in UPSTREAM_MODULES:
-        importlib.reload(upstreams.FIRST.module(name))
+    reload()
     new = small_model(load())
     assert type(old) is not type(new)
     images = noise(1, 3, 4, 4, seed=0)
@@ -244,8 +250,7 @@ def test_classes_from_before_a_reload_are_found_by_a_later_installation():
     """dinov2.layers still exports the old blocks, and models are built of those."""
     purge()
     load()
-    for name in UPSTREAM_MODULES:
-        importlib.reload(upstreams.FIRST.module(name))
+    reload()
     old = load().Block
     assert old is not upstreams.FIRST.cls("NestedTensorBlock")
     with dinov2_attn.install():

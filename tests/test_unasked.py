@@ -70,9 +70,9 @@ def test_a_model_is_bit_identical_stochastic_depth_included(bare_models, case, d
 @given(case=model_cases())
 def test_intermediate_layers_are_bit_identical(bare_models, case):
     model = case.build(bare_models, chunks=0)
-    before = model.get_intermediate_layers(case.images, n=case.depth, reshape=True)
+    before = model.get_intermediate_layers(case.images, n=case.depth)
     with dinov2_attn.install(bare_models.package):
-        after = model.get_intermediate_layers(case.images, n=case.depth, reshape=True)
+        after = model.get_intermediate_layers(case.images, n=case.depth)
     assert_identical(before, after)
 
 

@@ -36,18 +36,17 @@ class Package:
         """Name what has not been imported yet."""
         return [name for name in self.modules or (self.name,) if name not in sys.modules]
 
-    def imported(self) -> list[str]:
-        """Name what has been imported, or is being imported."""
-        return [
-            name for name, m in list(sys.modules.items()) if m is not None and self.covers(name)
-        ]
+    def imported(self) -> dict[str, ModuleType]:
+        """Return by name what has been imported, or is being imported."""
+        # A copy, made at once: other threads import meanwhile.
+        modules = sys.modules.copy()
+        return {name: m for name, m in modules.items() if m is not None and self.covers(name)}
 
     def classes(self, arrived: ModuleType | None = None) -> Iterator[tuple[type, Part]]:
         """Yield what is to be grafted in every module that is complete, as ``arrived`` is."""
         from dinov2_attn.upstream.anatomy import classes_in
 
-        for name in self.imported():
-            module = sys.modules[name]
+        for name, module in self.imported().items():
             if module is arrived or not getattr(module.__spec__, "_initializing", False):
                 found = dict(classes_in(module))
                 needed = self.modules.get(name)

@@ -50,7 +50,7 @@ def classes_in(module: ModuleType) -> Iterator[tuple[type, Part]]:
     of the classes from before.
     """
     package = _package(module.__name__)
-    for cls in list(vars(module).values()):
+    for cls in vars(module).copy().values():
         if isinstance(cls, type) and issubclass(cls, nn.Module):
             for base in _own_bases(cls):
                 if _package(base.__module__) == package and (part := part_of_class(base)):
