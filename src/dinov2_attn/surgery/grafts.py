@@ -21,7 +21,7 @@ from dinov2_attn.errors import InvalidInput, NotGrafted
 from dinov2_attn.queries import Queries, Rows, place
 from dinov2_attn.surgery.tap import TAP
 from dinov2_attn.upstream.anatomy import Part
-from dinov2_attn.upstream.contract import argument_names
+from dinov2_attn.upstream.contract import argument_names, name_of
 from dinov2_attn.upstream.kernel import Forward, Kernel, project
 
 # The norm before the attention and the attention itself, by upstream's names.
@@ -91,10 +91,9 @@ def require_graft(module: nn.Module, keyword: str) -> None:
     # Compiled, sharded and checkpointed modules are wrappers that pass keywords on.
     if _takes(module, keyword) or any(_takes(inner, keyword) for inner in module.modules()):
         return
-    cls = type(module)
     raise NotGrafted(
         f"a module whose forward takes {keyword}, as install() leaves it",
-        f"{cls.__module__}.{cls.__qualname__}, whose forward was never grafted",
+        f"{name_of(type(module))}, whose forward was never grafted",
         "Call dinov2_attn.install(model) with the live model, so that its own classes are found.",
     )
 
@@ -144,7 +143,7 @@ def _bias_rows(bias: object, rows: Rows) -> Tensor | None:
     if not isinstance(bias, Tensor):
         raise InvalidInput(
             "attn_bias to be None or a dense tensor when attention is asked for",
-            f"{type(bias).__module__}.{type(bias).__qualname__}",
+            name_of(type(bias)),
             "Pass the list of tensors to the block or the model instead of their concatenation.",
         )
     return bias if bias.shape[-2] == 1 else bias[..., rows, :]

@@ -141,16 +141,16 @@ def _install_package(package: Package) -> Handle:
 def _install_model(model: Any) -> Handle:
     from dinov2_attn.surgery.operation import operate
     from dinov2_attn.upstream.anatomy import classes_behind
+    from dinov2_attn.upstream.contract import name_of
 
     classes = list(classes_behind(model))
     if not classes:
         raise IncompatibleUpstream(
             "a model with attention modules (qkv, proj, num_heads, scale) inside",
-            f"none in {type(model).__module__}.{type(model).__qualname__}",
+            f"none in {name_of(type(model))}",
             "Pass DINOv2 itself or a model that contains it.",
         )
-    outermost, _ = classes[-1]
-    name = f"model with {outermost.__module__}.{outermost.__qualname__}"
+    name = f"model with {name_of(classes[-1][0])}"
     with _LOCK:
         before = any(name in graft.targets for graft in _LEDGER)
         operate(_LEDGER, name, classes)

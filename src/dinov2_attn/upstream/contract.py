@@ -38,17 +38,12 @@ _OURS = {
 def check_arguments(cls: type, part: Part, method: str) -> None:
     """Raise ``IncompatibleUpstream`` unless ``cls.method`` takes what the grafts can pass on."""
     names = argument_names(vars(cls)[method])
-    if taken := _OURS[part] & set(names):
-        raise IncompatibleUpstream(
-            f"{cls.__module__}.{cls.__qualname__}.{method} as upstream wrote it",
-            f"an argument {', '.join(taken)} already there",
-            "This copy was patched by hand: take the patch out, or use it without this package.",
-        )
+    if taken := [name for name in names if name in _OURS[part]]:
+        raise _patched_by_hand(cls, f"{method} with an argument {', '.join(taken)}")
     allowed = _ARGUMENTS.get(part)
-    if allowed is not None and (unknown := [n for n in names if n not in allowed]):
+    if allowed is not None and (unknown := [name for name in names if name not in allowed]):
         raise IncompatibleUpstream(
-            f"{cls.__module__}.{cls.__qualname__}.{method} to take no more than "
-            f"{', '.join(sorted(allowed))}",
+            f"{name_of(cls)}.{method} to take no more than {', '.join(sorted(allowed))}",
             f"the argument {', '.join(unknown)}",
             "What it does to the attention is not known here, so nothing was grafted.",
         )
@@ -57,11 +52,7 @@ def check_arguments(cls: type, part: Part, method: str) -> None:
 def check_methods(cls: type, ours: Mapping[str, object]) -> None:
     """Raise ``IncompatibleUpstream`` if ``cls`` has a method that one of ``ours`` would hide."""
     if taken := [name for name, method in ours.items() if getattr(cls, name, method) is not method]:
-        raise IncompatibleUpstream(
-            f"{cls.__module__}.{cls.__qualname__} as upstream wrote it",
-            f"{', '.join(taken)} already there",
-            "This copy was patched by hand: take the patch out, or use it without this package.",
-        )
+        raise _patched_by_hand(cls, f"{', '.join(taken)} already there")
 
 
 def check_reads(module: nn.Module, run: Callable[[], object]) -> None:
@@ -73,7 +64,7 @@ def check_reads(module: nn.Module, run: Callable[[], object]) -> None:
     cls = type(module)
     if unknown := sorted(_reads(module, run) - _READS):
         raise IncompatibleUpstream(
-            f"{cls.__module__}.{cls.__qualname__} to compute softmax(q kᵀ · scale) of its "
+            f"{name_of(cls)} to compute softmax(q kᵀ · scale) of its "
             f"own projection, reading {', '.join(sorted(_READS))} only",
             f"that its forward also reads {', '.join(unknown)}",
             "A norm, a rotation or a mask between projection and kernel is not supported, "
@@ -86,6 +77,19 @@ def argument_names(function: Callable[..., Any]) -> list[str]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = list(inspect.signature(function).parameters.values())[1:]
     return [p.name for p in parameters if p.kind not in variadic]
+
+
+def name_of(cls: type) -> str:
+    """Return the full name of a class, as messages give it."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _patched_by_hand(cls: type, found: str) -> IncompatibleUpstream:
+    return IncompatibleUpstream(
+        f"{name_of(cls)} as upstream wrote it",
+        found,
+        "This copy was patched by hand: take the patch out, or use it without this package.",
+    )
 
 
 def _reads(module: nn.Module, run: Callable[[], object]) -> set[str]:

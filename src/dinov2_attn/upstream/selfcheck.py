@@ -18,6 +18,7 @@ from dinov2_attn.attention import attention_weights
 from dinov2_attn.errors import Dinov2AttnError, IncompatibleUpstream
 from dinov2_attn.upstream import contract
 from dinov2_attn.upstream.anatomy import Part, part_of_module
+from dinov2_attn.upstream.contract import name_of
 from dinov2_attn.upstream.kernel import Forward, Kernel, branches, project
 
 # Odd on purpose: no two of tokens, channels, heads and head channels are the same number.
@@ -165,7 +166,7 @@ def _run(cls: type, function: Callable[..., Any], *args: Any, **options: Any) ->
         raise
     except Exception as error:  # foreign code: whatever it raises, it is not what we know
         raise IncompatibleUpstream(
-            f"{_name(cls)} to be built and run small, as upstream's class can be",
+            f"{name_of(cls)} to be built and run small, as upstream's class can be",
             f"{type(error).__name__}: {error}",
             "This class is not supported, so nothing was grafted.",
         ) from error
@@ -180,7 +181,7 @@ def _same(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
         else (f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}")
     )
     raise IncompatibleUpstream(
-        f"{what} to equal what {_name(cls)} itself computes, within {_TOLERANCE:g} in float64",
+        f"{what} to equal what {name_of(cls)} itself computes, within {_TOLERANCE:g} in float64",
         gap,
         "Its attention is not softmax(q kᵀ · scale) of its own projection, so nothing was grafted.",
     )
@@ -189,7 +190,7 @@ def _same(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
 def _one_call_each(cls: type, calls: list[tuple[Any, ...]], expected: int) -> None:
     if len(calls) != expected:
         raise IncompatibleUpstream(
-            f"{_name(cls)} to call its attention {expected} times in one pass",
+            f"{name_of(cls)} to call its attention {expected} times in one pass",
             f"{len(calls)} calls",
             "Its forward pass is not upstream's, so nothing was grafted.",
         )
@@ -199,11 +200,7 @@ def _layout_fits(cls: type, model: Any, tokens: int) -> None:
     registers, patches = getattr(model, "num_register_tokens", 0), _GRID[0] * _GRID[1]
     if tokens != 1 + registers + patches:
         raise IncompatibleUpstream(
-            f"{_name(cls)} to lay out 1 CLS + {registers} registers + {patches} patches",
+            f"{name_of(cls)} to lay out 1 CLS + {registers} registers + {patches} patches",
             f"{tokens} tokens",
             "The rows of its attention cannot be named, so nothing was grafted.",
         )
-
-
-def _name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
