@@ -14,6 +14,7 @@ import dinov2_attn
 import upstreams
 from dinov2_attn.upstream.anatomy import Part, classes_in, part_of_module
 from dinov2_attn.upstream.kernel import branches
+from dinov2_attn.upstream.selfcheck import laboratory, measure_kernel, prove_attention
 from strategies import noise
 
 
@@ -100,6 +101,43 @@ def test_any_other_formula_is_refused(change):
         dinov2_attn.install(Attention(12, num_heads=2))
     assert "return_attn" not in str(Attention.forward)
     assert dinov2_attn.status().grafted == ()
+
+
+def test_another_meaning_of_causal_is_refused():
+    base = upstreams.ANOMALIB.cls("Attention")
+
+    class Attention(base):
+        def forward(self, x, is_causal=False):
+            if not is_causal:
+                return super().forward(x)
+            return super().forward(x.flip(1), True).flip(1)  # the past hidden, not the future
+
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="causal attention to equal"):
+        dinov2_attn.install(Attention(12, num_heads=2))
+
+
+def test_a_graft_that_returns_anything_else_is_refused():
+    """The proof is of what users will get, not only of upstream's code."""
+    cls = upstreams.ANOMALIB.cls("Attention")
+    forward = vars(cls)["forward"]
+
+    def wrong(module, x, *args, return_attn):
+        return torch.full((3, 2, 7, 7), 1 / 7, dtype=x.dtype)
+
+    with laboratory(), pytest.raises(dinov2_attn.IncompatibleUpstream, match="weights returned"):
+        prove_attention(cls, forward, wrong, measure_kernel(cls, forward))
+
+
+def test_attention_beside_a_vision_transformer_is_none_of_our_business():
+    """A larger model may hold somebody else's, which would be refused on its own."""
+    moge, other = upstreams.MOGE, upstreams.DEPTH_ANYTHING_3.cls("Block")(12, num_heads=2)
+    model = moge.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1
+    )
+    before = dict(vars(type(other)))
+    with dinov2_attn.install(nn.Sequential(model, other)):
+        assert model.get_last_self_attention(noise(1, 3, 4, 4, seed=0)).shape == (1, 1, 5, 5)
+        assert dict(vars(type(other))) == before
 
 
 def test_the_right_formula_written_otherwise_is_accepted():
