@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import dinov2_attn
+import upstreams
 from strategies import noise
 
 IMAGES = noise(2, 3, 4, 6, seed=0)  # patch size 2: a grid of 2 × 3
@@ -28,6 +29,7 @@ BAD_IMAGES = {
     ),
     "integers": (IMAGES.byte(), r"floating tensor.*; found a uint8 tensor.*images\.float\(\)"),
     "an array": (IMAGES.numpy(), r"floating tensor.*; found ndarray"),
+    "a generator": ((x for x in [IMAGES]), r"floating tensor.*; found generator"),
     "nothing": (None, r"floating tensor.*; found NoneType"),
     "four channels": (noise(1, 4, 4, 4, seed=0), r"3 channels.*; found .*\(1, 4, 4, 4\)"),
     "channels last": (IMAGES.permute(0, 2, 3, 1), r"3 channels.*; found .*\(2, 4, 6, 3\)"),
@@ -76,6 +78,8 @@ BAD_LAYERS = {
     "beyond": ([0, 2], dinov2_attn.OutOfRange, r"between -2 and 1, there being 2; found 2\."),
     "before": ([-3], dinov2_attn.OutOfRange, r"found -3"),
     "a word": ("last", dinov2_attn.InvalidInput, r"whole numbers; found 'l' of type str"),
+    "a generator": ((i for i in [0]), dinov2_attn.InvalidInput, r"found <generator"),
+    "a set": ({0}, dinov2_attn.InvalidInput, r"whole numbers; found \{0\} of type set"),
     "a fraction": (1.5, dinov2_attn.InvalidInput, r"whole numbers; found 1\.5 of type float"),
 }
 
@@ -95,7 +99,7 @@ def test_queries_that_are_not_there(model, queries):
 def test_nothing_runs_before_the_refusal(model):
     ran = []
     hook = model.patch_embed.register_forward_pre_hook(lambda *_: ran.append(1))
-    for options in ({"n": 9}, {"queries": "class"}, {"heads": "max"}):
+    for options in ({"n": 9}, {"queries": "class"}, {"heads": "max"}, {"queries": [0, 99]}):
         with pytest.raises(dinov2_attn.InvalidInput):
             model.get_self_attention(IMAGES, **options)
     hook.remove()
@@ -150,15 +154,44 @@ def test_too_many_positional_arguments_are_refused(layers):
 def test_a_block_takes_tokens_and_nothing_else(layers, call):
     block = layers.cls("Block")(4, num_heads=1)
     with pytest.raises(
-        dinov2_attn.InvalidInput, match=r"tokens of a block.*; found (nothing|x, pos)"
+        dinov2_attn.InvalidInput,
+        match=r"tokens of a block.*; found nothing|x, queries.*; found pos",
     ):
         call(block, noise(1, 3, 4, seed=0))
 
 
-def test_a_bias_of_unknown_kind_is_named(layers):
-    module = layers.attentions[1](4, num_heads=1)
-    with pytest.raises(dinov2_attn.InvalidInput, match=r"dense tensor.*; found builtins\.dict"):
-        module(noise(1, 3, 4, seed=0), {}, return_attn=True)
+def test_a_bias_of_unknown_kind_is_named():
+    with dinov2_attn.install(upstreams.MOGE.package):
+        module = upstreams.MOGE.cls("Attention")(4, num_heads=1)
+        with pytest.raises(dinov2_attn.InvalidInput, match=r"dense tensor.*; found builtins\.dict"):
+            module(noise(1, 3, 4, seed=0), {}, return_attn=True)
+
+
+def test_a_bias_that_upstream_would_refuse_is_refused(models):
+    """Without xFormers ``MemEffAttention`` has no kernel that takes one."""
+    module, tokens = models.attentions[1](4, num_heads=1), noise(1, 3, 4, seed=0)
+    with pytest.raises(AssertionError):
+        module(tokens, attn_bias=noise(3, 3, seed=0))
+    with pytest.raises(dinov2_attn.InvalidInput, match="XFORMERS_AVAILABLE is true; found one of"):
+        module(tokens, attn_bias=noise(3, 3, seed=0), return_attn=True)
+
+
+def test_arguments_that_a_class_does_not_have_are_refused(first):
+    with dinov2_attn.install():
+        module, tokens = first.attentions[0](4, num_heads=1), noise(1, 3, 4, seed=0)
+        for name in ("attn_bias", "is_causal", "pos"):
+            with pytest.raises(dinov2_attn.InvalidInput, match=f"arguments x, queries.*{name}"):
+                module(tokens, **{name: None}, return_attn=True)
+
+
+@pytest.mark.parametrize("tokens", ["x", None, noise(3, 4, seed=0), (noise(1, 3, 4, seed=0),)])
+def test_tokens_that_are_none_are_refused(layers, tokens):
+    for ask in (
+        lambda t: layers.cls("Block")(4, num_heads=1)(t, return_attention=True),
+        lambda t: layers.attentions[1](4, num_heads=1)(t, return_attn=True),
+    ):
+        with pytest.raises(dinov2_attn.InvalidInput, match=r"tensor of shape \(B, N, C\).*; found"):
+            ask(tokens)
 
 
 def test_errors_survive_pickling():

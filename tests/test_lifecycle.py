@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import itertools
 import sys
 import textwrap
 import threading
+import time
+import types
 import warnings
 import zipfile
 
@@ -203,6 +206,115 @@ def test_what_somebody_patched_below_comes_back():
         block.forward = upstream
 
 
+def test_what_somebody_has_undone_already_is_no_patch_on_top():
+    """Their patch below, our graft, their undo: pytest's monkeypatch ends in that order."""
+    block = upstreams.FIRST.cls("Block")
+    upstream = block.forward
+    before = contents(classes())
+
+    def theirs(self, x):
+        return upstream(self, x)
+
+    block.forward = theirs
+    dinov2_attn.install()
+    block.forward = theirs  # put back what they remember
+    assert dinov2_attn.status().covered == (f"{BLOCK}.Block.forward",)
+    dinov2_attn.install()
+    assert block.forward is not theirs  # grafted anew, not left bare
+    assert asks(load())
+    block.forward = theirs
+    dinov2_attn.uninstall()
+    assert block.forward is theirs
+    block.forward = upstream
+    assert contents(classes()) == before
+
+
+def test_two_models_of_one_class_are_two_targets_where_their_parts_differ():
+    base = upstreams.FIRST.cls("MemEffAttention")
+
+    class Right(base):
+        def forward(self, x):
+            return super().forward(x)
+
+    class Wrong(base):
+        def forward(self, x):
+            return super().forward(x.flip(1))
+
+    good, right, wrong = (small_model(load()) for _ in range(3))
+    right.blocks[0].attn, wrong.blocks[0].attn = Right(4, num_heads=1), Wrong(4, num_heads=1)
+    images = noise(1, 3, 4, 4, seed=0)
+    first = dinov2_attn.install(good)
+    with pytest.raises(dinov2_attn.IncompatibleUpstream):
+        dinov2_attn.install(wrong)
+    assert good.get_last_self_attention(images).shape[-1] == 5  # the failure undid its own only
+    second = dinov2_attn.install(right)
+    first.uninstall()
+    assert right.get_last_self_attention(images).shape[-1] == 5
+    second.uninstall()
+    assert dinov2_attn.status().grafted == ()
+
+
+def test_a_failure_under_somebody_elses_patch_is_the_error_that_is_raised():
+    """A reload brings code that is refused, while another graft cannot be undone."""
+    dinov2_attn.install()
+    block, attention = upstreams.FIRST.cls("Block"), upstreams.FIRST.cls("Attention")
+    ours = block.forward
+    block.forward = lambda self, x: ours(self, x)
+
+    class Wrong(attention):
+        def forward(self, x):
+            return super().forward(x.flip(1))
+
+    Wrong.__module__ = ATTENTION
+    module = upstreams.FIRST.module(ATTENTION)
+    module.Wrong = Wrong
+    try:
+        with pytest.raises(dinov2_attn.IncompatibleUpstream):
+            dinov2_attn.install()
+        assert not is_grafted(Wrong)
+    finally:
+        del module.Wrong
+        block.forward = ours
+
+
+def test_a_package_with_nothing_to_graft_stays_pending():
+    with dinov2_attn.install("json"):
+        assert dinov2_attn.status().pending == ("json",)
+
+
+def test_odd_entries_among_the_modules_do_no_harm():
+    sys.modules["odd"] = types.SimpleNamespace(__name__="odd")
+    try:
+        with dinov2_attn.install("odd"):
+            assert dinov2_attn.status().grafted == ()
+    finally:
+        del sys.modules["odd"]
+
+
+def test_a_watched_module_can_be_looked_at():
+    purge()
+    dinov2_attn.install()
+    spec = importlib.util.find_spec(ATTENTION)
+    assert "class Attention" in spec.loader.get_source(ATTENTION)
+
+
+def test_an_installation_waits_for_an_import_under_way(tmp_path, monkeypatch):
+    """Begun before the finder was there, it would be missed by it."""
+    slow = tmp_path / "slow_vit"
+    slow.mkdir()
+    attention = inspect.getsource(upstreams.FIRST.module(ATTENTION))
+    (slow / "__init__.py").write_text("")
+    (slow / "attention.py").write_text(f"{attention}\nimport time; time.sleep(1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    thread = threading.Thread(target=lambda: importlib.import_module("slow_vit.attention"))
+    thread.start()
+    while "slow_vit.attention" not in sys.modules:
+        time.sleep(0.01)
+    with dinov2_attn.install("slow_vit"):
+        assert is_grafted(sys.modules["slow_vit.attention"].Attention)
+    thread.join()
+
+
 def test_a_failing_check_leaves_nothing_behind():
     """A block that attends to something else: the attention grafted before it goes as well."""
     before, block = contents(classes()), upstreams.FIRST.cls("Block")
@@ -312,7 +424,7 @@ def test_another_finder_that_delegates_does_not_go_round_in_circles():
         sys.meta_path.remove(other)
 
 
-def test_the_ledger_undoes_last_first_and_knows_absence():
+def test_the_ledger_knows_absence_and_who_needs_what():
     class Upstream:
         def old(self):
             return "old"
@@ -320,8 +432,9 @@ def test_the_ledger_undoes_last_first_and_knows_absence():
     ledger, old = Ledger(), vars(Upstream)["old"]
     ledger.set(Upstream, "old", lambda self: "first", "a")
     ledger.set(Upstream, "new", lambda self: "new", "b")
-    assert ledger.keep(Upstream, "b")
-    assert not ledger.keep(int, "b")
+    assert ledger.keep(Upstream, "old", "b")
+    assert not ledger.keep(Upstream, "newer", "b")
+    assert not ledger.keep(int, "old", "b")
     ledger.release("a")  # needed by b as well
     assert Upstream().old() == "first"
     ledger.release("b")

@@ -56,25 +56,3 @@ def test_copies_and_pickles_answer_alike(model):
             for parameter in twin.parameters():
                 parameter.add_(noise(*parameter.shape, seed=1))
         assert not torch.equal(twin.get_last_self_attention(IMAGES), expected)
-
-
-def test_wrappers_of_blocks_pass_the_question_on(models):
-    """Sharded, compiled and checkpointed blocks are wrappers around grafted ones."""
-
-    class Wrapper(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, *args, **kwargs):
-            return self.inner(*args, **kwargs)
-
-    model = models.cls("DinoVisionTransformer")(
-        img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0
-    ).eval()
-    expected = model(IMAGES, return_attention=True)
-    model.blocks[1] = Wrapper(model.blocks[1])
-    output, attentions = model(IMAGES, return_attention=True)
-    assert torch.equal(output, expected[0])
-    assert torch.equal(attentions[1], expected[1][1])
-    assert torch.equal(model.get_last_self_attention(IMAGES), expected[1][1])

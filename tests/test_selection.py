@@ -97,7 +97,11 @@ def test_any_whole_number_keeps_the_dimension(queries):
         (1.0, r"queries as whole numbers; found 1.0 of type float"),
         ([True, False], r"found True of type bool"),
         (torch.tensor([True, False]), r"found True of type bool"),
-        ({"a": 1}, r"found 'a' of type str"),
+        ({0: 1}, r"found \{0: 1\} of type dict"),
+        ((i for i in [0, 1]), r"found <generator"),  # the second block would find it empty
+        (b"01", r"found b'01' of type bytes"),
+        (slice(None, None, 0), r"step other than 0; found slice.*zero"),
+        (slice(0.5, 2), r"slice of whole numbers.*; found slice\(0\.5"),
     ],
 )
 def test_a_query_that_cannot_be_says_what_can(queries, expected):

@@ -247,11 +247,6 @@ def test_a_model_whose_pass_is_another_is_refused():
             tokens = super().prepare_tokens_with_masks(x, masks)
             return torch.cat([tokens, tokens[:, :1]], dim=1)
 
-        def forward_features(self, x, masks=None):
-            return super().forward_features(x, masks)
-
-        forward = base.forward
-
     class Skipping(base):
         def forward_features(self, x, masks=None):
             x = self.prepare_tokens_with_masks(x, masks)
@@ -259,13 +254,117 @@ def test_a_model_whose_pass_is_another_is_refused():
                 x = block(x) if part_of_module(block) is Part.BLOCK else x
             return {"x_norm_clstoken": x[:, 0]}
 
-        forward = base.forward
-
     for cls in (Trailing, Skipping):
         model = cls(img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1)
         with pytest.raises(dinov2_attn.IncompatibleUpstream, match="tokens|attention of a model"):
             dinov2_attn.install(model)
         assert not hasattr(model, "get_self_attention")
+
+
+def test_a_copy_that_is_wrong_only_when_chunked_is_refused():
+    base = upstreams.MOGE.cls("DinoVisionTransformer")
+
+    class Model(base):
+        def forward_features(self, x, masks=None):
+            if not self.chunked_blocks:
+                return super().forward_features(x, masks)
+            x = self.prepare_tokens_with_masks(x, masks)
+            for chunk in list(self.blocks)[::-1]:
+                x = chunk(x)
+            return {"x_norm_clstoken": x[:, 0]}
+
+    model = Model(img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0)
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="attention of a model"):
+        dinov2_attn.install(model)
+
+
+VARIANTS = {
+    "no scale": lambda m: setattr(m, "scale", None),
+    "a scale for each head": lambda m: setattr(m, "scale", torch.ones(2, 1, 1)),
+    "a wider projection": lambda m: setattr(m, "qkv", nn.Linear(10, 40)),
+}
+
+
+def test_a_module_need_not_be_built_as_upstreams_is():
+    """A projection in two steps, wrapped by an adapter: only what it computes counts."""
+
+    class Attention(upstreams.ANOMALIB.cls("Attention")):
+        def __init__(self, dim, num_heads=8):
+            super().__init__(dim, num_heads)
+            self.proj = nn.Sequential(nn.Linear(dim, 3), nn.Linear(3, dim))
+
+        def forward(self, x):
+            return super().forward(x)
+
+    module, tokens = Attention(10, num_heads=2), noise(1, 5, 10, seed=0)
+    with dinov2_attn.install(module):
+        assert module(tokens, return_attn=True).shape == (1, 2, 5, 5)
+
+
+@pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
+def test_whatever_foreign_code_raises_is_told_as_incompatible(change):
+    class Attention(upstreams.FIRST.cls("Attention")):
+        def __init__(self, dim, num_heads=8, **options):
+            super().__init__(dim, num_heads, **options)
+            change(self)
+
+        def forward(self, x):
+            return super().forward(x)
+
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="expected .*; found "):
+        dinov2_attn.install(Attention(10, num_heads=2))
+    assert dinov2_attn.status().grafted == ()
+
+
+def test_an_attention_of_the_users_own_inside_upstreams_block():
+    class Flash(nn.Module):
+        def __init__(self, dim, num_heads, qkv_bias=False, **_):
+            super().__init__()
+            self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
+            self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
+
+        def forward(self, x):
+            return _kernel(self, x, lambda _, q, k, v: (q, k, v))
+
+    block = upstreams.FIRST.cls("Block")
+    model = upstreams.FIRST.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0,
+        block_fn=lambda **options: block(**options, attn_class=Flash),
+    )  # fmt: skip
+    with dinov2_attn.install(model):
+        assert len(model.get_self_attention(noise(1, 3, 4, 4, seed=0))) == 2
+
+
+def test_a_wrapper_that_reads_from_the_model_inside_is_no_model():
+    class Delegating(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+    model = upstreams.MOGE.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1
+    )
+    wrapper = Delegating(model)
+    with dinov2_attn.install(wrapper):
+        assert wrapper.get_last_self_attention(noise(1, 3, 4, 4, seed=0)).shape[-1] == 5
+
+
+def test_a_model_of_the_users_own_that_takes_images_only():
+    class Classifier(upstreams.MOGE.cls("DinoVisionTransformer")):
+        def forward(self, x):
+            return super().forward(x).mean()
+
+    model = Classifier(img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1)
+    with dinov2_attn.install(model):
+        output, attentions = model(noise(1, 3, 4, 4, seed=0), return_attention=True)
+        assert output.ndim == 0
+        assert len(attentions) == 1
 
 
 def test_a_class_that_cannot_be_built_small_is_refused():

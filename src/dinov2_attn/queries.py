@@ -7,7 +7,7 @@ request is first *spelled out* by the model and then *placed* by the attention m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import index
 
 from dinov2_attn.errors import InvalidInput, OutOfRange
@@ -49,17 +49,29 @@ def place(queries: Queries, length: int) -> Rows:
     if queries is None:
         return slice(None)
     if isinstance(queries, slice):
-        # PyTorch knows no negative steps.
-        backwards = queries.step is not None and queries.step < 0
-        return list(range(length))[queries] if backwards else queries
+        return _place_slice(queries, length)
     if isinstance(queries, str):
         return _place_word(queries)
     if hasattr(queries, "tolist"):  # a tensor or an array, of positions or of one
         queries = queries.tolist()
-    if isinstance(queries, Iterable):
+    # Not any iterable: every block places the request anew, and a generator has one pass.
+    if isinstance(queries, Sequence) and not isinstance(queries, bytes):
         return [_position(query, length) for query in queries]
     position = _position(queries, length)
     return slice(position, position + 1)
+
+
+def _place_slice(queries: slice, length: int) -> Rows:
+    try:
+        positions = range(length)[queries]
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(
+            "a slice of whole numbers with a step other than 0",
+            f"{queries} ({error})",
+            "Count tokens: CLS, registers, patches row by row.",
+        ) from error
+    # PyTorch knows no negative steps.
+    return list(positions) if positions.step < 0 else queries
 
 
 def _place_word(word: str) -> slice:

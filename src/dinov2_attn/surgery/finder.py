@@ -62,6 +62,10 @@ class _CallingBack(Loader):
         self._loader = loader
         self._callback = callback
 
+    def __getattr__(self, name: str) -> object:
+        # For those who only look: importlib.util.find_spec, pkgutil, runpy.
+        return getattr(self._loader, name)
+
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 

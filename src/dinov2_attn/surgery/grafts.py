@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dinov2_attn.attention import Heads, attention_weights, check_heads
 from dinov2_attn.errors import InvalidInput, NotGrafted
 from dinov2_attn.queries import Queries, Rows, place
-from dinov2_attn.surgery.tap import TAP
+from dinov2_attn.surgery.tap import TAP, answer, ask
 from dinov2_attn.upstream.anatomy import Part
 from dinov2_attn.upstream.contract import argument_names, name_of
 from dinov2_attn.upstream.kernel import Forward, Kernel, project
@@ -42,13 +42,13 @@ def graft_attention(original: Forward, kernel: Kernel) -> Forward:
     averages heads, giving ``(B, Q, N)``. It replaces the attribute on the class, which
     every instance looks up at every call.
     """
-    names = argument_names(original) or ["x"]  # an override may hand on *args, **kwargs
+    names = argument_names(original)
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, return_attn: bool = False, **kwargs: Any) -> Any:
         if not return_attn:
             return original(self, *args, **kwargs)
-        return _attend(self, kernel, **_by_name(names, args, kwargs))
+        return answer(_attend(self, kernel, **_by_name(names, args, kwargs)))
 
     return announce(original, forward, "return_attn")
 
@@ -60,42 +60,47 @@ def graft_block(original: Forward, part: Part) -> Forward:
     the block does not run. A list of tensors is answered one by one, whether or not
     xFormers could nest them.
     """
-    names = argument_names(original) or ["x"]
+    names = argument_names(original)
     norm, attention = BLOCK_CHILDREN[part]
 
-    def ask(
-        self: nn.Module, *args: Any, queries: Queries = None, heads: Heads = None, **kw: Any
-    ) -> Any:
+    def weights_of(self: nn.Module, *args: Any, **kw: Any) -> Any:
+        selection = {name: kw.pop(name, None) for name in ("queries", "heads")}
         tokens = _only_tokens(_by_name(names, args, kw))
         if isinstance(tokens, list):
-            return [ask(self, t, queries=queries, heads=heads) for t in tokens]
-        child = getattr(self, attention)
-        require_graft(child, "return_attn")
+            return [weights_of(self, t, **selection) for t in tokens]
+        _check_tokens(tokens)
         causal = (self.is_causal,) if part is Part.CAUSAL_BLOCK else ()
         normed = getattr(self, norm)(tokens)
-        return child(normed, *causal, return_attn=True, queries=queries, heads=heads)
+        return weights_from(getattr(self, attention), "return_attn", normed, *causal, **selection)
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, return_attention: bool = False, **kwargs: Any) -> Any:
         if return_attention:
-            return ask(self, *args, **kwargs)
+            return answer(weights_of(self, *args, **kwargs))
         if TAP.listener is not None:
-            TAP.listener(self, ask, args, kwargs)
+            TAP.listener(self, weights_of, args, kwargs)
         return original(self, *args, **kwargs)
 
     return announce(original, forward, "return_attention")
 
 
-def require_graft(module: nn.Module, keyword: str) -> None:
-    """Raise ``NotGrafted`` unless ``module``, or what it wraps, takes ``keyword``."""
+def weights_from(module: nn.Module, keyword: str, *args: Any, **selection: Any) -> Any:
+    """Ask ``module``, or what it wraps, by ``keyword``; raise ``NotGrafted`` if nothing answers."""
     # Compiled, sharded and checkpointed modules are wrappers that pass keywords on.
-    if _takes(module, keyword) or any(_takes(inner, keyword) for inner in module.modules()):
-        return
-    raise NotGrafted(
-        f"a module whose forward takes {keyword}, as install() leaves it",
-        f"{name_of(type(module))}, whose forward was never grafted",
-        "Call dinov2_attn.install(model) with the live model, so that its own classes are found.",
-    )
+    if not (_takes(module, keyword) or any(_takes(inner, keyword) for inner in module.modules())):
+        raise NotGrafted(
+            f"a module whose forward takes {keyword}, as install() leaves it",
+            f"{name_of(type(module))}, whose forward was never grafted",
+            "Call dinov2_attn.install(model) with the live model: its own classes are found.",
+        )
+    weights = ask(module, *args, **{keyword: True}, **selection)
+    if weights is None:
+        raise NotGrafted(
+            f"{name_of(type(module))} to hand {keyword} on to the module it wraps",
+            "that the wrapped module was called without it",
+            "Let the wrapper's forward pass **kwargs on.",
+        )
+    return weights
 
 
 def announce(original: Forward, forward: Forward, keyword: str) -> Forward:
@@ -124,33 +129,61 @@ def _attend(
     heads: Heads = None,
 ) -> Tensor:
     check_heads(heads)
-    query, key, _ = project(module, x)
+    _check_tokens(x)
     rows = place(queries, x.shape[1])
+    query, key, _ = project(module, x)
     positions = torch.arange(x.shape[1], device=x.device)[rows] if is_causal else None
     return attention_weights(
         query[:, :, rows],
         key,
-        kernel.scale(module),
-        bias=_bias_rows(attn_bias, rows),
+        kernel.scale(module, query.shape[-1]),
+        bias=_bias_rows(kernel, attn_bias, rows),
         causal_rows=positions,
         heads=heads,
     )
 
 
-def _bias_rows(bias: object, rows: Rows) -> Tensor | None:
+def _bias_rows(kernel: Kernel, bias: object, rows: Rows) -> Tensor | None:
     if bias is None:
         return None
+    if not kernel.takes_bias():
+        raise InvalidInput(
+            "no attn_bias, which upstream takes only where XFORMERS_AVAILABLE is true",
+            f"one of type {name_of(type(bias))}",
+            "Leave it out, or install xFormers.",
+        )
     if not isinstance(bias, Tensor):
         raise InvalidInput(
             "attn_bias to be None or a dense tensor when attention is asked for",
             name_of(type(bias)),
             "Pass the list of tensors to the block or the model instead of their concatenation.",
         )
-    return bias if bias.shape[-2] == 1 else bias[..., rows, :]
+    return bias if bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., rows, :]
+
+
+def _check_tokens(tokens: object) -> None:
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+        found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise InvalidInput(
+            "tokens as a tensor of shape (B, N, C), to a block also a list of such tensors",
+            f"{found}",
+            "Ask the model if images are at hand, or add the batch dimension.",
+        )
 
 
 def _by_name(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name positional arguments as upstream's signature does."""
+    """Name positional arguments as upstream's signature does, and take no other names.
+
+    An override that hands on ``*args, **kwargs`` names none: it gets tokens first.
+    """
+    extra = {"queries", "heads"}
+    if names and (unknown := [name for name in kwargs if name not in {*names, *extra}]):
+        raise InvalidInput(
+            f"the arguments {', '.join(names)}, queries and heads",
+            ", ".join(unknown),
+            "This class takes no other.",
+        )
+    names = names or ["x"]
     if len(args) > len(names):
         raise InvalidInput(
             f"at most {len(names)} positional arguments ({', '.join(names)})",

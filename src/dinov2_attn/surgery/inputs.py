@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,9 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
     """
     if n is None:
         return list(range(depth))
-    if not isinstance(n, Iterable):
+    if hasattr(n, "tolist"):  # a tensor or an array
+        n = n.tolist()
+    if not isinstance(n, Sequence):
         n = whole_number(n, "n, the blocks to take,")
         if not 0 <= n <= depth:
             raise OutOfRange(
@@ -86,6 +88,13 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
             "Blocks count from 0.",
         )
     return sorted({i % depth for i in layers})
+
+
+def count_tokens(model: Any, images: Tensor) -> int:
+    """Return N = 1 + R + h·w for a batch of images that ``check_images`` has passed."""
+    height, width = patch_size(model)
+    patches = images.shape[2] // height * (images.shape[3] // width)
+    return 1 + int(getattr(model, "num_register_tokens", 0)) + patches
 
 
 def patch_size(model: Any) -> tuple[int, int]:

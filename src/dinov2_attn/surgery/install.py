@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
+from collections.abc import Hashable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from dinov2_attn.errors import IncompatibleUpstream, InvalidInput
 from dinov2_attn.surgery.finder import Finder
 from dinov2_attn.surgery.ledger import Ledger
-from dinov2_attn.surgery.targets import UPSTREAM, UPSTREAM_MODULES, Package
+from dinov2_attn.surgery.targets import UPSTREAM, UPSTREAM_MODULES, LiveModel, Package
 
 _LOCK = threading.RLock()
 _LEDGER = Ledger()
@@ -52,7 +53,7 @@ class Handle:
     target that was installed before stays installed. ``uninstall()`` takes it off.
     """
 
-    def __init__(self, target: str, installed_before: bool) -> None:
+    def __init__(self, target: Hashable, installed_before: bool) -> None:
         self._target = target
         self._installed_before = installed_before
 
@@ -113,12 +114,15 @@ def status() -> Status:
     """Say what is grafted, what is pending and how each target was recognised."""
     with _LOCK:
         targets = {target for graft in _LEDGER for target in graft.targets}
-        recognised = dict.fromkeys(sorted(targets), "recognised by contract and behaviour")
+        how = "recognised by contract and behaviour"
+        recognised = dict.fromkeys(sorted(map(str, targets)), how)
         failed = {p.name: f"refused: {p.failure}" for p in _PACKAGES.values() if p.failure}
         return Status(
             grafted=tuple(str(graft) for graft in _LEDGER if graft.in_force),
             covered=tuple(str(graft) for graft in _LEDGER if not graft.in_force),
-            pending=tuple(name for p in _PACKAGES.values() for name in p.pending()),
+            pending=tuple(
+                name for p in _PACKAGES.values() for name in p.pending(p.name in targets)
+            ),
             recognised={**recognised, **failed},
         )
 
@@ -150,11 +154,12 @@ def _install_model(model: Any) -> Handle:
             f"none in {name_of(type(model))}",
             "Pass DINOv2 itself or a model that contains it.",
         )
-    name = f"model with {name_of(classes[-1][0])}"
+    label = f"model with {name_of(classes[-1][0])}"
+    target = LiveModel(label, frozenset(cls for cls, _ in classes))
     with _LOCK:
-        before = any(name in graft.targets for graft in _LEDGER)
-        operate(_LEDGER, name, classes)
-    return Handle(name, before)
+        before = any(target in graft.targets for graft in _LEDGER)
+        operate(_LEDGER, target, classes)
+    return Handle(target, before)
 
 
 def _finish_imports(package: Package) -> None:
@@ -189,10 +194,11 @@ def _arrived(module: ModuleType) -> None:
             _graft_package(package, module)
 
 
-def _remove(target: str) -> None:
+def _remove(target: Hashable) -> None:
     with _LOCK:
         _LEDGER.release(target)
-        _PACKAGES.pop(target, None)
+        if isinstance(target, str):
+            _PACKAGES.pop(target, None)
         _await_imports()
 
 

@@ -6,7 +6,7 @@ it, and only what is still ours is undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 from dinov2_attn.errors import PatchedOnTop
@@ -22,7 +22,7 @@ class Graft:
     name: str
     new: Callable[..., object]
     old: object
-    targets: set[str]
+    targets: set[Hashable]
 
     def __str__(self) -> str:
         return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
@@ -31,6 +31,11 @@ class Graft:
     def in_force(self) -> bool:
         """Whether the class still holds our function, and nobody's on top of it."""
         return vars(self.owner).get(self.name) is self.new
+
+    @property
+    def is_undone(self) -> bool:
+        """Whether somebody put back what was there: their own undo reached past ours."""
+        return vars(self.owner).get(self.name, _ABSENT) is self.old
 
     def undo(self) -> None:
         """Put back the very object that was there, or nothing where nothing was."""
@@ -53,20 +58,33 @@ class Ledger:
     def __iter__(self) -> Iterator[Graft]:
         return iter(list(self._grafts))
 
-    def set(self, owner: type, name: str, new: Callable[..., object], target: str) -> None:
+    def set(self, owner: type, name: str, new: Callable[..., object], target: Hashable) -> None:
         """Put ``new`` on the class for ``target``, remembering what it replaces."""
         graft = Graft(owner, name, new, vars(owner).get(name, _ABSENT), {target})
         setattr(owner, name, new)
         self._grafts.append(graft)
 
-    def keep(self, owner: type, target: str) -> bool:
-        """Note that ``target`` needs the grafts of ``owner``; say whether there are any."""
-        own = [graft for graft in self._grafts if graft.owner is owner]
-        for graft in own:
-            graft.targets.add(target)
-        return bool(own)
+    def keep(self, owner: type, name: str, target: Hashable) -> bool:
+        """Note that ``target`` needs the graft on ``owner.name``; say whether there is one."""
+        for graft in self:
+            if graft.owner is owner and graft.name == name:
+                if graft.is_undone:
+                    self._grafts.remove(graft)
+                    return False
+                graft.targets.add(target)
+                return True
+        return False
 
-    def release(self, target: str) -> None:
+    def roll_back(self, length: int) -> None:
+        """Undo all but the first ``length`` grafts: those that an operation has just set."""
+        for graft in self._grafts[length:]:
+            graft.undo()
+        del self._grafts[length:]
+
+    def __len__(self) -> int:
+        return len(self._grafts)
+
+    def release(self, target: Hashable) -> None:
         """Undo what only ``target`` needs; what others need too stays for them."""
         self._undo([graft for graft in self._grafts if graft.targets == {target}])
         for graft in self._grafts:
@@ -78,9 +96,10 @@ class Ledger:
 
     def _undo(self, leaving: list[Graft]) -> None:
         """Undo all of it or, where somebody patched on top, nothing."""
-        _refuse_if_covered([graft for graft in leaving if not graft.in_force])
+        _refuse_if_covered([g for g in leaving if not (g.in_force or g.is_undone)])
         for graft in list(leaving):
-            graft.undo()
+            if graft.in_force:
+                graft.undo()
             self._grafts.remove(graft)
 
 

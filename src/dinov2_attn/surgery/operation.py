@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
+from dinov2_attn.errors import Dinov2AttnError, IncompatibleUpstream, PatchedOnTop
 from dinov2_attn.surgery.grafts import BLOCK_CHILDREN, graft_attention, graft_block
 from dinov2_attn.surgery.ledger import Ledger
 from dinov2_attn.surgery.transformer import METHODS, graft_forward, graft_forward_features
@@ -11,24 +15,62 @@ from dinov2_attn.upstream import contract, selfcheck
 from dinov2_attn.upstream.anatomy import Part
 
 
-def operate(ledger: Ledger, target: str, classes: Iterable[tuple[type, Part]]) -> None:
+def operate(ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part]]) -> None:
     """Graft ``classes`` for ``target``: all of them and proved, or nothing of this target.
 
     Classes that are grafted already are kept for this target too. Parts come in the
     order in which they build on each other, so that each can be proved on proved ones.
     """
-    order = list(Part)
+    order, before = list(Part), len(ledger)
     try:
+        found = sorted(classes, key=lambda item: order.index(item[1]))
         with selfcheck.laboratory():
-            for cls, part in sorted(classes, key=lambda item: order.index(item[1])):
-                _STEPS[part](ledger, target, cls, part)
+            for cls, part in found:
+                _graft(ledger, target, cls, part, _made_of(found))
     except BaseException:
-        ledger.release(target)
+        ledger.roll_back(before)
+        with suppress(PatchedOnTop):  # what was proved before may stay under somebody's patch
+            ledger.release(target)
         raise
 
 
-def _graft_attention(ledger: Ledger, target: str, cls: type, part: Part) -> None:
-    if "forward" not in vars(cls) or ledger.keep(cls, target):
+def _graft(
+    ledger: Ledger, target: Hashable, cls: type, part: Part, options: dict[Part, dict[str, Any]]
+) -> None:
+    try:
+        _STEPS[part](ledger, target, cls, part, options.get(part, {}))
+    except Dinov2AttnError:
+        raise
+    except Exception as error:  # foreign code: whatever it raises, it is not what we know
+        raise IncompatibleUpstream(
+            f"{contract.name_of(cls)} to be built and run small, as upstream's class can be",
+            f"{type(error).__name__}: {error}",
+            "This class is not supported, so nothing was grafted.",
+        ) from error
+
+
+def _made_of(classes: list[tuple[type, Part]]) -> dict[Part, dict[str, Any]]:
+    """Say what blocks and models are to be built of: the first, most basic classes at hand.
+
+    The defaults of a class may be upstream's and not grafted, where a user's model has an
+    attention or a block of its own.
+    """
+    first: dict[Part, type] = {}
+    for cls, part in classes:
+        first.setdefault(part, cls)
+    options: dict[Part, dict[str, Any]] = {}
+    if Part.ATTENTION in first:
+        options[Part.BLOCK] = {"attn_class": first[Part.ATTENTION]}
+        if Part.BLOCK in first:
+            block = partial(first[Part.BLOCK], **options[Part.BLOCK])
+            options[Part.TRANSFORMER] = {"block_fn": block}
+    return options
+
+
+def _graft_attention(
+    ledger: Ledger, target: Hashable, cls: type, part: Part, _: dict[str, Any]
+) -> None:
+    if "forward" not in vars(cls) or ledger.keep(cls, "forward", target):
         return
     contract.check_arguments(cls, part, "forward")
     original = vars(cls)["forward"]
@@ -38,31 +80,38 @@ def _graft_attention(ledger: Ledger, target: str, cls: type, part: Part) -> None
     selfcheck.prove_attention(cls, original, grafted, kernel)
 
 
-def _graft_block(ledger: Ledger, target: str, cls: type, part: Part) -> None:
-    if "forward" not in vars(cls) or ledger.keep(cls, target):
+def _graft_block(
+    ledger: Ledger, target: Hashable, cls: type, part: Part, options: dict[str, Any]
+) -> None:
+    if "forward" not in vars(cls) or ledger.keep(cls, "forward", target):
         return
     contract.check_arguments(cls, part, "forward")
     original = vars(cls)["forward"]
     grafted = graft_block(original, part)
     ledger.set(cls, "forward", grafted, target)
-    selfcheck.prove_block(cls, original, grafted, BLOCK_CHILDREN[part][1])
+    selfcheck.prove_block(cls, original, grafted, BLOCK_CHILDREN[part][1], options)
 
 
-def _graft_transformer(ledger: Ledger, target: str, cls: type, part: Part) -> None:
-    if ledger.keep(cls, target):
+def _graft_transformer(
+    ledger: Ledger, target: Hashable, cls: type, part: Part, options: dict[str, Any]
+) -> None:
+    missing = [name for name in (*_FORWARDS, *METHODS) if not ledger.keep(cls, name, target)]
+    if not missing:
         return
     contract.check_methods(cls, METHODS)
-    for name, graft in (("forward_features", graft_forward_features), ("forward", graft_forward)):
-        if name in vars(cls):
+    for name in missing:
+        if name in vars(cls) and name in _FORWARDS:
             contract.check_arguments(cls, part, name)
-            ledger.set(cls, name, graft(vars(cls)[name]), target)
-    for name, method in METHODS.items():
-        if getattr(cls, name, None) is not method:  # a base class may bring it already
-            ledger.set(cls, name, method, target)
-    selfcheck.prove_transformer(cls)
+            ledger.set(cls, name, _FORWARDS[name](vars(cls)[name]), target)
+        elif name in METHODS and not hasattr(cls, name):  # a base class may bring it already
+            ledger.set(cls, name, METHODS[name], target)
+    selfcheck.prove_transformer(cls, options)
 
 
-_STEPS: dict[Part, Callable[[Ledger, str, type, Part], None]] = {
+_FORWARDS = {"forward_features": graft_forward_features, "forward": graft_forward}
+
+_Step = Callable[[Ledger, Hashable, type, Part, dict[str, Any]], None]
+_STEPS: dict[Part, _Step] = {
     Part.ATTENTION: _graft_attention,
     Part.BLOCK: _graft_block,
     Part.CAUSAL_BLOCK: _graft_block,

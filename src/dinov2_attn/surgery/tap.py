@@ -1,12 +1,13 @@
-"""Listening to the blocks of one forward pass, in one thread."""
+"""How weights get out of a model, in one thread: past wrappers and hooks, or along with a pass."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 Ask = Callable[..., Any]
@@ -14,14 +15,36 @@ Listener = Callable[[nn.Module, Ask, tuple[Any, ...], dict[str, Any]], None]
 
 
 class _Tap(threading.local):
-    """What the grafted blocks of this thread report to: nobody, as a rule."""
+    """What the grafts of this thread report to: nobody, as a rule."""
 
     def __init__(self) -> None:
-        # On the instance from the start, in every thread: Dynamo guards on its presence too.
+        # On the instance from the start, in every thread: Dynamo guards on their presence too.
         self.listener: Listener | None = None
+        self.answers: list[Any] | None = None
 
 
 TAP = _Tap()
+
+
+def answer(weights: Any) -> Any:
+    """Return ``weights`` from a graft, and hand them to ``ask`` if it is waiting."""
+    if TAP.answers is not None:
+        TAP.answers.append(weights)
+    return weights
+
+
+def ask(module: nn.Module, *args: Any, **keywords: Any) -> Any:
+    """Call ``module`` and return the weights that a graft in it answered; ``None`` if none did.
+
+    Its return value is not asked: forward hooks that steer or ablate features, adapters and
+    wrappers that drop keywords make something else of it.
+    """
+    before, TAP.answers = TAP.answers, []
+    try:
+        module(*args, **keywords)
+        return TAP.answers[-1] if TAP.answers else None
+    finally:
+        TAP.answers = before
 
 
 @contextmanager
@@ -39,10 +62,16 @@ def attentions_of_pass(**selection: Any) -> Iterator[list[Any]]:
         # A grafted class calls its grafted base for the same block: listen to the first.
         if id(block) not in seen:
             seen.add(id(block))
-            caught.append(ask(block, *args, **kwargs, **selection))
+            # What the projection draws (LoRA's dropout) is then drawn again by the pass itself.
+            with _same_draws(args[0].device) if block.training and args else nullcontext():
+                caught.append(ask(block, *args, **kwargs, **selection))
 
     before, TAP.listener = TAP.listener, listen
     try:
         yield caught
     finally:
         TAP.listener = before
+
+
+def _same_draws(device: torch.device) -> AbstractContextManager[object]:
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

@@ -1,4 +1,4 @@
-"""What ``install`` can be pointed at by name: a package, now or once it is imported."""
+"""What ``install`` can be pointed at: a live model, or a package now or once it is imported."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ from dinov2_attn.errors import IncompatibleUpstream
 
 if TYPE_CHECKING:
     from dinov2_attn.upstream.anatomy import Part
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """The classes behind a model: two models of the same classes are one target."""
+
+    label: str
+    classes: frozenset[type]
+
+    def __str__(self) -> str:
+        return self.label
 
 
 @dataclass(eq=False)
@@ -32,9 +43,11 @@ class Package:
             return module in self.modules
         return module == self.name or module.startswith(f"{self.name}.")
 
-    def pending(self) -> list[str]:
-        """Name what has not been imported yet."""
-        return [name for name in self.modules or (self.name,) if name not in sys.modules]
+    def pending(self, grafted: bool) -> list[str]:
+        """Name what is still awaited: modules of upstream, or a package with nothing grafted."""
+        if self.modules:
+            return [name for name in self.modules if name not in sys.modules]
+        return [] if grafted else [self.name]
 
     def imported(self) -> dict[str, ModuleType]:
         """Return by name what has been imported, or is being imported."""
@@ -47,12 +60,17 @@ class Package:
         from dinov2_attn.upstream.anatomy import classes_in
 
         for name, module in self.imported().items():
-            if module is arrived or not getattr(module.__spec__, "_initializing", False):
+            if module is arrived or not _is_initializing(module):
                 found = dict(classes_in(module))
                 needed = self.modules.get(name)
                 if needed is not None and needed not in {part.name for part in found.values()}:
                     raise _missing(needed, name)
                 yield from found.items()
+
+
+def _is_initializing(module: ModuleType) -> bool:
+    # What the import system itself asks; odd entries of sys.modules have no spec at all.
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def _missing(part: str, module: str) -> IncompatibleUpstream:

@@ -10,9 +10,15 @@ from torch import Tensor, nn
 
 from dinov2_attn.attention import Heads, check_heads
 from dinov2_attn.errors import NotGrafted
-from dinov2_attn.queries import Queries, spell_out
-from dinov2_attn.surgery.grafts import announce, require_graft
-from dinov2_attn.surgery.inputs import Layers, check_images, check_list, layers_to_take
+from dinov2_attn.queries import Queries, place, spell_out
+from dinov2_attn.surgery.grafts import announce, weights_from
+from dinov2_attn.surgery.inputs import (
+    Layers,
+    check_images,
+    check_list,
+    count_tokens,
+    layers_to_take,
+)
 from dinov2_attn.surgery.tap import attentions_of_pass
 from dinov2_attn.upstream.kernel import Forward
 
@@ -54,6 +60,7 @@ def get_self_attention(
         ]
         return tuple(map(list, zip(*each, strict=True)))
     check_images(self, x, masks)
+    place(queries, count_tokens(self, x))  # refused here, before anything runs
     blocks = flat_blocks(self.blocks)
     wanted = layers_to_take(n, len(blocks))
     return _walk(blocks, wanted, self.prepare_tokens_with_masks(x, masks), queries, heads)
@@ -144,8 +151,8 @@ def _walk(
     weights = []
     for i in range(max(wanted, default=-1) + 1):
         if i in wanted:
-            require_graft(blocks[i], "return_attention")
-            weights.append(blocks[i](tokens, return_attention=True, queries=queries, heads=heads))
+            selection = {"queries": queries, "heads": heads}
+            weights.append(weights_from(blocks[i], "return_attention", tokens, **selection))
         if i < wanted[-1]:
             tokens = blocks[i](tokens)
     return tuple(weights)
@@ -154,7 +161,7 @@ def _walk(
 def _answer(
     original: Forward,
     model: Any,
-    x: Any,
+    x: Any = None,
     masks: Any = None,
     *,
     queries: Queries = None,
@@ -170,8 +177,11 @@ def _answer(
             for images, mask in zip(x, check_list(x, masks), strict=True)
         ]
     check_images(model, x, masks)
+    place(queries, count_tokens(model, x))
+    if masks is not None:  # an override may take images only
+        kwargs["masks"] = masks
     with attentions_of_pass(queries=queries, heads=heads) as attentions:
-        output = original(model, x, masks, **kwargs)
+        output = original(model, x, **kwargs)
     if len(attentions) != len(flat_blocks(model.blocks)):
         raise NotGrafted(
             f"the attention of {len(flat_blocks(model.blocks))} blocks from one forward pass",

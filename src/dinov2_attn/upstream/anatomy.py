@@ -32,6 +32,10 @@ ANATOMY = {
 }
 
 
+# The methods that decide what attention a class computes, and on what.
+_CODE = frozenset({"forward", "forward_features", "prepare_tokens_with_masks"})
+
+
 def part_of_class(cls: type) -> Part | None:
     """Say which part ``cls`` is, from the names its ``__init__`` and its body use."""
     names = {name for base in cls.__mro__ for name in (*vars(base), *_names_in_init(base))}
@@ -39,8 +43,11 @@ def part_of_class(cls: type) -> Part | None:
 
 
 def part_of_module(module: nn.Module) -> Part | None:
-    """Say which part a live ``module`` is, from the attributes that it has."""
-    return next((p for p, names in ANATOMY.items() if all(hasattr(module, n) for n in names)), None)
+    """Say which part a live ``module`` is, from the attributes that it has itself.
+
+    A wrapper that reads everything from the module inside by ``__getattr__`` is none.
+    """
+    return _matching({*dir(type(module)), *vars(module), *module._modules})
 
 
 def classes_in(module: ModuleType) -> Iterator[tuple[type, Part]]:
@@ -74,11 +81,11 @@ def classes_behind(model: nn.Module) -> Iterator[tuple[type, Part]]:
 
 
 def _own_bases(cls: type) -> list[type]:
-    """Return the bases of ``cls`` that bring a ``forward``, bases first, PyTorch's left out."""
+    """Return the bases of ``cls`` that bring code of a part, bases first, PyTorch's left out."""
     return [
         base
         for base in reversed(cls.__mro__)
-        if "forward" in vars(base) and _package(base.__module__) != "torch"
+        if not _CODE.isdisjoint(vars(base)) and _package(base.__module__) != "torch"
     ]
 
 

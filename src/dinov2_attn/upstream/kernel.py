@@ -32,13 +32,17 @@ class Kernel:
         self._forward = forward
         self._honours_scale = honours_scale
 
-    def scale(self, module: Any, *, xformers: bool | None = None) -> float:
+    def scale(self, module: Any, head_dim: int, *, xformers: bool | None = None) -> float:
         """Return the factor on ``query @ keyᵀ``, with or without xFormers, or as things are."""
         if xformers is None:
             xformers = xformers_flag(self._forward)
         if self._honours_scale[xformers]:
             return float(module.scale)
-        return 1 / math.sqrt(head_dim(module))
+        return 1 / math.sqrt(head_dim)
+
+    def takes_bias(self) -> bool:
+        """Say whether an ``attn_bias`` reaches a kernel: upstream's own asks for xFormers."""
+        return not _is_gated(self._forward) or xformers_flag(self._forward)
 
 
 def project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,11 +54,6 @@ def project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     qkv = module.qkv(x).unflatten(-1, (3, module.num_heads, -1))
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value
-
-
-def head_dim(module: Any) -> int:
-    """Return the channels of one head, as the projection has them."""
-    return int(module.proj.in_features) // int(module.num_heads)
 
 
 def xformers_flag(forward: Forward) -> bool:

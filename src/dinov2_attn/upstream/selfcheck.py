@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.attention import attention_weights
-from dinov2_attn.errors import Dinov2AttnError, IncompatibleUpstream
+from dinov2_attn.errors import IncompatibleUpstream
 from dinov2_attn.upstream import contract
 from dinov2_attn.upstream.anatomy import Part, part_of_module
 from dinov2_attn.upstream.contract import name_of
@@ -48,7 +48,7 @@ def measure_kernel(cls: type, forward: Forward) -> Kernel:
     """Find out whose scale each branch of ``forward`` uses, by changing the attribute."""
     module, x = _build(cls, dim=_DIM, num_heads=_HEADS, qkv_bias=True), _tokens()
     runs = branches(forward)
-    before = {flag: _run(cls, run, module, x) for flag, run in runs.items()}
+    before = {flag: run(module, x) for flag, run in runs.items()}
     module.scale *= 1.5
     return Kernel(
         forward,
@@ -61,32 +61,34 @@ def prove_attention(cls: type, forward: Forward, grafted: Forward, kernel: Kerne
     module, x = _build(cls, dim=_DIM, num_heads=_HEADS, qkv_bias=True), _tokens()
     for xformers, run in branches(forward).items():
         contract.check_reads(module, lambda run=run: run(module, x))  # type: ignore[misc]
-        weights = _weights(module, x, kernel.scale(module, xformers=xformers))
+        weights = _weights(module, x, kernel, xformers)
         _same(cls, "proj(weights @ v)", _features(module, x, weights), run(module, x))
-    weights = _weights(module, x, kernel.scale(module))
+    weights = _weights(module, x, kernel, None)
     _same(cls, "the weights returned", grafted(module, x, return_attn=True), weights)
     if "is_causal" in contract.argument_names(forward):
         causal = grafted(module, x, True, return_attn=True)
         _same(cls, "causal attention", _features(module, x, causal), forward(module, x, True))
 
 
-def prove_block(cls: type, forward: Forward, grafted: Forward, child: str) -> None:
+def prove_block(
+    cls: type, forward: Forward, grafted: Forward, child: str, options: dict[str, Any]
+) -> None:
     """Prove that a block's weights are those of what it hands to its attention ``child``."""
-    module = _build(cls, dim=_DIM, num_heads=_HEADS)
-    calls = _calls_of([getattr(module, child)], lambda: _run(cls, forward, module, _tokens()))
+    module = _build(cls, dim=_DIM, num_heads=_HEADS, **options)
+    calls = _calls_of([getattr(module, child)], lambda: forward(module, _tokens()))
     _one_call_each(cls, calls, 1)
-    expected = _run(cls, getattr(module, child), *calls[0], return_attn=True)
+    expected = getattr(module, child)(*calls[0], return_attn=True)
     asked = grafted(module, _tokens(), return_attention=True)
     _same(cls, "the attention of a block", asked, expected)
 
 
-def prove_transformer(cls: type) -> None:
+def prove_transformer(cls: type, options: dict[str, Any]) -> None:
     """Prove that a model's weights, flat and chunked, are those of its own forward pass."""
     for chunks in (0, 2):
-        model = _build(cls, **_MODEL, block_chunks=chunks)
+        model = _build(cls, **_MODEL, block_chunks=chunks, **options)
         images = _noise(2, 3, _GRID[0] * _PATCH, _GRID[1] * _PATCH)
         attentions = [m for m in model.modules() if part_of_module(m) is Part.ATTENTION]
-        calls = _calls_of(attentions, lambda m=model, i=images: _run(cls, m.forward_features, i))  # type: ignore[misc]
+        calls = _calls_of(attentions, lambda m=model, i=images: m.forward_features(i))  # type: ignore[misc]
         _one_call_each(cls, calls, _MODEL["depth"])
         expected = [m(*call, return_attn=True) for m, call in zip(attentions, calls, strict=True)]
         _layout_fits(cls, model, tokens=expected[0].shape[-1])
@@ -111,7 +113,7 @@ def _build(cls: type, **options: Any) -> Any:
     Options that a revision does not know yet (registers) are left out.
     """
     known = _options_of(cls)
-    module = _run(cls, cls, **{name: value for name, value in options.items() if name in known})
+    module: Any = cls(**{name: value for name, value in options.items() if name in known})
     # A seed for each: layers that are all alike would hide that two were mixed up.
     for seed, parameter in enumerate(module.double().eval().parameters()):
         parameter.copy_(_noise(*parameter.shape, seed=seed) / 2)
@@ -139,8 +141,9 @@ def _tokens() -> Tensor:
     return _noise(3, _TOKENS, _DIM)
 
 
-def _weights(module: Any, x: Tensor, scale: float) -> Tensor:
+def _weights(module: Any, x: Tensor, kernel: Kernel, xformers: bool | None) -> Tensor:
     query, key, _ = project(module, x)
+    scale = kernel.scale(module, query.shape[-1], xformers=xformers)
     return attention_weights(query, key, scale)
 
 
@@ -157,19 +160,6 @@ def _calls_of(modules: list[Any], run: Callable[[], object]) -> list[tuple[Any, 
     for hook in hooks:
         hook.remove()
     return calls
-
-
-def _run(cls: type, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    try:
-        return function(*args, **options)
-    except Dinov2AttnError:
-        raise
-    except Exception as error:  # foreign code: whatever it raises, it is not what we know
-        raise IncompatibleUpstream(
-            f"{name_of(cls)} to be built and run small, as upstream's class can be",
-            f"{type(error).__name__}: {error}",
-            "This class is not supported, so nothing was grafted.",
-        ) from error
 
 
 def _same(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
