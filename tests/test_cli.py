@@ -71,6 +71,28 @@ def test_images_may_follow_the_image_size(image, tmp_path, lengths, shape):
     assert pixels(tmp_path / "img.png").shape[:2] == shape
 
 
+@pytest.mark.parametrize("lengths", [(99999999999999999999999,), (14, 14000000)])
+def test_an_image_size_beyond_reason_is_one_line(image, tmp_path, caplog, lengths):
+    arguments = [image, "-o", tmp_path / "out", "--random-weights", "--image-size", *lengths]
+    assert heatmap(*arguments) == 1
+    assert "Give a smaller --image-size." in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_may_be_named_through_what_is_not_there(image, tmp_path):
+    assert heatmap(image, "-o", tmp_path / "nope" / ".." / "out", "--random-weights") == 0
+    assert (tmp_path / "out" / "img.png").exists()
+
+
+def test_an_interruption_is_no_traceback(image, tmp_path, monkeypatch, caplog):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dinov2_attn.show.heatmap.draw", interrupted)
+    assert heatmap(image, "-o", tmp_path / "out", "--random-weights") == 130
+    assert "interrupted" in caplog.text
+
+
 def test_random_weights_say_so_and_repeat(image, tmp_path, caplog):
     for name in ("a", "b"):
         assert heatmap(image, "-o", tmp_path / name, "--random-weights") == 0
@@ -111,6 +133,8 @@ def test_an_output_that_cannot_be_written_is_reported(image, weights, tmp_path, 
         (["--random-weights"], "expected an image; found none. Name one, or try --sample."),
         (["x.png", "--weights", "absent.pth"], "checkpoint at absent.pth; found nothing. Name"),
         (["x.png", "--device", "abacus"], "device that this torch can use; found 'abacus'"),
+        (["x.png", "--device", "meta"], "device that this torch can use; found 'meta'"),
+        (["x.png", "--patch-size", "600", "--random-weights"], "patch size from 1 to 518"),
         (["x.png", "--repo", "absent"], "expected a checkout of upstream: a folder"),
         (["x.png", "--patch-size", "16"], "found patch size 16. Give your own with --weights"),
         (["x.png", "--image-size", "1", "2", "3"], "two lengths in pixels; found 1 2 3. Give N"),

@@ -74,6 +74,21 @@ def test_the_bright_patch_would_be_elsewhere_in_a_transposed_map(planted, folder
     assert np.unravel_index(column_by_column.argmax(), grid) != bright
 
 
+def test_a_device_that_cannot_run_the_model_is_an_error_of_ours(planted, folder):
+    """As when memory runs out, which a test had better not do."""
+
+    def run_out(*_):
+        raise RuntimeError("not enough memory\nand a page of advice")
+
+    Image.fromarray(photograph_of((2, 3), (0, 0))).save(folder / "small.png")
+    hook = planted.blocks[0].register_forward_pre_hook(run_out)
+    try:
+        with pytest.raises(dinov2_attn.InvalidInput, match=r"28 × 42 \(not enough memory\)\. Give"):
+            cls_maps(planted, read_photograph(folder / "small.png", 14))
+    finally:
+        hook.remove()
+
+
 def test_the_numbers_are_attention_not_rescaled(planted, folder):
     Image.fromarray(photograph_of((2, 3), (0, 1))).save(folder / "planted.png")
     photograph = read_photograph(folder / "planted.png", 14)

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on ``argv`` and return its exit status.
 
-    0: all done; 1: some inputs failed and were reported, the others are done; 2: nothing
-    was done. argparse exits by itself, with 2 for bad arguments.
+    0: all done; 1: inputs failed and were reported, all others are done; 2: an error before
+    the first input; 130: interrupted. argparse exits by itself, with 2 for bad arguments.
     """
     args = _parser().parse_args(argv)
     _configure_log()
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Dinov2AttnError as error:
         log.error("%s", error)
         return 2
+    except KeyboardInterrupt:
+        log.error("interrupted; what was written is complete")
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -72,7 +72,7 @@ def _check_device(name: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).cpu()  # nothing comes back from the meta device
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         reason = str(error).partition("\n")[0]
         raise InvalidInput(

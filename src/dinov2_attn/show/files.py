@@ -20,6 +20,7 @@ def together(folder: Path) -> Iterator[Path]:
     block raises or a file cannot be written, ``folder`` is as it was before, or absent
     again, and an ``OSError`` comes out as ``UnwritableOutput``.
     """
+    folder = Path(os.path.abspath(folder))  # mkdir would look for what `..` leads back from
     try:
         with ExitStack() as undo:
             _make(folder, undo)
@@ -41,7 +42,6 @@ def together(folder: Path) -> Iterator[Path]:
 
 def _make(folder: Path, undo: ExitStack) -> None:
     """Make ``folder`` and what is missing above it; undoing removes what was made."""
-    folder = Path(os.path.abspath(folder))  # mkdir would look for what `..` leads back from
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir()

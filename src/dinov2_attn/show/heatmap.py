@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dinov2_attn.errors import Dinov2AttnError, InvalidInput
 from dinov2_attn.show.banner import with_banner
 from dinov2_attn.show.colours import Grid, Pixels, blend, heaviest, stain, upsample, viridis
 from dinov2_attn.show.files import together
@@ -20,15 +21,29 @@ def cls_maps(model: Any, photograph: Photograph, device: str | torch.device = "c
 
     ``model`` is a grafted vision transformer on ``device``. The shares of CLS and of the
     registers are cut off and nothing is rescaled, so that a head sums to less than one.
+    Raises ``InvalidInput`` if the device cannot run the model on this many patches.
     """
-    with torch.inference_mode():
-        images = photograph.tensor.to(device).unsqueeze(0)
-        weights = model.get_last_self_attention(images, queries="cls")
+    weights = _cls_rows(model, photograph.tensor.unsqueeze(0), device)
     prefix = 1 + getattr(model, "num_register_tokens", 0)
     height, width = (side // model.patch_size for side in photograph.tensor.shape[1:])
     patches = weights[0, :, 0, prefix:].float().cpu()
     maps: Grid = patches.reshape(-1, height, width).numpy()
     return maps
+
+
+def _cls_rows(model: Any, images: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    try:
+        with torch.inference_mode():
+            weights: torch.Tensor = model.get_last_self_attention(images.to(device), queries="cls")
+    except (RuntimeError, MemoryError) as error:  # no memory on this device, as a rule
+        if isinstance(error, Dinov2AttnError):
+            raise
+        raise InvalidInput(
+            "an image that the model can be run on here",
+            f"one of {images.shape[2]} × {images.shape[3]} ({str(error).partition(chr(10))[0]})",
+            "Give a smaller --image-size.",
+        ) from error
+    return weights
 
 
 def draw(

@@ -18,6 +18,9 @@ from dinov2_attn.errors import InvalidInput, UnreadableFile
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
 
+# An image of so many pixels takes 1.2 GB as a tensor; its attention would take petabytes.
+MOST_PIXELS = 100_000_000
+
 # The published weights were trained up to here; the cost of attention grows with the
 # fourth power of an image's side.
 LARGEST_SHORT_SIDE = 518
@@ -42,7 +45,7 @@ def read_photograph(path: Path, patch_size: int, image_size: ImageSize = None) -
     ``image_size`` is the length of the short side or an exact (height, width); without
     it the image keeps its size up to a short side of 518. The crop takes away at the right
     and at the bottom. Raises ``UnreadableFile`` if there is no complete image of 8 bits per
-    channel at ``path``, ``InvalidInput`` if not one patch fits in.
+    channel at ``path``, ``InvalidInput`` if not one patch fits in or it is beyond reason.
     """
     image = _resize(_open(path), image_size)
     width, height = (side - side % patch_size for side in image.size)
@@ -81,7 +84,17 @@ def _open(path: Path) -> Image.Image:
 def _resize(image: Image.Image, size: ImageSize) -> Image.Image:
     if size is None:
         size = min(*image.size, LARGEST_SHORT_SIDE)
-    lengths = [size] if isinstance(size, int) else list(size)
+    if isinstance(size, int):
+        short, long = sorted(image.size)
+        lengths, pixels = [size], size * size * long // short
+    else:
+        lengths, pixels = list(size), size[0] * size[1]
+    if pixels > MOST_PIXELS:
+        raise InvalidInput(
+            f"an image of at most {MOST_PIXELS:,} pixels after resizing",
+            f"{pixels:,}",
+            "Give a smaller --image-size.",
+        )
     # One length is the short side to torchvision, two are height and width.
     resized: Image.Image = transforms.resize(image, lengths, InterpolationMode.BICUBIC)
     return resized

@@ -29,10 +29,17 @@ def build(
 
     Its weights are random, drawn from torch's global generator. ``img_size`` is the size
     of the square that the positional embedding is made for. Raises ``InvalidInput`` for an
-    unknown architecture and ``Unavailable`` if this revision of upstream has no registers.
+    unknown architecture or an impossible patch size, and ``Unavailable`` if this revision
+    of upstream has no registers.
     """
     if arch not in ARCHS:
         raise InvalidInput(f"an architecture of {', '.join(ARCHS)}", repr(arch), "Name one.")
+    if not 0 < patch_size <= img_size:
+        raise InvalidInput(
+            f"a patch size from 1 to {img_size}, the size that the embedding is made for",
+            str(patch_size),
+            "The published models have 14.",
+        )
     from dinov2.models import vision_transformer
 
     if registers:
