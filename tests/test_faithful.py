@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dinov2_attn
 import reference
+import upstreams
 from strategies import AttentionCase, attention_cases, noise, seeds
 from tolerances import assert_close
 
@@ -99,6 +101,18 @@ def test_a_changed_scale_counts_only_where_the_kernel_reads_it(layers, which):
     tokens = noise(2, 11, 15, seed=1, dtype=torch.float64)
     module.scale *= 3
     assert_faithful(module, tokens, module(tokens, return_attn=True), module(tokens))
+
+
+def test_xformers_never_sees_the_scale_either(monkeypatch):
+    """Where upstream would call its kernel, the weights are those of its default scale."""
+    first = upstreams.FIRST
+    with dinov2_attn.install():
+        module = first.cls("MemEffAttention")(15, num_heads=3).double()
+        tokens = noise(2, 11, 15, seed=1, dtype=torch.float64)
+        expected = reference.weights(module, tokens)
+        module.scale *= 3
+        monkeypatch.setattr(first.module(first.attention), "XFORMERS_AVAILABLE", True)
+        assert_close(module(tokens, return_attn=True), expected)
 
 
 @given(seed=seeds, dtype=st.sampled_from([torch.bfloat16]))

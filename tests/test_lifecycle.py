@@ -196,10 +196,12 @@ def test_what_somebody_patched_below_comes_back():
     def theirs(self, x):
         return upstream(self, x)
 
+    theirs.mark = "theirs"
     block.forward = theirs
     try:
         with dinov2_attn.install():
             assert block.forward is not theirs
+            assert not hasattr(block.forward, "mark")
             assert asks(load())
         assert block.forward is theirs
     finally:

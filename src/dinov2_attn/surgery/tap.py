@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-Ask = Callable[..., Any]
-Listener = Callable[[nn.Module, Ask, tuple[Any, ...], dict[str, Any]], None]
+from dinov2_attn.upstream.kernel import Forward
+
+Listener = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], None]
 
 
 class _Tap(threading.local):
@@ -58,13 +59,15 @@ def attentions_of_pass(**selection: Any) -> Iterator[list[Any]]:
     seen: set[int] = set()
     caught: list[Any] = []
 
-    def listen(block: nn.Module, ask: Ask, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def listen(
+        block: nn.Module, weights_of: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         # A grafted class calls its grafted base for the same block: listen to the first.
         if id(block) not in seen:
             seen.add(id(block))
             # What the projection draws (LoRA's dropout) is then drawn again by the pass itself.
             with _same_draws(args[0].device) if block.training and args else nullcontext():
-                caught.append(ask(block, *args, **kwargs, **selection))
+                caught.append(weights_of(block, *args, **kwargs, **selection))
 
     before, TAP.listener = TAP.listener, listen
     try:
