@@ -176,9 +176,10 @@ def test_a_bias_that_upstream_would_refuse_is_refused(models):
         module(tokens, attn_bias=noise(3, 3, seed=0), return_attn=True)
 
 
-def test_arguments_that_a_class_does_not_have_are_refused(first):
-    with dinov2_attn.install():
-        module, tokens = first.attentions[0](4, num_heads=1), noise(1, 3, 4, seed=0)
+def test_arguments_that_a_class_does_not_have_are_refused():
+    upstream = upstreams.DEPTH_ANYTHING
+    with dinov2_attn.install(upstream.package):
+        module, tokens = upstream.attentions[0](4, num_heads=1), noise(1, 3, 4, seed=0)
         for name in ("attn_bias", "is_causal", "pos"):
             with pytest.raises(dinov2_attn.InvalidInput, match=f"arguments x, queries.*{name}"):
                 module(tokens, **{name: None}, return_attn=True)

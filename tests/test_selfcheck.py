@@ -303,7 +303,7 @@ def test_a_module_need_not_be_built_as_upstreams_is():
 
 @pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
 def test_whatever_foreign_code_raises_is_told_as_incompatible(change):
-    class Attention(upstreams.FIRST.cls("Attention")):
+    class Attention(upstreams.DEPTH_ANYTHING.cls("Attention")):
         def __init__(self, dim, num_heads=8, **options):
             super().__init__(dim, num_heads, **options)
             change(self)

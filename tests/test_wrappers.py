@@ -158,24 +158,18 @@ def test_one_thread_asking_does_not_disturb_another(models):
 
 
 def test_asking_inside_of_asking(models):
-    """A head on top of one model may hold another."""
+    """A hook in the middle of a pass may ask another model for its attention."""
+    inner, outer, caught = build(models), build(models), []
+    expected = inner.get_self_attention(IMAGES), outer.get_self_attention(IMAGES)
 
-    class Head(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = [inner]
+    def ask_inner(*_):
+        caught.append(inner(IMAGES, return_attention=True)[1])
 
-        def forward(self, x):
-            return self.inner[0](IMAGES, return_attention=True)[1]
-
-    inner, outer = build(models), build(models)
-    outer.norm.register_forward_hook(lambda _, __, out: (caught.append(Head(inner)(out)), out)[1])
-    caught = []
+    outer.blocks[0].mlp.register_forward_hook(ask_inner)
     _, attentions = outer(IMAGES, return_attention=True)
-    assert len(attentions) == len(caught[0]) == 3
-    outer.norm._forward_hooks.clear()
-    assert all(map(torch.equal, attentions, outer.get_self_attention(IMAGES)))
-    assert all(map(torch.equal, caught[0], inner.get_self_attention(IMAGES)))
+    assert all(map(torch.equal, caught[0], expected[0]))
+    assert len(attentions) == 3
+    assert all(map(torch.equal, attentions, expected[1]))
 
 
 def test_what_is_not_asked_keeps_nothing(models):
