@@ -261,12 +261,13 @@ def test_a_model_whose_pass_is_another_is_refused():
         assert not hasattr(model, "get_self_attention")
 
 
-def test_a_copy_that_is_wrong_only_when_chunked_is_refused():
+@pytest.mark.parametrize("wrong_when_chunked", [True, False])
+def test_a_copy_that_is_wrong_only_when_chunked_or_flat_is_refused(wrong_when_chunked):
     base = upstreams.MOGE.cls("DinoVisionTransformer")
 
     class Model(base):
         def forward_features(self, x, masks=None):
-            if not self.chunked_blocks:
+            if self.chunked_blocks != wrong_when_chunked:
                 return super().forward_features(x, masks)
             x = self.prepare_tokens_with_masks(x, masks)
             for chunk in list(self.blocks)[::-1]:
