@@ -454,6 +454,24 @@ def test_the_ledger_knows_absence_and_who_needs_what():
     assert list(ledger) == []
 
 
+def test_the_ledger_rolls_back_what_is_new_after_somebody_elses_undo():
+    """Dropping an entry that was undone must not hide the one that takes its place."""
+
+    class Upstream:
+        def old(self):
+            return "old"
+
+    ledger, old = Ledger(), vars(Upstream)["old"]
+    ledger.set(Upstream, "old", lambda self: "first", "a")
+    Upstream.old = old
+    before = list(ledger)
+    assert not ledger.keep(Upstream, "old", "a")
+    ledger.set(Upstream, "old", lambda self: "second", "a")
+    ledger.roll_back(before)
+    assert vars(Upstream)["old"] is old
+    assert list(ledger) == []
+
+
 def run_fresh(folder, code, *arguments):
     """Run ``code`` in a process of its own: what imports do there cannot be reached from here."""
     result = python("-W", "ignore", "-c", textwrap.dedent(code), *arguments, cwd=folder)

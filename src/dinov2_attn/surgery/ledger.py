@@ -75,14 +75,12 @@ class Ledger:
                 return True
         return False
 
-    def roll_back(self, length: int) -> None:
-        """Undo all but the first ``length`` grafts: those that an operation has just set."""
-        for graft in self._grafts[length:]:
-            graft.undo()
-        del self._grafts[length:]
-
-    def __len__(self) -> int:
-        return len(self._grafts)
+    def roll_back(self, before: list[Graft]) -> None:
+        """Undo every graft that is not in ``before``: those that an operation has just set."""
+        for graft in self:
+            if graft not in before:
+                graft.undo()
+                self._grafts.remove(graft)
 
     def release(self, target: Hashable) -> None:
         """Undo what only ``target`` needs; what others need too stays for them."""

@@ -12,7 +12,7 @@ from dinov2_attn.surgery.grafts import BLOCK_CHILDREN, graft_attention, graft_bl
 from dinov2_attn.surgery.ledger import Ledger
 from dinov2_attn.surgery.transformer import METHODS, graft_forward, graft_forward_features
 from dinov2_attn.upstream import contract, selfcheck
-from dinov2_attn.upstream.anatomy import Part
+from dinov2_attn.upstream.anatomy import Part, in_order
 
 
 def operate(ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part]]) -> None:
@@ -21,12 +21,13 @@ def operate(ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part
     Classes that are grafted already are kept for this target too. Parts come in the
     order in which they build on each other, so that each can be proved on proved ones.
     """
-    order, before = list(Part), len(ledger)
+    before = list(ledger)
     try:
-        found = sorted(classes, key=lambda item: order.index(item[1]))
+        found = in_order(classes)
+        options = _made_of(found)
         with selfcheck.laboratory():
             for cls, part in found:
-                _graft(ledger, target, cls, part, _made_of(found))
+                _graft(ledger, target, cls, part, options.get(part, {}))
     except BaseException:
         ledger.roll_back(before)
         with suppress(PatchedOnTop):  # what was proved before may stay under somebody's patch
@@ -35,10 +36,10 @@ def operate(ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part
 
 
 def _graft(
-    ledger: Ledger, target: Hashable, cls: type, part: Part, options: dict[Part, dict[str, Any]]
+    ledger: Ledger, target: Hashable, cls: type, part: Part, options: dict[str, Any]
 ) -> None:
     try:
-        _STEPS[part](ledger, target, cls, part, options.get(part, {}))
+        _STEPS[part](ledger, target, cls, part, options)
     except Dinov2AttnError:
         raise
     except Exception as error:  # foreign code: whatever it raises, it is not what we know

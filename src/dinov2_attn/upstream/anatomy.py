@@ -8,7 +8,7 @@ contract and the self-check decide.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from types import ModuleType
 
@@ -77,7 +77,17 @@ def classes_behind(model: nn.Module) -> Iterator[tuple[type, Part]]:
         for module in root.modules():
             if (part := part_of_module(module)) is not None:
                 found.update(dict.fromkeys(_own_bases(type(module)), part))
-    yield from sorted(found.items(), key=lambda item: list(Part).index(item[1]))
+    yield from in_order(found.items())
+
+
+def in_order(classes: Iterable[tuple[type, Part]]) -> list[tuple[type, Part]]:
+    """Sort by part, so that what others build on comes first; otherwise as given."""
+    return sorted(classes, key=lambda item: list(Part).index(item[1]))
+
+
+def count_registers(model: object) -> int:
+    """Return R, which the first revisions of upstream do not know."""
+    return int(getattr(model, "num_register_tokens", 0))
 
 
 def _own_bases(cls: type) -> list[type]:
