@@ -144,7 +144,7 @@ def test_one_thread_asking_does_not_disturb_another(models):
             for _ in range(10):
                 caught.append(model(IMAGES, return_attention=True)[1])
                 caught.append(model.get_self_attention(IMAGES))
-        except Exception as error:
+        except Exception as error:  # reported below, out of the thread
             failures.append(error)
 
     threads = [threading.Thread(target=ask) for _ in range(4)]

@@ -14,6 +14,7 @@ from dinov2_attn.show.banner import with_banner
 from dinov2_attn.show.colours import Grid, Pixels, blend, heaviest, stain, upsample, viridis
 from dinov2_attn.show.files import together
 from dinov2_attn.show.images import Photograph
+from dinov2_attn.upstream.anatomy import count_registers
 
 
 def cls_maps(model: Any, photograph: Photograph, device: str | torch.device = "cpu") -> Grid:
@@ -24,7 +25,7 @@ def cls_maps(model: Any, photograph: Photograph, device: str | torch.device = "c
     Raises ``InvalidInput`` if the device cannot run the model on this many patches.
     """
     weights = _cls_rows(model, photograph.tensor.unsqueeze(0), device)
-    prefix = 1 + getattr(model, "num_register_tokens", 0)
+    prefix = 1 + count_registers(model)
     height, width = (side // model.patch_size for side in photograph.tensor.shape[1:])
     patches = weights[0, :, 0, prefix:].float().cpu()
     maps: Grid = patches.reshape(-1, height, width).numpy()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dinov2_attn.errors import InvalidInput, OutOfRange
 from dinov2_attn.queries import whole_number
+from dinov2_attn.upstream.anatomy import count_registers
 
 Layers = int | Sequence[int] | None
 
@@ -41,7 +42,7 @@ def check_images(model: Any, images: object, masks: object = None) -> None:
             "Crop or resize the images to whole patches.",
         )
     if masks is not None:
-        _check_masks(masks, images.shape[0], images.shape[2] // height * (images.shape[3] // width))
+        _check_masks(masks, images.shape[0], _count_patches(model, images))
 
 
 def check_list(images: Sequence[object], masks: object) -> list[Any]:
@@ -92,9 +93,12 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
 
 def count_tokens(model: Any, images: Tensor) -> int:
     """Return N = 1 + R + h·w for a batch of images that ``check_images`` has passed."""
+    return 1 + count_registers(model) + _count_patches(model, images)
+
+
+def _count_patches(model: Any, images: Tensor) -> int:
     height, width = patch_size(model)
-    patches = images.shape[2] // height * (images.shape[3] // width)
-    return 1 + int(getattr(model, "num_register_tokens", 0)) + patches
+    return images.shape[2] // height * (images.shape[3] // width)
 
 
 def patch_size(model: Any) -> tuple[int, int]:

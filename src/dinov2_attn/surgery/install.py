@@ -183,7 +183,7 @@ def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
         try:
             operate(_LEDGER, package.name, package.classes(arrived))
             package.failure = None
-        except Exception as error:
+        except Exception as error:  # told again by status(), whatever it is
             package.failure = error
             raise
 

@@ -20,6 +20,7 @@ from dinov2_attn.surgery.inputs import (
     layers_to_take,
 )
 from dinov2_attn.surgery.tap import attentions_of_pass
+from dinov2_attn.upstream.anatomy import count_registers
 from dinov2_attn.upstream.kernel import Forward
 
 
@@ -51,7 +52,7 @@ def get_self_attention(
     run, and of that one only norm and projection. Raises ``InvalidInput`` and
     ``OutOfRange`` for what cannot be, ``NotGrafted`` where a block's class is unknown.
     """
-    queries = spell_out(queries, getattr(self, "num_register_tokens", 0))
+    queries = spell_out(queries, count_registers(self))
     check_heads(heads)
     if isinstance(x, list | tuple):
         each = [
@@ -169,7 +170,7 @@ def _answer(
     **kwargs: Any,
 ) -> Any:
     """Return ``(output, attentions)`` of one pass; for a list of tensors a list of these."""
-    queries = spell_out(queries, getattr(model, "num_register_tokens", 0))
+    queries = spell_out(queries, count_registers(model))
     check_heads(heads)
     if isinstance(x, list | tuple):
         return [
@@ -182,9 +183,10 @@ def _answer(
         kwargs["masks"] = masks
     with attentions_of_pass(queries=queries, heads=heads) as attentions:
         output = original(model, x, **kwargs)
-    if len(attentions) != len(flat_blocks(model.blocks)):
+    depth = len(flat_blocks(model.blocks))
+    if len(attentions) != depth:
         raise NotGrafted(
-            f"the attention of {len(flat_blocks(model.blocks))} blocks from one forward pass",
+            f"the attention of {depth} blocks from one forward pass",
             f"that of {len(attentions)}",
             "Call dinov2_attn.install(model) with the live model, and do so before compiling it.",
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from dinov2_attn.attention import attention_weights
 from dinov2_attn.errors import IncompatibleUpstream
 from dinov2_attn.upstream import contract
-from dinov2_attn.upstream.anatomy import Part, part_of_module
+from dinov2_attn.upstream.anatomy import Part, count_registers, part_of_module
 from dinov2_attn.upstream.contract import name_of
 from dinov2_attn.upstream.kernel import Forward, Kernel, branches, project
 
@@ -60,7 +61,7 @@ def prove_attention(cls: type, forward: Forward, grafted: Forward, kernel: Kerne
     """Prove invariants 1 and 2 for an attention class: unasked as before, asked faithful."""
     module, x = _build(cls, dim=_DIM, num_heads=_HEADS, qkv_bias=True), _tokens()
     for xformers, run in branches(forward).items():
-        contract.check_reads(module, lambda run=run: run(module, x))  # type: ignore[misc]
+        contract.check_reads(module, partial(run, module, x))
         weights = _weights(module, x, kernel, xformers)
         _same(cls, "proj(weights @ v)", _features(module, x, weights), run(module, x))
     weights = _weights(module, x, kernel, None)
@@ -88,7 +89,7 @@ def prove_transformer(cls: type, options: dict[str, Any]) -> None:
         model = _build(cls, **_MODEL, block_chunks=chunks, **options)
         images = _noise(2, 3, _GRID[0] * _PATCH, _GRID[1] * _PATCH)
         attentions = [m for m in model.modules() if part_of_module(m) is Part.ATTENTION]
-        calls = _calls_of(attentions, lambda m=model, i=images: m.forward_features(i))  # type: ignore[misc]
+        calls = _calls_of(attentions, partial(model.forward_features, images))
         _one_call_each(cls, calls, _MODEL["depth"])
         expected = [m(*call, return_attn=True) for m, call in zip(attentions, calls, strict=True)]
         _layout_fits(cls, model, tokens=expected[0].shape[-1])
@@ -163,13 +164,12 @@ def _calls_of(modules: list[Any], run: Callable[[], object]) -> list[tuple[Any, 
 
 
 def _same(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
-    if ours.shape == theirs.shape and torch.allclose(ours, theirs, _TOLERANCE, _TOLERANCE):
+    if ours.shape != theirs.shape:
+        gap = f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    elif torch.allclose(ours, theirs, _TOLERANCE, _TOLERANCE):
         return
-    gap = (
-        f"a difference of {(ours - theirs).abs().max():.2g}"
-        if ours.shape == theirs.shape
-        else (f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}")
-    )
+    else:
+        gap = f"a difference of {(ours - theirs).abs().max():.2g}"
     raise IncompatibleUpstream(
         f"{what} to equal what {name_of(cls)} itself computes, within {_TOLERANCE:g} in float64",
         gap,
@@ -187,7 +187,7 @@ def _one_call_each(cls: type, calls: list[tuple[Any, ...]], expected: int) -> No
 
 
 def _layout_fits(cls: type, model: Any, tokens: int) -> None:
-    registers, patches = getattr(model, "num_register_tokens", 0), _GRID[0] * _GRID[1]
+    registers, patches = count_registers(model), _GRID[0] * _GRID[1]
     if tokens != 1 + registers + patches:
         raise IncompatibleUpstream(
             f"{name_of(cls)} to lay out 1 CLS + {registers} registers + {patches} patches",
