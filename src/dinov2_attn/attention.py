@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.errors import InvalidInput
+from dinov2_attn.tiles import fill, may_tile
 
 Heads = Literal["mean"] | None
 
@@ -28,6 +29,7 @@ def attention_weights(
     bias: Tensor | None = None,
     causal_rows: Tensor | None = None,
     heads: Heads = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return ``softmax(query @ keyᵀ · scale + bias)``, the weights before dropout.
 
@@ -36,6 +38,7 @@ def attention_weights(
     key     ``(B, heads, N, head_dim)``, the same dtype
     bias    broadcastable to ``(B, heads, Q, N)``: added to the scores when floating,
             a mask of what may be seen when boolean, as in PyTorch's kernel
+    out     what to write the result into, where ``may_tile(query)``
     result  ``(B, heads, Q, N)``, or ``(B, Q, N)`` with ``heads="mean"``, in the dtype
             of ``query``
     ======  ======================================================================
@@ -57,15 +60,30 @@ def attention_weights(
     """
     with _without_autocast(query.device):
         dtype = torch.promote_types(query.dtype, torch.float32)
-        scores = (query.to(dtype) * scale) @ key.to(dtype).transpose(-2, -1)
+        scaled, wide = query.to(dtype) * scale, key.to(dtype)
+        seen = None if causal_rows is None else _past(causal_rows, key.shape[-2])
+        if bias is not None and bias.dtype == torch.bool:
+            bias = torch.zeros_like(bias, dtype=dtype).masked_fill_(~bias, float("-inf"))
+        if may_tile(query):
+            if out is None:
+                out = query.new_empty(shape_of_weights(query, key, heads))
+            fill(out, scaled, wide, bias=bias, seen=seen)
+            return out
+        scores = scaled @ wide.transpose(-2, -1)
         if bias is not None:
-            scores = _biased(scores, bias)
-        if causal_rows is not None:
-            scores = scores.masked_fill(_future(causal_rows, key.shape[-2]), float("-inf"))
+            scores = scores + bias
+        if seen is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
         weights = scores.softmax(dim=-1)
         if heads == "mean":
             weights = weights.mean(dim=1)
         return weights.to(query.dtype)
+
+
+def shape_of_weights(query: Tensor, key: Tensor, heads: Heads) -> tuple[int, ...]:
+    """Return the shape of what ``attention_weights`` returns."""
+    kept = query.shape[:1] if heads == "mean" else query.shape[:2]
+    return (*kept, query.shape[2], key.shape[2])
 
 
 def check_heads(heads: object) -> None:
@@ -78,16 +96,10 @@ def check_heads(heads: object) -> None:
         )
 
 
-def _biased(scores: Tensor, bias: Tensor) -> Tensor:
-    if bias.dtype == torch.bool:
-        return scores.masked_fill(~bias, float("-inf"))
-    return scores + bias
-
-
-def _future(rows: Tensor, length: int) -> Tensor:
-    """Mask ``(Q, N)`` of the keys that lie behind each row's own position."""
+def _past(rows: Tensor, length: int) -> Tensor:
+    """Mask ``(Q, N)`` of the keys that do not lie behind each row's own position."""
     keys = torch.arange(length, device=rows.device)
-    return keys[None, :] > rows[:, None]
+    return keys[None, :] <= rows[:, None]
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

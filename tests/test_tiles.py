@@ -1,0 +1,130 @@
+"""Weights made tile by tile are those made at once, however small the tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from dinov2_attn import attention, tiles
+from dinov2_attn.upstream import projection
+from strategies import attention_cases, noise, seeds
+from tolerances import assert_close
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Tiles and pieces of a few numbers, so that every cut is made."""
+
+    def cut(size):
+        monkeypatch.setattr(tiles, "TILE_BYTES", size)
+        monkeypatch.setattr(projection, "TILE_BYTES", size)
+
+    return cut
+
+
+SIZES = st.sampled_from([1, 64, 300, 2000, 2**20])
+
+
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 7), st.integers(1, 9)),
+    bias=st.sampled_from([None, (1, 1, 1, 1), (1, 1, 0, 0), (0, 0, 0, 0), (0, 1, 0, 0)]),
+    causal=st.booleans(),
+    heads=st.sampled_from([None, "mean"]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    size=SIZES,
+    seed=seeds,
+)
+def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, size, seed):
+    batch, count, rows, length = shape
+    query = noise(batch, count, rows, 5, seed=seed, dtype=dtype)
+    key = noise(batch, count, length, 5, seed=seed + 1, dtype=dtype)
+    kwargs = {"heads": heads}
+    if bias is not None:
+        sizes = [1 if one else n for one, n in zip(bias, shape, strict=True)]
+        kwargs["bias"] = noise(*sizes, seed=seed + 2)
+    if causal:
+        kwargs["causal_rows"] = torch.arange(rows)
+    whole = attention.attention_weights(query, key, 0.7, **kwargs)
+    before, tiles.TILE_BYTES = tiles.TILE_BYTES, size
+    try:
+        with torch.no_grad():
+            tiled = attention.attention_weights(query, key, 0.7, **kwargs)
+    finally:
+        tiles.TILE_BYTES = before
+    assert tiled.dtype == dtype
+    assert_close(tiled, whole)
+
+
+@given(case=attention_cases(st.just(torch.float64)), size=SIZES, data=st.data())
+def test_pieces_equal_the_whole(layers, case, size, data):
+    module, tokens = case.build(layers)
+    queries = data.draw(st.sampled_from([None, 0, [-1, 0]]))
+    heads = data.draw(st.sampled_from([None, "mean"]))
+    whole = module(tokens, return_attn=True, queries=queries, heads=heads)
+    before = tiles.TILE_BYTES
+    tiles.TILE_BYTES = projection.TILE_BYTES = size
+    try:
+        with torch.no_grad():
+            assert_close(module(tokens, return_attn=True, queries=queries, heads=heads), whole)
+    finally:
+        tiles.TILE_BYTES = projection.TILE_BYTES = before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("adorn", ["hook", "pre-hook", "global hook", "subclass", "forward"])
+def test_whatever_else_sits_at_qkv_is_called_once_with_everything(layers, adorn, tiny):
+    """Hooks, adapters and quantised layers see what upstream would show them."""
+    tiny(1)
+    module, tokens = layers.attentions[0](12, num_heads=2), noise(3, 4, 12, seed=0)
+    seen, undo = [], None
+    if adorn == "hook":
+        module.qkv.register_forward_hook(lambda m, a, out: seen.append(len(a[0])))
+    elif adorn == "pre-hook":
+        module.qkv.register_forward_pre_hook(lambda m, a: seen.append(len(a[0])))
+    elif adorn == "global hook":
+        undo = nn.modules.module.register_module_forward_hook(
+            lambda m, a, out: seen.append(len(a[0])) if m is module.qkv else None
+        )
+    elif adorn == "subclass":
+
+        class Adapter(nn.Linear):
+            def forward(self, x):
+                seen.append(len(x))
+                return super().forward(x)
+
+        module.qkv.__class__ = Adapter
+    else:
+        plain = module.qkv.forward
+        module.qkv.forward = lambda x: (seen.append(len(x)), plain(x))[1]
+    module(tokens, return_attn=True)
+    if undo is not None:
+        undo.remove()
+    assert seen == [3]
+
+
+@torch.no_grad()
+def test_no_second_matrix_is_made():
+    """The largest tensor beside the result is a tile."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not _shares_memory(out, result):
+                self.largest = max(self.largest, out.numel() * out.element_size())
+            return out
+
+    query = noise(2, 3, 400, 16, seed=0)
+    result = torch.empty(2, 3, 400, 400)
+    with Watch() as watch:
+        attention.attention_weights(query, query, 0.25, out=result)
+    assert 2**18 < watch.largest <= tiles.TILE_BYTES < result.numel() * 4
+
+
+def _shares_memory(a, b):
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
