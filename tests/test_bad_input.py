@@ -163,7 +163,9 @@ def test_a_block_takes_tokens_and_nothing_else(layers, call):
 def test_a_bias_of_unknown_kind_is_named():
     with dinov2_attn.install(upstreams.MOGE.package):
         module = upstreams.MOGE.cls("Attention")(4, num_heads=1)
-        with pytest.raises(dinov2_attn.InvalidInput, match=r"dense tensor.*; found builtins\.dict"):
+        with pytest.raises(
+            dinov2_attn.InvalidInput, match=r"dense tensor.*; found .*builtins\.dict"
+        ):
             module(noise(1, 3, 4, seed=0), {}, return_attn=True)
 
 
@@ -172,7 +174,9 @@ def test_a_bias_that_upstream_would_refuse_is_refused(models):
     module, tokens = models.attentions[1](4, num_heads=1), noise(1, 3, 4, seed=0)
     with pytest.raises(AssertionError):
         module(tokens, attn_bias=noise(3, 3, seed=0))
-    with pytest.raises(dinov2_attn.InvalidInput, match="XFORMERS_AVAILABLE is true; found one of"):
+    with pytest.raises(
+        dinov2_attn.InvalidInput, match="XFORMERS_AVAILABLE is true; found one of type"
+    ):
         module(tokens, attn_bias=noise(3, 3, seed=0), return_attn=True)
 
 

@@ -116,6 +116,17 @@ def test_another_meaning_of_causal_is_refused():
         dinov2_attn.install(Attention(12, num_heads=2))
 
 
+def test_another_meaning_of_the_bias_is_refused():
+    base = upstreams.MOGE.cls("Attention")
+
+    class Attention(base):
+        def forward(self, x, attn_bias=None):
+            return super().forward(x, None if attn_bias is None else -attn_bias)
+
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="under a bias to equal"):
+        dinov2_attn.install(Attention(12, num_heads=2))
+
+
 def test_a_graft_that_returns_anything_else_is_refused():
     """The proof is of what users will get, not only of upstream's code."""
     cls = upstreams.ANOMALIB.cls("Attention")

@@ -13,16 +13,16 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dinov2_attn.attention import Heads, attention_weights, check_heads
 from dinov2_attn.errors import InvalidInput, NotGrafted
-from dinov2_attn.queries import Queries, Rows, place
+from dinov2_attn.surgery.attend import attend, check_tokens
+from dinov2_attn.surgery.nesting import check_stochastic_depth
 from dinov2_attn.surgery.tap import TAP, answer, ask
 from dinov2_attn.upstream.anatomy import Part
 from dinov2_attn.upstream.contract import argument_names, name_of
-from dinov2_attn.upstream.kernel import Forward, Kernel, project
+from dinov2_attn.upstream.flags import Forward
+from dinov2_attn.upstream.kernel import Kernel
 
 # The norm before the attention and the attention itself, by upstream's names.
 BLOCK_CHILDREN = {
@@ -48,7 +48,7 @@ def graft_attention(original: Forward, kernel: Kernel) -> Forward:
     def forward(self: nn.Module, *args: Any, return_attn: bool = False, **kwargs: Any) -> Any:
         if not return_attn:
             return original(self, *args, **kwargs)
-        return answer(_attend(self, kernel, **_by_name(names, args, kwargs)))
+        return answer(attend(self, kernel, **_by_name(names, args, kwargs)))
 
     return announce(original, forward, "return_attn")
 
@@ -57,8 +57,8 @@ def graft_block(original: Forward, part: Part) -> Forward:
     """Give a block's ``forward`` a ``return_attention``; a list in gives a list out.
 
     Asked, it returns the weights of its attention on its normalised input; the rest of
-    the block does not run. A list of tensors is answered one by one, whether or not
-    xFormers could nest them.
+    the block does not run. A list of tensors is answered one by one: nested or not, norm
+    and projection know no neighbours, so the weights are the same.
     """
     names = argument_names(original)
     norm, attention = BLOCK_CHILDREN[part]
@@ -67,8 +67,11 @@ def graft_block(original: Forward, part: Part) -> Forward:
         selection = {name: kw.pop(name, None) for name in ("queries", "heads")}
         tokens = _only_tokens(_by_name(names, args, kw))
         if isinstance(tokens, list):
+            for tensor in tokens:
+                check_tokens(tensor)
+            check_stochastic_depth(self, tokens)
             return [weights_of(self, t, **selection) for t in tokens]
-        _check_tokens(tokens)
+        check_tokens(tokens)
         causal = (self.is_causal,) if part is Part.CAUSAL_BLOCK else ()
         normed = getattr(self, norm)(tokens)
         return weights_from(getattr(self, attention), "return_attn", normed, *causal, **selection)
@@ -116,59 +119,6 @@ def announce(original: Forward, forward: Forward, keyword: str) -> Forward:
     forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     setattr(forward, _MARK, keyword)
     return forward
-
-
-def _attend(
-    module: nn.Module,
-    kernel: Kernel,
-    *,
-    x: Tensor,
-    attn_bias: Any = None,
-    is_causal: bool = False,
-    queries: Queries = None,
-    heads: Heads = None,
-) -> Tensor:
-    check_heads(heads)
-    _check_tokens(x)
-    rows = place(queries, x.shape[1])
-    query, key, _ = project(module, x)
-    positions = torch.arange(x.shape[1], device=x.device)[rows] if is_causal else None
-    return attention_weights(
-        query[:, :, rows],
-        key,
-        kernel.scale(module, query.shape[-1]),
-        bias=_bias_rows(kernel, attn_bias, rows),
-        causal_rows=positions,
-        heads=heads,
-    )
-
-
-def _bias_rows(kernel: Kernel, bias: object, rows: Rows) -> Tensor | None:
-    if bias is None:
-        return None
-    if not kernel.takes_bias():
-        raise InvalidInput(
-            "no attn_bias, which upstream takes only where XFORMERS_AVAILABLE is true",
-            f"one of type {name_of(type(bias))}",
-            "Leave it out, or install xFormers.",
-        )
-    if not isinstance(bias, Tensor):
-        raise InvalidInput(
-            "attn_bias to be None or a dense tensor when attention is asked for",
-            name_of(type(bias)),
-            "Pass the list of tensors to the block or the model instead of their concatenation.",
-        )
-    return bias if bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., rows, :]
-
-
-def _check_tokens(tokens: object) -> None:
-    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
-        found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise InvalidInput(
-            "tokens as a tensor of shape (B, N, C), to a block also a list of such tensors",
-            f"{found}",
-            "Ask the model if images are at hand, or add the batch dimension.",
-        )
 
 
 def _by_name(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

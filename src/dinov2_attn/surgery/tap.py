@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinov2_attn.upstream.kernel import Forward
+from dinov2_attn.upstream.flags import Forward
 
 Listener = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], None]
 
@@ -66,7 +66,7 @@ def attentions_of_pass(**selection: Any) -> Iterator[list[Any]]:
         if id(block) not in seen:
             seen.add(id(block))
             # What the projection draws (LoRA's dropout) is then drawn again by the pass itself.
-            with _same_draws(args[0].device) if block.training and args else nullcontext():
+            with _same_draws(args) if block.training else nullcontext():
                 caught.append(weights_of(block, *args, **kwargs, **selection))
 
     before, TAP.listener = TAP.listener, listen
@@ -76,5 +76,7 @@ def attentions_of_pass(**selection: Any) -> Iterator[list[Any]]:
         TAP.listener = before
 
 
-def _same_draws(device: torch.device) -> AbstractContextManager[object]:
+def _same_draws(args: tuple[Any, ...]) -> AbstractContextManager[object]:
+    tokens = args[0][0] if isinstance(args[0], list) else args[0]
+    device = tokens.device
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

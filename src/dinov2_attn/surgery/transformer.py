@@ -19,9 +19,10 @@ from dinov2_attn.surgery.inputs import (
     count_tokens,
     layers_to_take,
 )
+from dinov2_attn.surgery.nesting import can_nest, check_stochastic_depth
 from dinov2_attn.surgery.tap import attentions_of_pass
 from dinov2_attn.upstream.anatomy import count_registers
-from dinov2_attn.upstream.kernel import Forward
+from dinov2_attn.upstream.flags import Forward
 
 
 def get_self_attention(
@@ -54,17 +55,20 @@ def get_self_attention(
     """
     queries = spell_out(queries, count_registers(self))
     check_heads(heads)
-    if isinstance(x, list | tuple):
-        each = [
-            get_self_attention(self, images, n, mask, queries=queries, heads=heads)
-            for images, mask in zip(x, check_list(x, masks), strict=True)
-        ]
-        return tuple(map(list, zip(*each, strict=True)))
-    check_images(self, x, masks)
-    place(queries, count_tokens(self, x))  # refused here, before anything runs
     blocks = flat_blocks(self.blocks)
     wanted = layers_to_take(n, len(blocks))
-    return _walk(blocks, wanted, self.prepare_tokens_with_masks(x, masks), queries, heads)
+    pairs = _checked(self, x, masks, queries)
+    running = blocks[: max(wanted, default=-1) + 1]
+    if not isinstance(x, list | tuple):
+        return _walk(running, wanted, self.prepare_tokens_with_masks(x, masks), queries, heads)
+    if _nests(self, running, x):
+        tokens = [self.prepare_tokens_with_masks(images, mask) for images, mask in pairs]
+        return _walk(running, wanted, tokens, queries, heads)
+    each = [
+        get_self_attention(self, images, n, mask, queries=queries, heads=heads)
+        for images, mask in pairs
+    ]
+    return tuple(map(list, zip(*each, strict=True)))
 
 
 def get_last_self_attention(
@@ -125,7 +129,9 @@ def graft_forward(original: Forward) -> Forward:
     def forward(self: nn.Module, *args: Any, return_attention: bool = False, **kwargs: Any) -> Any:
         if not return_attention:
             return original(self, *args, **kwargs)
-        answers = _answer(original, self, *args, **kwargs)
+        # A list passes upstream's head in training only, where nothing is done to it.
+        takes_lists = kwargs.get("is_training", False)
+        answers = _answer(original, self, *args, takes_lists=takes_lists, **kwargs)
         if isinstance(answers, list):
             outputs, attentions = zip(*answers, strict=True)
             return list(outputs), tuple(map(list, zip(*attentions, strict=True)))
@@ -150,13 +156,31 @@ def _walk(
     blocks: Sequence[nn.Module], wanted: list[int], tokens: Any, queries: Queries, heads: Heads
 ) -> tuple[Any, ...]:
     weights = []
-    for i in range(max(wanted, default=-1) + 1):
+    for i, block in enumerate(blocks):
         if i in wanted:
             selection = {"queries": queries, "heads": heads}
-            weights.append(weights_from(blocks[i], "return_attention", tokens, **selection))
+            weights.append(weights_from(block, "return_attention", tokens, **selection))
         if i < wanted[-1]:
-            tokens = blocks[i](tokens)
+            tokens = block(tokens)
     return tuple(weights)
+
+
+def _checked(model: Any, x: Any, masks: Any, queries: Queries) -> list[tuple[Any, Any]]:
+    """Return images and mask of each batch, refusing what cannot be before anything runs."""
+    several = isinstance(x, list | tuple)
+    pairs = list(zip(x, check_list(x, masks), strict=True)) if several else [(x, masks)]
+    for images, mask in pairs:
+        check_images(model, images, mask)
+        place(queries, count_tokens(model, images))
+    return pairs
+
+
+def _nests(model: Any, blocks: Sequence[nn.Module], images: Sequence[Tensor]) -> bool:
+    if not can_nest(model, blocks, images):
+        return False
+    for block in blocks:
+        check_stochastic_depth(block, images)
+    return True
 
 
 def _answer(
@@ -167,21 +191,30 @@ def _answer(
     *,
     queries: Queries = None,
     heads: Heads = None,
+    takes_lists: bool = True,
     **kwargs: Any,
 ) -> Any:
     """Return ``(output, attentions)`` of one pass; for a list of tensors a list of these."""
     queries = spell_out(queries, count_registers(model))
     check_heads(heads)
-    if isinstance(x, list | tuple):
-        return [
-            _answer(original, model, images, mask, queries=queries, heads=heads, **kwargs)
-            for images, mask in zip(x, check_list(x, masks), strict=True)
-        ]
-    check_images(model, x, masks)
-    place(queries, count_tokens(model, x))
+    pairs = _checked(model, x, masks, queries)
+    selection = {"queries": queries, "heads": heads}
+    if not isinstance(x, list | tuple):
+        return _one_pass(original, model, x, masks, selection, **kwargs)
+    if takes_lists and _nests(model, flat_blocks(model.blocks), x):
+        masks = [mask for _, mask in pairs]
+        outputs, attentions = _one_pass(original, model, list(x), masks, selection, **kwargs)
+        return list(zip(outputs, zip(*attentions, strict=True), strict=True))
+    return [_one_pass(original, model, images, mask, selection, **kwargs) for images, mask in pairs]
+
+
+def _one_pass(
+    original: Forward, model: Any, x: Any, masks: Any, selection: dict[str, Any], **kwargs: Any
+) -> tuple[Any, tuple[Any, ...]]:
+    """Return upstream's own output and the attention of every block in the same pass."""
     if masks is not None:  # an override may take images only
         kwargs["masks"] = masks
-    with attentions_of_pass(queries=queries, heads=heads) as attentions:
+    with attentions_of_pass(**selection) as attentions:
         output = original(model, x, **kwargs)
     depth = len(flat_blocks(model.blocks))
     if len(attentions) != depth:

@@ -7,16 +7,15 @@ uses, and which of its branches runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from types import FunctionType
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Forward = Callable[..., Any]
-
-_FLAG = "XFORMERS_AVAILABLE"
+from dinov2_attn import biases
+from dinov2_attn.errors import InvalidInput
+from dinov2_attn.upstream.flags import FLAG, KERNEL, Forward, describe_flags, flag_of, is_gated
 
 
 class Kernel:
@@ -35,34 +34,27 @@ class Kernel:
     def scale(self, module: Any, head_dim: int, *, xformers: bool | None = None) -> float:
         """Return the factor on ``query @ keyᵀ``, with or without xFormers, or as things are."""
         if xformers is None:
-            xformers = xformers_flag(self._forward)
+            xformers = flag_of(self._forward)
         if self._honours_scale[xformers]:
             return float(module.scale)
         return 1 / math.sqrt(head_dim)
 
-    def takes_bias(self) -> bool:
-        """Say whether an ``attn_bias`` reaches a kernel: upstream's own asks for xFormers."""
-        return not _is_gated(self._forward) or xformers_flag(self._forward)
-
-
-def project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and value ``(B, heads, N, head_dim)`` of tokens ``x (B, N, C)``.
-
-    The module's own ``qkv`` is called, so whatever sits there (hooks, adapters, a
-    quantised layer) has its say.
-    """
-    qkv = module.qkv(x).unflatten(-1, (3, module.num_heads, -1))
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value
-
-
-def xformers_flag(forward: Forward) -> bool:
-    """Say whether ``forward`` would call xFormers' kernel now.
-
-    Upstream decides by a global of the module, written once at import. A ``forward``
-    without it does not know xFormers.
-    """
-    return _is_gated(forward) and bool(forward.__globals__[_FLAG])
+    def check_bias(self, bias: object) -> None:
+        """Raise ``InvalidInput`` unless ``forward`` has a kernel that takes such a ``bias``."""
+        if not biases.is_known(bias):
+            raise biases.unknown(bias)
+        if is_gated(self._forward) and not flag_of(self._forward):
+            raise InvalidInput(
+                f"no attn_bias, which this attention takes only where its module's {FLAG} is true",
+                f"one of type {type(bias).__name__}, where {describe_flags(self._forward)}",
+                "Leave it out, or install xFormers and import upstream without XFORMERS_DISABLED.",
+            )
+        if not (is_gated(self._forward) or isinstance(bias, Tensor)):
+            raise InvalidInput(
+                "attn_bias as a dense tensor: this class hands it to PyTorch's kernel",
+                f"one of type {type(bias).__name__}",
+                "Use MemEffAttention, or pass attn_bias.materialize(...).",
+            )
 
 
 def branches(forward: Forward) -> dict[bool, Forward]:
@@ -72,21 +64,13 @@ def branches(forward: Forward) -> dict[bool, Forward]:
     replaced by its definition, since the real one needs a GPU and knows no float64.
     Nothing of upstream is touched. Code that does not know xFormers has one branch twice.
     """
-    if not _is_gated(forward):
+    if not is_gated(forward):
         return {False: forward, True: forward}
-    plain = {"memory_efficient_attention": _definition, "unbind": torch.unbind}
+    plain = {KERNEL: _definition, "unbind": torch.unbind, "fmha": _AnyOperator()}
     return {
-        False: _over_globals(forward, {_FLAG: False}),
-        True: _over_globals(forward, {_FLAG: True, **plain}),
+        False: _over_globals(forward, {FLAG: False}),
+        True: _over_globals(forward, {FLAG: True, **plain}),
     }
-
-
-def _is_gated(forward: Forward) -> TypeGuard[FunctionType]:
-    return (
-        isinstance(forward, FunctionType)
-        and _FLAG in forward.__code__.co_names
-        and _FLAG in forward.__globals__
-    )
 
 
 def _over_globals(forward: FunctionType, changes: dict[str, object]) -> Forward:
@@ -99,6 +83,13 @@ def _over_globals(forward: FunctionType, changes: dict[str, object]) -> Forward:
     )
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy
+
+
+class _AnyOperator:
+    """Stands for the operators that upstream's first revision names."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _definition(

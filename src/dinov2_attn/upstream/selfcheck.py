@@ -20,7 +20,9 @@ from dinov2_attn.errors import IncompatibleUpstream
 from dinov2_attn.upstream import contract
 from dinov2_attn.upstream.anatomy import Part, count_registers, part_of_module
 from dinov2_attn.upstream.contract import name_of
-from dinov2_attn.upstream.kernel import Forward, Kernel, branches, project
+from dinov2_attn.upstream.flags import Forward, is_gated
+from dinov2_attn.upstream.kernel import Kernel, branches
+from dinov2_attn.upstream.projection import project
 
 # Odd on purpose: no two of tokens, channels, heads and head channels are the same number.
 _DIM, _HEADS, _TOKENS = 10, 2, 7
@@ -64,6 +66,12 @@ def prove_attention(cls: type, forward: Forward, grafted: Forward, kernel: Kerne
         contract.check_reads(module, partial(run, module, x))
         weights = _weights(module, x, kernel, xformers)
         _same(cls, "proj(weights @ v)", _features(module, x, weights), run(module, x))
+        takes_bias = xformers or not is_gated(forward)
+        if takes_bias and "attn_bias" in contract.argument_names(forward):
+            bias = _noise(len(x), _HEADS, _TOKENS, _TOKENS)
+            weights = _weights(module, x, kernel, xformers, bias)
+            output = run(module, x, attn_bias=bias)
+            _same(cls, "attention under a bias", _features(module, x, weights), output)
     weights = _weights(module, x, kernel, None)
     _same(cls, "the weights returned", grafted(module, x, return_attn=True), weights)
     if "is_causal" in contract.argument_names(forward):
@@ -142,10 +150,12 @@ def _tokens() -> Tensor:
     return _noise(3, _TOKENS, _DIM)
 
 
-def _weights(module: Any, x: Tensor, kernel: Kernel, xformers: bool | None) -> Tensor:
+def _weights(
+    module: Any, x: Tensor, kernel: Kernel, xformers: bool | None, bias: Tensor | None = None
+) -> Tensor:
     query, key, _ = project(module, x)
     scale = kernel.scale(module, query.shape[-1], xformers=xformers)
-    return attention_weights(query, key, scale)
+    return attention_weights(query, key, scale, bias=bias)
 
 
 def _features(module: Any, x: Tensor, weights: Tensor) -> Any:
