@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import torch
@@ -11,10 +10,11 @@ from hypothesis import settings
 
 import dinov2_attn
 import upstreams
+import xformers_here as xformers
 
-# Where xFormers is installed, upstream calls its kernel, and there is none for the CPU. Its branch
-# is proved at install over a plain kernel; everything else runs as it does without xFormers.
-sys.modules["xformers"] = None
+# Upstream decides at import. Most tests run as on a machine without xFormers, where a CPU can
+# compare with ungrafted upstream; those of `nested` see the real one (test_nested and others).
+xformers.hide()
 
 # "ci" repeats itself, so that a landing is never held up by a newly drawn example; a search for
 # new ones is `pytest --hypothesis-profile=thorough`.
@@ -46,6 +46,17 @@ def models(request):
     """A copy of the code whose vision transformer is grafted."""
     with dinov2_attn.install(request.param.package):
         yield request.param
+
+
+@pytest.fixture(scope="module", params=upstreams.WITH_MODELS, ids=str)
+def nested(request):
+    """A copy of the code imported with real xFormers, and grafted."""
+    upstream = request.param
+    with xformers.visible(), upstream.imported_anew():
+        for module in (upstream.attention, upstream.block, upstream.model):
+            upstream.module(module)
+        with dinov2_attn.install(upstream.package):
+            yield upstream
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import inspect
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +55,27 @@ class Upstream:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
+
+    @contextmanager
+    def imported_anew(self) -> Iterator[None]:
+        """Import this copy's modules again inside, as a process would that starts here."""
+        before = {name: m for name, m in sys.modules.items() if self._owns(name)}
+        for name in before:
+            del sys.modules[name]
+        try:
+            yield
+        finally:
+            for name in [name for name in sys.modules if self._owns(name)]:
+                del sys.modules[name]
+            sys.modules.update(before)
+            for name, module in before.items():  # what `import a.b as c` reads
+                parent, _, child = name.rpartition(".")
+                if parent:
+                    setattr(sys.modules[parent], child, module)
+
+    def _owns(self, module: str) -> bool:
+        inside = module == self.package or module.startswith(f"{self.package}.")
+        return inside and module not in self.bare
 
     @property
     def attentions(self) -> list[type]:
@@ -136,6 +159,25 @@ ANOMALIB = Upstream(
         "anomalib.models.components.dinov2",
     ),
 )
+LIGHTLY = Upstream(
+    "lightly-train",
+    "lightly_train._models.dinov2_vit.dinov2_vit_src",
+    "lightly_train._models.dinov2_vit.dinov2_vit_src.layers.attention",
+    "lightly_train._models.dinov2_vit.dinov2_vit_src.layers.block",
+    "lightly_train._models.dinov2_vit.dinov2_vit_src.models.vision_transformer",
+    Wheel(
+        "lightly-train",
+        "0.18.0",
+        "5786c355e7a7a9ba780b4a6e9bf7468b37415054a2a275a7ba52d120941f376d",
+    ),
+    bare=(
+        "lightly_train",
+        "lightly_train._export",
+        "lightly_train._models",
+        "lightly_train._models.dinov2_vit",
+        "lightly_train._models.dinov2_vit.dinov2_vit_src",
+    ),
+)
 # Norms and a rotation between projection and kernel: to be refused.
 DEPTH_ANYTHING_3 = Upstream(
     "depth-anything-3",
@@ -151,5 +193,5 @@ DEPTH_ANYTHING_3 = Upstream(
     bare=("depth_anything_3", "depth_anything_3.model", "depth_anything_3.model.dinov2"),
 )
 
-WITH_MODELS = (FIRST, DEPTH_ANYTHING, MOGE, ROMA)
+WITH_MODELS = (FIRST, DEPTH_ANYTHING, MOGE, ROMA, LIGHTLY)
 ALL = (*WITH_MODELS, ANOMALIB)

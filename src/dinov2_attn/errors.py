@@ -1,4 +1,4 @@
-"""Every error a user can meet: what was expected, what was found, what to do next."""
+"""Every error and warning a user can meet: expected, found, what to do next."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ class NotGrafted(Dinov2AttnError, RuntimeError):
     """Attention was asked of a module that ``install`` has not reached."""
 
 
+class NoOperator(Dinov2AttnError, NotImplementedError):
+    """xFormers has no operator for the device that attention was asked for on."""
+
+
 class InvalidInput(Dinov2AttnError, ValueError):
     """An argument is of the wrong kind or shape."""
 
@@ -48,3 +52,7 @@ class UnreadableFile(Dinov2AttnError, RuntimeError):
 
 class UnwritableOutput(Dinov2AttnError, RuntimeError):
     """A result could not be written; nothing half-written was left behind."""
+
+
+class KernelFallback(UserWarning):
+    """xFormers has no operator for what it is given, so PyTorch's kernel is used."""

@@ -9,15 +9,19 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinov2_attn.errors import IncompatibleUpstream, InvalidInput
 from dinov2_attn.surgery.finder import Finder
 from dinov2_attn.surgery.ledger import Ledger
 from dinov2_attn.surgery.targets import UPSTREAM, UPSTREAM_MODULES, LiveModel, Package
+
+if TYPE_CHECKING:
+    from dinov2_attn.upstream.anatomy import Part
 
 _LOCK = threading.RLock()
 _LEDGER = Ledger()
@@ -53,9 +57,9 @@ class Handle:
     target that was installed before stays installed. ``uninstall()`` takes it off.
     """
 
-    def __init__(self, target: Hashable, installed_before: bool) -> None:
+    def __init__(self, target: Hashable, restore: Callable[[], None]) -> None:
         self._target = target
-        self._installed_before = installed_before
+        self._restore = restore
 
     def __repr__(self) -> str:
         return f"<dinov2_attn installed on {self._target}>"
@@ -64,15 +68,14 @@ class Handle:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._installed_before:
-            self.uninstall()
+        self._restore()
 
     def uninstall(self) -> None:
         """Take this target's grafts off; nothing happens where they are off already."""
         _remove(self._target)
 
 
-def install(target: Any = None) -> Handle:
+def install(target: Any = None, *, fallback: bool = True) -> Handle:
     """Graft ``return_attention`` onto DINOv2's own classes, in place and reversibly.
 
     ``target`` is ``None`` for upstream's package ``dinov2``, the name of a package that
@@ -80,18 +83,23 @@ def install(target: Any = None) -> Handle:
     and later, at every import and reload, for the rest. Installing twice is installing
     once. No random number is drawn.
 
+    Where xFormers is importable and has no kernel for a device (any CPU), upstream's call
+    of it fails; unless ``fallback`` is false it is answered by PyTorch's kernel from then
+    on, with one ``KernelFallback`` warning.
+
     Every class is proved on a small instance in float64 first. Raises
     ``IncompatibleUpstream`` where its attention is not softmax(q kᵀ · scale) of its own
     projection, and then nothing is grafted; for a package that is not imported yet, that
     is raised by its import.
     """
     if target is None:
-        return _install_package(Package(UPSTREAM, UPSTREAM_MODULES))
+        target = UPSTREAM
     if isinstance(target, str) and target:
-        return install() if target == UPSTREAM else _install_package(Package(target))
+        modules = UPSTREAM_MODULES if target == UPSTREAM else {}
+        return _install_package(Package(target, modules), fallback)
     torch = sys.modules.get("torch")  # a live model has imported it
     if torch is not None and isinstance(target, torch.nn.Module):
-        return _install_model(target)
+        return _install_model(target, fallback)
     raise InvalidInput(
         "None, the name of a package or a live model (torch.nn.Module)",
         f"{target!r} of type {type(target).__name__}",
@@ -127,22 +135,25 @@ def status() -> Status:
         )
 
 
-def _install_package(package: Package) -> Handle:
+def _install_package(package: Package, fallback: bool) -> Handle:
     with _LOCK:
-        before = package.name in _PACKAGES
+        before = _PACKAGES.get(package.name)
         package = _PACKAGES.setdefault(package.name, package)
+        restore = partial(_remove, package.name)
+        if before is not None:
+            restore = partial(_switch_package, package, package.fallback)
+        package.fallback = fallback
         _await_imports()
     try:
         _finish_imports(package)
         _graft_package(package)
     except BaseException:
-        if not before:
-            _remove(package.name)
+        restore()
         raise
-    return Handle(package.name, before)
+    return Handle(package.name, restore)
 
 
-def _install_model(model: Any) -> Handle:
+def _install_model(model: Any, fallback: bool) -> Handle:
     from dinov2_attn.surgery.operation import operate
     from dinov2_attn.upstream.anatomy import classes_behind
     from dinov2_attn.upstream.contract import name_of
@@ -157,9 +168,26 @@ def _install_model(model: Any) -> Handle:
     label = f"model with {name_of(classes[-1][0])}"
     target = LiveModel(label, frozenset(cls for cls, _ in classes))
     with _LOCK:
-        before = any(target in graft.targets for graft in _LEDGER)
-        operate(_LEDGER, target, classes)
-    return Handle(target, before)
+        before = [graft for graft in _LEDGER if target in graft.targets]
+        operate(_LEDGER, target, classes, fallback=fallback)
+    if not before:
+        return Handle(target, partial(_remove, target))
+    former = any(graft.is_kernel for graft in before)
+    return Handle(target, partial(_switch_model, target, classes, former))
+
+
+def _switch_package(package: Package, fallback: bool) -> None:
+    if _PACKAGES.get(package.name) is package and package.fallback != fallback:
+        package.fallback = fallback
+        _graft_package(package)
+
+
+def _switch_model(target: LiveModel, classes: list[tuple[type, Part]], fallback: bool) -> None:
+    from dinov2_attn.surgery.operation import operate
+
+    with _LOCK:
+        if any(target in graft.targets for graft in _LEDGER):  # not uninstalled meanwhile
+            operate(_LEDGER, target, classes, fallback=fallback)
 
 
 def _finish_imports(package: Package) -> None:
@@ -181,7 +209,8 @@ def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
         from dinov2_attn.surgery.operation import operate
 
         try:
-            operate(_LEDGER, package.name, package.classes(arrived))
+            classes = package.classes(arrived)
+            operate(_LEDGER, package.name, classes, fallback=package.fallback)
             package.failure = None
         except Exception as error:  # told again by status(), whatever it is
             package.failure = error

@@ -6,40 +6,53 @@ it, and only what is still ours is undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dinov2_attn.errors import PatchedOnTop
 
 _ABSENT = object()
 
+# A class, or the globals of a module. Not the module: functions outlive its place in sys.modules.
+Owner = type | dict[str, Any]
+
 
 @dataclass(eq=False)
 class Graft:
-    """A function of ours on an upstream class, what stood there before, and who needs it."""
+    """A function of ours in an upstream class or module, what was there, and who needs it."""
 
-    owner: type
+    owner: Owner
     name: str
     new: Callable[..., object]
     old: object
     targets: set[Hashable]
 
     def __str__(self) -> str:
+        if isinstance(self.owner, dict):
+            return f"{self.owner['__name__']}.{self.name}"
         return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
 
     @property
+    def is_kernel(self) -> bool:
+        """Whether this is a module's kernel rather than a class's method."""
+        return isinstance(self.owner, dict)
+
+    @property
     def in_force(self) -> bool:
-        """Whether the class still holds our function, and nobody's on top of it."""
-        return vars(self.owner).get(self.name) is self.new
+        """Whether our function is still there, and nobody's on top of it."""
+        return content(self.owner).get(self.name) is self.new
 
     @property
     def is_undone(self) -> bool:
         """Whether somebody put back what was there: their own undo reached past ours."""
-        return vars(self.owner).get(self.name, _ABSENT) is self.old
+        return content(self.owner).get(self.name, _ABSENT) is self.old
 
     def undo(self) -> None:
         """Put back the very object that was there, or nothing where nothing was."""
-        if self.old is _ABSENT:
+        if isinstance(self.owner, dict):
+            self.owner[self.name] = self.old
+        elif self.old is _ABSENT:
             delattr(self.owner, self.name)
         else:
             setattr(self.owner, self.name, self.old)
@@ -58,13 +71,16 @@ class Ledger:
     def __iter__(self) -> Iterator[Graft]:
         return iter(list(self._grafts))
 
-    def set(self, owner: type, name: str, new: Callable[..., object], target: Hashable) -> None:
-        """Put ``new`` on the class for ``target``, remembering what it replaces."""
-        graft = Graft(owner, name, new, vars(owner).get(name, _ABSENT), {target})
-        setattr(owner, name, new)
+    def set(self, owner: Owner, name: str, new: Callable[..., object], target: Hashable) -> None:
+        """Put ``new`` in its place for ``target``, remembering what it replaces."""
+        graft = Graft(owner, name, new, content(owner).get(name, _ABSENT), {target})
+        if isinstance(owner, dict):
+            owner[name] = new
+        else:
+            setattr(owner, name, new)
         self._grafts.append(graft)
 
-    def keep(self, owner: type, name: str, target: Hashable) -> bool:
+    def keep(self, owner: Owner, name: str, target: Hashable) -> bool:
         """Note that ``target`` needs the graft on ``owner.name``; say whether there is one."""
         for graft in self:
             if graft.owner is owner and graft.name == name:
@@ -82,10 +98,11 @@ class Ledger:
                 graft.undo()
                 self._grafts.remove(graft)
 
-    def release(self, target: Hashable) -> None:
+    def release(self, target: Hashable, *, only_kernels: bool = False) -> None:
         """Undo what only ``target`` needs; what others need too stays for them."""
-        self._undo([graft for graft in self._grafts if graft.targets == {target}])
-        for graft in self._grafts:
+        concerned = [graft for graft in self if graft.is_kernel or not only_kernels]
+        self._undo([graft for graft in concerned if graft.targets == {target}])
+        for graft in concerned:
             graft.targets.discard(target)
 
     def release_all(self) -> None:
@@ -101,10 +118,15 @@ class Ledger:
             self._grafts.remove(graft)
 
 
+def content(owner: Owner) -> Mapping[str, Any]:
+    """Return what ``owner`` itself holds, by name."""
+    return owner if isinstance(owner, dict) else vars(owner)
+
+
 def _refuse_if_covered(covered: list[Graft]) -> None:
     if not covered:
         return
-    found = vars(covered[0].owner).get(covered[0].name, "nothing")
+    found = content(covered[0].owner).get(covered[0].name, "nothing")
     raise PatchedOnTop(
         f"the graft of dinov2_attn at {', '.join(map(str, covered))}",
         f"{found!r}, set by somebody else on top of it",

@@ -8,18 +8,23 @@ from functools import partial
 from typing import Any
 
 from dinov2_attn.errors import Dinov2AttnError, IncompatibleUpstream, PatchedOnTop
+from dinov2_attn.surgery.fallback import graft_kernel
 from dinov2_attn.surgery.grafts import BLOCK_CHILDREN, graft_attention, graft_block
 from dinov2_attn.surgery.ledger import Ledger
 from dinov2_attn.surgery.transformer import METHODS, graft_forward, graft_forward_features
 from dinov2_attn.upstream import contract, selfcheck
 from dinov2_attn.upstream.anatomy import Part, in_order
+from dinov2_attn.upstream.flags import KERNEL, home_of_kernel
 
 
-def operate(ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part]]) -> None:
+def operate(
+    ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part]], *, fallback: bool = True
+) -> None:
     """Graft ``classes`` for ``target``: all of them and proved, or nothing of this target.
 
     Classes that are grafted already are kept for this target too. Parts come in the
     order in which they build on each other, so that each can be proved on proved ones.
+    With ``fallback`` the kernels of xFormers that they call are grafted as well.
     """
     before = list(ledger)
     try:
@@ -28,6 +33,10 @@ def operate(ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part
         with selfcheck.laboratory():
             for cls, part in found:
                 _graft(ledger, target, cls, part, options.get(part, {}))
+        if fallback:
+            _graft_kernels(ledger, target, [cls for cls, _ in found])
+        else:
+            ledger.release(target, only_kernels=True)
     except BaseException:
         ledger.roll_back(before)
         with suppress(PatchedOnTop):  # what was proved before may stay under somebody's patch
@@ -107,6 +116,13 @@ def _graft_transformer(
         elif name in METHODS and not hasattr(cls, name):  # a base class may bring it already
             ledger.set(cls, name, METHODS[name], target)
     selfcheck.prove_transformer(cls, options)
+
+
+def _graft_kernels(ledger: Ledger, target: Hashable, classes: list[type]) -> None:
+    for cls in classes:
+        home = home_of_kernel(vars(cls).get("forward", cls))
+        if home is not None and not ledger.keep(home, KERNEL, target):
+            ledger.set(home, KERNEL, graft_kernel(home[KERNEL]), target)
 
 
 _FORWARDS = {"forward_features": graft_forward_features, "forward": graft_forward}

@@ -35,6 +35,7 @@ class Package:
 
     name: str
     modules: dict[str, str] = field(default_factory=dict)
+    fallback: bool = True
     failure: Exception | None = None
 
     def covers(self, module: str) -> bool:

@@ -1,0 +1,73 @@
+"""Time and memory of calls that are compared with each other: interleaved, as ratios."""
+
+from __future__ import annotations
+
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Call = Callable[[], object]
+
+
+def medians(calls: dict[str, Call], *, rounds: int, seed: int = 0) -> dict[str, float]:
+    """Return the median seconds of each call; in every round all of them run, in random order."""
+    order, shuffle = list(calls), random.Random(seed).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for name in order:
+        calls[name]()  # first calls fault pages in and choose algorithms
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            seconds[name].append(_seconds(calls[name]))
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak_bytes(call: Call) -> int:
+    """Return the most that ``call`` held at a time beyond what was there before.
+
+    On the CPU by PyTorch's own allocation events: other processes and the operating system's
+    habits stay out of it. Where CUDA is at hand, by its allocator.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    del result
+    return peak
+
+
+def machine() -> str:
+    """Describe what the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()}, {threads} threads, {device}, torch {torch.__version__}"
+
+
+def _seconds(call: Call) -> float:
+    _synchronise()
+    start = time.perf_counter()
+    result = call()
+    _synchronise()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
