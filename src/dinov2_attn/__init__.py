@@ -17,6 +17,7 @@ from dinov2_attn.errors import (
     Unavailable,
     UnreadableFile,
     UnwritableOutput,
+    UpstreamDrift,
 )
 from dinov2_attn.surgery.install import Handle, Status, install, status, uninstall
 
@@ -32,6 +33,7 @@ __all__ = [
     "Unavailable",
     "UnreadableFile",
     "UnwritableOutput",
+    "UpstreamDrift",
     "install",
     "status",
     "uninstall",

@@ -1,4 +1,7 @@
-"""Every error a user can meet: what was expected, what was found, what to do next."""
+"""Every error a user can meet: what was expected, what was found, what to do next.
+
+And the one warning.
+"""
 
 from __future__ import annotations
 
@@ -48,3 +51,7 @@ class UnreadableFile(Dinov2AttnError, RuntimeError):
 
 class UnwritableOutput(Dinov2AttnError, RuntimeError):
     """A result could not be written; nothing half-written was left behind."""
+
+
+class UpstreamDrift(UserWarning):
+    """Upstream's code is none that is known here, and holds all the same."""

@@ -10,6 +10,7 @@ from typing import Any
 from dinov2_attn.errors import Dinov2AttnError, IncompatibleUpstream, PatchedOnTop
 from dinov2_attn.surgery.grafts import BLOCK_CHILDREN, graft_attention, graft_block
 from dinov2_attn.surgery.ledger import Ledger
+from dinov2_attn.surgery.recognition import warn_of_drift
 from dinov2_attn.surgery.transformer import METHODS, graft_forward, graft_forward_features
 from dinov2_attn.upstream import contract, selfcheck
 from dinov2_attn.upstream.anatomy import Part, in_order
@@ -20,6 +21,7 @@ def operate(ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part
 
     Classes that are grafted already are kept for this target too. Parts come in the
     order in which they build on each other, so that each can be proved on proved ones.
+    Upstream's code that is new here and holds is warned of, once, when it is grafted.
     """
     before = list(ledger)
     try:
@@ -28,6 +30,8 @@ def operate(ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part
         with selfcheck.laboratory():
             for cls, part in found:
                 _graft(ledger, target, cls, part, options.get(part, {}))
+        if any(graft not in before for graft in ledger):
+            warn_of_drift(ledger, target, [cls for cls, _ in found])
     except BaseException:
         ledger.roll_back(before)
         with suppress(PatchedOnTop):  # what was proved before may stay under somebody's patch
