@@ -207,9 +207,7 @@ def test_the_table_is_what_upstreams_history_gives():
     try:
         rebuilt = history.rebuild(HISTORY)
     except dinov2_attn.Unavailable as error:
-        pytest.skip(
-            f"{error}; the table was held against PyPI's copies of the first commit instead"
-        )
+        pytest.skip(f"{error}; the first era was held against PyPI's copy instead")
     assert rebuilt == eras.table()
 
 
