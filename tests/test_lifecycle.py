@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import re
 import sys
 import textwrap
 import threading
@@ -198,8 +199,11 @@ def test_what_somebody_patched_below_comes_back():
 
     theirs.mark = "theirs"
     block.forward = theirs
+    said = r"but for Block\.forward \(of test_lifecycle\)"
     try:
-        with dinov2_attn.install():
+        with pytest.warns(dinov2_attn.UpstreamDrift, match=said):
+            handle = dinov2_attn.install()
+        with handle:
             assert block.forward is not theirs
             assert not hasattr(block.forward, "mark")
             assert asks(load())
@@ -218,10 +222,12 @@ def test_what_somebody_has_undone_already_is_no_patch_on_top():
         return upstream(self, x)
 
     block.forward = theirs
-    dinov2_attn.install()
+    with pytest.warns(dinov2_attn.UpstreamDrift):
+        dinov2_attn.install()
     block.forward = theirs  # put back what they remember
     assert dinov2_attn.status().covered == (f"{BLOCK}.Block.forward",)
-    dinov2_attn.install()
+    with pytest.warns(dinov2_attn.UpstreamDrift):
+        dinov2_attn.install()
     assert block.forward is not theirs  # grafted anew, not left bare
     assert asks(load())
     block.forward = theirs
@@ -352,7 +358,8 @@ def test_status_says_what_is_pending_and_what_is_there():
     status = dinov2_attn.status()
     assert status.pending == ()
     assert {f"{MODEL}.DinoVisionTransformer.{name}" for name in METHODS} < set(status.grafted)
-    assert status.recognised == {"dinov2": "recognised by contract and behaviour"}
+    (how,) = status.recognised.values()
+    assert re.fullmatch(r"attention and blocks as in .*, verified; models as in .*, verified", how)
 
 
 def test_a_reload_grafts_the_new_classes_and_live_models_keep_the_old():

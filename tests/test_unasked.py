@@ -82,10 +82,14 @@ def _failure(call):
     return caught.type, str(caught.value)
 
 
+def not_whole_patches(model):
+    model(noise(2, 3, 5, 4, seed=0))
+
+
 @pytest.mark.parametrize(
     "misuse",
     [
-        lambda m: m(noise(2, 3, 5, 4, seed=0)),  # not whole patches
+        not_whole_patches,
         lambda m: m(noise(2, 4, 4, 4, seed=0)),  # four channels
         lambda m: m([noise(2, 3, 4, 4, seed=0)]),  # a list without xFormers
         lambda m: m(noise(2, 3, 4, 4, seed=0), queries="cls"),  # ours, but nothing asked
@@ -96,6 +100,8 @@ def _failure(call):
     ],
 )
 def test_exceptions_are_the_same(bare_models, misuse):
+    if bare_models is upstreams.LIGHTLY and misuse is not_whole_patches:
+        pytest.skip("LightlyTrain resizes such images: no exception; every other copy raises")
     model = bare_models.cls("DinoVisionTransformer")(
         img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1, block_chunks=0
     )

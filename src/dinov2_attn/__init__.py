@@ -19,6 +19,7 @@ from dinov2_attn.errors import (
     Unavailable,
     UnreadableFile,
     UnwritableOutput,
+    UpstreamDrift,
 )
 from dinov2_attn.surgery.install import Handle, Status, install, status, uninstall
 
@@ -36,6 +37,7 @@ __all__ = [
     "Unavailable",
     "UnreadableFile",
     "UnwritableOutput",
+    "UpstreamDrift",
     "install",
     "status",
     "uninstall",

@@ -56,3 +56,7 @@ class UnwritableOutput(Dinov2AttnError, RuntimeError):
 
 class KernelFallback(UserWarning):
     """xFormers has no operator for what it is given, so PyTorch's kernel is used."""
+
+
+class UpstreamDrift(UserWarning):
+    """Upstream's code is none that is known here, and holds all the same."""

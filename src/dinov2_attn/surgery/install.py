@@ -122,8 +122,7 @@ def status() -> Status:
     """Say what is grafted, what is pending and how each target was recognised."""
     with _LOCK:
         targets = {target for graft in _LEDGER for target in graft.targets}
-        how = "recognised by contract and behaviour"
-        recognised = dict.fromkeys(sorted(map(str, targets)), how)
+        recognised = {str(target): _recognise(target) for target in sorted(targets, key=str)}
         failed = {p.name: f"refused: {p.failure}" for p in _PACKAGES.values() if p.failure}
         return Status(
             grafted=tuple(str(graft) for graft in _LEDGER if graft.in_force),
@@ -133,6 +132,13 @@ def status() -> Status:
             ),
             recognised={**recognised, **failed},
         )
+
+
+def _recognise(target: Hashable) -> str:
+    from dinov2_attn.surgery.recognition import recognise
+
+    owners = [graft.owner for graft in _LEDGER if target in graft.targets]
+    return recognise(_LEDGER, list(dict.fromkeys(o for o in owners if isinstance(o, type))))
 
 
 def _install_package(package: Package, fallback: bool) -> Handle:

@@ -11,6 +11,7 @@ from dinov2_attn.errors import Dinov2AttnError, IncompatibleUpstream, PatchedOnT
 from dinov2_attn.surgery.fallback import graft_kernel
 from dinov2_attn.surgery.grafts import BLOCK_CHILDREN, graft_attention, graft_block
 from dinov2_attn.surgery.ledger import Ledger
+from dinov2_attn.surgery.recognition import warn_of_drift
 from dinov2_attn.surgery.transformer import METHODS, graft_forward, graft_forward_features
 from dinov2_attn.upstream import contract, selfcheck
 from dinov2_attn.upstream.anatomy import Part, in_order
@@ -25,6 +26,7 @@ def operate(
     Classes that are grafted already are kept for this target too. Parts come in the
     order in which they build on each other, so that each can be proved on proved ones.
     With ``fallback`` the kernels of xFormers that they call are grafted as well.
+    Upstream's code that is new here and holds is warned of, once, when it is grafted.
     """
     before = list(ledger)
     try:
@@ -37,6 +39,8 @@ def operate(
             _graft_kernels(ledger, target, [cls for cls, _ in found])
         else:
             ledger.release(target, only_kernels=True)
+        if any(graft not in before for graft in ledger):
+            warn_of_drift(ledger, target, [cls for cls, _ in found])
     except BaseException:
         ledger.roll_back(before)
         with suppress(PatchedOnTop):  # what was proved before may stay under somebody's patch
