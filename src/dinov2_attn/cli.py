@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from dinov2_attn import __version__
-from dinov2_attn.commands import heatmap
+from dinov2_attn.commands import heatmap, verify
 from dinov2_attn.errors import Dinov2AttnError
 
 PROGRAM = "dinov2-attn"
-COMMANDS = (heatmap,)
+COMMANDS = (heatmap, verify)
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dinov2_attn.errors import Unavailable
 
 
@@ -37,6 +35,8 @@ def fetch_wheel(wheel: Wheel) -> Path:
     Raises ``Unavailable`` if pip cannot fetch it, if what it fetches is something else, or
     if the cache cannot be written.
     """
+    import torch  # slow, and only a download needs to know its folder
+
     cached = Path(torch.hub.get_dir()) / "dinov2_attn" / f"{wheel.name}-{wheel.version}.whl"
     if not (cached.is_file() and _digest(cached) == wheel.sha256):
         try:
@@ -54,8 +54,7 @@ def _download(wheel: Wheel, destination: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     # Beside the destination, so that the move is one rename and nobody sees half a file.
     with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
-        _pip_download(wheel, folder)
-        (file,) = Path(folder).iterdir()
+        file = download(wheel.requirement, Path(folder))
         found = _digest(file)
         if found != wheel.sha256:
             raise Unavailable(
@@ -66,19 +65,25 @@ def _download(wheel: Wheel, destination: Path) -> None:
         os.replace(file, destination)
 
 
-def _pip_download(wheel: Wheel, folder: str) -> None:
+def download(requirement: str, folder: Path) -> Path:
+    """Return the wheel of ``requirement``, downloaded by pip into an empty ``folder``.
+
+    Raises ``Unavailable`` if pip cannot fetch it.
+    """
     # The user's own pip knows their index, proxy and certificates.
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries=1"]
-    what = ["--no-deps", "--only-binary=:all:", f"--dest={folder}", wheel.requirement]
+    what = ["--no-deps", "--only-binary=:all:", f"--dest={folder}", requirement]
     command = [sys.executable, "-m", "pip", "download", *options, *what]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise Unavailable(
-            f"{wheel.requirement} from PyPI through pip",
+            f"{requirement} from PyPI through pip",
             last_line,
             "See that `python -m pip download` works here, behind a proxy too.",
         )
+    (file,) = folder.iterdir()
+    return file
 
 
 def _digest(file: Path) -> str:

@@ -1,0 +1,87 @@
+"""Upstream's history, read out of git; nothing of it is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from dinov2_attn.errors import Unavailable
+
+_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A clone: a working tree or a bare repository."""
+
+    folder: str
+
+    @classmethod
+    def at(cls, address: str, scratch: Path) -> Repository:
+        """Return the clone at ``address``, a path or whatever ``git clone`` takes.
+
+        Raises ``Unavailable`` where git has no answer.
+        """
+        if Path(address).is_dir():
+            return cls(address)
+        folder = scratch / "clone"
+        _run(["clone", "--quiet", "--bare", address, str(folder)])
+        return cls(str(folder))
+
+    def commits(self, revision: str) -> list[str]:
+        """Return the full hash of ``revision``; with ``all`` those of the history of HEAD."""
+        if revision == "all":
+            return self._ask("log", "--reverse", "--date-order", "--format=%H", "HEAD").split()
+        return [self._ask("rev-parse", "--verify", f"{revision}^{{commit}}").strip()]
+
+    def date(self, commit: str) -> str:
+        """Return the day of the commit: ``2025-08-14``."""
+        return self._ask("log", "-1", "--format=%cs", commit).strip()
+
+    def fingerprint(self, commit: str, folders: Sequence[str]) -> str:
+        """Return what is the same for commits with the same content of ``folders``."""
+        return self._ask("ls-tree", "-r", commit, "--", *folders)
+
+    def read(self, commit: str, path: str) -> str | None:
+        """Return the text of a file, ``None`` where the commit has none."""
+        if not self._ask("ls-tree", commit, "--", path):
+            return None
+        return self._ask("show", f"{commit}:{path}")
+
+    def unpack(self, commit: str, destination: Path) -> None:
+        """Write the files of ``commit`` below ``destination``."""
+        archive = _run(["-C", self.folder, "archive", commit])
+        with tarfile.open(fileobj=BytesIO(archive)) as tar:
+            if hasattr(tarfile, "data_filter"):  # newer Pythons, and security releases of older
+                tar.extractall(destination, filter="data")
+            else:
+                tar.extractall(destination)
+
+    def _ask(self, *arguments: str) -> str:
+        return _run(["-C", self.folder, *arguments]).decode()
+
+
+def is_repository(path: Path) -> bool:
+    """Say whether ``path`` is a working tree or a bare repository itself."""
+    return (path / ".git").exists() or ((path / "HEAD").is_file() and (path / "objects").is_dir())
+
+
+def _run(arguments: list[str]) -> bytes:
+    # Nobody is there to type a password.
+    command = ["git", "-c", "core.askPass=true", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False, timeout=_SECONDS)
+        problem = done.stderr.decode(errors="replace").strip() if done.returncode else None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem is not None:
+        raise Unavailable(
+            f"an answer to git {' '.join(arguments[:4])}",
+            problem.splitlines()[-1] if problem else "nothing",
+            "Name a folder, a clone with @REVISION, a URL that answers, or pypi:NAME==VERSION.",
+        )
+    return done.stdout
