@@ -8,7 +8,7 @@ import importlib.util
 import pkgutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -85,14 +85,17 @@ class Code:
         return [head, *(f"dinov2-attn: {line}" for line in lines)]
 
 
+# Where a run keeps the code that it proves.
+CODE = pytest.StashKey[Code]()
+
+
 def load(package: str, path: str | None) -> Code:
     """Import ``package``, from ``path`` if given. Raises ``pytest.UsageError``."""
-    _make_importable(package, path)
+    folders = _make_importable(package.partition(".")[0], path)
     code = Code(package)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # upstream announces whether it found xFormers
-        if package != UPSTREAM:
-            _enter(code)
+        _enter(code, folders)
         names = UPSTREAM_MODULES if package == UPSTREAM else _modules_with_parts(package)
         for name in names:
             _import(code, name)
@@ -105,24 +108,26 @@ def load(package: str, path: str | None) -> Code:
     return code
 
 
-def _make_importable(package: str, path: str | None) -> None:
-    top = package.partition(".")[0]
+def _make_importable(top: str, path: str | None) -> list[str]:
+    """Put ``path`` ahead of everything, and return the folders of the package ``top``."""
     if path is None:
-        if importlib.util.find_spec(top) is None:
+        spec = importlib.util.find_spec(top)
+        if spec is None:
             raise pytest.UsageError(
                 f"expected a package {top} that Python finds; found none. "
                 "Say where it is: --dinov2 PATH (a checkout, a site-packages folder, a wheel)."
             )
-        return
-    entry = str(Path(path).expanduser().resolve())
-    spec = importlib.machinery.PathFinder.find_spec(top, [entry])
-    if spec is None:
-        raise pytest.UsageError(
-            f"expected {entry} to hold the package {top}; found none there. Name the folder "
-            "that contains the package, not the package; --package NAME chooses another."
-        )
-    _require_no_other(top, spec)
-    sys.path.insert(0, entry)
+    else:
+        entry = str(Path(path).expanduser().resolve())
+        spec = importlib.machinery.PathFinder.find_spec(top, [entry])
+        if spec is None:
+            raise pytest.UsageError(
+                f"expected {entry} to hold the package {top}; found none there. Name the folder "
+                "that contains the package, not the package; --package NAME chooses another."
+            )
+        _require_no_other(top, spec)
+        sys.path.insert(0, entry)
+    return list(spec.submodule_search_locations or [])
 
 
 def _require_no_other(top: str, spec: importlib.machinery.ModuleSpec) -> None:
@@ -134,7 +139,7 @@ def _require_no_other(top: str, spec: importlib.machinery.ModuleSpec) -> None:
         )
 
 
-def _enter(code: Code) -> None:
+def _enter(code: Code, folders: list[str]) -> None:
     """Import the package, or walk around an ``__init__`` that cannot run here.
 
     Copies are vendored inside of large programs. Their attention needs PyTorch alone, and
@@ -142,25 +147,28 @@ def _enter(code: Code) -> None:
     running their code.
     """
     before = set(sys.modules)
+    top, *rest = code.package.split(".")
     try:
-        importlib.import_module(code.package)
+        _require_from(
+            importlib.import_module(code.package), ["/".join([f, *rest]) for f in folders]
+        )
         return
     except Exception as error:  # the program around the copy can raise anything
         reason = f"{type(error).__name__}: {error}"
-    top, *rest = code.package.split(".")
     for name in set(sys.modules) - before:
         if name.partition(".")[0] == top:
             del sys.modules[name]
-    folders = list(_search_folders(top))
     for depth in range(len(rest) + 1):
         name = ".".join([top, *rest[:depth]])
         _enter_bare(name, ["/".join([folder, *rest[:depth]]) for folder in folders])
     code.notes.append(f"{code.package} entered without its __init__ ({reason})")
 
 
-def _search_folders(top: str) -> Iterable[str]:
-    spec = importlib.util.find_spec(top)
-    return (spec.submodule_search_locations if spec else None) or ()
+def _require_from(module: ModuleType, expected: list[str]) -> None:
+    """Refuse another copy, which wins where the one asked for has no ``__init__``."""
+    found = [*getattr(module, "__path__", []), str(module.__file__)]
+    if not any(place.startswith(tuple(expected)) for place in found):
+        raise ImportError(f"Python prefers the one at {found[0]}")
 
 
 def _enter_bare(name: str, folders: list[str]) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dinov2_attn.conformance.code import Code, load
-
-CODE = pytest.StashKey[Code]()
+from dinov2_attn.conformance.code import CODE, load
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -63,12 +64,14 @@ def test_weights_are_those_of_the_models_own_pass(
 
 @pytest.mark.parametrize("case", MODEL_CASES, ids=str)
 def test_flat_equals_chunked(grafted: Code, model_class: type, case: ModelCase) -> None:
-    """In attention, in features, and in the layers that upstream itself counts."""
+    """In attention, in features, in the layers that upstream counts, in names of parameters."""
     if not case.chunks or "block_chunks" not in options_of(model_class):
         pytest.skip("this model is not chunked")
     model, flat = (c.build(grafted, model_class) for c in (case, case.flat()))
     every, expected = (list(m.get_self_attention(case.images)) for m in (model, flat))
     assert_identical("attention of the chunked model = of the flat one", every, expected)
+    names = [re.sub(r"blocks\.\d+\.", "blocks.", name) for name in model.state_dict()]
+    assert names == list(flat.state_dict()), "expected blocks to keep their number in a chunk"
     features = [m.forward_features(case.images)["x_prenorm"] for m in (model, flat)]
     assert_identical("features of the chunked model = of the flat one", features[:1], features[1:])
     if hasattr(model, "get_intermediate_layers"):
