@@ -41,10 +41,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ask first whether the code is recognised, and let its warnings pass in any project."""
-    ours = [item for item in items if _HERE in item.path.parents]
-    for item in ours:
+    for item in filter(_is_ours, items):
         item.add_marker(pytest.mark.filterwarnings("ignore"))
-    items.sort(key=lambda item: item in ours and item.path.stem != "test_install")
+    items.sort(key=lambda item: _is_ours(item) and item.path.stem != "test_install")
+
+
+def _is_ours(item: pytest.Item) -> bool:
+    # Beside this suite, a run may hold tests of anybody's.
+    return _HERE in item.path.parents
 
 
 @pytest.fixture(scope="session")

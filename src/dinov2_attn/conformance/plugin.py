@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dinov2_attn.conformance.code import CODE, load
+from dinov2_attn.conformance.code import CODE
+from dinov2_attn.conformance.loading import load
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
