@@ -63,12 +63,14 @@ def test_cls_comes_first_and_registers_next(model: Any, case: ModelCase) -> None
 
 
 def test_patches_follow_row_by_row(model: Any, case: ModelCase) -> None:
-    """Each is the patch embedding of its own pixels alone."""
-    tokens = mark_prefix(model).prepare_tokens_with_masks(case.images)
+    """Other pixels in one patch make another token at one place."""
+    plain = mark_prefix(model).prepare_tokens_with_masks(case.images)
     for place, (row, column) in enumerate(case.places, prefix(model)):
-        alone = model.patch_embed(_pixels(case, row, column))[0, 0]
-        found = (tokens[0] - alone).abs().amax(-1).argmin().item()
-        assert found == place, (
+        images = case.images
+        _pixels(images, case.patch, row, column).add_(1)
+        changed = (model.prepare_tokens_with_masks(images) != plain).any(-1)
+        found = changed[0].nonzero().flatten().tolist()
+        assert found == [place], (
             f"expected the patch of row {row}, column {column} of a grid {case.grid} at token "
             f"{place}; found it at {found}"
         )
@@ -146,6 +148,5 @@ def test_intermediate_layers_are_the_patches(model: Any, case: ModelCase, reshap
     assert_close("the patches of the last layer, (B, C, h, w)", grid, expected)
 
 
-def _pixels(case: ModelCase, row: int, column: int) -> Tensor:
-    size = case.patch
-    return case.images[:1, :, row * size : (row + 1) * size, column * size : (column + 1) * size]
+def _pixels(images: Tensor, size: int, row: int, column: int) -> Tensor:
+    return images.unfold(2, size, size).unfold(3, size, size)[:, :, row, column]
