@@ -341,3 +341,23 @@ SEEN_BY_THE_SUITE = [
 ]
 
 MUTATIONS = [*REFUSED, *SEEN_BY_THE_SUITE]
+
+# Another model, and its weights are right: the suite must not cry wolf.
+HARMLESS = [
+    _first(
+        "another scale, kept where it was",
+        ATTENTION,
+        "self.scale = head_dim**-0.5",
+        "self.scale = dim**-0.5",
+        "test_faithful",
+        "passed",
+    ),
+    _first(
+        "blocks whose attention counts twice",
+        BLOCK,
+        "x = x + attn_residual_func(x)",
+        "x = x + 2 * attn_residual_func(x)",
+        "test_agreement",
+        "passed",
+    ),
+]

@@ -17,7 +17,7 @@ import dinov2_attn
 import fresh
 import upstreams
 from dinov2_attn.upstream.wheel import fetch_wheel
-from mutations import MUTATIONS, unpack
+from mutations import HARMLESS, MUTATIONS, unpack
 
 PACKAGE = Path(dinov2_attn.__file__).parent
 SUITE = PACKAGE / "conformance"
@@ -49,7 +49,7 @@ def bites(request, tmp_path_factory):
     with context.Pool(2, maxtasksperchild=1) as pool:
         yield {
             str(mutation): pool.apply_async(bite, (mutation, tmp_path_factory.mktemp("mutated")))
-            for mutation in MUTATIONS
+            for mutation in (*MUTATIONS, *HARMLESS)
             if str(mutation) in asked
         }
 
@@ -69,6 +69,12 @@ def test_a_mutated_copy_fails_with_a_reason(bites, mutation):
     assert code == pytest.ExitCode.TESTS_FAILED, output
     assert f"{mutation.caught_by}.py::" in output.partition("short test summary")[2]
     assert re.search(mutation.reason, output), output
+
+
+@pytest.mark.parametrize("mutation", HARMLESS, ids=str)
+def test_a_harmless_change_passes(bites, mutation):
+    code, output = bites[str(mutation)].get(timeout=120)
+    assert code == pytest.ExitCode.OK, output
 
 
 def test_only_one_test_reports_a_refusal(tmp_path):
