@@ -1,0 +1,64 @@
+"""Models whose tokens or attention are known beforehand, to see where things end up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HEAD = 1
+
+
+@torch.no_grad()
+def mark_prefix(model: Any) -> Any:
+    """Zero the positions, and give CLS and each register a token that names its place."""
+    model.pos_embed.zero_()
+    model.cls_token.fill_(100)
+    registers = getattr(model, "register_tokens", None)
+    if registers is not None:
+        registers.copy_(101 + torch.arange(registers.shape[1])[None, :, None])
+    return model
+
+
+@torch.no_grad()
+def slope(model: Any, side: int) -> Any:
+    """Make the positional embedding say in which row of the grid a patch is, and no more."""
+    model.pos_embed.zero_()
+    rows = torch.arange(side, dtype=model.pos_embed.dtype).repeat_interleave(side)
+    model.pos_embed[0, -side * side :] = rows[:, None]
+    return model
+
+
+@torch.no_grad()
+def look_at_what_is_bright(model: Any) -> Any:
+    """Make every token, in ``HEAD`` of the last block, look at bright patches; nowhere else.
+
+    The patch embedding turns the brightness b of a patch into the token (b, -b, 1, -1, 0,
+    …), whose norm has a first feature that grows with b; all blocks but the last hand on
+    what they get. There every query is the same, and the keys of ``HEAD`` are that feature.
+    """
+    for parameter in model.parameters():
+        parameter.zero_()
+    project = model.patch_embed.proj
+    brightness = 1 / project.weight[0].numel()
+    project.weight[0], project.weight[1] = brightness, -brightness
+    project.bias[2], project.bias[3] = 1, -1
+    last = _blocks(model)[-1]
+    last.norm1.weight.fill_(1)
+    width, heads = model.embed_dim, model.num_heads
+    last.attn.qkv.bias[:width].view(heads, -1)[HEAD, 0] = 1
+    last.attn.qkv.weight[width : 2 * width].view(heads, -1, width)[HEAD, 0, 0] = 1
+    return model
+
+
+def photograph(grid: tuple[int, int], bright: tuple[int, int], patch: int) -> Tensor:
+    """Return a dark image of a grid (h, w) of patches, with a bright one at (row, column)."""
+    cells = torch.full(grid, 0.1, dtype=torch.float64)
+    cells[bright] = 1
+    pixels = cells.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+    return pixels.expand(1, 3, -1, -1).contiguous()
+
+
+def _blocks(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "norm1")]

@@ -1,0 +1,79 @@
+"""Attention from its definition, in float64, row by row: shares no code with the package.
+
+Only the projection is the module's own, so that queries and keys are the very ones, with
+the very rounding, that the kernel is given.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def projections(module: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys, values ``(B, heads, N, head_dim)``: thirds of the channels."""
+    out = module.qkv(tokens).detach().double()
+    batch, length, channels = out.shape
+    width = channels // 3
+    thirds = [out[..., i * width : (i + 1) * width] for i in range(3)]
+    shape = (batch, length, module.num_heads, width // module.num_heads)
+    query, key, value = (third.reshape(shape).transpose(1, 2) for third in thirds)
+    return query, key, value
+
+
+def weights(
+    module: Any,
+    tokens: Tensor,
+    *,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Return exp(score − max), normalised, for one row after the other."""
+    query, key, _ = projections(module, tokens)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    result = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.float64)
+    for sample, head, row in product(*map(range, query.shape[:3])):
+        scores = (key[sample, head] * query[sample, head, row]).sum(-1) * scale
+        if bias is not None:
+            scores = scores + bias[sample, head, row].double()
+        seen = row + 1 if causal else len(scores)
+        powers = torch.exp(scores[:seen] - scores[:seen].max())
+        result[sample, head, row, :seen] = powers / powers.sum()
+    return result
+
+
+def features(module: Any, tokens: Tensor, attention: Tensor) -> Tensor:
+    """Return ``proj(attention @ v)`` for whatever ``attention`` is claimed to be."""
+    _, _, value = projections(module, tokens)
+    mixed = torch.einsum("bhqk,bhkd->bqhd", attention.detach().double(), value).flatten(2)
+    bias = 0 if module.proj.bias is None else module.proj.bias.detach().double()
+    made: Tensor = mixed @ module.proj.weight.detach().double().T + bias
+    return made
+
+
+def size_of_terms(module: Any, tokens: Tensor) -> float:
+    """Return how large the terms are that ``features`` adds: rounding is relative to these."""
+    _, _, value = projections(module, tokens)
+    rows = module.proj.weight.detach().double().abs().sum(-1)
+    return float(value.abs().max() * rows.max()) + 1
+
+
+def scale_of(module: Any, tokens: Tensor) -> float:
+    """Return the scale that the module's own output was made with.
+
+    Fused kernels use ``head_dim ** -0.5``, explicit code what it keeps in ``scale``, and a
+    copy may well have chosen another one. The features say which it was.
+    """
+    query, _, _ = projections(module, tokens)
+    output = module(tokens).detach().double()
+
+    def error(scale: float) -> float:
+        made = features(module, tokens, weights(module, tokens, scale=scale))
+        return float((made - output).abs().max())
+
+    fused: float = query.shape[-1] ** -0.5
+    return min((fused, float(module.scale)), key=error)
