@@ -48,7 +48,7 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     from dinov2_attn.upstream.checkpoints import load_pretrained, load_weights
     from dinov2_attn.upstream.source import obtain
 
-    _check_device(args.device)
+    check_device(args.device)
     if torch.device(args.device).type == "cpu":
         # xFormers has no kernel for it, and upstream would call one wherever xFormers imports.
         sys.modules.setdefault("xformers", None)  # type: ignore[arg-type]  # Python's own sign
@@ -68,7 +68,8 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     return model.to(args.device)
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Raise ``InvalidInput`` unless torch can use the device called ``name``."""
     import torch
 
     try:
