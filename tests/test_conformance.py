@@ -97,7 +97,7 @@ def test_only_one_test_reports_a_refusal(tmp_path):
 def test_real_code_is_green_within_a_minute(upstream, tmp_path):
     unpack(upstream, tmp_path)
     start = time.monotonic()
-    result = run(tmp_path, upstream.package)
+    result = run(tmp_path, upstream.package, "-rs")
     assert result.returncode == 0, result.stdout
     assert counts(result)["passed"] > 150
     assert time.monotonic() - start < 60

@@ -6,7 +6,8 @@
     pytest --pyargs dinov2_attn.conformance --dinov2 PATH --package moge.model.dinov2
 
 ``PATH`` is what holds the package: a checkout, a ``site-packages`` folder, a wheel. It needs
-pytest and what the code at hand needs, runs on the CPU, and downloads nothing.
+pytest and what the code at hand needs, runs on the CPU, and downloads nothing. What cannot
+be proved on the code at hand is skipped; ``-rs`` says why.
 
 ===============  ===============================================================
 test_install     the code is recognised, grafted, and put back as it was
