@@ -73,7 +73,9 @@ class Proof:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Why a column is empty, by column."""
+        """Why a column is empty, by column; after a refusal all are, for that one reason."""
+        if self.verdict == REFUSED:
+            return {}
         reasons = {
             column: next((c.message for c in self.cases if belongs(c) and c.message), "")
             for column, belongs in COLUMNS.items()

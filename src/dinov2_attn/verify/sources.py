@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from dinov2_attn.errors import InvalidInput, Unavailable
 from dinov2_attn.surgery.targets import UPSTREAM
@@ -46,7 +46,7 @@ def find(source: str, package: str | None, scratch: Path) -> list[Revision]:
         return _on_pypi(source.removeprefix(PYPI), package, scratch)
     path = Path(source).expanduser()
     if path.exists() and not _is_bare(path):
-        return _at_path(path, package, scratch)
+        return _at_path(path, path.resolve().name, package, scratch)
     address, revision = _split(source)
     repository = Repository.at(address, scratch)
     return [
@@ -81,23 +81,23 @@ def _commit(repository: Repository, commit: str, package: str, scratch: Path) ->
     )
 
 
-def _at_path(path: Path, package: str | None, scratch: Path) -> list[Revision]:
+def _at_path(path: Path, name: str, package: str | None, scratch: Path) -> list[Revision]:
     path = path.resolve()
     folder = path
     if path.is_file():
         folder = scratch / path.name
         _unzip(path, folder)
+    packages = [package] if package else packages_in(folder)
     return [
         Revision(
-            name=path.name if len(names) == 1 else f"{path.name} {name}",
+            name=name if len(packages) == 1 else f"{name} {package}",
             date="",
-            package=name,
-            content=f"{path} {name}",
+            package=package,
+            content=f"{path} {package}",
             unpack=lambda: folder,
             read=partial(_read, folder),
         )
-        for names in [[package] if package else list(packages_in(folder))]
-        for name in names
+        for package in packages
     ]
 
 
@@ -109,21 +109,26 @@ def _on_pypi(requirement: str, package: str | None, scratch: Path) -> list[Revis
         )
     folder = scratch / f"{name}-{version}"
     folder.mkdir()
-    return _at_path(download(requirement, folder), package, scratch)
+    return _at_path(download(requirement, folder), requirement, package, scratch)
 
 
-def packages_in(folder: Path) -> Iterator[str]:
-    """Yield the packages below ``folder`` that hold a copy of DINOv2's layers.
+def packages_in(folder: Path) -> list[str]:
+    """Return the packages below ``folder`` that hold a copy of DINOv2's layers.
 
     A copy is known by a module ``attention.py`` that defines ``MemEffAttention``, or else
-    ``Attention`` with a projection ``qkv`` below a folder called after DINOv2.
+    ``Attention`` beside ``block.py``, below a folder called after DINOv2.
     """
-    modules = {path: path.read_text(errors="replace") for path in folder.rglob("attention.py")}
+    modules = {
+        path.relative_to(folder): path.read_text(encoding="utf-8", errors="replace")
+        for path in folder.rglob("attention.py")
+    }
     copies = [path for path, text in modules.items() if "class MemEffAttention" in text]
     copies = copies or [
         path
         for path, text in modules.items()
-        if "class Attention" in text and "self.qkv" in text and "dinov2" in str(path)
+        if "class Attention" in text
+        and "dinov2" in str(path)
+        and (folder / path.parent / "block.py").is_file()
     ]
     if not copies:
         raise Unavailable(
@@ -131,8 +136,7 @@ def packages_in(folder: Path) -> Iterator[str]:
             f"{len(modules)} modules called attention.py, none with its classes",
             "Name the package that holds it: --package NAME.",
         )
-    for path in sorted(copies):
-        yield ".".join(PurePosixPath(path.relative_to(folder)).parent.parent.parts)
+    return [".".join(path.parent.parent.parts) for path in sorted(copies)]
 
 
 def _unzip(wheel: Path, folder: Path) -> None:
