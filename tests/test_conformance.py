@@ -140,7 +140,7 @@ BROKEN = {
     "a random number drawn when nothing is asked": (
         "surgery/grafts.py",
         "        if not return_attn:\n",
-        "        if not return_attn:\n            torch.rand(1)\n",
+        "        if not return_attn:\n            import torch\n            torch.rand(1)\n",
         "test_unasked",
         "bit for bit",
     ),
