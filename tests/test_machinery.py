@@ -20,7 +20,7 @@ def model(models):
     ).eval()
 
 
-def _compiles() -> bool:
+def compiles() -> bool:
     try:
         torch.compile(lambda x: x, backend="eager")(torch.ones(1))
     except RuntimeError:
@@ -29,7 +29,7 @@ def _compiles() -> bool:
 
 
 # torch 2.0 has no torch.compile on Python 3.11; the same calls run in eager mode in every file.
-@pytest.mark.skipif(not _compiles(), reason="this torch cannot compile on this Python")
+@pytest.mark.skipif(not compiles(), reason="this torch cannot compile on this Python")
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own warnings differ from version to version
 def test_every_call_compiles_into_one_graph(model):
     torch._dynamo.reset()

@@ -17,6 +17,7 @@ import dinov2_attn
 import reference
 import upstreams
 from strategies import model_cases, noise, randomise, seeds
+from test_machinery import compiles
 from tolerances import assert_close
 from xformers_here import devices, quiet
 
@@ -244,3 +245,17 @@ def test_a_model_says_so_before_anything_runs(nested, ask):
     hook.remove()
     assert not ran
     assert len(model.eval().get_self_attention(images)) == 2
+
+
+# torch 2.0 has no torch.compile on Python 3.11; the same calls run in eager mode above.
+@pytest.mark.skipif(not compiles(), reason="this torch cannot compile on this Python")
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own warnings differ from version to version
+def test_a_nested_pass_and_its_weights_compile_into_one_graph(nested):
+    torch._dynamo.reset()
+    block, tokens = block_of(nested), tokens_of([(2, 5), (1, 3)], 24, 0)
+    with torch.no_grad():
+        for asked in (True, False):
+            run = partial(block, return_attention=asked) if asked else block
+            compiled = torch.compile(run, backend="eager", fullgraph=True)
+            for ours, own in zip(compiled(tokens), run(tokens), strict=True):
+                assert_close(ours, own)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.errors import InvalidInput
+from dinov2_attn.tiles import is_compiling
 
 _Span = tuple[int, int]
 
@@ -172,7 +173,8 @@ def _inside(
     else:  # correct for any class of blocks, at the price of the dense matrix
         whole = _materialized(bias, (tokens.shape[1],) * 2, tokens.device, dtype)
         mask = whole[..., slice(*queries), slice(*keys)]
-    return mask if bool(mask.any()) else None
+    # A compiled graph cannot ask for a value: it adds the zeros.
+    return mask if is_compiling() or bool(mask.any()) else None
 
 
 def _materialized(
