@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
+import os
 import re
 import shutil
 import time
@@ -58,6 +59,8 @@ def bite(mutation, folder):
     """Run what is to catch a mutated copy, up to the first failure."""
     where = ["--dinov2", mutation.apply(folder), "--package", mutation.upstream.package]
     files = {SUITE / f"{name}.py": None for name in ("test_install", mutation.caught_by)}
+    # Its conftest brings the options; the entry point would come after the package is imported.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     with contextlib.redirect_stdout(io.StringIO()) as output:
         code = pytest.main(["-p", "no:cacheprovider", "-xq", *map(str, [*files, *where])])
     return code, output.getvalue()

@@ -94,10 +94,13 @@ def prove(folder: Path, package: str) -> Proof:
     """
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
+        # Settings of its own: no project's, and nobody's plugins.
+        settings = Path(scratch) / "pytest.ini"
+        settings.write_text("[pytest]\n", encoding="utf-8")
         options = [f"--dinov2={folder}", f"--package={package}", f"--junitxml={report}"]
+        options += [f"--rootdir={scratch}", f"-c={settings}"]
         quiet = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", f"{SUITE}.plugin"]
         command = [sys.executable, "-m", "pytest", *quiet, "--pyargs", SUITE, *options]
-        # From a folder of its own, so that no project's settings for pytest apply.
         try:
             done = subprocess.run(
                 command, cwd=scratch, env=_environment(), capture_output=True, text=True,
@@ -140,4 +143,5 @@ def _sum_up(cases: Iterable[Case]) -> str:
 def _environment() -> dict[str, str]:
     # Modules of this process may stand on a path that only it knows.
     path = os.pathsep.join([entry for entry in sys.path if entry])
-    return {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    own = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**os.environ, **own, "PYTHONPATH": path}
