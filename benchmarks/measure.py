@@ -14,15 +14,26 @@ from torch.profiler import ProfilerActivity, profile
 Call = Callable[[], object]
 
 
-def medians(calls: dict[str, Call], *, rounds: int, seed: int = 0) -> dict[str, float]:
-    """Return the median seconds of each call; in every round all of them run, in random order."""
+def medians(
+    calls: dict[str, Call],
+    *,
+    rounds: int,
+    seed: int = 0,
+    before: Callable[[str], None] = lambda name: None,
+) -> dict[str, float]:
+    """Return the median seconds of each call; in every round all of them run, in random order.
+
+    ``before(name)`` prepares each call and is not timed.
+    """
     order, shuffle = list(calls), random.Random(seed).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for name in order:
+        before(name)
         calls[name]()  # first calls fault pages in and choose algorithms
     for _ in range(rounds):
         shuffle(order)
         for name in order:
+            before(name)
             seconds[name].append(_seconds(calls[name]))
     return {name: statistics.median(times) for name, times in seconds.items()}
 

@@ -1,0 +1,244 @@
+"""What attention costs beside upstream's own forward, and beside what others offer.
+
+Ratios of medians, measured in one run on one machine, interleaved in random order::
+
+    python benchmarks/cost.py [--quick] [--repo CHECKOUT] [--out FOLDER]
+
+writes ``cost.md``, ``cost.json`` and ``cost.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: the profiler is only listened to
+sys.modules["xformers"] = None  # type: ignore[assignment]  # peers have no use for it
+
+import torch
+from measure import machine, medians, peak_bytes
+from peers import BASE, SMALL, Size, peers, textbook_rollout, two_steps, upstream
+
+import dinov2_attn
+from dinov2_attn.attention import attention_weights
+from dinov2_attn.upstream.source import obtain
+
+Call = Callable[[], object]
+MEBI = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: what was measured, of which model and image, and what is to be reached."""
+
+    what: str
+    model: str
+    image: int
+    value: float
+    unit: str
+    reach: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        if self.reach is None:
+            return ""
+        return f"≤ {self.reach:g}" if self.value <= self.reach else f"MISSED: ≤ {self.reach:g}"
+
+
+# Reached where stated: ViT-S/14 at 518 pixels on a CPU with two threads.
+REACH = {
+    "grafted, not asked": 1.01,
+    "last block, CLS row": 0.93,
+    "last block, full": 0.96,
+    "every block, CLS row, record": 1.02,
+    "every block, full, record, every matrix kept": 1.45,
+    "every block, full, record, streamed to the head mean": 1.30,
+}
+
+
+def ours(model: Any, images: torch.Tensor) -> dict[str, Call]:
+    """Return what is asked of a grafted model."""
+
+    def record(**selection: Any) -> object:
+        with dinov2_attn.record(model, **selection) as maps:
+            model(images)
+        return maps
+
+    head_mean = partial(record, reduce=lambda layer, weights: weights.mean(1))
+    return {
+        "grafted, not asked": lambda: model(images),
+        "last block, CLS row": lambda: model.get_last_self_attention(images, queries="cls"),
+        "last block, full": lambda: model.get_last_self_attention(images),
+        "every block, CLS row, record": partial(record, queries="cls"),
+        "every block, full, record, every matrix kept": record,
+        "every block, full, record, streamed to the head mean": head_mean,
+    }
+
+
+def against_upstream(size: Size, image: int, rounds: int, *, with_peers: bool) -> list[Row]:
+    """Measure a whole model: every call as a ratio to upstream's own forward."""
+    model, images = upstream(size, image).to(DEVICE), torch.randn(1, 3, image, image).to(DEVICE)
+    calls = {"upstream": lambda: model(images), **ours(model, images)}
+    if with_peers:
+        calls |= peers(size, images)
+    seconds = medians(calls, rounds=rounds, before=_grafted_or_not)
+    base = seconds.pop("upstream")
+    reach = REACH if (size, image) == (SMALL, 518) and DEVICE == "cpu" else {}
+    return [
+        Row(what, size.arch, image, value / base, "× upstream's forward", reach.get(what))
+        for what, value in seconds.items()
+    ]
+
+
+def one_matrix(size: Size, image: int, rounds: int) -> list[Row]:
+    """Measure one layer's matrix against the bare product that allocates its result."""
+    length = 1 + size.registers + (image // size.patch) ** 2
+    query, key = torch.randn(2, 1, size.heads, length, size.dim // size.heads, device=DEVICE)
+    calls = {
+        "bare": lambda: query @ key.transpose(-2, -1),
+        "one full matrix": lambda: attention_weights(query, key, query.shape[-1] ** -0.5),
+        "one full matrix, plain two-step": lambda: two_steps(query, key),
+    }
+    seconds = medians(calls, rounds=4 * rounds)
+    base = seconds.pop("bare")
+    reach = {"one full matrix": 0.90} if DEVICE == "cpu" else {}
+    return [
+        Row(what, size.arch, image, value / base, "× bare q @ kᵀ", reach.get(what))
+        for what, value in seconds.items()
+    ]
+
+
+def memory(size: Size, image: int) -> list[Row]:
+    """Measure peaks beyond that of upstream's own forward."""
+    model, images = upstream(size, image).to(DEVICE), torch.randn(1, 3, image, image).to(DEVICE)
+    length = 1 + getattr(model, "num_register_tokens", 0) + (image // size.patch) ** 2
+    matrix = size.heads * length**2 * 4
+    forward = peak_bytes(lambda: model(images))
+    calls = ours(model, images)
+
+    def cls_of_mean() -> object:
+        keep = lambda layer, weights: weights[:, :, 0].mean(1)  # noqa: E731
+        with dinov2_attn.record(model, reduce=keep) as maps:
+            model(images)
+        return maps
+
+    own = peak_bytes(calls["every block, CLS row, record"]) - forward
+    streamed = peak_bytes(cls_of_mean) - forward
+    what = "every block, full, record, reduced to the head mean of the CLS row"
+    return [
+        Row("upstream's forward, peak", size.arch, image, forward / MEBI, "MiB"),
+        Row("every block, CLS row, record, extra", size.arch, image, own / MEBI, "MiB", 8),
+        Row(what, size.arch, image, streamed / matrix, "× one matrix, extra", 1.3),
+    ]
+
+
+def rollouts(size: Size, image: int, rounds: int) -> list[Row]:
+    """Measure rollout of CLS against the textbook product, and its memory."""
+    model, images = upstream(size, image).to(DEVICE), torch.randn(1, 3, image, image).to(DEVICE)
+    own = lambda: dinov2_attn.rollout(model, images)  # noqa: E731
+    calls = {"rollout of CLS": own}
+    rows = []
+    if image <= 518:
+        calls["textbook"] = lambda: textbook_rollout(list(model.get_self_attention(images)))
+        seconds = medians(calls, rounds=rounds)
+        ratio = seconds["rollout of CLS"] / seconds["textbook"]
+        rows.append(Row("rollout of CLS", size.arch, image, ratio, "× textbook product", 0.25))
+    # Beyond upstream's forward and what queries and keys of every layer take by themselves.
+    length = 1 + getattr(model, "num_register_tokens", 0) + (image // size.patch) ** 2
+    kept = size.depth * 2 * length * size.dim * 4
+    extra = peak_bytes(own) - peak_bytes(lambda: model(images)) - kept
+    what = "rollout of CLS, extra beyond q and k of each layer"
+    return [*rows, Row(what, size.arch, image, extra / MEBI, "MiB", 64)]
+
+
+def _grafted_or_not(name: str) -> None:
+    if name == "upstream":
+        dinov2_attn.uninstall()
+    else:
+        dinov2_attn.install()
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows as Markdown."""
+    lines = ["| what | model, image | measured | reach |", "|---|---|---|---|"]
+    lines += [
+        f"| {row.what} | {row.model}, {row.image} | {row.value:.2f} {row.unit} | {row.verdict} |"
+        for row in rows
+    ]
+    return "\n".join([*lines, "", f"Medians, interleaved; {machine()}, batch 1, float32."])
+
+
+_GREY, _BLUE = "#999999", "#3b6fb6"
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    """Draw the ratios to upstream's forward."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    ratios = [row for row in rows if row.unit.endswith("forward")]
+    figure, axes = pyplot.subplots(figsize=(9, 0.3 * len(ratios) + 1.2), layout="constrained")
+    names = [f"{row.what} ({row.model}, {row.image})" for row in ratios]
+    peer = ["timm" in name or "transformers" in name for name in names]
+    axes.barh(
+        names, [row.value for row in ratios], color=["#999999" if p else "#3b6fb6" for p in peer]
+    )
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("time, as a multiple of upstream's own forward")
+    axes.set_title(machine(), fontsize=9)
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Measure, print, and write table, JSON and plot."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="under two minutes on two cores")
+    parser.add_argument("--repo", metavar="PATH", help="a checkout of facebookresearch/dinov2")
+    parser.add_argument("--out", metavar="FOLDER", default="benchmarks/results", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(obtain(arguments.repo), file=sys.stderr)
+    dinov2_attn.install()
+    with torch.no_grad():
+        rows = _quick() if arguments.quick else _all()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    found = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+    (arguments.out / "cost.json").write_text(json.dumps(found, indent=1, ensure_ascii=False))
+    (arguments.out / "cost.md").write_text(table(rows) + "\n")
+    plot(rows, arguments.out / "cost.png")
+    print(table(rows))
+
+
+def _quick() -> list[Row]:
+    return [
+        *against_upstream(SMALL, 518, 3, with_peers=True),
+        *one_matrix(SMALL, 518, 5),
+        *rollouts(SMALL, 518, 2),
+    ]
+
+
+def _all() -> list[Row]:
+    rows = []
+    for size in (SMALL, BASE):
+        for image, rounds in ((224, 25), (518, 15), (952, 3)):
+            rows += against_upstream(size, image, rounds, with_peers=image <= 518)
+    rows += one_matrix(SMALL, 518, 15)
+    rows += memory(SMALL, 952)
+    return rows + rollouts(SMALL, 518, 7) + rollouts(SMALL, 952, 1)
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if __name__ == "__main__":
+    main()
