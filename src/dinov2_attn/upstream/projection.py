@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from dinov2_attn.biases import Group
-from dinov2_attn.tiles import TILE_BYTES, may_tile
+from dinov2_attn.tiles import may_tile
+
+# Queries and keys that are made at a time: beside the weights of a large batch they are nothing.
+TILE_BYTES = 2**20
 
 Piece = tuple[slice, Tensor, Tensor]
 
