@@ -36,7 +36,8 @@ def attention_weights(
 
     ======  ======================================================================
     query   ``(B, heads, Q, head_dim)``, any floating dtype
-    key     ``(B, heads, N, head_dim)``, the same dtype
+    key     ``(B, heads, N, head_dim)``, the same dtype; ``(B, 1, N, head_dim)`` where
+            all heads share one
     bias    broadcastable to ``(B, heads, Q, N)``: added to the scores when floating,
             a mask of what may be seen when boolean, as in PyTorch's kernel
     out     what to write the result into, where ``may_tile(query)``

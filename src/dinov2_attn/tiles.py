@@ -48,7 +48,7 @@ def fill(
 
     ======  ====================================================================
     query   ``(B, heads, Q, head_dim)``, float32 or float64
-    key     ``(B, heads, N, head_dim)``, likewise
+    key     ``(B, heads or 1, N, head_dim)``, likewise
     bias    broadcastable to ``(B, heads, Q, N)``, added to the scores
     seen    ``(Q, N)``, boolean: keys that a query may look at
     result  ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean over heads; any
@@ -65,9 +65,10 @@ def fill(
     for piece in _pieces(shape[:3], limit // row, together=mean):
         samples, heads, lines = piece
         part = query[piece] * scale
+        own = key[samples] if key.shape[1] == 1 else key[samples, heads]
         out = result[samples, lines] if mean else result[piece]
         scores = out if in_place else part.new_empty((*part.shape[:3], shape[3]))
-        _product_into(scores, part, key[samples, heads])
+        _product_into(scores, part, own)
         if bias is not None:
             scores += bias[piece]
         if seen is not None:
@@ -78,10 +79,13 @@ def fill(
 
 
 def _product_into(scores: Tensor, query: Tensor, key: Tensor) -> None:
-    # As views, or else they would not be written: a piece is always whole in all dimensions
-    # behind the first that it cuts.
-    out = scores.view(-1, *scores.shape[2:])
-    torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(-2, -1), out=out)
+    # The rows of all heads that share a key make one product.
+    units = len(key) * key.shape[1]
+    # A view, or else it would not be written: a piece is whole in every dimension behind the
+    # first that it cuts.
+    out = scores.view(units, -1, key.shape[2])
+    query, key = query.reshape(units, -1, key.shape[3]), key.flatten(0, 1)
+    torch.bmm(query, key.transpose(-2, -1), out=out)
 
 
 def _softmax_(scores: Tensor) -> None:
@@ -100,13 +104,14 @@ def _pieces(shape: tuple[int, ...], rows: int, *, together: bool) -> Iterator[Pi
     """
     batch, heads, lines = shape
     several = heads if together else min(heads, max(1, rows // max(1, lines)))
-    for samples in _cut(batch, rows // max(1, heads * lines)):
-        for some in _cut(heads, several):
-            for line in _cut(lines, rows // max(1, several)):
+    for samples in cut(batch, rows // max(1, heads * lines)):
+        for some in cut(heads, several):
+            for line in cut(lines, rows // max(1, several)):
                 yield samples, some, line
 
 
-def _cut(length: int, step: int) -> Iterator[slice]:
+def cut(length: int, step: int) -> Iterator[slice]:
+    """Cut ``length`` into slices of at least 1 and at most ``step``."""
     step = max(1, step)
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
