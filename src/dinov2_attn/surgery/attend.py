@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from itertools import chain
 from typing import Any
 
@@ -18,6 +19,12 @@ from dinov2_attn.upstream.kernel import Kernel
 from dinov2_attn.upstream.projection import Piece, Projection
 
 
+class Instead(Enum):
+    """What this package itself asks of an attention module in the place of fused heads."""
+
+    QUERIES_AND_KEYS = auto()
+
+
 def attend(
     module: Any,
     kernel: Kernel,
@@ -26,15 +33,18 @@ def attend(
     attn_bias: Any = None,
     is_causal: bool = False,
     queries: Queries = None,
-    heads: Heads = None,
-) -> Tensor | list[Tensor]:
+    heads: Heads | Instead = None,
+) -> Tensor | list[Tensor] | list[tuple[Piece, float]]:
     """Return the weights of ``module`` on tokens ``x (B, N, C)``.
 
     One tensor ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads; under a
     block-diagonal ``attn_bias`` over ``x (1, ΣN, C)`` a list with one such tensor for
     each element that was nested (``_batch_sizes``), or for each block. Never more than
-    Σ n² weights are computed, nor as much memory again used.
+    Σ n² weights are computed, nor as much memory again used. Asked for queries and keys
+    ``Instead``, it returns pieces of the batch with the scale of their products.
     """
+    if isinstance(heads, Instead):
+        return _queries_and_keys(module, kernel, x, attn_bias, is_causal, queries)
     check_heads(heads)
     check_tokens(x)
     if attn_bias is not None:
@@ -111,6 +121,19 @@ class _Question:
             heads=self.heads,
             out=out,
         )
+
+
+def _queries_and_keys(
+    module: Any, kernel: Kernel, x: Tensor, attn_bias: Any, is_causal: bool, queries: Queries
+) -> list[tuple[Piece, float]]:
+    if attn_bias is not None or is_causal:
+        raise InvalidInput(
+            "attention that sees all tokens alike",
+            "a causal block" if is_causal else "one with attn_bias",
+            "Ask for the weights, which know of it, with get_self_attention.",
+        )
+    pieces = Projection(module, x).pieces(place(queries, x.shape[1]))
+    return [(piece, kernel.scale(module, piece.head_dim)) for piece in pieces]
 
 
 def _rows(bias: Tensor, rows: Rows) -> Tensor:
