@@ -127,6 +127,8 @@ class ModelCase:
 
 
 def model_cases(dtype: st.SearchStrategy[torch.dtype] | None = None) -> Any:
+    # Images are interpolated and convolved: upstream runs in these two anywhere.
+    dtypes_of_models = st.sampled_from([torch.float32, torch.float64]) if dtype is None else dtype
     depths_and_chunks = st.sampled_from([(1, 0), (2, 0), (3, 0), (2, 1), (2, 2), (4, 2), (3, 3)])
     return depths_and_chunks.flatmap(
         lambda pair: st.builds(
@@ -137,8 +139,7 @@ def model_cases(dtype: st.SearchStrategy[torch.dtype] | None = None) -> Any:
             heads=st.integers(1, 3),
             grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
             batch=st.integers(1, 3),
-            # Images are interpolated and convolved: upstream runs in these two anywhere.
-            dtype=dtype or st.sampled_from([torch.float32, torch.float64]),
+            dtype=dtypes_of_models,
             seed=seeds,
         )
     )

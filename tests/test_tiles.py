@@ -20,6 +20,7 @@ def tiny(monkeypatch):
 
     def cut(size):
         monkeypatch.setattr(tiles, "TILE_BYTES", size)
+        monkeypatch.setattr(tiles, "PIECE_BYTES", size)
         monkeypatch.setattr(projection, "TILE_BYTES", size)
 
     return cut
@@ -48,12 +49,13 @@ def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, size, seed):
     if causal:
         kwargs["causal_rows"] = torch.arange(rows)
     whole = attention.attention_weights(query, key, 0.7, **kwargs)
-    before, tiles.TILE_BYTES = tiles.TILE_BYTES, size
+    before = tiles.TILE_BYTES, tiles.PIECE_BYTES
+    tiles.TILE_BYTES = tiles.PIECE_BYTES = size
     try:
         with torch.no_grad():
             tiled = attention.attention_weights(query, key, 0.7, **kwargs)
     finally:
-        tiles.TILE_BYTES = before
+        tiles.TILE_BYTES, tiles.PIECE_BYTES = before
     assert tiled.dtype == dtype
     assert_close(tiled, whole)
 
@@ -64,13 +66,13 @@ def test_pieces_equal_the_whole(layers, case, size, data):
     queries = data.draw(st.sampled_from([None, 0, [-1, 0]]))
     heads = data.draw(st.sampled_from([None, "mean"]))
     whole = module(tokens, return_attn=True, queries=queries, heads=heads)
-    before = tiles.TILE_BYTES
-    tiles.TILE_BYTES = projection.TILE_BYTES = size
+    before = tiles.TILE_BYTES, tiles.PIECE_BYTES, projection.TILE_BYTES
+    tiles.TILE_BYTES = tiles.PIECE_BYTES = projection.TILE_BYTES = size
     try:
         with torch.no_grad():
             assert_close(module(tokens, return_attn=True, queries=queries, heads=heads), whole)
     finally:
-        tiles.TILE_BYTES = projection.TILE_BYTES = before
+        tiles.TILE_BYTES, tiles.PIECE_BYTES, projection.TILE_BYTES = before
 
 
 @torch.no_grad()
@@ -106,8 +108,10 @@ def test_whatever_else_sits_at_qkv_is_called_once_with_everything(layers, adorn,
 
 
 @torch.no_grad()
-def test_no_second_matrix_is_made():
-    """The largest tensor beside the result is a tile."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [None, "mean"])
+def test_no_second_matrix_is_made(dtype, heads, tiny):
+    """The largest tensor beside the result is a tile; a result in float32 needs not even that."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -119,11 +123,24 @@ def test_no_second_matrix_is_made():
                 self.largest = max(self.largest, out.numel() * out.element_size())
             return out
 
-    query = noise(2, 3, 400, 16, seed=0)
-    result = torch.empty(2, 3, 400, 400)
+    tiny(2**19)
+    query = noise(2, 3, 400, 16, seed=0, dtype=dtype)
+    result = torch.empty((2, 400, 400) if heads else (2, 3, 400, 400), dtype=dtype)
     with Watch() as watch:
-        attention.attention_weights(query, query, 0.25, out=result)
-    assert 2**18 < watch.largest <= tiles.TILE_BYTES < result.numel() * 4
+        attention.attention_weights(query, query, 0.25, heads=heads, out=result)
+    if heads is None and dtype == torch.float32:
+        assert watch.largest <= query.numel() * 4
+    else:
+        assert 2**18 < watch.largest <= 2**19 < result.numel() * 4
+
+
+@torch.no_grad()
+def test_a_result_on_huge_pages_is_like_any_other():
+    """Large enough that its pages are asked for; what is refused is passed over."""
+    query = noise(1, 2, 1500, 8, seed=0)
+    weights = attention.attention_weights(query, query, 0.3)
+    assert weights.numel() * 4 > 2**22
+    assert_close(weights, (query.double() * 0.3 @ query.double().mT).softmax(-1))
 
 
 def _shares_memory(a, b):

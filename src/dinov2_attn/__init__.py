@@ -7,6 +7,8 @@ From here on upstream's own models answer ``get_self_attention``,
 ``get_last_self_attention`` and ``return_attention=True``.
 """
 
+from typing import TYPE_CHECKING
+
 from dinov2_attn.errors import (
     Dinov2AttnError,
     IncompatibleUpstream,
@@ -22,6 +24,9 @@ from dinov2_attn.errors import (
     UpstreamDrift,
 )
 from dinov2_attn.surgery.install import Handle, Status, install, status, uninstall
+
+if TYPE_CHECKING:
+    from dinov2_attn.maps.rollout import rollout
 
 __all__ = [
     "Dinov2AttnError",
@@ -39,8 +44,18 @@ __all__ = [
     "UnwritableOutput",
     "UpstreamDrift",
     "install",
+    "rollout",
     "status",
     "uninstall",
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs torch when it is first asked for."""
+    if name == "rollout":
+        from dinov2_attn.maps.rollout import rollout
+
+        return rollout
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

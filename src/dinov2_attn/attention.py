@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.errors import InvalidInput
+from dinov2_attn.memory import new_result
 from dinov2_attn.tiles import fill, may_tile
 
 Heads = Literal["mean"] | None
@@ -35,7 +36,8 @@ def attention_weights(
 
     ======  ======================================================================
     query   ``(B, heads, Q, head_dim)``, any floating dtype
-    key     ``(B, heads, N, head_dim)``, the same dtype
+    key     ``(B, heads, N, head_dim)``, the same dtype; ``(B, 1, N, head_dim)`` where
+            all heads share one
     bias    broadcastable to ``(B, heads, Q, N)``: added to the scores when floating,
             a mask of what may be seen when boolean, as in PyTorch's kernel
     out     what to write the result into, where ``may_tile(query)``
@@ -60,16 +62,16 @@ def attention_weights(
     """
     with _without_autocast(query.device):
         dtype = torch.promote_types(query.dtype, torch.float32)
-        scaled, wide = query.to(dtype) * scale, key.to(dtype)
+        wide = key.to(dtype)
         seen = None if causal_rows is None else _past(causal_rows, key.shape[-2])
         if bias is not None and bias.dtype == torch.bool:
             bias = torch.zeros_like(bias, dtype=dtype).masked_fill_(~bias, float("-inf"))
         if may_tile(query):
             if out is None:
-                out = query.new_empty(shape_of_weights(query, key, heads))
-            fill(out, scaled, wide, bias=bias, seen=seen)
+                out = new_result(query, shape_of_weights(query, key, heads))
+            fill(out, query.to(dtype), wide, scale, bias=bias, seen=seen)
             return out
-        scores = scaled @ wide.transpose(-2, -1)
+        scores = (query.to(dtype) * scale) @ wide.transpose(-2, -1)
         if bias is not None:
             scores = scores + bias
         if seen is not None:

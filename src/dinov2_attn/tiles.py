@@ -1,8 +1,8 @@
-"""Weights without a second matrix: tile by tile, softmax straight into the result.
+"""Weights without a second matrix: piece by piece, and straight into the result.
 
-A fresh matrix of scores beside the weights would double the memory, and writing it, reading
-it and faulting its pages in costs more than the product. Tiles need writes in place, so
-this is for tensors that nothing traces or differentiates (``may_tile``).
+A fresh matrix of scores beside the weights would double the memory, and faulting its pages
+in costs more than the product. Pieces need writes in place, so this is for tensors that
+nothing traces or differentiates (``may_tile``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-# Scores of one tile: small enough to stay in a core's cache, large enough that the calls
-# into PyTorch do not count.
-TILE_BYTES = 2**20
+# Scores that become the result where they lie: few calls rather than cached ones, for at the
+# end of each all threads wait for the last. Measured on CPUs; on GPUs launches cost as much.
+PIECE_BYTES = 2**26
+
+# Scores of which something else is made, on the CPU: they cost memory and stay in its cache.
+TILE_BYTES = 2**21
+
+Piece = tuple[slice, slice, slice]
 
 
 def may_tile(tensor: Tensor) -> bool:
@@ -34,55 +39,82 @@ def fill(
     result: Tensor,
     query: Tensor,
     key: Tensor,
+    scale: float,
     *,
     bias: Tensor | None = None,
     seen: Tensor | None = None,
 ) -> None:
-    """Write ``softmax(query @ keyᵀ + bias)`` into ``result``.
+    """Write ``softmax(query @ keyᵀ · scale + bias)`` into ``result``.
 
     ======  ====================================================================
-    query   ``(B, heads, Q, head_dim)``, scaled, float32 or float64
-    key     ``(B, heads, N, head_dim)``, likewise
+    query   ``(B, heads, Q, head_dim)``, float32 or float64
+    key     ``(B, heads or 1, N, head_dim)``, likewise
     bias    broadcastable to ``(B, heads, Q, N)``, added to the scores
     seen    ``(Q, N)``, boolean: keys that a query may look at
-    result  ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean over heads; any dtype
+    result  ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean over heads; any
+            dtype; contiguous
     ======  ====================================================================
     """
-    batch, heads, rows, length = *query.shape[:3], key.shape[2]
-    # Heads that are averaged belong into one tile; otherwise each head is a unit of its own.
-    together = heads if result.ndim == 3 else 1
-    units = batch * heads // together
-    query, key = (t.reshape(units, together, *t.shape[2:]) for t in (query, key))
-    out = result.view(units, rows, length)
+    shape = (*query.shape[:3], key.shape[2])
+    mean = result.ndim == 3
+    in_place = not mean and result.dtype == query.dtype
     if bias is not None:
-        bias = bias.expand(batch, heads, rows, length)
-    row = together * length * query.element_size()
-    for some, lines in _tiles(units, rows, row, one_by_one=bias is not None):
-        scores = query[some, :, lines] @ key[some].transpose(-2, -1)
+        bias = bias.expand(shape)
+    row = max(1, shape[3] * query.element_size())
+    limit = PIECE_BYTES if in_place or query.device.type != "cpu" else TILE_BYTES
+    for piece in _pieces(shape[:3], limit // row, together=mean):
+        samples, heads, lines = piece
+        part = query[piece] * scale
+        own = key[samples] if key.shape[1] == 1 else key[samples, heads]
+        out = result[samples, lines] if mean else result[piece]
+        scores = out if in_place else part.new_empty((*part.shape[:3], shape[3]))
+        _product_into(scores, part, own)
         if bias is not None:
-            sample, head = divmod(some.start * together, heads)
-            scores += bias[sample, head : head + together, lines]
+            scores += bias[piece]
         if seen is not None:
             scores.masked_fill_(~seen[lines], float("-inf"))
-        _softmax_into(out[some, lines], scores)
+        _softmax_(scores)
+        if not in_place:
+            out.copy_(scores.mean(dim=1) if mean else scores)
 
 
-def _softmax_into(out: Tensor, scores: Tensor) -> None:
-    if scores.shape[1] > 1:
-        out.copy_(scores.softmax(dim=-1).mean(dim=1))
-    elif out.dtype == scores.dtype:
-        torch.softmax(scores.squeeze(1), -1, out=out)
+def _product_into(scores: Tensor, query: Tensor, key: Tensor) -> None:
+    # The rows of all heads that share a key make one product.
+    units = len(key) * key.shape[1]
+    # A view, or else it would not be written: a piece is whole in every dimension behind the
+    # first that it cuts.
+    out = scores.view(units, -1, key.shape[2])
+    query, key = query.reshape(units, -1, key.shape[3]), key.flatten(0, 1)
+    torch.bmm(query, key.transpose(-2, -1), out=out)
+
+
+def _softmax_(scores: Tensor) -> None:
+    if scores.device.type in ("cpu", "cuda"):
+        # Their kernels have read all of a row before they write any of it.
+        torch.softmax(scores, -1, out=scores)
     else:
-        out.copy_(scores.squeeze(1).softmax(dim=-1))
+        scores.copy_(scores.softmax(dim=-1))
 
 
-def _tiles(units: int, rows: int, row: int, *, one_by_one: bool) -> Iterator[tuple[slice, slice]]:
-    """Cut ``units`` of ``rows`` rows, each of ``row`` bytes, into pieces of about a tile."""
-    several = 1 if one_by_one else max(1, TILE_BYTES // max(1, rows * row))
-    lines = max(1, min(rows, TILE_BYTES // max(1, row)))
-    for unit in range(0, units, several):
-        for line in range(0, rows, lines):
-            yield slice(unit, min(unit + several, units)), slice(line, min(line + lines, rows))
+def _pieces(shape: tuple[int, ...], rows: int, *, together: bool) -> Iterator[Piece]:
+    """Cut ``shape (B, heads, Q)`` into pieces of about ``rows`` rows.
+
+    Each is as many whole samples as fit, else whole heads, else rows of one head, or of
+    all heads ``together``.
+    """
+    batch, heads, lines = shape
+    several = heads if together else min(heads, max(1, rows // max(1, lines)))
+    for samples in cut(batch, rows // max(1, heads * lines)):
+        for some in cut(heads, several):
+            for line in cut(lines, rows // max(1, several)):
+                yield samples, some, line
+
+
+def cut(length: int, step: int) -> Iterator[slice]:
+    """Cut ``length`` into slices of at least 1 and at most ``step``."""
+    step = max(1, step)
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 def is_compiling() -> bool:

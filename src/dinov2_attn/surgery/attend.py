@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 from itertools import chain
 from typing import Any
 
@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.attention import Heads, attention_weights, check_heads, shape_of_weights
-from dinov2_attn.biases import dense, groups, is_block_diagonal
+from dinov2_attn.biases import Group, dense, groups, is_block_diagonal
 from dinov2_attn.errors import InvalidInput
+from dinov2_attn.memory import new_result
 from dinov2_attn.queries import Queries, Rows, place
 from dinov2_attn.upstream.kernel import Kernel
 from dinov2_attn.upstream.projection import Piece, Projection
+
+
+class Instead(Enum):
+    """What this package itself asks of an attention module in the place of fused heads."""
+
+    QUERIES_AND_KEYS = auto()
 
 
 def attend(
@@ -26,15 +33,18 @@ def attend(
     attn_bias: Any = None,
     is_causal: bool = False,
     queries: Queries = None,
-    heads: Heads = None,
-) -> Tensor | list[Tensor]:
+    heads: Heads | Instead = None,
+) -> Tensor | list[Tensor] | list[tuple[Piece, float]]:
     """Return the weights of ``module`` on tokens ``x (B, N, C)``.
 
     One tensor ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads; under a
     block-diagonal ``attn_bias`` over ``x (1, ΣN, C)`` a list with one such tensor for
     each element that was nested (``_batch_sizes``), or for each block. Never more than
-    Σ n² weights are computed, nor as much memory again used.
+    Σ n² weights are computed, nor as much memory again used. Asked for queries and keys
+    ``Instead``, it returns pieces of the batch with the scale of their products.
     """
+    if isinstance(heads, Instead):
+        return _queries_and_keys(module, kernel, x, attn_bias, is_causal, queries)
     check_heads(heads)
     check_tokens(x)
     if attn_bias is not None:
@@ -43,11 +53,11 @@ def attend(
     wide = torch.promote_types(x.dtype, torch.float32)
     if is_block_diagonal(attn_bias):
         found, source = groups(attn_bias, x, wide), Projection(module, x)
-        return [ask.answer(source.pieces(g), g.batch, g.length, g.mask) for g in found]
+        return [ask.answer(source, g.batch, g.length, g.mask, g) for g in found]
     batch, length = x.shape[:2]
     if attn_bias is not None:
         attn_bias = dense(attn_bias, (batch, module.num_heads, length, length), x.device, wide)
-    return ask.answer(Projection(module, x).pieces(), batch, length, attn_bias)
+    return ask.answer(Projection(module, x), batch, length, attn_bias)
 
 
 def check_tokens(tokens: object) -> None:
@@ -70,37 +80,60 @@ class _Question:
     is_causal: bool
 
     def answer(
-        self, pieces: Iterator[Piece], batch: int, length: int, bias: Tensor | None
+        self,
+        source: Projection,
+        batch: int,
+        length: int,
+        bias: Tensor | None,
+        group: Group | None = None,
     ) -> Tensor:
         """Return the weights of ``batch`` sequences of ``length`` queries, piece by piece."""
         rows = place(self.queries, length)
         if bias is not None:
             bias = _rows(bias, rows)
+        pieces = source.pieces(rows, group)
         first = next(pieces)
-        _, query, key = first
-        if len(query) == batch:
-            return self._weigh(query, key, rows, bias)
-        out = query.new_empty((batch, *shape_of_weights(query[:, :, rows], key, self.heads)[1:]))
-        for samples, query, key in chain([first], pieces):
-            some = bias if bias is None else _samples(bias, samples)
-            self._weigh(query, key, rows, some, out[samples])
+        causal_rows = None
+        if self.is_causal:
+            causal_rows = torch.arange(length, device=first.query.device)[rows]
+        if len(first.query) == batch:
+            return self._weigh(first, bias, causal_rows)
+        shape = shape_of_weights(first.query, first.key, self.heads)
+        out = new_result(first.query, (batch, *shape[1:]))
+        for piece in chain([first], pieces):
+            some = bias if bias is None else _samples(bias, piece.samples)
+            self._weigh(piece, some, causal_rows, out[piece.samples])
         return out
 
     def _weigh(
-        self, query: Tensor, key: Tensor, rows: Rows, bias: Tensor | None, out: Tensor | None = None
+        self,
+        piece: Piece,
+        bias: Tensor | None,
+        causal_rows: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        causal_rows = None
-        if self.is_causal:
-            causal_rows = torch.arange(query.shape[2], device=query.device)[rows]
         return attention_weights(
-            query[:, :, rows],
-            key,
-            self.kernel.scale(self.module, query.shape[-1]),
+            piece.query,
+            piece.key,
+            self.kernel.scale(self.module, piece.head_dim),
             bias=bias,
             causal_rows=causal_rows,
             heads=self.heads,
             out=out,
         )
+
+
+def _queries_and_keys(
+    module: Any, kernel: Kernel, x: Tensor, attn_bias: Any, is_causal: bool, queries: Queries
+) -> list[tuple[Piece, float]]:
+    if attn_bias is not None or is_causal:
+        raise InvalidInput(
+            "attention that sees all tokens alike",
+            "a causal block" if is_causal else "one with attn_bias",
+            "Ask for the weights, which know of it, with get_self_attention.",
+        )
+    pieces = Projection(module, x).pieces(place(queries, x.shape[1]))
+    return [(piece, kernel.scale(module, piece.head_dim)) for piece in pieces]
 
 
 def _rows(bias: Tensor, rows: Rows) -> Tensor:

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from dinov2_attn.biases import Group
-from dinov2_attn.tiles import TILE_BYTES, may_tile
+from dinov2_attn.queries import Rows
+from dinov2_attn.tiles import cut, may_tile
 
-Piece = tuple[slice, Tensor, Tensor]
+# Queries and keys that are made at a time: beside the weights of a large batch they are nothing.
+TILE_BYTES = 2**20
+
+# So many rows for each channel of a head, and making keys costs less than doing without.
+# Measured by benchmarks/rows.py.
+BREAK_EVEN = 1
+
+_EXACT = (torch.float32, torch.float64)
+
+
+class Piece(NamedTuple):
+    """Some samples, their queries and what these are multiplied with.
+
+    ``query`` is ``(b, heads, Q, d)``, ``key`` ``(b, heads or 1, N, d)``. ``d`` is
+    ``head_dim``, unless the queries went through the keys' weights: then the tokens
+    themselves are the key of every head, and ``d`` their channels.
+    """
+
+    samples: slice
+    query: Tensor
+    key: Tensor
+    head_dim: int
 
 
 def project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,11 +49,12 @@ def project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Projection:
-    """Queries and keys of tokens ``x (B, N, C)``, made as late as is safe.
+    """Queries and keys of tokens ``x (B, N, C)``, made as late and as little as is safe.
 
     A plain linear layer, where nothing is differentiated or traced, gives the same for a
-    few samples at a time, and two thirds of it are enough: no memory to speak of. Whatever
-    else sits at ``qkv`` is called as upstream calls it: once, with everything.
+    few samples at a time and for some of its outputs: no memory to speak of, no values, no
+    queries that nobody asked for, and for few of them no keys either. Whatever else sits
+    at ``qkv`` is called as upstream calls it: once, with everything.
     """
 
     def __init__(self, module: Any, x: Tensor) -> None:
@@ -38,9 +62,12 @@ class Projection:
         self._tokens = x
         at_once = not (may_tile(x) and _is_plain(module.qkv))
         self._whole = project(module, x)[:2] if at_once else None
+        # Half precision, autocast's too, rounds queries and keys; only the kernel's own
+        # products round them as the kernel has them.
+        self._is_exact = not at_once and _product_dtype(module, x) in _EXACT
 
-    def pieces(self, group: Group | None = None) -> Iterator[Piece]:
-        """Yield samples and their query and key ``(b, heads, n, head_dim)``.
+    def pieces(self, rows: Rows, group: Group | None = None) -> Iterator[Piece]:
+        """Yield the queries of ``rows`` and what they are multiplied with, sample by sample.
 
         With ``group``, those of its blocks of the concatenation ``x (1, ΣN, C)``.
         """
@@ -49,32 +76,52 @@ class Projection:
             if group is not None:
                 query = _regroup(group, query, group.queries)
                 key = _regroup(group, key, group.keys)
-            yield slice(0, len(query)), query, key
+            yield Piece(slice(0, len(query)), query[:, :, rows], key, query.shape[-1])
         elif group is None:
-            yield from self._few_at_a_time(self._tokens, self._tokens)
+            yield from self._few_at_a_time(self._tokens, self._tokens, rows)
         else:
             queries = group.split(self._tokens, group.queries)
-            same = group.queries == group.keys
-            keys = queries if same else group.split(self._tokens, group.keys)
-            yield from self._few_at_a_time(queries, keys)
+            keys = group.split(self._tokens, group.keys)
+            yield from self._few_at_a_time(queries, keys, rows)
 
-    def _few_at_a_time(self, queries: Tensor, keys: Tensor) -> Iterator[Piece]:
+    def _few_at_a_time(self, queries: Tensor, keys: Tensor, rows: Rows) -> Iterator[Piece]:
         sample = 2 * queries.shape[1] * queries.shape[2] * queries.element_size()
-        few = max(1, TILE_BYTES // max(1, sample))
-        for start in range(0, max(1, len(queries)), few):
-            some = slice(start, min(start + few, len(queries)))
-            query, key = _project_two(self._module, queries[some])
-            if keys is not queries:
-                _, key = _project_two(self._module, keys[some])
-            yield some, query, key
+        for some in cut(max(1, len(queries)), TILE_BYTES // max(1, sample)):
+            query = self._queries(queries[some], rows)
+            head_dim = query.shape[-1]
+            if self._is_exact and query.shape[2] * BREAK_EVEN <= head_dim:
+                query, key = _through_keys(self._module, query), keys[some, None]
+            else:
+                key = _third(self._module, keys[some], 1)
+            yield Piece(some, query, key, head_dim)
+
+    def _queries(self, tokens: Tensor, rows: Rows) -> Tensor:
+        if self._is_exact:
+            return _third(self._module, tokens[:, rows], 0)
+        return _third(self._module, tokens, 0)[:, :, rows]
 
 
-def _project_two(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    weight, bias = module.qkv.weight, module.qkv.bias
-    two_thirds = len(weight) // 3 * 2
-    out = F.linear(x, weight[:two_thirds], None if bias is None else bias[:two_thirds])
-    query, key = _by_heads(module, out, 2)
-    return query, key
+def _through_keys(module: Any, query: Tensor) -> Tensor:
+    """Return ``W_kᵀ q (B, heads, Q, C)``, to be multiplied with tokens in place of keys.
+
+    ``q · (W_k x + b_k) = (W_kᵀ q) · x + q · b_k``, and the softmax does not see what is the
+    same for all tokens of a row.
+    """
+    weight: Tensor = module.qkv.weight.chunk(3)[1]
+    return query @ weight.view(query.shape[1], query.shape[3], -1)
+
+
+def _third(module: Any, x: Tensor, which: int) -> Tensor:
+    """Return the queries (0), keys (1) or values (2) of ``x`` and nothing else."""
+    weight, bias = module.qkv.weight.chunk(3)[which], module.qkv.bias
+    out = F.linear(x, weight, None if bias is None else bias.chunk(3)[which])
+    return _by_heads(module, out, 1)[0]
+
+
+def _product_dtype(module: Any, x: Tensor) -> torch.dtype:
+    """Say in what dtype the projection comes out here and now, autocast or not."""
+    one: Tensor = F.linear(x[:1, :1], module.qkv.weight[:1])
+    return one.dtype
 
 
 def _by_heads(module: Any, projected: Tensor, parts: int) -> tuple[Tensor, ...]:

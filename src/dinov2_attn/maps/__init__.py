@@ -1,0 +1,1 @@
+"""Attention of whole models, made into something to look at."""

@@ -1,0 +1,222 @@
+"""Attention rollout of chosen tokens, without a matrix product and without a matrix.
+
+The textbook multiplies one N × N matrix per layer into another. One row of that product needs
+less: its vector goes through the layers from the last to the first, ``r ← r · A``, and a
+layer's rows are made a few at a time and let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_attn.attention import attention_weights
+from dinov2_attn.errors import InvalidInput, NotGrafted
+from dinov2_attn.queries import Queries, place, spell_out
+from dinov2_attn.surgery.attend import Instead
+from dinov2_attn.surgery.grafts import weights_from
+from dinov2_attn.surgery.inputs import (
+    Layers,
+    check_images,
+    check_list,
+    count_tokens,
+    layers_to_take,
+    patch_size,
+)
+from dinov2_attn.surgery.transformer import flat_blocks
+from dinov2_attn.tiles import cut
+from dinov2_attn.upstream.anatomy import count_registers
+from dinov2_attn.upstream.contract import name_of
+from dinov2_attn.upstream.projection import Piece
+
+Fusion = Literal["mean", "min", "max"]
+
+# The rows of all heads that exist at a time. Small beside one layer's matrix, large beside a call.
+TILE_BYTES = 2**23
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How much of every token has come into some tokens by way of all layers.
+
+    =======  ==================================================================
+    weights  ``(B, Q, N)``, float32 at least: rows of the rolled-out attention,
+             which sum to one; columns are CLS, registers, patches row by row
+    grid     ``(h, w)``, the patches of the images
+    prefix   1 + R, the columns in front of the patches
+    =======  ==================================================================
+    """
+
+    weights: Tensor
+    grid: tuple[int, int]
+    prefix: int
+
+    def maps(self) -> Tensor:
+        """Return the patch columns as maps ``(B, Q, h, w)``.
+
+        CLS and registers stay out of the picture; what went through them on its way did not
+        stay out of the weights. A map sums to less than one by what they hold themselves.
+        """
+        return self.weights[..., self.prefix :].reshape(*self.weights.shape[:2], *self.grid)
+
+
+@torch.no_grad()
+def rollout(
+    model: Any,
+    images: Any,
+    n: Layers = None,
+    *,
+    queries: Queries = "cls",
+    heads: Fusion = "mean",
+    residual: float = 0.5,
+    masks: Any = None,
+) -> Any:
+    """Return the attention rollout of some tokens, a ``Rollout``; for a list, a list of these.
+
+    ========  ==================================================================
+    images    ``(B, C, H, W)``, or a list of such batches
+    n         the blocks to roll out over, as in ``get_self_attention``: all, the
+              last ``n``, or those
+    queries   the tokens to start from, as in ``get_self_attention``; their order
+              is that of the rows
+    heads     how the heads of a layer are fused: ``"mean"``, ``"min"``, ``"max"``
+    residual  the share, from 0 to 1, of what goes past the attention of a layer
+    masks     ``None`` or boolean ``(B, h·w)``; for a list, one for each tensor
+    ========  ==================================================================
+
+    Memory beyond one forward pass is O(N): the tokens of each layer, the queries and keys
+    of one, a few rows of its weights; time is O(N²) for each layer. Nothing is differentiated.
+    The equivalent code is::
+
+        product = identity
+        for weights in model.get_self_attention(images, n):
+            layer = residual * identity + (1 - residual) * fuse(weights, dim=1)
+            product = (layer / layer.sum(-1, keepdim=True)) @ product
+        return product[:, queries]
+
+    Raises ``InvalidInput`` and ``OutOfRange`` for what cannot be, ``NotGrafted`` for a model
+    that ``install`` has not reached.
+
+    Source: Abnar and Zuidema, *Quantifying Attention Flow in Transformers*, 2020; the fusion
+    of heads by min and max: Gildenblat, vit-explain.
+    """
+    _check(model, heads, residual)
+    layer = _Layer(heads, float(residual))
+    queries = spell_out(queries, count_registers(model))
+    blocks = flat_blocks(model.blocks)
+    wanted = layers_to_take(n, len(blocks))
+    if not wanted:
+        raise InvalidInput("at least one block to roll out over", f"n={n!r}", "Leave n out.")
+    several = isinstance(images, list | tuple)
+    batches = images if several else [images]
+    pairs = list(zip(batches, check_list(batches, masks) if several else [masks], strict=True))
+    for batch, mask in pairs:
+        check_images(model, batch, mask)
+        place(queries, count_tokens(model, batch))
+    found = [
+        _one(model, batch, layer, _inputs(model, blocks, wanted, batch, mask), queries)
+        for batch, mask in pairs
+    ]
+    return found if several else found[0]
+
+
+def _check(model: Any, heads: object, residual: object) -> None:
+    if not hasattr(model, "get_self_attention"):
+        raise NotGrafted(
+            "a vision transformer that install() has reached",
+            name_of(type(model)),
+            "Call dinov2_attn.install(model) first, and pass the transformer itself.",
+        )
+    if not (isinstance(heads, str) and heads in get_args(Fusion)):
+        raise InvalidInput(
+            f"heads to be one of {', '.join(map(repr, get_args(Fusion)))}",
+            f"heads={heads!r}",
+            "A rollout goes through one matrix per layer, so heads are fused.",
+        )
+    if not (isinstance(residual, int | float) and 0 <= residual <= 1):
+        raise InvalidInput(
+            "residual as a number from 0 to 1",
+            repr(residual),
+            "0.5 weighs what goes past the attention of a layer as much as what goes through.",
+        )
+
+
+def _inputs(
+    model: Any, blocks: list[nn.Module], wanted: list[int], images: Tensor, masks: Any
+) -> list[tuple[nn.Module, Tensor]]:
+    """Return the ``wanted`` blocks with the tokens that each is given in a forward pass."""
+    tokens, found = model.prepare_tokens_with_masks(images, masks), []
+    for i, block in enumerate(blocks[: wanted[-1] + 1]):
+        if i in wanted:
+            found.append((block, tokens))
+        if i < wanted[-1]:
+            tokens = block(tokens)
+    return found
+
+
+def _one(
+    model: Any,
+    images: Tensor,
+    layer: _Layer,
+    inputs: list[tuple[nn.Module, Tensor]],
+    queries: Queries,
+) -> Rollout:
+    length = count_tokens(model, images)
+    positions = torch.arange(length, device=images.device)
+    start = positions[place(queries, length)]
+    # Of the last layer no other rows are needed than those of the tokens to start from.
+    shares = torch.eye(len(start), device=images.device).expand(len(images), -1, -1)
+    for block, tokens in reversed(inputs):
+        ask = {"queries": queries, "heads": Instead.QUERIES_AND_KEYS}
+        pieces = weights_from(block, "return_attention", tokens, **ask)
+        shares = torch.cat([layer.push(shares[p.samples], start, p, scale) for p, scale in pieces])
+        queries, start = None, positions
+    height, width = patch_size(model)
+    grid = images.shape[2] // height, images.shape[3] // width
+    return Rollout(shares, grid, length - grid[0] * grid[1])
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What one layer does to the shares that its output tokens hold."""
+
+    heads: Fusion
+    residual: float
+
+    def push(self, shares: Tensor, positions: Tensor, piece: Piece, scale: float) -> Tensor:
+        """Return ``shares (b, S, L) @ A``, ``(b, S, N)``, for the rows ``positions (L,)`` of A."""
+        dtype = torch.promote_types(piece.query.dtype, torch.float32)
+        query, key = piece.query.to(dtype), piece.key.to(dtype)
+        result = shares.new_zeros((*shares.shape[:2], key.shape[2]), dtype=dtype)
+        for out, own, q, k in zip(result, shares.to(dtype), query, key, strict=True):
+            for lines, rows, part in self._fused(q, k, scale):
+                some = own[:, lines] * part
+                if self.heads != "mean":  # whose rows, and those of each head, sum to one
+                    some = some / (self.residual + (1 - self.residual) * rows.sum(-1))
+                out.addmm_(some, rows, alpha=1 - self.residual)
+                out.index_add_(1, positions[lines], some, alpha=self.residual)
+        return result
+
+    def _fused(
+        self, query: Tensor, key: Tensor, scale: float
+    ) -> Iterator[tuple[slice, Tensor, float]]:
+        """Yield lines, rows ``(l, N)`` and the part of the fused heads that these are."""
+        mean = self.heads == "mean"
+        count, length = len(query), key.shape[1]
+        together = 1 if mean else count
+        step = max(1, TILE_BYTES // (together * length * key.element_size()))
+        # One tile for all: fresh memory costs as much as what is written into it.
+        memory = query.new_empty(together * min(step, query.shape[1]) * length)
+        for heads, lines in product(cut(count, together), cut(query.shape[1], step)):
+            some, keys = query[None, heads, lines], key[None, heads if len(key) > 1 else slice(1)]
+            out = memory[: some.shape[1] * some.shape[2] * length].view(*some.shape[:3], length)
+            weights = attention_weights(some, keys, scale, out=out)[0]
+            if mean:
+                yield lines, weights[0], 1 / count
+            else:
+                yield lines, weights.amin(0) if self.heads == "min" else weights.amax(0), 1
