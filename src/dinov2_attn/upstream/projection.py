@@ -30,14 +30,16 @@ class Projection:
 
     A plain linear layer, where nothing is differentiated or traced, gives the same for a
     few samples at a time, and two thirds of it are enough: no memory to speak of. Whatever
-    else sits at ``qkv`` is called as upstream calls it: once, with everything.
+    else sits at ``qkv`` is called as upstream calls it: once, with everything. What a pass
+    has ``projected`` already, ``(B, N, 3 · C)``, is not projected again.
     """
 
-    def __init__(self, module: Any, x: Tensor) -> None:
+    def __init__(self, module: Any, x: Tensor, projected: Tensor | None = None) -> None:
         self._module = module
         self._tokens = x
-        at_once = not (may_tile(x) and _is_plain(module.qkv))
-        self._whole = project(module, x)[:2] if at_once else None
+        if projected is None and not (may_tile(x) and _is_plain(module.qkv)):
+            projected = module.qkv(x)
+        self._whole = None if projected is None else _by_heads(module, projected, 3)[:2]
 
     def pieces(self, group: Group | None = None) -> Iterator[Piece]:
         """Yield samples and their query and key ``(b, heads, n, head_dim)``.
