@@ -1,0 +1,1 @@
+"""What is made of weights: recordings of ordinary passes."""
