@@ -668,13 +668,21 @@ class TestCompiledProjection:
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports_are_refused(models, strict):
     model = build(models)
-    with pytest.raises(dinov2_attn.NotRecorded, match="graph"), record(model):
+    with pytest.raises(dinov2_attn.NotRecorded, match="torch.export"), record(model):
         torch.export.export(model, (IMAGES,), strict=strict)
     assert_nothing_on(model)
     exported = torch.export.export(model, (IMAGES,), strict=strict).module()
     assert_close(exported(IMAGES), model(IMAGES))
     with pytest.raises(dinov2_attn.NotRecorded, match="found 0"), record(model):
         exported(IMAGES)
+
+
+def test_function_transforms_are_refused(models):
+    """What is recorded there would be wrappers that are dead afterwards."""
+    model = build(models)
+    with pytest.raises(dinov2_attn.NotRecorded, match="torch.func"), record(model):
+        torch.func.grad(lambda x: model(x).sum())(IMAGES)
+    assert_nothing_on(model)
 
 
 class Checkpointed(nn.Module):

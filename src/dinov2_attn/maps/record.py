@@ -88,8 +88,9 @@ def record(
 
     Raises ``InvalidInput`` unless there is exactly one DINOv2 in ``model``, ``NotGrafted``
     where ``install`` has not reached it, and ``NotRecorded`` at the end of the block where
-    no pass was recorded or one lacks layers (a compiled or exported graph, an exception
-    caught inside), or where ``torch.compile`` would make a graph of one.
+    no pass was recorded or one lacks layers (an exported model, an exception caught inside),
+    and in the middle of it where ``torch.compile``, ``torch.export`` or ``torch.func`` would
+    make another function of one.
     """
     recorder = _Recorder(model, n, queries, heads, reduce)
     TAP.recorders = (*TAP.recorders, recorder)

@@ -36,7 +36,7 @@ def run_recorded(
     whoever takes weights may ask or run models meanwhile.
     """
     wanting = [recorder for recorder in TAP.recorders if recorder.wants(module)]
-    if wanting and is_compiling():
+    if wanting and _is_transformed():
         raise in_a_graph()
     with unrecorded():
         if not wanting or _is_recomputing():
@@ -77,7 +77,8 @@ def in_a_graph() -> NotRecorded:
     """Return the error for a recording that a graph would not repeat."""
     return NotRecorded(
         "a forward pass in eager mode inside record(...)",
-        "one that torch.compile or torch.export is tracing, whose graph could not record",
+        "one that torch.compile, torch.export or torch.func makes another function of, whose "
+        "values end with it",
         "Run the eager module (a compiled one keeps it as _orig_mod), or a compiled one under "
         'torch.compiler.set_stance("force_eager").',
     )
@@ -107,6 +108,10 @@ class _Listening:
             self._taking = False
 
 
+def _is_transformed() -> bool:
+    return is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _is_recomputing() -> bool:
     """Say whether this is checkpointing's second run, in the middle of a backward pass."""
     return torch._C._current_graph_task_id() != -1
@@ -117,8 +122,7 @@ def _unpacked() -> AbstractContextManager[object]:
 
     Checkpointing counts the tensors that a block saves, and its second run does not record.
     """
-    functorch = torch._C._functorch.peek_interpreter_stack() is not None  # knows no such hooks
-    if functorch or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return nullcontext()
     # Detached: a softmax saves its own result, which would hold itself alive through its graph.
     return torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved)
