@@ -7,7 +7,10 @@ From here on upstream's own models answer ``get_self_attention``,
 ``get_last_self_attention`` and ``return_attention=True``.
 """
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from dinov2_attn.errors import (
     Dinov2AttnError,
@@ -16,6 +19,7 @@ from dinov2_attn.errors import (
     KernelFallback,
     NoOperator,
     NotGrafted,
+    NotRecorded,
     OutOfRange,
     PatchedOnTop,
     Unavailable,
@@ -26,9 +30,12 @@ from dinov2_attn.errors import (
 from dinov2_attn.surgery.install import Handle, Status, install, status, uninstall
 
 if TYPE_CHECKING:
+    from dinov2_attn.maps.attention_maps import AttentionMaps
+    from dinov2_attn.maps.record import Recording, record
     from dinov2_attn.maps.rollout import rollout
 
 __all__ = [
+    "AttentionMaps",
     "Dinov2AttnError",
     "Handle",
     "IncompatibleUpstream",
@@ -36,14 +43,17 @@ __all__ = [
     "KernelFallback",
     "NoOperator",
     "NotGrafted",
+    "NotRecorded",
     "OutOfRange",
     "PatchedOnTop",
+    "Recording",
     "Status",
     "Unavailable",
     "UnreadableFile",
     "UnwritableOutput",
     "UpstreamDrift",
     "install",
+    "record",
     "rollout",
     "status",
     "uninstall",
@@ -51,11 +61,16 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+# What needs torch, which is imported with its first use.
+_LATER = {
+    "AttentionMaps": "dinov2_attn.maps.attention_maps",
+    "Recording": "dinov2_attn.maps.record",
+    "record": "dinov2_attn.maps.record",
+    "rollout": "dinov2_attn.maps.rollout",
+}
 
-def __getattr__(name: str) -> object:
-    """Import what needs torch when it is first asked for."""
-    if name == "rollout":
-        from dinov2_attn.maps.rollout import rollout
 
-        return rollout
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

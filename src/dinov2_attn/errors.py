@@ -30,6 +30,10 @@ class NotGrafted(Dinov2AttnError, RuntimeError):
     """Attention was asked of a module that ``install`` has not reached."""
 
 
+class NotRecorded(Dinov2AttnError, RuntimeError):
+    """A forward pass that should have been recorded was not, or not all of it."""
+
+
 class NoOperator(Dinov2AttnError, NotImplementedError):
     """xFormers has no operator for the device that attention was asked for on."""
 

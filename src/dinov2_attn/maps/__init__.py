@@ -1,1 +1,1 @@
-"""Attention of whole models, made into something to look at."""
+"""What is made of the attention of whole models: recordings, rollout."""

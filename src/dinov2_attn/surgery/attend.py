@@ -34,8 +34,11 @@ def attend(
     is_causal: bool = False,
     queries: Queries = None,
     heads: Heads | Instead = None,
+    projected: Tensor | None = None,
 ) -> Tensor | list[Tensor] | list[tuple[Piece, float]]:
     """Return the weights of ``module`` on tokens ``x (B, N, C)``.
+
+    ``projected (B, N, 3 · C)`` is what ``module.qkv`` has made of them, where it has.
 
     One tensor ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads; under a
     block-diagonal ``attn_bias`` over ``x (1, ΣN, C)`` a list with one such tensor for
@@ -52,12 +55,12 @@ def attend(
     ask = _Question(module, kernel, queries, heads, is_causal)
     wide = torch.promote_types(x.dtype, torch.float32)
     if is_block_diagonal(attn_bias):
-        found, source = groups(attn_bias, x, wide), Projection(module, x)
+        found, source = groups(attn_bias, x, wide), Projection(module, x, projected)
         return [ask.answer(source, g.batch, g.length, g.mask, g) for g in found]
     batch, length = x.shape[:2]
     if attn_bias is not None:
         attn_bias = dense(attn_bias, (batch, module.num_heads, length, length), x.device, wide)
-    return ask.answer(Projection(module, x), batch, length, attn_bias)
+    return ask.answer(Projection(module, x, projected), batch, length, attn_bias)
 
 
 def check_tokens(tokens: object) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from dinov2_attn.errors import InvalidInput, NotGrafted
 from dinov2_attn.surgery.attend import attend, check_tokens
 from dinov2_attn.surgery.nesting import check_stochastic_depth
+from dinov2_attn.surgery.recording import run_recorded
 from dinov2_attn.surgery.tap import TAP, answer, ask
 from dinov2_attn.upstream.anatomy import Part
 from dinov2_attn.upstream.contract import argument_names, name_of
@@ -44,11 +45,16 @@ def graft_attention(original: Forward, kernel: Kernel) -> Forward:
     """
     names = argument_names(original)
 
+    def weights_of(self: nn.Module, args: Any, kwargs: Any, **selection: Any) -> Any:
+        return attend(self, kernel, **_by_name(names, args, kwargs), **selection)
+
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, return_attn: bool = False, **kwargs: Any) -> Any:
-        if not return_attn:
-            return original(self, *args, **kwargs)
-        return answer(attend(self, kernel, **_by_name(names, args, kwargs)))
+        if return_attn:
+            return answer(weights_of(self, args, kwargs))
+        if TAP.recorders:
+            return run_recorded(original, self, weights_of, args, kwargs)
+        return original(self, *args, **kwargs)
 
     return announce(original, forward, "return_attn")
 
@@ -90,7 +96,7 @@ def graft_block(original: Forward, part: Part) -> Forward:
 def weights_from(module: nn.Module, keyword: str, *args: Any, **selection: Any) -> Any:
     """Ask ``module``, or what it wraps, by ``keyword``; raise ``NotGrafted`` if nothing answers."""
     # Compiled, sharded and checkpointed modules are wrappers that pass keywords on.
-    if not (_takes(module, keyword) or any(_takes(inner, keyword) for inner in module.modules())):
+    if not (takes(module, keyword) or any(takes(inner, keyword) for inner in module.modules())):
         raise NotGrafted(
             f"a module whose forward takes {keyword}, as install() leaves it",
             f"{name_of(type(module))}, whose forward was never grafted",
@@ -153,5 +159,6 @@ def _only_tokens(arguments: Mapping[str, Any]) -> Any:
     return next(iter(arguments.values()))
 
 
-def _takes(module: nn.Module, keyword: str) -> bool:
+def takes(module: nn.Module, keyword: str) -> bool:
+    """Say whether the very class of ``module`` was given ``keyword`` by a graft."""
     return getattr(type(module).forward, _MARK, None) == keyword

@@ -12,7 +12,12 @@ from dinov2_attn.surgery.fallback import graft_kernel
 from dinov2_attn.surgery.grafts import BLOCK_CHILDREN, graft_attention, graft_block
 from dinov2_attn.surgery.ledger import Ledger
 from dinov2_attn.surgery.recognition import warn_of_drift
-from dinov2_attn.surgery.transformer import METHODS, graft_forward, graft_forward_features
+from dinov2_attn.surgery.transformer import (
+    METHODS,
+    graft_forward,
+    graft_forward_features,
+    graft_prepare_tokens,
+)
 from dinov2_attn.upstream import contract, selfcheck
 from dinov2_attn.upstream.anatomy import Part, in_order
 from dinov2_attn.upstream.flags import KERNEL, home_of_kernel
@@ -129,7 +134,11 @@ def _graft_kernels(ledger: Ledger, target: Hashable, classes: list[type]) -> Non
             ledger.set(home, KERNEL, graft_kernel(home[KERNEL]), target)
 
 
-_FORWARDS = {"forward_features": graft_forward_features, "forward": graft_forward}
+_FORWARDS = {
+    "prepare_tokens_with_masks": graft_prepare_tokens,
+    "forward_features": graft_forward_features,
+    "forward": graft_forward,
+}
 
 _Step = Callable[[Ledger, Hashable, type, Part, dict[str, Any]], None]
 _STEPS: dict[Part, _Step] = {

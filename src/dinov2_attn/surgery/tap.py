@@ -5,14 +5,27 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dinov2_attn.upstream.flags import Forward
 
 Listener = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], None]
+
+
+class Recorder(Protocol):
+    """Who is told of the ordinary passes of a thread, by the grafts in ``recording``."""
+
+    def begin(self, model: nn.Module, images: Tensor | None) -> None:
+        """Note that ``model`` has made tokens, of ``images`` where that is known."""
+
+    def wants(self, attention: nn.Module) -> bool:
+        """Say whether ``take`` is to be called when ``attention`` runs."""
+
+    def take(self, attention: nn.Module, weigh: Callable[..., Any]) -> None:
+        """Keep what ``weigh(queries=, heads=)`` gives: the weights that are about to be used."""
 
 
 class _Tap(threading.local):
@@ -22,6 +35,7 @@ class _Tap(threading.local):
         # On the instance from the start, in every thread: Dynamo guards on their presence too.
         self.listener: Listener | None = None
         self.answers: list[Any] | None = None
+        self.recorders: tuple[Recorder, ...] = ()
 
 
 TAP = _Tap()
@@ -46,6 +60,16 @@ def ask(module: nn.Module, *args: Any, **keywords: Any) -> Any:
         return TAP.answers[-1] if TAP.answers else None
     finally:
         TAP.answers = before
+
+
+@contextmanager
+def unrecorded() -> Iterator[tuple[Recorder, ...]]:
+    """Let nothing that runs inside be recorded; yields who would have been told."""
+    before, TAP.recorders = TAP.recorders, ()
+    try:
+        yield before
+    finally:
+        TAP.recorders = before
 
 
 @contextmanager

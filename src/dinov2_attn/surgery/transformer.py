@@ -20,7 +20,8 @@ from dinov2_attn.surgery.inputs import (
     layers_to_take,
 )
 from dinov2_attn.surgery.nesting import can_nest, check_stochastic_depth
-from dinov2_attn.surgery.tap import attentions_of_pass
+from dinov2_attn.surgery.recording import prepare_recorded
+from dinov2_attn.surgery.tap import TAP, attentions_of_pass, unrecorded
 from dinov2_attn.upstream.anatomy import count_registers
 from dinov2_attn.upstream.flags import Forward
 
@@ -53,6 +54,9 @@ def get_self_attention(
     run, and of that one only norm and projection. Raises ``InvalidInput`` and
     ``OutOfRange`` for what cannot be, ``NotGrafted`` where a block's class is unknown.
     """
+    if TAP.recorders:  # no ordinary pass: it may end early
+        with unrecorded():
+            return get_self_attention(self, x, n, masks, queries=queries, heads=heads)
     queries = spell_out(queries, count_registers(self))
     check_heads(heads)
     blocks = flat_blocks(self.blocks)
@@ -138,6 +142,18 @@ def graft_forward(original: Forward) -> Forward:
         return answers
 
     return announce(original, forward, "return_attention")
+
+
+def graft_prepare_tokens(original: Forward) -> Forward:
+    """Let ``prepare_tokens_with_masks`` tell recorders which images a pass begins with."""
+
+    @functools.wraps(original, updated=())
+    def prepare_tokens_with_masks(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if TAP.recorders:
+            return prepare_recorded(original, self, args, kwargs)
+        return original(self, *args, **kwargs)
+
+    return prepare_tokens_with_masks
 
 
 def flat_blocks(blocks: nn.ModuleList) -> list[nn.Module]:

@@ -54,17 +54,19 @@ class Projection:
     A plain linear layer, where nothing is differentiated or traced, gives the same for a
     few samples at a time and for some of its outputs: no memory to speak of, no values, no
     queries that nobody asked for, and for few of them no keys either. Whatever else sits
-    at ``qkv`` is called as upstream calls it: once, with everything.
+    at ``qkv`` is called as upstream calls it: once, with everything. What a pass has
+    ``projected`` already, ``(B, N, 3 · C)``, is not projected again.
     """
 
-    def __init__(self, module: Any, x: Tensor) -> None:
+    def __init__(self, module: Any, x: Tensor, projected: Tensor | None = None) -> None:
         self._module = module
         self._tokens = x
-        at_once = not (may_tile(x) and _is_plain(module.qkv))
-        self._whole = project(module, x)[:2] if at_once else None
+        if projected is None and not (may_tile(x) and _is_plain(module.qkv)):
+            projected = module.qkv(x)
+        self._whole = None if projected is None else _by_heads(module, projected, 3)[:2]
         # Half precision, autocast's too, rounds queries and keys; only the kernel's own
         # products round them as the kernel has them.
-        self._is_exact = not at_once and _product_dtype(module, x) in _EXACT
+        self._is_exact = projected is None and _product_dtype(module, x) in _EXACT
 
     def pieces(self, rows: Rows, group: Group | None = None) -> Iterator[Piece]:
         """Yield the queries of ``rows`` and what they are multiplied with, sample by sample.

@@ -1,0 +1,193 @@
+"""Recording ordinary forward passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from dinov2_attn.attention import Heads, check_heads
+from dinov2_attn.errors import InvalidInput, NotRecorded
+from dinov2_attn.maps.attention_maps import AttentionMaps, Grid
+from dinov2_attn.maps.subject import attentions_of, transformer_in
+from dinov2_attn.queries import Queries, spell_out
+from dinov2_attn.surgery.inputs import Layers, patch_size
+from dinov2_attn.surgery.recording import in_a_graph
+from dinov2_attn.surgery.tap import TAP
+from dinov2_attn.upstream.anatomy import count_registers
+
+Reduce = Callable[[int, Any], Any]
+
+
+class Recording:
+    """What ``record`` yields: one ``AttentionMaps`` for each forward pass, in ``passes``.
+
+    Where there was one pass, the recording answers for it: ``maps.weights`` is
+    ``maps.passes[0].weights``, and so on. ``passes`` is a plain list: in a long loop, take
+    from it what is needed and clear it.
+    """
+
+    def __init__(self) -> None:
+        self.passes: list[AttentionMaps] = []
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what AttentionMaps has: copy, pickle and hasattr ask for other things.
+        if name.startswith("_") or not (name in _FIELDS or hasattr(AttentionMaps, name)):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if len(self.passes) != 1:
+            raise NotRecorded(
+                f"one recorded pass, whose {name} that is",
+                f"{len(self.passes)}",
+                "Each forward pass is an entry of .passes.",
+            )
+        return getattr(self.passes[0], name)
+
+
+_FIELDS = {field.name for field in fields(AttentionMaps)}
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    n: Layers = None,
+    *,
+    queries: Queries = None,
+    heads: Heads = None,
+    reduce: Reduce | None = None,
+) -> Iterator[Recording]:
+    """Record the attention of every ordinary forward pass inside a ``with`` block.
+
+    >>> with record(model, queries="cls") as maps:
+    ...     depth = model(images)
+    >>> maps.weights, maps.grid, maps.prefix
+
+    =======  =========================================================================
+    model    a DINOv2, or a model that contains one (and runs it in whatever way)
+    n        ``None``: all blocks; an int: the last ``n``; a sequence: those
+    queries  the rows, as in ``get_self_attention``
+    heads    ``None`` (each) or ``"mean"``
+    reduce   ``reduce(layer, weights)`` is kept in place of the weights. It is called
+             before the layer's own kernel runs, so that a full matrix need not outlive
+             it: all layers take the memory of one
+    =======  =========================================================================
+
+    Features are bit for bit those of an unrecorded pass. The weights are those of the
+    queries and keys that the pass itself projects, ``(B, heads, Q, N)`` or ``(B, Q, N)``;
+    a list of batches gives lists. In training with stochastic depth they are those of the
+    samples that upstream kept. With grad on they are part of the graph, and so keep it
+    alive; under reentrant checkpointing they are not.
+
+    Recordings may be nested, of the same model or another. What is asked inside
+    (``get_self_attention``, ``return_attn``) is answered and not recorded; a pass with
+    ``return_attention=True`` is one like any other. Other threads, and so the replicas
+    of ``DataParallel``, are not recorded.
+
+    Raises ``InvalidInput`` unless there is exactly one DINOv2 in ``model``, ``NotGrafted``
+    where ``install`` has not reached it, and ``NotRecorded`` at the end of the block where
+    no pass was recorded or one lacks layers (an exported model, an exception caught inside),
+    and in the middle of it where ``torch.compile``, ``torch.export`` or ``torch.func`` would
+    make another function of one.
+    """
+    recorder = _Recorder(model, n, queries, heads, reduce)
+    TAP.recorders = (*TAP.recorders, recorder)
+    try:
+        yield recorder.recording
+    except Exception as error:
+        # Dynamo wraps what is raised while it traces, and keeps only the words.
+        if type(error).__module__ == "torch._dynamo.exc" and NotRecorded.__name__ in str(error):
+            raise in_a_graph() from error
+        raise
+    finally:
+        TAP.recorders = tuple(other for other in TAP.recorders if other is not recorder)
+    recorder.check()
+
+
+class _Recorder:
+    """Puts layers together to passes: one begins with its images and ends with its last layer."""
+
+    def __init__(
+        self, model: nn.Module, n: Layers, queries: Queries, heads: Heads, reduce: Reduce | None
+    ) -> None:
+        check_heads(heads)
+        if not (reduce is None or callable(reduce)):
+            raise InvalidInput(
+                "reduce to be None or a function of a layer's number and its weights",
+                f"{type(reduce).__name__}",
+                "Pass, for instance, lambda layer, weights: weights.mean(1).cpu().",
+            )
+        self._transformer = transformer_in(model)
+        self._prefix = 1 + count_registers(self._transformer)
+        self._layers = attentions_of(self._transformer, n)
+        self._selection = {"queries": spell_out(queries, self._prefix - 1), "heads": heads}
+        self._reduce = reduce
+        self._grids: list[Grid | None] = []
+        self._kept: dict[int, Any] = {}
+        self._whole, self._broken = 0, 0
+        self.recording = Recording()
+
+    def begin(self, model: nn.Module, images: Tensor | None) -> None:
+        """Note the patch grid of ``images``; several before the first layer make a list."""
+        if model is self._transformer:
+            if self._kept:
+                self._break_off()
+            self._grids.append(_grid_of(model, images))
+
+    def wants(self, attention: nn.Module) -> bool:
+        """Say whether ``attention`` is that of a layer to record."""
+        return attention in self._layers
+
+    def take(self, attention: nn.Module, weigh: Callable[..., Any]) -> None:
+        """Keep the weights of a layer, or what is to be kept of them."""
+        layer = self._layers[attention]
+        if layer in self._kept:
+            self._break_off()
+        weights = weigh(**self._selection)
+        grid = self._grid_for(weights)
+        self._kept[layer] = weights if self._reduce is None else self._reduce(layer, weights)
+        if len(self._kept) == len(self._layers):
+            layers = tuple(self._layers.values())
+            kept = tuple(self._kept[layer] for layer in layers)
+            maps = AttentionMaps(kept, layers, grid, self._prefix)
+            self.recording.passes.append(maps)
+            self._whole += 1
+            self._grids, self._kept = [], {}
+
+    def check(self) -> None:
+        """Raise ``NotRecorded`` unless there were passes, and each with all of its layers."""
+        if self._kept:
+            self._break_off()
+        if self._broken or not self._whole:
+            layers = ", ".join(map(str, self._layers.values()))
+            raise NotRecorded(
+                f"forward passes inside record(...), each with the layers {layers}",
+                f"{self._whole} of them"
+                + (f", and {self._broken} without some of these layers" if self._broken else ""),
+                "Run the model inside the block, in the same thread, as an eager module (no "
+                "exported, scripted or replicated one), and let exceptions leave the block.",
+            )
+
+    def _break_off(self) -> None:
+        self._broken += 1
+        self._grids, self._kept = [], {}
+
+    def _grid_for(self, weights: Any) -> Any:
+        """Return the grid of each batch that ``weights`` belong to; a list for a list."""
+        each = weights if isinstance(weights, list) else [weights]
+        # Tokens may be prepared and not used: the last ones belong to this pass.
+        recent = [None] * len(each) + self._grids
+        grids = [
+            grid if grid and math.prod(grid) == one.shape[-1] - self._prefix else None
+            for grid, one in zip(recent[-len(each) :], each, strict=True)
+        ]
+        return grids if isinstance(weights, list) else grids[0]
+
+
+def _grid_of(model: Any, images: Tensor | None) -> Grid | None:
+    if images is None:
+        return None
+    height, width = patch_size(model)
+    return images.shape[-2] // height, images.shape[-1] // width
