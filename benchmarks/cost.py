@@ -151,12 +151,11 @@ def rollouts(size: Size, image: int, rounds: int) -> list[Row]:
         seconds = medians(calls, rounds=rounds)
         ratio = seconds["rollout of CLS"] / seconds["textbook"]
         rows.append(Row("rollout of CLS", size.arch, image, ratio, "× textbook product", 0.25))
-    # Beyond upstream's forward and what queries and keys of every layer take by themselves.
     length = 1 + getattr(model, "num_register_tokens", 0) + (image // size.patch) ** 2
-    kept = size.depth * 2 * length * size.dim * 4
-    extra = peak_bytes(own) - peak_bytes(lambda: model(images)) - kept
-    what = "rollout of CLS, extra beyond q and k of each layer"
-    return [*rows, Row(what, size.arch, image, extra / MEBI, "MiB", 64)]
+    kept = size.depth * 2 * length * size.dim * 4 / MEBI
+    extra = (peak_bytes(own) - peak_bytes(lambda: model(images))) / MEBI
+    what = f"rollout of CLS, extra; q and k of each layer are {kept:.0f} MiB"
+    return [*rows, Row(what, size.arch, image, extra, "MiB", round(kept + 64))]
 
 
 def _grafted_or_not(name: str) -> None:
