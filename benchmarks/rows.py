@@ -38,7 +38,7 @@ def break_even(cls: Any, tokens: int, dim: int, rounds: int) -> list[float]:
 
     before, ratios = projection.BREAK_EVEN, []
     for rows in ROWS:
-        calls = {"without": partial(ask, rows, 0), "with": partial(ask, rows, float("inf"))}
+        calls = {"without": partial(ask, rows, float("inf")), "with": partial(ask, rows, 0)}
         times = medians(calls, rounds=rounds)
         ratios.append(times["without"] / times["with"])
     projection.BREAK_EVEN = before

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 PIECE_BYTES = 2**26
 
 # Scores of which something else is made, on the CPU: they cost memory and stay in its cache.
-TILE_BYTES = 2**21
+TILE_BYTES = 2**22
 
 Piece = tuple[slice, slice, slice]
 

@@ -17,8 +17,8 @@ from dinov2_attn.tiles import cut, may_tile
 # Queries and keys that are made at a time: beside the weights of a large batch they are nothing.
 TILE_BYTES = 2**20
 
-# So many rows for each channel of a head, and making keys costs less than doing without.
-# Measured by benchmarks/rows.py.
+# Multiplications without keys for each with them, up to which doing without is faster: where
+# they are as many the times are equal too, as measured by benchmarks/rows.py.
 BREAK_EVEN = 1
 
 _EXACT = (torch.float32, torch.float64)
@@ -91,7 +91,7 @@ class Projection:
         for some in cut(max(1, len(queries)), TILE_BYTES // max(1, sample)):
             query = self._queries(queries[some], rows)
             head_dim = query.shape[-1]
-            if self._is_exact and query.shape[2] * BREAK_EVEN <= head_dim:
+            if self._is_exact and _does_without_keys(query, keys):
                 query, key = _through_keys(self._module, query), keys[some, None]
             else:
                 key = _third(self._module, keys[some], 1)
@@ -101,6 +101,15 @@ class Projection:
         if self._is_exact:
             return _third(self._module, tokens[:, rows], 0)
         return _third(self._module, tokens, 0)[:, :, rows]
+
+
+def _does_without_keys(query: Tensor, tokens: Tensor) -> bool:
+    """Say whether it takes fewer multiplications to send queries through the keys' weights."""
+    _, heads, rows, head_dim = query.shape
+    _, length, channels = tokens.shape
+    without = rows * channels * heads * (head_dim + length)
+    with_keys = length * heads * head_dim * (channels + rows)
+    return without < BREAK_EVEN * with_keys
 
 
 def _through_keys(module: Any, query: Tensor) -> Tensor:
