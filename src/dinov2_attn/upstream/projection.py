@@ -18,7 +18,7 @@ from dinov2_attn.tiles import cut, may_tile
 TILE_BYTES = 2**20
 
 # Multiplications without keys for each with them, up to which doing without is faster: where
-# they are as many the times are equal too, as measured by benchmarks/rows.py.
+# they are as many the times are equal too, as measured by benchmarks/break_even.py.
 BREAK_EVEN = 1
 
 _EXACT = (torch.float32, torch.float64)
