@@ -234,9 +234,8 @@ def _quick() -> list[Row]:
 
 def _all() -> list[Row]:
     rows = []
-    for size in (SMALL, BASE):
-        for image, rounds in ((224, 21), (518, 9), (952, 3)):
-            rows += against_upstream(size, image, rounds, with_peers=image <= 518)
+    for size, image, rounds in ((SMALL, 224, 21), (SMALL, 518, 9), (BASE, 518, 5), (SMALL, 952, 3)):
+        rows += against_upstream(size, image, rounds, with_peers=image <= 518)
     rows += one_matrix(SMALL, 518, 15)
     rows += memory(SMALL, 952)
     return rows + rollouts(SMALL, 518, 7) + rollouts(SMALL, 952, 1)

@@ -23,17 +23,16 @@ def medians(
 ) -> dict[str, float]:
     """Return the median seconds of each call; in every round all of them run, in random order.
 
-    ``before(name)`` prepares each call and is not timed.
+    ``before(name)`` and a first, untimed run prepare each: what the call before it left in
+    caches and in the allocator's hands is none of its cost.
     """
     order, shuffle = list(calls), random.Random(seed).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for name in order:
-        before(name)
-        calls[name]()  # first calls fault pages in and choose algorithms
     for _ in range(rounds):
         shuffle(order)
         for name in order:
             before(name)
+            calls[name]()
             seconds[name].append(_seconds(calls[name]))
     return {name: statistics.median(times) for name, times in seconds.items()}
 
