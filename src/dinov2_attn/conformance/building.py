@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from dinov2_attn.conformance.code import Code
 from dinov2_attn.upstream.anatomy import Part
+from dinov2_attn.upstream.contract import options_of
 
 
 def noise(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -27,18 +27,6 @@ def randomise(module: Any, seed: int) -> Any:
             values = noise(*parameter.shape, seed=seed + i)
             parameter.requires_grad_().copy_(values / parameter.shape[-1] ** 0.5)
     return module.eval()
-
-
-def options_of(cls: Any) -> set[str]:
-    """Name what ``cls(...)`` takes, and what it passes on to its bases by ``**kwargs``."""
-    names: set[str] = set()
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            parameters = inspect.signature(vars(base)["__init__"]).parameters
-            names.update(parameters)
-            if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-                break
-    return names
 
 
 def make(cls: Any, **options: Any) -> Any:

@@ -17,11 +17,11 @@ from dinov2_attn.conformance.building import (
     ModelCase,
     make,
     noise,
-    options_of,
     randomise,
 )
 from dinov2_attn.conformance.code import Code
 from dinov2_attn.conformance.tolerances import assert_close, assert_identical
+from dinov2_attn.upstream.contract import options_of
 
 
 def calls_of_attention(module: Any, run: Callable[[], object]) -> list[tuple[Any, tuple[Any, ...]]]:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2_attn.conformance.building import ModelCase, options_of, prefix
+from dinov2_attn.conformance.building import ModelCase, prefix
 from dinov2_attn.conformance.code import Code
 from dinov2_attn.conformance.planted import HEAD, look_at_what_is_bright, mark_prefix, photograph
 from dinov2_attn.conformance.planted import slope as plant_slope
 from dinov2_attn.conformance.tolerances import assert_close
+from dinov2_attn.upstream.contract import options_of
 
 CASES = (
     ModelCase(grid=(2, 5)),

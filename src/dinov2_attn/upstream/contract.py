@@ -79,6 +79,18 @@ def argument_names(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind not in variadic]
 
 
+def options_of(cls: type) -> set[str]:
+    """Name what ``cls(...)`` takes, and what it passes on to its bases by ``**kwargs``."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
+            names.update(parameters)
+            if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+                break
+    return names
+
+
 def name_of(cls: type) -> str:
     """Return the full name of a class, as messages give it."""
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -6,7 +6,6 @@ and compares. What does not hold raises ``IncompatibleUpstream``.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -121,24 +120,12 @@ def _build(cls: type, **options: Any) -> Any:
 
     Options that a revision does not know yet (registers) are left out.
     """
-    known = _options_of(cls)
+    known = contract.options_of(cls)
     module: Any = cls(**{name: value for name, value in options.items() if name in known})
     # A seed for each: layers that are all alike would hide that two were mixed up.
     for seed, parameter in enumerate(module.double().eval().parameters()):
         parameter.copy_(_noise(*parameter.shape, seed=seed) / 2)
     return module
-
-
-def _options_of(cls: type) -> set[str]:
-    """Name what ``cls(...)`` takes, and what it passes on to its bases by ``**kwargs``."""
-    names: set[str] = set()
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            parameters = inspect.signature(vars(base)["__init__"]).parameters
-            names.update(parameters)
-            if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-                break
-    return names
 
 
 def _noise(*shape: int, seed: int = 0) -> Tensor:
