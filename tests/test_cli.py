@@ -12,9 +12,10 @@ from PIL import Image
 import dinov2_attn
 import upstreams
 from dinov2_attn.cli import main
+from dinov2_attn.conformance.planted import HEAD, look_at_what_is_bright
 from dinov2_attn.upstream.models import build
 from fresh import OFFLINE, python
-from planted import HEAD, photograph_of, plant
+from planted import photograph_of
 
 GRID, BRIGHT = (4, 7), (1, 5)
 YELLOW = (253, 231, 36)  # the upper end of viridis
@@ -37,7 +38,7 @@ def image(tmp_path_factory):
 def weights(tmp_path_factory):
     upstreams.FIRST.module("dinov2.models.vision_transformer")
     path = tmp_path_factory.mktemp("weights") / "planted.pth"
-    torch.save(plant(build("vit_small")).state_dict(), path)
+    torch.save(look_at_what_is_bright(build("vit_small")).state_dict(), path)
     return path
 
 

@@ -14,13 +14,14 @@ from PIL import Image
 
 import dinov2_attn
 import upstreams
+from dinov2_attn.conformance.planted import HEAD, look_at_what_is_bright
 from dinov2_attn.errors import UnwritableOutput
 from dinov2_attn.show.banner import LEAST_WIDTH, NO_MEANING, with_banner
 from dinov2_attn.show.colours import heaviest, stain, upsample, viridis
 from dinov2_attn.show.files import together
 from dinov2_attn.show.heatmap import cls_maps, draw, write
 from dinov2_attn.show.images import Photograph, read_photograph
-from planted import HEAD, photograph_of, plant
+from planted import photograph_of
 
 PURPLE, YELLOW = (68, 1, 84), (253, 231, 36)  # the ends of viridis
 grids = arrays(
@@ -41,7 +42,7 @@ def planted(request):
     build = upstream.module(upstream.model).vit_small
     model = build(patch_size=14, img_size=56, init_values=1.0, block_chunks=0, **registers)
     with dinov2_attn.install(upstream.package):
-        yield plant(model.eval())
+        yield look_at_what_is_bright(model.eval())
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ import upstreams
 from dinov2_attn import record
 from dinov2_attn.surgery.tap import TAP
 from strategies import model_cases, noise, randomise
+from test_machinery import compiles
 from tolerances import assert_close
 from xformers_here import quiet
 
@@ -527,16 +528,8 @@ def test_a_model_that_was_never_grafted_is_refused(models):
 # PyTorch's own machinery
 
 
-def _compiles() -> bool:
-    try:
-        torch.compile(lambda x: x, backend="eager")(torch.ones(1))
-    except RuntimeError:
-        return False
-    return True
-
-
 compiling = [
-    pytest.mark.skipif(not _compiles(), reason="this torch cannot compile on this Python"),
+    pytest.mark.skipif(not compiles(), reason="this torch cannot compile on this Python"),
     pytest.mark.filterwarnings("ignore"),  # Dynamo's own differ from version to version
 ]
 
@@ -664,7 +657,7 @@ class TestCompiledProjection:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.skipif(not (_compiles() and hasattr(torch, "export")), reason="no torch.export here")
+@pytest.mark.skipif(not (compiles() and hasattr(torch, "export")), reason="no torch.export here")
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports_are_refused(models, strict):
     model = build(models)

@@ -54,13 +54,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _versions() -> str:
-    found = [f"python {platform.python_version()}"]
-    for name in ("dinov2-attn", "torch", "torchvision", "xformers", "numpy"):
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            found.append(f"no {name}")
-    return ", ".join(found)
+    names = ("dinov2-attn", "torch", "torchvision", "xformers", "numpy")
+    versions = {name: _version(name) for name in names}
+    found = [f"{name} {v}" if v else f"no {name}" for name, v in versions.items()]
+    return ", ".join([f"python {platform.python_version()}", *found])
 
 
 def _flags() -> str:

@@ -10,18 +10,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
 from dinov2_attn.commands.values import positive
 from dinov2_attn.errors import UnwritableOutput
 from dinov2_attn.upstream import eras
+from dinov2_attn.upstream.history import UPSTREAM
 from dinov2_attn.verify.proof import PROVEN, Proof, prove
-from dinov2_attn.verify.report import Line, as_json, as_junit, era_of, table
+from dinov2_attn.verify.report import Line, as_json, as_junit, table
 from dinov2_attn.verify.sources import Revision, find
 
 log = logging.getLogger(__name__)
-
-DEFAULT = "https://github.com/facebookresearch/dinov2"
 
 
 def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,10 +35,10 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument(
         "sources",
         nargs="*",
-        default=[DEFAULT],
+        default=[UPSTREAM],
         metavar="SOURCE",
         help="a folder or a wheel; a git repository (path or URL) with @REV, or with @all for "
-        f"its whole history; pypi:NAME==VERSION. Default: {DEFAULT}",
+        f"its whole history; pypi:NAME==VERSION. Default: {UPSTREAM}",
     )
     parser.add_argument("--package", metavar="NAME", help="the package; default: it is found")
     parser.add_argument(
@@ -100,13 +100,17 @@ def _prove_one(revision: Revision) -> Proof:
 
 
 def _lines(revisions: list[Revision], proofs: dict[str, Proof]) -> list[Line]:
-    ran: dict[str, str] = {}
+    first: dict[str, Line] = {}
     lines = []
     for revision in revisions:
-        first = ran.setdefault(revision.content, revision.name)
-        same_as = "" if first == revision.name else first
-        era = era_of(eras.digests_at(revision.read))
-        lines.append(Line(revision, era, proofs[revision.content], same_as))
+        ran = first.get(revision.content)
+        if ran is None:
+            digests, proof = eras.digests_at(revision.read), proofs[revision.content]
+            line = first[revision.content] = Line(revision, digests, proof)
+        else:
+            same_as = "" if ran.revision.name == revision.name else ran.revision.name
+            line = replace(ran, revision=revision, same_as=same_as)
+        lines.append(line)
     return lines
 
 
@@ -126,9 +130,8 @@ def _propose(lines: list[Line]) -> None:
     new = [line for line in lines if line.era == "new" and line.proof.verdict == PROVEN]
     proposed = eras.table()
     for line in new:
-        digests = eras.digests_at(line.revision.read)
         name, date = line.revision.name, line.revision.date or "unknown"
-        proposed = eras.propose(proposed, digests, name, date)
+        proposed = eras.propose(proposed, line.digests, name, date)
     if not new:
         log.info("nothing to propose: every revision is of a known era, or is not proven")
         return

@@ -14,12 +14,17 @@ from dinov2_attn.verify.sources import Revision
 
 @dataclass(frozen=True)
 class Line:
-    """A revision, its era and its proof; ``same_as`` names the one that was run for it."""
+    """A revision, its code and its proof; ``same_as`` names the one that was run for it."""
 
     revision: Revision
-    era: str
+    digests: dict[str, str]
     proof: Proof
     same_as: str = ""
+
+    @property
+    def era(self) -> str:
+        """The era of its code."""
+        return era_of(self.digests)
 
     @property
     def cells(self) -> dict[str, str]:
