@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import machine, medians
+from measure import machine, ratios
 from torch import Tensor
 
 import dinov2_attn
@@ -34,13 +34,12 @@ def break_even(cls: Any, tokens: int, dim: int, rounds: int) -> list[float]:
         projection.BREAK_EVEN = forced
         return module(x, return_attn=True, queries=slice(0, rows))
 
-    before, ratios = projection.BREAK_EVEN, []
+    before, found = projection.BREAK_EVEN, []
     for rows in ROWS:
-        calls = {"without": partial(ask, rows, float("inf")), "with": partial(ask, rows, 0)}
-        times = medians(calls, rounds=rounds)
-        ratios.append(times["without"] / times["with"])
+        without = {"without": partial(ask, rows, float("inf"))}
+        found.append(ratios(partial(ask, rows, 0), without, rounds=rounds)["without"])
     projection.BREAK_EVEN = before
-    return ratios
+    return found
 
 
 def main() -> None:
@@ -60,8 +59,8 @@ def main() -> None:
     with torch.no_grad():
         for dim in (384, 768):
             for tokens in TOKENS[: 1 if arguments.quick else 2]:
-                ratios = break_even(MemEffAttention, tokens, dim, rounds)
-                print(f"| {tokens}, {dim} | {' | '.join(f'{r:.2f}' for r in ratios)} |")
+                found = break_even(MemEffAttention, tokens, dim, rounds)
+                print(f"| {tokens}, {dim} | {' | '.join(f'{r:.2f}' for r in found)} |")
 
 
 if __name__ == "__main__":

@@ -24,11 +24,13 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: the profiler is
 sys.modules["xformers"] = None  # type: ignore[assignment]  # peers have no use for it
 
 import torch
-from measure import machine, medians, peak_bytes
+from measure import machine, peak_bytes, ratios
 from peers import BASE, SMALL, Size, peers, textbook_rollout, two_steps, upstream
 
 import dinov2_attn
 from dinov2_attn.attention import attention_weights
+from dinov2_attn.maps.rollout import Layer
+from dinov2_attn.upstream.projection import Piece
 from dinov2_attn.upstream.source import obtain
 
 Call = Callable[[], object]
@@ -61,6 +63,7 @@ REACH = {
     "every block, CLS row, record": 1.02,
     "every block, full, record, every matrix kept": 1.45,
     "every block, full, record, streamed to the head mean": 1.30,
+    'every block, full, record, heads="mean"': 1.30,
 }
 
 
@@ -80,21 +83,21 @@ def ours(model: Any, images: torch.Tensor) -> dict[str, Call]:
         "every block, CLS row, record": partial(record, queries="cls"),
         "every block, full, record, every matrix kept": record,
         "every block, full, record, streamed to the head mean": head_mean,
+        'every block, full, record, heads="mean"': partial(record, heads="mean"),
     }
 
 
 def against_upstream(size: Size, image: int, rounds: int, *, with_peers: bool) -> list[Row]:
     """Measure a whole model: every call as a ratio to upstream's own forward."""
     model, images = upstream(size, image).to(DEVICE), torch.randn(1, 3, image, image).to(DEVICE)
-    calls = {"upstream": lambda: model(images), **ours(model, images)}
+    calls = ours(model, images)
     if with_peers:
         calls |= peers(size, images)
-    seconds = medians(calls, rounds=rounds, before=_grafted_or_not)
-    base = seconds.pop("upstream")
+    found = ratios(lambda: model(images), calls, rounds=rounds, before=_grafted_or_not)
     reach = REACH if (size, image) == (SMALL, 518) and DEVICE == "cpu" else {}
     return [
-        Row(what, size.arch, image, value / base, "× upstream's forward", reach.get(what))
-        for what, value in seconds.items()
+        Row(what, size.arch, image, value, "× upstream's forward", reach.get(what))
+        for what, value in found.items()
     ]
 
 
@@ -103,16 +106,14 @@ def one_matrix(size: Size, image: int, rounds: int) -> list[Row]:
     length = 1 + size.registers + (image // size.patch) ** 2
     query, key = torch.randn(2, 1, size.heads, length, size.dim // size.heads, device=DEVICE)
     calls = {
-        "bare": lambda: query @ key.transpose(-2, -1),
         "one full matrix": lambda: attention_weights(query, key, query.shape[-1] ** -0.5),
         "one full matrix, plain two-step": lambda: two_steps(query, key),
     }
-    seconds = medians(calls, rounds=4 * rounds)
-    base = seconds.pop("bare")
+    found = ratios(lambda: query @ key.transpose(-2, -1), calls, rounds=4 * rounds)
     reach = {"one full matrix": 0.90} if DEVICE == "cpu" else {}
     return [
-        Row(what, size.arch, image, value / base, "× bare q @ kᵀ", reach.get(what))
-        for what, value in seconds.items()
+        Row(what, size.arch, image, value, "× bare q @ kᵀ", reach.get(what))
+        for what, value in found.items()
     ]
 
 
@@ -141,30 +142,39 @@ def memory(size: Size, image: int) -> list[Row]:
 
 
 def rollouts(size: Size, image: int, rounds: int) -> list[Row]:
-    """Measure rollout of CLS against the textbook product, and its memory."""
+    """Measure rollout of CLS: of a whole call the memory, and the time from images on."""
     model, images = upstream(size, image).to(DEVICE), torch.randn(1, 3, image, image).to(DEVICE)
-    own = lambda: dinov2_attn.rollout(model, images)  # noqa: E731
-    calls = {"rollout of CLS": own}
-    rows = []
+    own, rows = lambda: dinov2_attn.rollout(model, images), []
     if image <= 518:
-        calls["textbook"] = lambda: textbook_rollout(list(model.get_self_attention(images)))
-        calls["forward"] = lambda: model(images)
-        seconds = medians(calls, rounds=rounds)
-        mine, textbook = seconds["rollout of CLS"], seconds["textbook"]
-        beyond = (mine - seconds["forward"]) / (textbook - seconds["forward"])
-        rows += [
-            Row("rollout of CLS", size.arch, image, mine / textbook, "× textbook", 0.25),
-            Row("the same, both beyond a forward pass", size.arch, image, beyond, "× textbook"),
-        ]
-    length = 1 + getattr(model, "num_register_tokens", 0) + (image // size.patch) ** 2
-    kept = size.depth * 2 * length * size.dim * 4 / MEBI
+        textbook = lambda: textbook_rollout(model.get_self_attention(images))  # noqa: E731
+        found = ratios(textbook, {"own": own}, rounds=rounds)["own"]
+        what = "rollout of CLS from images on, a forward pass in both"
+        rows = [Row(what, size.arch, image, found, "× textbook")]
     extra = (peak_bytes(own) - peak_bytes(lambda: model(images))) / MEBI
-    what = f"rollout of CLS, extra; q and k of each layer are {kept:.0f} MiB"
-    return [*rows, Row(what, size.arch, image, extra, "MiB", round(kept + 64))]
+    return [*rows, Row("rollout of CLS, extra", size.arch, image, extra, "MiB", 64)]
 
 
-def _grafted_or_not(name: str) -> None:
-    if name == "upstream":
+def rollout_itself(size: Size, image: int, rounds: int) -> list[Row]:
+    """Measure rollout of CLS from the queries and keys of all layers on."""
+    length = 1 + size.registers + (image // size.patch) ** 2
+    shape = (size.depth, 2, 1, size.heads, length, size.dim // size.heads)
+    layers, positions = torch.randn(shape, device=DEVICE), torch.arange(length, device=DEVICE)
+
+    def own() -> object:
+        shares = torch.eye(length, device=DEVICE)[None, :1]
+        for query, key in layers.flip(0):
+            piece = Piece(slice(0, 1), query, key, shape[-1])
+            shares = Layer("mean", 0.5).push(shares, positions, piece, shape[-1] ** -0.5)
+        return shares
+
+    textbook = lambda: textbook_rollout([two_steps(query, key) for query, key in layers])  # noqa: E731
+    found = ratios(textbook, {"own": own}, rounds=rounds)["own"]
+    what = "rollout of CLS, from queries and keys on"
+    return [Row(what, size.arch, image, found, "× textbook product", 0.25)]
+
+
+def _grafted_or_not(name: str | None) -> None:
+    if name is None:
         dinov2_attn.uninstall()
     else:
         dinov2_attn.install()
@@ -177,10 +187,9 @@ def table(rows: list[Row]) -> str:
         f"| {row.what} | {row.model}, {row.image} | {row.value:.2f} {row.unit} | {row.verdict} |"
         for row in rows
     ]
-    return "\n".join([*lines, "", f"Medians, interleaved; {machine()}, batch 1, float32."])
-
-
-_GREY, _BLUE = "#999999", "#3b6fb6"
+    return "\n".join(
+        [*lines, "", f"Medians of ratios, interleaved; {machine()}, batch 1, float32."]
+    )
 
 
 def plot(rows: list[Row], file: Path) -> None:
@@ -190,13 +199,12 @@ def plot(rows: list[Row], file: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    ratios = [row for row in rows if row.unit.endswith("forward")]
-    figure, axes = pyplot.subplots(figsize=(9, 0.3 * len(ratios) + 1.2), layout="constrained")
-    names = [f"{row.what} ({row.model}, {row.image})" for row in ratios]
+    shown = [row for row in rows if row.unit.endswith("forward")]
+    figure, axes = pyplot.subplots(figsize=(9, 0.3 * len(shown) + 1.2), layout="constrained")
+    names = [f"{row.what} ({row.model}, {row.image})" for row in shown]
     peer = ["timm" in name or "transformers" in name for name in names]
-    axes.barh(
-        names, [row.value for row in ratios], color=["#999999" if p else "#3b6fb6" for p in peer]
-    )
+    colours = ["#999999" if p else "#3b6fb6" for p in peer]
+    axes.barh(names, [row.value for row in shown], color=colours)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel("time, as a multiple of upstream's own forward")
@@ -226,18 +234,25 @@ def main() -> None:
 
 def _quick() -> list[Row]:
     return [
-        *against_upstream(SMALL, 518, 3, with_peers=True),
+        *against_upstream(SMALL, 518, 2, with_peers=True),
         *one_matrix(SMALL, 518, 5),
-        *rollouts(SMALL, 518, 2),
+        *rollout_itself(SMALL, 518, 3),
+        *rollouts(SMALL, 518, 1),
     ]
 
 
 def _all() -> list[Row]:
     rows = []
-    for size, image, rounds in ((SMALL, 224, 21), (SMALL, 518, 9), (BASE, 518, 5), (SMALL, 952, 3)):
+    for size, image, rounds in (
+        (SMALL, 224, 15),
+        (SMALL, 518, 11),
+        (BASE, 518, 3),
+        (SMALL, 952, 2),
+    ):
         rows += against_upstream(size, image, rounds, with_peers=image <= 518)
     rows += one_matrix(SMALL, 518, 15)
     rows += memory(SMALL, 952)
+    rows += rollout_itself(SMALL, 518, 9)
     return rows + rollouts(SMALL, 518, 7) + rollouts(SMALL, 952, 1)
 
 

@@ -14,24 +14,42 @@ from torch.profiler import ProfilerActivity, profile
 Call = Callable[[], object]
 
 
-def medians(
+def ratios(
+    base: Call,
     calls: dict[str, Call],
     *,
     rounds: int,
     seed: int = 0,
-    before: Callable[[str], None] = lambda name: None,
+    before: Callable[[str | None], None] = lambda name: None,
 ) -> dict[str, float]:
-    """Return the median seconds of each call; in every round all of them run, in random order.
+    """Return for each call the median of its time in terms of that of ``base``.
 
-    ``before(name)`` and a first, untimed run prepare each: what the call before it left in
-    caches and in the allocator's hands is none of its cost.
+    In every round all calls run, in random order, each right after ``base``: machines that
+    others use too change their speed from second to second. ``before(name)``, of ``base`` with
+    ``None``, and a first, untimed run prepare each: what was left in caches and in the
+    allocator's hands is none of its cost.
     """
+    order, shuffle = list(calls), random.Random(seed).shuffle
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            seconds = []
+            for called, call in ((None, base), (name, calls[name])):
+                before(called)
+                call()
+                seconds.append(_seconds(call))
+            found[name].append(seconds[1] / seconds[0])
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def medians(calls: dict[str, Call], *, rounds: int, seed: int = 0) -> dict[str, float]:
+    """Return the median seconds of each call; in every round all of them run, in random order."""
     order, shuffle = list(calls), random.Random(seed).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            before(name)
             calls[name]()
             seconds[name].append(_seconds(calls[name]))
     return {name: statistics.median(times) for name, times in seconds.items()}

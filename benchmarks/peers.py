@@ -5,7 +5,7 @@ A peer that is not installed is left out, and the table says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ def two_steps(query: Tensor, key: Tensor) -> Tensor:
     return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
 
 
-def textbook_rollout(attentions: list[Tensor]) -> Tensor:
+def textbook_rollout(attentions: Sequence[Tensor]) -> Tensor:
     """Return vit-explain's rollout: the product of (mean of heads + 1) / 2 over all layers."""
     result = torch.eye(attentions[0].shape[-1]).to(attentions[0])
     for attention in attentions:

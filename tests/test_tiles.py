@@ -35,10 +35,11 @@ SIZES = st.sampled_from([1, 64, 300, 2000, 2**20])
     causal=st.booleans(),
     heads=st.sampled_from([None, "mean"]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    written=st.booleans(),
     size=SIZES,
     seed=seeds,
 )
-def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, size, seed):
+def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, written, size, seed):
     batch, count, rows, length = shape
     query = noise(batch, count, rows, 5, seed=seed, dtype=dtype)
     key = noise(batch, count, length, 5, seed=seed + 1, dtype=dtype)
@@ -53,6 +54,8 @@ def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, size, seed):
     tiles.TILE_BYTES = tiles.PIECE_BYTES = size
     try:
         with torch.no_grad():
+            if written:
+                kwargs |= {"out": torch.full_like(whole, 7.0), "written": True}
             tiled = attention.attention_weights(query, key, 0.7, **kwargs)
     finally:
         tiles.TILE_BYTES, tiles.PIECE_BYTES = before

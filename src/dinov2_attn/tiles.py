@@ -18,7 +18,7 @@ from torch import Tensor, nn
 PIECE_BYTES = 2**26
 
 # Scores of which something else is made, on the CPU: they cost memory and stay in its cache.
-TILE_BYTES = 2**22
+TILE_BYTES = 2**23
 
 Piece = tuple[slice, slice, slice]
 
@@ -43,6 +43,7 @@ def fill(
     *,
     bias: Tensor | None = None,
     seen: Tensor | None = None,
+    written: bool = False,
 ) -> None:
     """Write ``softmax(query @ keyᵀ · scale + bias)`` into ``result``.
 
@@ -54,28 +55,45 @@ def fill(
     result  ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean over heads; any
             dtype; contiguous
     ======  ====================================================================
+
+    On a CPU, scores that become the result where they lie are best where it is fresh: the
+    product's threads fault its pages in. Where it was ``written`` before, scores in the
+    cache are.
     """
     shape = (*query.shape[:3], key.shape[2])
     mean = result.ndim == 3
-    in_place = not mean and result.dtype == query.dtype
+    direct = not mean and result.dtype == query.dtype
+    in_place = direct and not (written and query.device.type == "cpu")
     if bias is not None:
         bias = bias.expand(shape)
     row = max(1, shape[3] * query.element_size())
     limit = PIECE_BYTES if in_place or query.device.type != "cpu" else TILE_BYTES
-    for piece in _pieces(shape[:3], limit // row, together=mean):
+    pieces = list(_pieces(shape[:3], limit // row, together=mean))
+    tile = None if in_place else _tile(query, pieces[:1], shape[3])
+    for piece in pieces:
         samples, heads, lines = piece
         part = query[piece] * scale
         own = key[samples] if key.shape[1] == 1 else key[samples, heads]
         out = result[samples, lines] if mean else result[piece]
-        scores = out if in_place else part.new_empty((*part.shape[:3], shape[3]))
+        scores = out if tile is None else _like(part, tile, shape[3])
         _product_into(scores, part, own)
         if bias is not None:
             scores += bias[piece]
         if seen is not None:
             scores.masked_fill_(~seen[lines], float("-inf"))
-        _softmax_(scores)
-        if not in_place:
+        _softmax_into(out if direct else scores, scores)
+        if not direct:
             out.copy_(scores.mean(dim=1) if mean else scores)
+
+
+def _tile(query: Tensor, largest: list[Piece], length: int) -> Tensor:
+    """Return memory for the scores of the ``largest`` piece: one for all, which stays cached."""
+    return query.new_empty(sum(query[piece].shape[:3].numel() for piece in largest) * length)
+
+
+def _like(query: Tensor, tile: Tensor, length: int) -> Tensor:
+    rows = query.shape[:3]
+    return tile[: rows.numel() * length].view(*rows, length)
 
 
 def _product_into(scores: Tensor, query: Tensor, key: Tensor) -> None:
@@ -88,12 +106,12 @@ def _product_into(scores: Tensor, query: Tensor, key: Tensor) -> None:
     torch.bmm(query, key.transpose(-2, -1), out=out)
 
 
-def _softmax_(scores: Tensor) -> None:
+def _softmax_into(out: Tensor, scores: Tensor) -> None:
     if scores.device.type in ("cpu", "cuda"):
-        # Their kernels have read all of a row before they write any of it.
-        torch.softmax(scores, -1, out=scores)
+        # In place too: their kernels have read all of a row before they write any of it.
+        torch.softmax(scores, -1, out=out)
     else:
-        scores.copy_(scores.softmax(dim=-1))
+        out.copy_(scores.softmax(dim=-1))
 
 
 def _pieces(shape: tuple[int, ...], rows: int, *, together: bool) -> Iterator[Piece]:

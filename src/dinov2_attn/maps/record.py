@@ -14,6 +14,7 @@ from dinov2_attn.attention import Heads, check_heads
 from dinov2_attn.errors import InvalidInput, NotRecorded
 from dinov2_attn.maps.attention_maps import AttentionMaps, Grid
 from dinov2_attn.maps.subject import attentions_of, transformer_in
+from dinov2_attn.memory import Scratch, SetAside
 from dinov2_attn.queries import Queries, spell_out
 from dinov2_attn.surgery.inputs import Layers, patch_size
 from dinov2_attn.surgery.recording import in_a_graph
@@ -122,7 +123,11 @@ class _Recorder:
         self._transformer = transformer_in(model)
         self._prefix = 1 + count_registers(self._transformer)
         self._layers = attentions_of(self._transformer, n)
-        self._selection = {"queries": spell_out(queries, self._prefix - 1), "heads": heads}
+        self._selection = {
+            "queries": spell_out(queries, self._prefix - 1),
+            "heads": heads,
+            "scratch": SetAside(len(self._layers)) if reduce is None else Scratch(),
+        }
         self._reduce = reduce
         self._grids: list[Grid | None] = []
         self._kept: dict[int, Any] = {}

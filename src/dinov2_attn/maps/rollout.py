@@ -7,8 +7,9 @@ layer's rows are made a few at a time and let go.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, Literal, get_args
 
@@ -35,6 +36,7 @@ from dinov2_attn.upstream.contract import name_of
 from dinov2_attn.upstream.projection import Piece
 
 Fusion = Literal["mean", "min", "max"]
+Tokens = Callable[[], Tensor]
 
 # The rows of all heads that exist at a time. Small beside one layer's matrix, large beside a call.
 TILE_BYTES = 2**23
@@ -106,7 +108,7 @@ def rollout(
     of heads by min and max: Gildenblat, vit-explain.
     """
     _check(model, heads, residual)
-    layer = _Layer(heads, float(residual))
+    layer = Layer(heads, float(residual))
     queries = spell_out(queries, count_registers(model))
     blocks = flat_blocks(model.blocks)
     wanted = layers_to_take(n, len(blocks))
@@ -148,22 +150,31 @@ def _check(model: Any, heads: object, residual: object) -> None:
 
 def _inputs(
     model: Any, blocks: list[nn.Module], wanted: list[int], images: Tensor, masks: Any
-) -> list[tuple[nn.Module, Tensor]]:
-    """Return the ``wanted`` blocks with the tokens that each is given in a forward pass."""
-    tokens, found = model.prepare_tokens_with_masks(images, masks), []
+) -> list[tuple[nn.Module, Tokens]]:
+    """Return the ``wanted`` blocks with what makes the tokens that each is given in a pass.
+
+    The tokens of all but the first are kept: those come out of the images again.
+    """
+    prepare = partial(model.prepare_tokens_with_masks, images, masks)
+    found: list[tuple[nn.Module, Tokens]] = []
+    tokens = prepare()
     for i, block in enumerate(blocks[: wanted[-1] + 1]):
         if i in wanted:
-            found.append((block, tokens))
+            found.append((block, prepare if i == 0 else partial(_same, tokens)))
         if i < wanted[-1]:
             tokens = block(tokens)
     return found
 
 
+def _same(tokens: Tensor) -> Tensor:
+    return tokens
+
+
 def _one(
     model: Any,
     images: Tensor,
-    layer: _Layer,
-    inputs: list[tuple[nn.Module, Tensor]],
+    layer: Layer,
+    inputs: list[tuple[nn.Module, Tokens]],
     queries: Queries,
 ) -> Rollout:
     length = count_tokens(model, images)
@@ -173,7 +184,7 @@ def _one(
     shares = torch.eye(len(start), device=images.device).expand(len(images), -1, -1)
     for block, tokens in reversed(inputs):
         ask = {"queries": queries, "heads": Instead.QUERIES_AND_KEYS}
-        pieces = weights_from(block, "return_attention", tokens, **ask)
+        pieces = weights_from(block, "return_attention", tokens(), **ask)
         shares = torch.cat([layer.push(shares[p.samples], start, p, scale) for p, scale in pieces])
         queries, start = None, positions
     height, width = patch_size(model)
@@ -182,7 +193,7 @@ def _one(
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """What one layer does to the shares that its output tokens hold."""
 
     heads: Fusion

@@ -1,0 +1,129 @@
+"""Memory that serves one layer after another is nobody's twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dinov2_attn
+from dinov2_attn import memory
+from dinov2_attn.memory import Scratch, SetAside
+from strategies import ModelCase
+
+# What a user may keep of a layer's weights that is those weights still.
+KEEPS = {
+    "themselves": lambda weights: weights,
+    "a row": lambda weights: weights[:, :, 0],
+    "a view of a view": lambda weights: weights.flatten(1)[:, 3:].detach(),
+    "an array": lambda weights: torch.from_numpy(weights.numpy()),
+    "a storage": lambda weights: _of_storage(weights, weights.untyped_storage()),
+    "a copy": lambda weights: weights.clone(),
+    "nothing": lambda weights: None,
+}
+
+
+def case_of(depth):
+    return ModelCase(depth, 0, 2, 2, (3, 4), 2, torch.float32, 0)
+
+
+def _of_storage(weights, storage):
+    return torch.empty(0).set_(storage, 0, weights.shape)
+
+
+@pytest.fixture(autouse=True)
+def _all_is_large(monkeypatch):
+    monkeypatch.setattr(memory, "_LARGE", 1)
+
+
+@given(kept=st.lists(st.sampled_from(sorted(KEEPS)), min_size=8, max_size=8))
+def test_what_reduce_keeps_is_never_written_again(models, kept):
+    case = case_of(8)
+    model = case.build(models)
+    with torch.no_grad():
+        expected = model.get_self_attention(case.images)
+        with dinov2_attn.record(model, reduce=lambda i, w: KEEPS[kept[i]](w)) as maps:
+            model(case.images)
+    for name, found, whole in zip(kept, maps.weights, expected, strict=True):
+        if name != "nothing":
+            assert torch.equal(found, KEEPS[name](whole))
+
+
+@pytest.mark.parametrize("name", sorted(KEEPS))
+def test_layers_share_memory_where_nothing_of_it_is_kept(models, name):
+    case, seen = case_of(4), []
+    model = case.build(models)
+
+    def reduce(layer, weights):
+        seen.append(weights.data_ptr())
+        return KEEPS[name](weights)
+
+    with torch.no_grad(), dinov2_attn.record(model, reduce=reduce):
+        model(case.images)
+    assert len(set(seen)) == (1 if name in ("a copy", "nothing") else 4)
+
+
+def test_tensors_of_one_list_live_side_by_side():
+    """And those of the next layer lie where they lay."""
+    scratch, like, seen = Scratch(), torch.zeros(1), []
+    for _ in range(4):
+        together = [scratch.lend(like, shape)[0] for shape in ((2, 3), (7,), (4, 5))]
+        seen.append([tensor.data_ptr() for tensor in together])
+        assert len(set(seen[-1])) == 3
+        del together
+    assert seen == [seen[0]] * 4
+
+
+def test_tensors_of_one_size_live_side_by_side_too():
+    scratch, like = Scratch(), torch.zeros(1)
+    for _ in range(3):
+        first, second = (scratch.lend(like, (6,))[0] for _ in range(2))
+        first.fill_(1.0)
+        second.fill_(2.0)
+        assert (first == 1).all()
+        del first, second
+
+
+def test_sizes_that_no_longer_come_are_let_go():
+    scratch, like = Scratch(), torch.zeros(1)
+    for size in range(2, 50):
+        scratch.lend(like, (size,))
+    assert len(scratch._lent) == 1
+
+
+def test_what_was_written_before_is_said():
+    scratch, like = Scratch(), torch.zeros(1)
+    first = scratch.lend(like, (3, 4))
+    assert not first[1]
+    kept = first[0].fill_(7.0)
+    del first
+    second = scratch.lend(like, (3, 4))
+    assert not second[1]
+    second[0].fill_(8.0)
+    del second
+    assert scratch.lend(like, (4, 3))[1]
+    assert (kept == 7).all()
+
+
+def test_weights_outlive_the_recording(models):
+    case = case_of(2)
+    model = case.build(models)
+    with torch.no_grad():
+        expected = model.get_self_attention(case.images)
+        with dinov2_attn.record(model, reduce=lambda _, weights: weights[:, :, 1:]) as maps:
+            model(case.images)
+        found = list(maps.weights)
+        del maps
+        for _ in range(3):  # whoever was given the memory, had it been freed, writes to it
+            torch.full(expected[0].shape, -1.0)
+    for one, whole in zip(found, expected, strict=True):
+        assert torch.equal(one, whole[:, :, 1:])
+
+
+def test_what_is_set_aside_is_lent_once():
+    aside, like = SetAside(3), torch.zeros(1)
+    lent = [aside.lend(like, shape)[0] for shape in ((2, 5), (4,), (2, 5), (2, 5), (2, 5))]
+    assert [tuple(one.shape) for one in lent] == [(2, 5), (4,), (2, 5), (2, 5), (2, 5)]
+    assert len({one.data_ptr() for one in lent}) == len(lent)
+    assert aside.lend(like.double(), (4,))[0].dtype == torch.float64
