@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dinov2_attn import attention, tiles
+from dinov2_attn import attention, memory, tiles
 from dinov2_attn.upstream import projection
 from strategies import attention_cases, noise, seeds
 from tolerances import assert_close
@@ -35,11 +35,11 @@ SIZES = st.sampled_from([1, 64, 300, 2000, 2**20])
     causal=st.booleans(),
     heads=st.sampled_from([None, "mean"]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
-    written=st.booleans(),
+    fresh=st.booleans(),
     size=SIZES,
     seed=seeds,
 )
-def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, written, size, seed):
+def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, fresh, size, seed):
     batch, count, rows, length = shape
     query = noise(batch, count, rows, 5, seed=seed, dtype=dtype)
     key = noise(batch, count, length, 5, seed=seed + 1, dtype=dtype)
@@ -54,11 +54,11 @@ def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, written, size,
     tiles.TILE_BYTES = tiles.PIECE_BYTES = size
     try:
         with torch.no_grad():
-            if written:
-                kwargs |= {"out": torch.full_like(whole, 7.0), "written": True}
+            tiles.is_fresh = lambda result: fresh
             tiled = attention.attention_weights(query, key, 0.7, **kwargs)
     finally:
         tiles.TILE_BYTES, tiles.PIECE_BYTES = before
+        tiles.is_fresh = memory.is_fresh
     assert tiled.dtype == dtype
     assert_close(tiled, whole)
 

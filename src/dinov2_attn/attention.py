@@ -31,7 +31,6 @@ def attention_weights(
     causal_rows: Tensor | None = None,
     heads: Heads = None,
     out: Tensor | None = None,
-    written: bool = False,
 ) -> Tensor:
     """Return ``softmax(query @ keyᵀ · scale + bias)``, the weights before dropout.
 
@@ -41,8 +40,7 @@ def attention_weights(
             all heads share one
     bias    broadcastable to ``(B, heads, Q, N)``: added to the scores when floating,
             a mask of what may be seen when boolean, as in PyTorch's kernel
-    out     what to write the result into, where ``may_tile(query)``; ``written``
-            says that its memory has been written before, all of it
+    out     what to write the result into, where ``may_tile(query)``
     result  ``(B, heads, Q, N)``, or ``(B, Q, N)`` with ``heads="mean"``, in the dtype
             of ``query``
     ======  ======================================================================
@@ -71,7 +69,7 @@ def attention_weights(
         if may_tile(query):
             if out is None:
                 out = new_result(query, shape_of_weights(query, key, heads))
-            fill(out, query.to(dtype), wide, scale, bias=bias, seen=seen, written=written)
+            fill(out, query.to(dtype), wide, scale, bias=bias, seen=seen)
             return out
         scores = (query.to(dtype) * scale) @ wide.transpose(-2, -1)
         if bias is not None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import sys
 from functools import cache
-from typing import Any, cast
+from mmap import PAGESIZE
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 # From NumPy, which does the same for its large arrays (``PyDataMem_UserNEW``).
 _LARGE = 2**22
-_PAGE = 4096
 _MADV_HUGEPAGE = 14
 
 
@@ -24,12 +24,43 @@ def new_result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     product. It is a hint: where it is not taken, nothing is different.
     """
     result = like.new_empty(shape)
-    size = result.numel() * result.element_size()
-    if result.device.type == "cpu" and size >= _LARGE and (advise := _madvise()) is not None:
-        start = -(-result.data_ptr() // _PAGE) * _PAGE
-        end = (result.data_ptr() + size) // _PAGE * _PAGE
+    if _is_large(result) and (advise := _of_libc("madvise")) is not None:
+        start, end = _whole_pages(result)
         advise(start, end - start, _MADV_HUGEPAGE)
     return result
+
+
+def is_fresh(tensor: Tensor) -> bool:
+    """Say whether the pages of a large tensor are still to come: an allocator's may be there.
+
+    Where nobody can say (elsewhere than on Linux, or on a device) they are taken to be.
+    """
+    if not _is_large(tensor) or (look := _of_libc("mincore")) is None:
+        return True
+    start, end = _whole_pages(tensor)
+    resident = ctypes.c_ubyte()
+    middle = start + (end - start) // 2 // PAGESIZE * PAGESIZE
+    pages = (start, middle, end - PAGESIZE)
+    return not all(
+        look(page, PAGESIZE, ctypes.byref(resident)) == 0 and resident.value & 1 for page in pages
+    )
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() >= _LARGE
+
+
+def _whole_pages(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses where the pages that are the tensor's alone start and end."""
+    end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    return -(-tensor.data_ptr() // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
+
+
+class Memory(Protocol):
+    """Where results are to lie."""
+
+    def lend(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return what ``new_result`` does."""
 
 
 class Scratch:
@@ -42,18 +73,18 @@ class Scratch:
     def __init__(self) -> None:
         self._lent: dict[int, _Lent] = {}
 
-    def lend(self, like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, bool]:
-        """Return what ``new_result`` does, and whether its memory has been written before."""
+    def lend(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return what ``new_result`` does."""
         size = torch.Size(shape).numel() * like.element_size()
         if like.device.type != "cpu" or size < _LARGE:
-            return new_result(like, shape), False
+            return new_result(like, shape)
         before = self._lent.get(size)
         if before is not None and before.is_free():
-            return before.tensor(like, shape), True
+            return before.tensor(like, shape)
         # Sizes that no longer come are let go; those of one list are all held at this moment.
         self._lent = {size: lent for size, lent in self._lent.items() if not lent.is_free()}
         self._lent[size] = _Lent(new_result(like, shape))
-        return self._lent[size].tensor(like, shape), False
+        return self._lent[size].tensor(like, shape)
 
 
 class SetAside:
@@ -67,12 +98,12 @@ class SetAside:
         self._layers = layers
         self._spare: dict[object, list[Tensor]] = {}
 
-    def lend(self, like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, bool]:
-        """Return what ``new_result`` does, and ``False``: its memory was never written."""
+    def lend(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return what ``new_result`` does."""
         spare = self._spare.setdefault((shape, like.dtype, like.device), [])
         if not spare:
             spare += [new_result(like, shape) for _ in range(self._layers)]
-        return spare.pop(), False
+        return spare.pop()
 
 
 class _Lent:
@@ -98,10 +129,12 @@ class _Lent:
 
 
 @cache
-def _madvise() -> Any:
+def _of_libc(name: str) -> Any:
+    """Return Linux's ``madvise`` or ``mincore``; ``None`` elsewhere."""
     if not sys.platform.startswith("linux"):
         return None
-    function = getattr(ctypes.CDLL(None), "madvise", None)
+    function = getattr(ctypes.CDLL(None), name, None)
     if function is not None:
-        function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        third = ctypes.c_int if name == "madvise" else ctypes.c_void_p
+        function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, third]
     return function

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from dinov2_attn.memory import is_fresh
+
 # Scores that become the result where they lie: few calls rather than cached ones, for at the
 # end of each all threads wait for the last. Measured on CPUs; on GPUs launches cost as much.
 PIECE_BYTES = 2**26
@@ -43,7 +45,6 @@ def fill(
     *,
     bias: Tensor | None = None,
     seen: Tensor | None = None,
-    written: bool = False,
 ) -> None:
     """Write ``softmax(query @ keyᵀ · scale + bias)`` into ``result``.
 
@@ -57,13 +58,12 @@ def fill(
     ======  ====================================================================
 
     On a CPU, scores that become the result where they lie are best where it is fresh: the
-    product's threads fault its pages in. Where it was ``written`` before, scores in the
-    cache are.
+    product's threads fault its pages in. Where its pages are there, scores in the cache are.
     """
     shape = (*query.shape[:3], key.shape[2])
     mean = result.ndim == 3
     direct = not mean and result.dtype == query.dtype
-    in_place = direct and not (written and query.device.type == "cpu")
+    in_place = direct and is_fresh(result)
     if bias is not None:
         bias = bias.expand(shape)
     row = max(1, shape[3] * query.element_size())

@@ -73,7 +73,8 @@ def record(
     heads    ``None`` (each) or ``"mean"``
     reduce   ``reduce(layer, weights)`` is kept in place of the weights. It is called
              before the layer's own kernel runs, so that a full matrix need not outlive
-             it: all layers take the memory of one
+             it: all layers take the memory of one. Whoever holds the weights, or a view
+             of them, keeps them; memory that nobody holds is the next layer's
     =======  =========================================================================
 
     Features are bit for bit those of an unrecorded pass. The weights are those of the
@@ -126,7 +127,7 @@ class _Recorder:
         self._selection = {
             "queries": spell_out(queries, self._prefix - 1),
             "heads": heads,
-            "scratch": SetAside(len(self._layers)) if reduce is None else Scratch(),
+            "memory": SetAside(len(self._layers)) if reduce is None else Scratch(),
         }
         self._reduce = reduce
         self._grids: list[Grid | None] = []

@@ -49,14 +49,20 @@ def attentions_of(transformer: Any, n: Layers) -> dict[nn.Module, int]:
     return modules
 
 
+# The first question of each is cheap, and no for almost every module.
+
+
 def _is_transformer(module: nn.Module) -> bool:
-    # The first question is cheap, and no for almost every module.
     return "blocks" in module._modules and part_of_module(module) is Part.TRANSFORMER
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "qkv" in module._modules and part_of_module(module) is Part.ATTENTION
 
 
 def _attention_of(block: nn.Module) -> nn.Module:
     # Sharded, compiled and adapted modules are wrappers, around the block or in it.
-    found = [m for m in block.modules() if part_of_module(m) is Part.ATTENTION]
+    found = [m for m in block.modules() if _is_attention(m)]
     if len(found) != 1 or not takes(found[0], "return_attn"):
         raise NotGrafted(
             "one attention module in each block, whose forward install() has reached",

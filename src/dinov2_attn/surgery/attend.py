@@ -13,7 +13,7 @@ from torch import Tensor
 from dinov2_attn.attention import Heads, attention_weights, check_heads, shape_of_weights
 from dinov2_attn.biases import Group, dense, groups, is_block_diagonal
 from dinov2_attn.errors import InvalidInput
-from dinov2_attn.memory import Scratch, new_result
+from dinov2_attn.memory import Memory, new_result
 from dinov2_attn.queries import Queries, Rows, place
 from dinov2_attn.tiles import may_tile
 from dinov2_attn.upstream.kernel import Kernel
@@ -36,12 +36,12 @@ def attend(
     queries: Queries = None,
     heads: Heads | Instead = None,
     projected: Tensor | None = None,
-    scratch: Scratch | None = None,
+    memory: Memory | None = None,
 ) -> Tensor | list[Tensor] | list[tuple[Piece, float]]:
     """Return the weights of ``module`` on tokens ``x (B, N, C)``.
 
     ``projected (B, N, 3 · C)`` is what ``module.qkv`` has made of them, where it has;
-    ``scratch`` is where results may lie that do not outlive the next.
+    ``memory`` is where results are to lie, if not just anywhere.
 
     One tensor ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads; under a
     block-diagonal ``attn_bias`` over ``x (1, ΣN, C)`` a list with one such tensor for
@@ -55,7 +55,7 @@ def attend(
     check_tokens(x)
     if attn_bias is not None:
         kernel.check_bias(attn_bias)
-    ask = _Question(module, kernel, queries, heads, is_causal, scratch)
+    ask = _Question(module, kernel, queries, heads, is_causal, memory)
     wide = torch.promote_types(x.dtype, torch.float32)
     if is_block_diagonal(attn_bias):
         found, source = groups(attn_bias, x, wide), Projection(module, x, projected)
@@ -84,7 +84,7 @@ class _Question:
     queries: Queries
     heads: Heads
     is_causal: bool
-    scratch: Scratch | None
+    memory: Memory | None
 
     def answer(
         self,
@@ -106,16 +106,12 @@ class _Question:
         shape = (batch, *shape_of_weights(first.query, first.key, self.heads)[1:])
         if len(first.query) == batch and not may_tile(first.query):
             return self._weigh(first, bias, causal_rows)
-        out, written = self._memory(first.query, shape)
+        new = new_result if self.memory is None else self.memory.lend
+        out = new(first.query, shape)
         for piece in chain([first], pieces):
             some = bias if bias is None else _samples(bias, piece.samples)
-            self._weigh(piece, some, causal_rows, out[piece.samples], written)
+            self._weigh(piece, some, causal_rows, out[piece.samples])
         return out
-
-    def _memory(self, like: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, bool]:
-        if self.scratch is None:
-            return new_result(like, shape), False
-        return self.scratch.lend(like, shape)
 
     def _weigh(
         self,
@@ -123,7 +119,6 @@ class _Question:
         bias: Tensor | None,
         causal_rows: Tensor | None,
         out: Tensor | None = None,
-        written: bool = False,
     ) -> Tensor:
         return attention_weights(
             piece.query,
@@ -133,7 +128,6 @@ class _Question:
             causal_rows=causal_rows,
             heads=self.heads,
             out=out,
-            written=written,
         )
 
 

@@ -47,7 +47,7 @@ def part_of_module(module: nn.Module) -> Part | None:
 
     A wrapper that reads everything from the module inside by ``__getattr__`` is none.
     """
-    return _matching({*dir(type(module)), *vars(module), *module._modules})
+    return next((part for part, needed in ANATOMY.items() if _has_itself(module, needed)), None)
 
 
 def classes_in(module: ModuleType) -> Iterator[tuple[type, Part]]:
@@ -101,6 +101,11 @@ def _own_bases(cls: type) -> list[type]:
 
 def _package(module: str) -> str:
     return module.partition(".")[0]
+
+
+def _has_itself(module: nn.Module, names: set[str]) -> bool:
+    held = (vars(module), module._modules, *map(vars, type(module).__mro__))
+    return all(any(name in some for some in held) for name in names)
 
 
 def _matching(names: set[str]) -> Part | None:
