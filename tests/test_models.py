@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -175,6 +176,48 @@ def test_code_in_a_checkpoint_is_not_run(linear, tmp_path):
     with pytest.raises(UnreadableFile, match=r"holds tensors only; found .*does not load"):
         load_weights(linear, tmp_path / "weights.pth")
     assert not (tmp_path / "trace").exists()
+
+
+class Scripted(nn.Module):
+    """Creates a file wherever TorchScript loads it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.content = path, torch.zeros(1)
+
+    def forward(self):
+        return self.content
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.path, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        self.path, self.training = state
+        self.content = torch.from_file(self.path, True, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore:.*TorchScript archive")
+def test_torchscript_in_a_checkpoint_is_not_run(linear, tmp_path):
+    """PyTorch before 2.6 runs it, ``weights_only`` or not."""
+    file, trace = tmp_path / "weights.pth", tmp_path / "trace"
+    torch.jit.script(Scripted(str(trace))).save(file)
+    torch.jit.load(file)
+    assert trace.exists(), "the archive would not have run anywhere"
+    trace.unlink()
+    with pytest.raises(UnreadableFile, match=r"does not load \(ValueError: a TorchScript archive"):
+        load_weights(linear, file)
+    assert not trace.exists()
+
+
+def test_a_tar_is_not_unpacked(linear, tmp_path):
+    """What PyTorch 0.1 wrote; PyTorch before 2.6 takes it for a checkpoint still."""
+    with tarfile.open(tmp_path / "weights.pth", "w") as tar:
+        tar.add(__file__, "storages")
+    with pytest.raises(UnreadableFile, match=r"does not load \(ValueError: a tar"):
+        load_weights(linear, tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize(("name", "found"), [("", "a directory"), ("absent.pth", "nothing")])

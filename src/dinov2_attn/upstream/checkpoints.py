@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tarfile
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -69,6 +70,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         found = "a directory" if path.is_dir() else "nothing"
         raise UnreadableFile(f"a checkpoint at {path}", found, "Name the .pth file itself.")
     try:
+        _refuse_what_runs(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes at hand provoke
         reason = str(error).partition("\n")[0]
@@ -84,6 +86,21 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             "Save the state dict of the backbone alone: torch.save(model.state_dict(), path).",
         )
     return content
+
+
+def _refuse_what_runs(path: Path) -> None:
+    """Raise ``ValueError`` for the two formats whose code ``weights_only`` lets through.
+
+    PyTorch before 2.6 hands a TorchScript archive on to ``torch.jit.load``, which runs its
+    ``__setstate__``, and unpacks the tar that PyTorch 0.1 wrote (CVE-2025-32434).
+    """
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    # PyTorch's reader and not Python's: a zip can be made in which the two see other files.
+    if is_zip and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        raise ValueError("a TorchScript archive, which holds code")
+    if tarfile.is_tarfile(path):
+        raise ValueError("a tar, which PyTorch would unpack")
 
 
 def _is_state_dict(content: object) -> TypeGuard[dict[str, Tensor]]:
