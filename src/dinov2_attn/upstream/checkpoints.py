@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import tarfile
+import tempfile
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -55,7 +57,8 @@ def load_pretrained(model: nn.Module, arch: str, *, patch_size: int, registers: 
     file = f"{name}_reg4_pretrain.pth" if registers else f"{name}_pretrain.pth"
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
     if not path.is_file():
-        _download(f"{PUBLISHED_AT}/{name}/{file}", path)
+        _fill_and_keep(model, f"{PUBLISHED_AT}/{name}/{file}", path)
+        return
     try:
         load_weights(model, path)
     except UnreadableFile as error:
@@ -131,12 +134,23 @@ def _some(names: Sequence[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
 
 
-def _download(url: str, path: Path) -> None:
+def _fill_and_keep(model: nn.Module, url: str, path: Path) -> None:
+    """Download to beside ``path``, and move there what the model could be filled with."""
     log.info("downloading %s", url)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with brief():
-            torch.hub.download_url_to_file(url, str(path))
+        # torch.hub takes a broken line for the end of the file.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            file = Path(folder) / path.name
+            with brief():
+                torch.hub.download_url_to_file(url, str(file))
+            load_weights(model, file)
+            os.replace(file, path)
+    except UnreadableFile as error:
+        expected, found, _ = error.args
+        raise UnreadableFile(
+            expected, found, "Nothing was kept. The line may have broken: run again."
+        ) from error
     except (OSError, HTTPException) as error:  # no network, a broken line, an unwritable cache
         raise Unavailable(
             f"the published weights {url}",
