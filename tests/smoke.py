@@ -41,10 +41,10 @@ def package_is_whole(folder: Path) -> None:
 def attention_of_upstream() -> None:
     import dinov2_attn
     from dinov2_attn.upstream.models import build
-    from dinov2_attn.upstream.source import obtain
+    from dinov2_attn.upstream.source import from_pypi
 
     handle = dinov2_attn.install()
-    obtain()
+    from_pypi()
     model = build("vit_small", img_size=28)
     assert "verified" in str(dinov2_attn.status()), dinov2_attn.status()
     images = torch.rand(2, 3, 28, 42)
