@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import tarfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from torch import nn
 
 import upstreams
 from dinov2_attn.errors import InvalidInput, Unavailable, UnreadableFile
+from dinov2_attn.upstream import checkpoints
 from dinov2_attn.upstream.checkpoints import load_pretrained, load_weights
 from dinov2_attn.upstream.models import build
 from fresh import OFFLINE, python
@@ -177,6 +182,48 @@ def test_code_in_a_checkpoint_is_not_run(linear, tmp_path):
     assert not (tmp_path / "trace").exists()
 
 
+class Scripted(nn.Module):
+    """Creates a file wherever TorchScript loads it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.content = path, torch.zeros(1)
+
+    def forward(self):
+        return self.content
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.path, self.training)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        self.path, self.training = state
+        self.content = torch.from_file(self.path, True, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore:.*TorchScript archive")
+def test_torchscript_in_a_checkpoint_is_not_run(linear, tmp_path):
+    """PyTorch before 2.6 runs it, ``weights_only`` or not."""
+    file, trace = tmp_path / "weights.pth", tmp_path / "trace"
+    torch.jit.script(Scripted(str(trace))).save(file)
+    torch.jit.load(file)
+    assert trace.exists(), "the archive would not have run anywhere"
+    trace.unlink()
+    with pytest.raises(UnreadableFile, match=r"does not load \(ValueError: a TorchScript archive"):
+        load_weights(linear, file)
+    assert not trace.exists()
+
+
+def test_a_tar_is_not_unpacked(linear, tmp_path):
+    """What PyTorch 0.1 wrote; PyTorch before 2.6 takes it for a checkpoint still."""
+    with tarfile.open(tmp_path / "weights.pth", "w") as tar:
+        tar.add(__file__, "storages")
+    with pytest.raises(UnreadableFile, match=r"does not load \(ValueError: a tar"):
+        load_weights(linear, tmp_path / "weights.pth")
+
+
 @pytest.mark.parametrize(("name", "found"), [("", "a directory"), ("absent.pth", "nothing")])
 def test_a_path_without_a_file_is_unreadable(linear, tmp_path, name, found):
     with pytest.raises(UnreadableFile, match=rf"expected a checkpoint at .*; found {found}\. Name"):
@@ -205,6 +252,49 @@ def test_a_download_that_was_cut_short_says_what_to_remove(linear, tmp_path, mon
         load_pretrained(linear, "vit_small", patch_size=14, registers=False)
 
 
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Meta's server as far as a download sees it; gives the bytes to send, by their length."""
+    sent = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(sent["announced"]))
+            self.end_headers()
+            self.wfile.write(sent["content"])
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        monkeypatch.setattr(checkpoints, "PUBLISHED_AT", f"http://127.0.0.1:{http.server_port}")
+        yield sent
+        http.shutdown()
+
+
+@pytest.mark.parametrize("missing", [0, 100])
+def test_a_download_is_kept_once_the_model_is_filled_with_it(linear, tmp_path, server, missing):
+    """A line that breaks is an end of file to torch.hub: a cache would keep half a file."""
+    ones, buffer = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}, io.BytesIO()
+    torch.save(ones, buffer)
+    whole = buffer.getvalue()
+    server.update(announced=len(whole), content=whole[: len(whole) - missing])
+    cache = tmp_path / "hub" / "checkpoints"
+    if missing:
+        with pytest.raises((UnreadableFile, Unavailable)):
+            load_pretrained(linear, "vit_small", patch_size=14, registers=False)
+        assert list(cache.iterdir()) == []
+    else:
+        load_pretrained(linear, "vit_small", patch_size=14, registers=False)
+        assert torch.equal(linear.weight, ones["weight"])
+        assert [file.read_bytes() for file in cache.iterdir()] == [whole]
+
+
 def test_another_patch_size_has_no_published_weights(linear):
     with pytest.raises(Unavailable, match=r"patch size 14.*found patch size 16.*--random-weights"):
         load_pretrained(linear, "vit_small", patch_size=16, registers=False)
@@ -213,6 +303,7 @@ def test_another_patch_size_has_no_published_weights(linear):
 def test_without_network_the_error_names_the_other_ways(tmp_path):
     code = """
 from torch import nn
+from dinov2_attn.upstream import checkpoints
 from dinov2_attn.upstream.checkpoints import load_pretrained
 try:
     load_pretrained(nn.Linear(3, 2), "vit_base", patch_size=14, registers=False)

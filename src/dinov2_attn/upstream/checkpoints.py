@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import tarfile
+import tempfile
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -54,7 +57,8 @@ def load_pretrained(model: nn.Module, arch: str, *, patch_size: int, registers: 
     file = f"{name}_reg4_pretrain.pth" if registers else f"{name}_pretrain.pth"
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
     if not path.is_file():
-        _download(f"{PUBLISHED_AT}/{name}/{file}", path)
+        _fill_and_keep(model, f"{PUBLISHED_AT}/{name}/{file}", path)
+        return
     try:
         load_weights(model, path)
     except UnreadableFile as error:
@@ -69,6 +73,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         found = "a directory" if path.is_dir() else "nothing"
         raise UnreadableFile(f"a checkpoint at {path}", found, "Name the .pth file itself.")
     try:
+        _refuse_what_runs(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes at hand provoke
         reason = str(error).partition("\n")[0]
@@ -84,6 +89,21 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             "Save the state dict of the backbone alone: torch.save(model.state_dict(), path).",
         )
     return content
+
+
+def _refuse_what_runs(path: Path) -> None:
+    """Raise ``ValueError`` for the two formats whose code ``weights_only`` lets through.
+
+    PyTorch before 2.6 hands a TorchScript archive on to ``torch.jit.load``, which runs its
+    ``__setstate__``, and unpacks the tar that PyTorch 0.1 wrote (CVE-2025-32434).
+    """
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    # PyTorch's reader and not Python's: a zip can be made in which the two see other files.
+    if is_zip and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        raise ValueError("a TorchScript archive, which holds code")
+    if tarfile.is_tarfile(path):
+        raise ValueError("a tar, which PyTorch would unpack")
 
 
 def _is_state_dict(content: object) -> TypeGuard[dict[str, Tensor]]:
@@ -114,12 +134,23 @@ def _some(names: Sequence[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
 
 
-def _download(url: str, path: Path) -> None:
+def _fill_and_keep(model: nn.Module, url: str, path: Path) -> None:
+    """Download to beside ``path``, and move there what the model could be filled with."""
     log.info("downloading %s", url)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with brief():
-            torch.hub.download_url_to_file(url, str(path))
+        # torch.hub takes a broken line for the end of the file.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            file = Path(folder) / path.name
+            with brief():
+                torch.hub.download_url_to_file(url, str(file))
+            load_weights(model, file)
+            os.replace(file, path)
+    except UnreadableFile as error:
+        expected, found, _ = error.args
+        raise UnreadableFile(
+            expected, found, "Nothing was kept. The line may have broken: run again."
+        ) from error
     except (OSError, HTTPException) as error:  # no network, a broken line, an unwritable cache
         raise Unavailable(
             f"the published weights {url}",
