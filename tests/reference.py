@@ -22,7 +22,8 @@ def projections(module: Any, tokens: Tensor) -> tuple[np.ndarray, np.ndarray, np
     out = _numpy(module.qkv(tokens))
     batch, length, dim = tokens.shape
     parts = [out[..., i * dim : (i + 1) * dim] for i in range(3)]
-    split = [p.reshape(batch, length, module.num_heads, -1).swapaxes(1, 2) for p in parts]
+    by_heads = batch, length, module.num_heads, dim // module.num_heads
+    split = [p.reshape(by_heads).swapaxes(1, 2) for p in parts]
     return split[0], split[1], split[2]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.memory import new_result
-from dinov2_attn.tiles import fill, may_tile
+from dinov2_attn.tiles import fill, may_tile, see_nothing
 
 Heads = Literal["mean"] | None
 
@@ -51,6 +51,9 @@ def attention_weights(
         positions 0, 2 of 4        1 0 0 0
                                    1 1 1 0
 
+    A query to which ``bias`` shows no key at all gets what PyTorch's kernel gives it: nought
+    from PyTorch 2.5 on, NaN before.
+
     Product and softmax run in float32 at least, autocast or not: the fused kernels
     accumulate in float32 too, and in half precision the scores alone would lose more
     than the kernel does. The equivalent code is::
@@ -76,7 +79,11 @@ def attention_weights(
             scores = scores + bias
         if seen is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
-        weights = scores.softmax(dim=-1)
+        blind = None if bias is None else see_nothing(scores.detach())
+        if blind is None:
+            weights = scores.softmax(dim=-1)
+        else:
+            weights = scores.masked_fill(blind, 0).softmax(dim=-1).masked_fill(blind, 0)
         if heads == "mean":
             weights = weights.mean(dim=1)
         return weights.to(query.dtype)

@@ -22,6 +22,10 @@ PIECE_BYTES = 2**26
 # Scores of which something else is made, on the CPU: they cost memory and stay in its cache.
 TILE_BYTES = 2**23
 
+# What PyTorch's kernel gives a query that a bias shows no key at all: nought from 2.5 on, where
+# this function came in, and NaN before.
+BLIND_IS_NOUGHT = hasattr(torch, "_safe_softmax")
+
 Piece = tuple[slice, slice, slice]
 
 
@@ -81,9 +85,16 @@ def fill(
             scores += bias[piece]
         if seen is not None:
             scores.masked_fill_(~seen[lines], float("-inf"))
-        _softmax_into(out if direct else scores, scores)
+        _softmax_into(out if direct else scores, scores, biased=bias is not None)
         if not direct:
             out.copy_(scores.mean(dim=1) if mean else scores)
+
+
+def see_nothing(scores: Tensor) -> Tensor | None:
+    """Return which rows ``(…, 1)`` of ``scores`` are nought instead of a softmax, if any can be."""
+    if not (BLIND_IS_NOUGHT and scores.shape[-1]):
+        return None
+    return scores.amax(dim=-1, keepdim=True) == float("-inf")
 
 
 def _tile(query: Tensor, largest: list[Piece], length: int) -> Tensor:
@@ -106,12 +117,17 @@ def _product_into(scores: Tensor, query: Tensor, key: Tensor) -> None:
     torch.bmm(query, key.transpose(-2, -1), out=out)
 
 
-def _softmax_into(out: Tensor, scores: Tensor) -> None:
+def _softmax_into(out: Tensor, scores: Tensor, *, biased: bool) -> None:
+    blind = see_nothing(scores) if biased else None
+    if blind is not None:
+        scores.masked_fill_(blind, 0)
     if scores.device.type in ("cpu", "cuda"):
         # In place too: their kernels have read all of a row before they write any of it.
         torch.softmax(scores, -1, out=out)
     else:
         out.copy_(scores.softmax(dim=-1))
+    if blind is not None:
+        out.masked_fill_(blind, 0)
 
 
 def _pieces(shape: tuple[int, ...], rows: int, *, together: bool) -> Iterator[Piece]:

@@ -103,7 +103,7 @@ def _sample() -> Path:
 
 def _image_size(values: list[str]) -> tuple[ImageSize, list[Path]]:
     """Part the one or two lengths from images named behind them, which argparse adds."""
-    lengths = [int(value) for value in takewhile(str.isdecimal, values)]
+    lengths = [int(value) for value in takewhile(_is_length, values)]
     images = [Path(value) for value in values[len(lengths) :]]
     match lengths:
         case [] if not values:
@@ -119,16 +119,23 @@ def _image_size(values: list[str]) -> tuple[ImageSize, list[Path]]:
     )
 
 
+def _is_length(value: str) -> bool:
+    # Python reads and shows 4300 digits; the number of pixels has twice as many as this.
+    return value.isdecimal() and len(value) < 1000
+
+
 def _folders(output: Path, images: Sequence[Path]) -> list[Path]:
     """Say where each image goes: one straight into ``output``, several by their stems."""
     if len(images) == 1:
         return [output]
     taken: dict[str, Path] = {}
     for image in images:
-        name, number = image.stem, 1
+        # The stem of "...png" would lead out of ``output``.
+        stem = image.stem if image.stem.strip(".") else "image"
+        name, number = stem, 1
         # Some file systems take "Cat" and "cat" for one folder.
         while name.casefold() in taken:
             number += 1
-            name = f"{image.stem}-{number}"
+            name = f"{stem}-{number}"
         taken[name.casefold()] = output / name
     return list(taken.values())

@@ -87,19 +87,22 @@ def in_a_graph() -> NotRecorded:
 class _Listening:
     """Call ``take`` with what ``layer`` returns to this thread, as its last hook."""
 
+    # To other threads, which may ask the same layer meanwhile, it is as if it were not there.
+    only_listens = True
+
     def __init__(self, layer: nn.Module, take: Callable[[Tensor], None]) -> None:
         self._layer, self._take, self._thread = layer, take, threading.get_ident()
         self._taking = False
         self.calls = 0
 
     def __enter__(self) -> _Listening:
-        self._hook = self._layer.register_forward_hook(self._hear)
+        self._hook = self._layer.register_forward_hook(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
 
-    def _hear(self, _: nn.Module, __: object, projected: Tensor) -> None:
+    def __call__(self, _: nn.Module, __: object, projected: Tensor) -> None:
         # Other threads run the same layer, and whoever takes may run it too.
         if threading.get_ident() == self._thread and not self._taking:
             self.calls += 1

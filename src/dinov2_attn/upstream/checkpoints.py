@@ -6,6 +6,7 @@ import logging
 import os
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -22,11 +23,14 @@ log = logging.getLogger(__name__)
 PUBLISHED_AT = "https://dl.fbaipublicfiles.com/dinov2"
 PUBLISHED_PATCH_SIZE = 14
 
+# What parameters are saved in. Whole and complex numbers would become one of these in silence.
+_FLOATING = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Fill ``model`` with a checkpoint in the format of upstream's hub: a plain state dict.
 
-    Strict: a key that is missing or left over and a tensor of another shape are errors.
+    Strict: a key that is missing or left over and a tensor of another shape or kind are errors.
     Raises ``UnreadableFile``, and then the model is as it was.
     """
     state = _read_state_dict(Path(path))
@@ -73,6 +77,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         found = "a directory" if path.is_dir() else "nothing"
         raise UnreadableFile(f"a checkpoint at {path}", found, "Name the .pth file itself.")
     try:
+        _check_unpacked(path)
         _refuse_what_runs(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes at hand provoke
@@ -88,7 +93,17 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path}, which holds {_describe(content)}",
             "Save the state dict of the backbone alone: torch.save(model.state_dict(), path).",
         )
-    return content
+    # As a plain dict: what else an OrderedDict brings would be asked in place of its methods.
+    return dict(dict.items(content))
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raise unless reading ``path`` takes memory as its size says: torch compresses nothing."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise zipfile.BadZipFile(f"its entries unpack to {unpacked:,} bytes")
 
 
 def _refuse_what_runs(path: Path) -> None:
@@ -107,12 +122,14 @@ def _refuse_what_runs(path: Path) -> None:
 
 
 def _is_state_dict(content: object) -> TypeGuard[dict[str, Tensor]]:
-    return isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
+    return isinstance(content, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in dict.items(content)
+    )
 
 
 def _describe(content: object) -> str:
     if isinstance(content, dict):
-        return f"a dict of {_some([str(key) for key in content])}"
+        return f"a dict of {_some([str(key) for key in dict.keys(content)])}"
     return f"an object of type {type(content).__name__}"
 
 
@@ -122,12 +139,24 @@ def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
         for key in expected
         if key in found and found[key].shape != expected[key].shape
     ]
+    odd = [
+        f"{key} ({found[key].dtype}, {found[key].layout}, {found[key].device})"
+        for key in expected
+        if key in found and not _fits(found[key], expected[key])
+    ]
     kinds = {
         "missing": [key for key in expected if key not in found],
         "left over": [key for key in found if key not in expected],
         "of another shape": reshaped,
+        "of another kind": odd,
     }
     return [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys]
+
+
+def _fits(found: Tensor, expected: Tensor) -> bool:
+    """Say whether ``found`` is dense, here and of numbers that ``expected`` is made of."""
+    alike = found.dtype == expected.dtype or {found.dtype, expected.dtype} <= _FLOATING
+    return alike and found.layout == torch.strided and found.device.type == "cpu"
 
 
 def _some(names: Sequence[str], shown: int = 5) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -158,6 +158,11 @@ def _is_plain(layer: nn.Module) -> bool:
     return (
         type(layer) is nn.Linear
         and "forward" not in vars(layer)
-        and not any(hooks)
+        and not any(map(_any_acts, hooks))
         and type(layer.weight) in (Tensor, nn.Parameter)  # no quantised or sharded tensor
     )
+
+
+def _any_acts(hooks: Mapping[int, object]) -> bool:
+    # A copy: other threads add and remove hooks meanwhile, those that record for instance.
+    return any(not getattr(hook, "only_listens", False) for hook in tuple(hooks.values()))
