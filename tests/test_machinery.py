@@ -20,30 +20,6 @@ def model(models):
     ).eval()
 
 
-def compiles() -> bool:
-    try:
-        torch.compile(lambda x: x, backend="eager")(torch.ones(1))
-    except RuntimeError:
-        return False
-    return True
-
-
-# torch 2.0 has no torch.compile on Python 3.11; the same calls run in eager mode in every file.
-@pytest.mark.skipif(not compiles(), reason="this torch cannot compile on this Python")
-@pytest.mark.filterwarnings("ignore")  # Dynamo's own warnings differ from version to version
-def test_every_call_compiles_into_one_graph(model):
-    torch._dynamo.reset()
-    calls = {
-        "features": lambda x: model(x),
-        "both": lambda x: model(x, return_attention=True),
-        "last": lambda x: model.get_last_self_attention(x),
-        "cls": lambda x: model.get_self_attention(x, queries="cls", heads="mean"),
-    }
-    for call in calls.values():
-        compiled = torch.compile(call, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(IMAGES), call(IMAGES))
-
-
 def test_copies_and_pickles_answer_alike(model):
     expected = model.get_last_self_attention(IMAGES)
     buffer = io.BytesIO()
