@@ -14,24 +14,13 @@ from torch import nn
 import reference
 import upstreams
 from dinov2_attn import record
-from recordings import IMAGES, N, assert_all_close, assert_nothing_on, build
+from recordings import IMAGES, Adapted, N, assert_all_close, assert_nothing_on, build
 from strategies import model_cases, noise
 from tolerances import assert_close
 from xformers_here import quiet
 
 queries = st.sampled_from([None, "cls", "registers", "patches", 0, [0, -1], slice(None, None, 2)])
 heads = st.sampled_from([None, "mean"])
-
-
-class Adapted(nn.Linear):
-    """LoRA's way: a projection of another class around the one that was there."""
-
-    def __init__(self, inner):
-        super().__init__(inner.in_features, inner.out_features, dtype=torch.float64)
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x) + super().forward(x)
 
 
 class Containing(nn.Module):
