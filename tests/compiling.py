@@ -14,9 +14,12 @@ def compiles() -> bool:
     return True
 
 
-# torch 2.0 has no torch.compile on Python 3.11; the same calls run in eager mode in every file.
+# torch 2.0 has no torch.compile on Python 3.11.
 compiling = [
-    pytest.mark.skipif(not compiles(), reason="this torch cannot compile on this Python"),
+    pytest.mark.skipif(
+        not compiles(),
+        reason="this torch cannot compile on this Python: eager calls run in every file",
+    ),
     pytest.mark.filterwarnings("ignore"),  # Dynamo's own differ from version to version
 ]
 

@@ -86,6 +86,9 @@ def test_whole_models_travel_to_and_from_a_process_without_the_plugin(first, the
     expected = model(IMAGES)
     if there == "plain":
         dinov2_attn.install()
+        model(IMAGES, return_attention=True)  # which leaves nothing on it
+        with dinov2_attn.record(model):
+            model(IMAGES)
     torch.save(IMAGES, tmp_path / "images.pt")
     torch.save(model, tmp_path / "given.pt")
     assert b"dinov2_attn" not in (tmp_path / "given.pt").read_bytes()

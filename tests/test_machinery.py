@@ -140,7 +140,8 @@ def test_fake_tensors_have_the_shapes(first, grad):
 
 @pytest.mark.filterwarnings("ignore")  # the tracer's, at upstream's own assertions
 def test_traces(first):
-    model, other = build(first), SQUARE * 2
+    # Another batch: what was written in place would have kept the size of the first.
+    model, other = build(first), torch.cat([SQUARE * 2, SQUARE])
     trace = lambda function: torch.jit.trace(function, (SQUARE,), check_trace=False)  # noqa: E731
 
     def nodes():

@@ -114,7 +114,10 @@ class TestCompiledProjection:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.skipif(not (compiles() and hasattr(torch, "export")), reason="no torch.export here")
+@pytest.mark.skipif(
+    not (compiles() and hasattr(torch, "export")),
+    reason="no torch.export here: test_machinery traces",
+)
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports_are_refused(grafted, strict):
     model = build(grafted)
