@@ -59,9 +59,24 @@ def nested(request):
             yield upstream
 
 
+@pytest.fixture(scope="module")
+def grafted():
+    """Upstream itself, grafted: for what is slow and asks the same of every copy."""
+    with dinov2_attn.install(upstreams.FIRST.package):
+        yield upstreams.FIRST
+
+
 @pytest.fixture
 def first():
     """Upstream itself, not installed."""
     dinov2_attn.uninstall()
     yield upstreams.FIRST
     dinov2_attn.uninstall()
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Dynamo without graphs of other tests: it counts them for each code object."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

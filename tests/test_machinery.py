@@ -1,58 +1,188 @@
-"""PyTorch's own machinery works on grafted models as on upstream's."""
+"""PyTorch's ways to run a module work on grafted models as on upstream's, bit for bit."""
 
 from __future__ import annotations
 
-import copy
-import io
-
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import functional_call, vmap
 
-from strategies import noise
+import dinov2_attn
+from dinov2_attn import record
+from recordings import IMAGES, assert_all_close, build
+from tolerances import assert_close
+from unchanged import assert_equal, assert_unchanged, one_pass
 
-IMAGES = noise(2, 3, 4, 6, seed=0)
-
-
-@pytest.fixture(scope="module")
-def model(models):
-    return models.cls("DinoVisionTransformer")(
-        img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0
-    ).eval()
+SQUARE = IMAGES[..., :4]  # of the training size: nothing is interpolated
 
 
-def compiles() -> bool:
+class Last(nn.Module):
+    """Asks: a trace needs a module whose parameters these are."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner.get_last_self_attention(x)
+
+
+def asked(model, images):
+    """Return the last weights, asked for in each of three ways."""
+    with record(model, 1) as maps:
+        model(images)
+    (_, attentions) = model(images, return_attention=True)
+    return [model.get_last_self_attention(images), attentions[-1], maps.weights[0]]
+
+
+def test_autocast(first):
+    model = build(first).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_unchanged(lambda: one_pass(model, IMAGES.float()))
+        with dinov2_attn.install():
+            assert {w.dtype for w in asked(model, IMAGES.float())} == {torch.bfloat16}
+            # Nothing that was asked is left in autocast's cache of weights.
+            before = one_pass(model, IMAGES.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal(one_pass(model, IMAGES.float()), before)
+
+
+def test_inference_mode(first):
+    model = build(first)
+    with torch.inference_mode():
+        assert_unchanged(lambda: one_pass(model))
+    with dinov2_attn.install():
+        expected = model.get_last_self_attention(IMAGES)
+        with torch.inference_mode():
+            answers = asked(model, IMAGES)
+            assert all(answer.is_inference() for answer in answers)
+        assert_all_close([a.clone() for a in answers], [expected] * 3)
+        model.get_last_self_attention(IMAGES).sum().backward()  # nothing of it stays behind
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of a fused kernel in a loop
+def test_vmap(first):
+    model, images = build(first), IMAGES[:, None]
+    run = vmap(model, randomness="error")
+    with torch.no_grad():
+        assert_unchanged(lambda: [run(images)])
+        with dinov2_attn.install():
+            weights = vmap(model.get_last_self_attention)(images)
+            assert_close(weights[:, 0], model.get_last_self_attention(IMAGES))
+            with pytest.raises(dinov2_attn.NotRecorded, match="torch.func"), record(model):
+                run(images)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch itself uses it
+@pytest.mark.parametrize("grad", [True, False])
+def test_tangents_of_forward_mode_reach_the_weights(first, grad):
+    """``no_grad`` does not switch them off, and what is written in place has none."""
+    model = build(first)
+
+    def tangents(run):
+        with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+            outputs = run(model, forward_ad.make_dual(IMAGES, torch.ones_like(IMAGES)))
+            return [forward_ad.unpack_dual(out).tangent.detach().clone() for out in outputs]
+
     try:
-        torch.compile(lambda x: x, backend="eager")(torch.ones(1))
+        assert_unchanged(lambda: tangents(lambda m, x: [m(x)]))
+    except NotImplementedError:
+        pytest.skip("upstream's fused kernel has no tangents here: that of PyPI's first commit has")
+    with dinov2_attn.install():
+        step = 1e-6
+        higher, lower = (model.get_last_self_attention(IMAGES + e) for e in (step, -step))
+        slope = ((higher - lower) / (2 * step)).detach()
+        for tangent in tangents(asked):
+            torch.testing.assert_close(tangent, slope, rtol=1e-6, atol=1e-8)
+
+
+def test_functional_call(first):
+    """Parameters of another model, for one call."""
+    model, other = build(first), build(first)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    theirs = dict(other.named_parameters())
+    assert_unchanged(lambda: [functional_call(model, theirs, (IMAGES,))])
+    with dinov2_attn.install(), record(model) as maps:
+        options = {"return_attention": True}
+        _, attentions = functional_call(model, theirs, (IMAGES,), options)
+    with dinov2_attn.install():
+        expected = other.get_self_attention(IMAGES)
+        assert_equal(attentions, expected)
+        assert_all_close(maps.weights, expected)
+        assert not torch.equal(expected[0], model.get_self_attention(IMAGES)[0])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_meta_tensors_have_the_shapes(first, grad):
+    model, images = build(first).to("meta"), IMAGES.to("meta")
+    before = model(images)
+    with dinov2_attn.install(), torch.set_grad_enabled(grad):
+        assert model(images).shape == before.shape
+        for weights in asked(model, images):
+            assert weights.device.type == "meta"
+            assert weights.shape == (2, 2, 7, 7)
+        few = model.get_last_self_attention(images, queries=[0, 2], heads="mean")
+        assert few.shape == (2, 2, 7)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_fake_tensors_have_the_shapes(first, grad):
+    model = build(first)
+    with dinov2_attn.install(), torch.set_grad_enabled(grad):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            images = mode.from_tensor(SQUARE)
+            assert model(images).shape == (2, 8)
+            for weights in asked(model, images):
+                assert type(weights) is type(images)
+                assert weights.shape == (2, 2, 5, 5)
+        assert_all_close(asked(model, SQUARE), [model.get_last_self_attention(SQUARE)] * 3)
+
+
+@pytest.mark.filterwarnings("ignore")  # the tracer's, at upstream's own assertions
+def test_traces(first):
+    # Another batch: what was written in place would have kept the size of the first.
+    model, other = build(first), torch.cat([SQUARE * 2, SQUARE])
+    trace = lambda function: torch.jit.trace(function, (SQUARE,), check_trace=False)  # noqa: E731
+
+    def nodes():
+        return [node.kind() for node in trace(model).inlined_graph.nodes()]
+
+    before = nodes()
+    assert_unchanged(lambda: [trace(model)(other)])
+    with dinov2_attn.install():
+        assert nodes() == before
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                weights = trace(Last(model))(other)
+                assert_close(weights, model.get_last_self_attention(other))
+        with record(model) as maps:
+            traced = trace(model)
+        assert_all_close(maps.weights, model.get_self_attention(SQUARE))
+        assert torch.equal(traced(other), model(other))
+        with pytest.raises(dinov2_attn.NotRecorded, match="found 0"), record(model):
+            traced(other)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.script is deprecated in new torch
+def test_scripted_attention(first):
+    """TorchScript reads the source behind a graft: features, and no question."""
+    attention = first.cls("Attention")(8, 2)
+    tokens = torch.ones(1, 3, 8)
+    try:
+        torch.jit.script(attention)
     except RuntimeError:
-        return False
-    return True
+        pytest.skip("upstream's newest attention is no TorchScript: PyPI's first commit is")
+    assert_unchanged(lambda: [torch.jit.script(attention)(tokens)])
 
 
-# torch 2.0 has no torch.compile on Python 3.11; the same calls run in eager mode in every file.
-@pytest.mark.skipif(not compiles(), reason="this torch cannot compile on this Python")
-@pytest.mark.filterwarnings("ignore")  # Dynamo's own warnings differ from version to version
-def test_every_call_compiles_into_one_graph(model):
-    torch._dynamo.reset()
-    calls = {
-        "features": lambda x: model(x),
-        "both": lambda x: model(x, return_attention=True),
-        "last": lambda x: model.get_last_self_attention(x),
-        "cls": lambda x: model.get_self_attention(x, queries="cls", heads="mean"),
-    }
-    for call in calls.values():
-        compiled = torch.compile(call, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(IMAGES), call(IMAGES))
-
-
-def test_copies_and_pickles_answer_alike(model):
-    expected = model.get_last_self_attention(IMAGES)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    options = {} if torch.__version__ < "2.1" else {"weights_only": False}
-    for twin in (copy.deepcopy(model), torch.load(buffer, **options)):
-        assert torch.equal(twin.get_last_self_attention(IMAGES), expected)
-        with torch.no_grad():
-            for parameter in twin.parameters():
-                parameter.add_(noise(*parameter.shape, seed=1))
-        assert not torch.equal(twin.get_last_self_attention(IMAGES), expected)
+def test_data_parallel_falls_through_on_a_cpu(first):
+    model = nn.DataParallel(build(first))
+    assert_unchanged(lambda: one_pass(model))
+    with dinov2_attn.install():
+        output, attentions = model(IMAGES, return_attention=True)
+        assert torch.equal(output, model(IMAGES))
+        assert_equal(attentions, model.module.get_self_attention(IMAGES))

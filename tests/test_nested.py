@@ -18,8 +18,8 @@ import fresh
 import reference
 import upstreams
 import xformers_here
+from compiling import compiles
 from strategies import model_cases, noise, randomise, seeds
-from test_machinery import compiles
 from tolerances import assert_close
 from xformers_here import devices, quiet
 

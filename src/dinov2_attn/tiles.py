@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from dinov2_attn.memory import is_fresh
 
@@ -36,8 +37,9 @@ def may_tile(tensor: Tensor) -> bool:
         and type(tensor) in (Tensor, nn.Parameter)
         and not is_compiling()
         and torch._C._get_tracing_state() is None
-        # vmap, jvp and the like of torch.func
+        # vmap, jvp and the like of torch.func, and tangents without it, which no_grad lets pass
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
 
 

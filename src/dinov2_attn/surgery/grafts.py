@@ -87,7 +87,7 @@ def graft_block(original: Forward, part: Part) -> Forward:
         if return_attention:
             return answer(weights_of(self, *args, **kwargs))
         if TAP.listener is not None:
-            TAP.listener(self, weights_of, args, kwargs)
+            return TAP.listener(original, weights_of, self, args, kwargs)
         return original(self, *args, **kwargs)
 
     return announce(original, forward, "return_attention")

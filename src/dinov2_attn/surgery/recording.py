@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn.errors import NotRecorded
-from dinov2_attn.surgery.tap import TAP, unrecorded
+from dinov2_attn.surgery.tap import TAP, unpacked, unrecorded
 from dinov2_attn.tiles import is_compiling
 from dinov2_attn.upstream.contract import name_of
 from dinov2_attn.upstream.flags import Forward
@@ -44,7 +43,7 @@ def run_recorded(
 
         def take(projected: Tensor) -> None:
             weigh = partial(weights_of, module, args, kwargs, projected=projected)
-            with _unpacked():
+            with unpacked():
                 for recorder in wanting:
                     recorder.take(module, weigh)
 
@@ -118,14 +117,3 @@ def _is_transformed() -> bool:
 def _is_recomputing() -> bool:
     """Say whether this is checkpointing's second run, in the middle of a backward pass."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _unpacked() -> AbstractContextManager[object]:
-    """Keep what autograd saves for the weights from whoever packs tensors around a pass.
-
-    Checkpointing counts the tensors that a block saves, and its second run does not record.
-    """
-    if not torch.is_grad_enabled():
-        return nullcontext()
-    # Detached: a softmax saves its own result, which would hold itself alive through its graph.
-    return torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved)

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dinov2_attn.tiles import is_compiling
 from dinov2_attn.upstream.flags import Forward
 
-Listener = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], None]
+# Runs the first function, a block's forward, and asks the second for the weights.
+Listener = Callable[[Forward, Forward, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Recorder(Protocol):
@@ -80,18 +82,27 @@ def attentions_of_pass(**selection: Any) -> Iterator[list[Any]]:
     belong together even where a pass draws random numbers. ``selection`` holds
     ``queries`` and ``heads``.
     """
-    seen: set[int] = set()
+    running: set[int] = set()
     caught: list[Any] = []
 
     def listen(
-        block: nn.Module, weights_of: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+        original: Forward,
+        weights_of: Forward,
+        block: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         # A grafted class calls its grafted base for the same block: listen to the first.
-        if id(block) not in seen:
-            seen.add(id(block))
-            # What the projection draws (LoRA's dropout) is then drawn again by the pass itself.
-            with _same_draws(args) if block.training else nullcontext():
-                caught.append(weights_of(block, *args, **kwargs, **selection))
+        if id(block) in running:
+            return original(block, *args, **kwargs)
+        # What the projection draws (LoRA's dropout) is then drawn again by the pass itself.
+        with _same_draws(args) if block.training else nullcontext(), unpacked():
+            caught.append(weights_of(block, *args, **kwargs, **selection))
+        running.add(id(block))
+        try:
+            return original(block, *args, **kwargs)
+        finally:
+            running.discard(id(block))
 
     before, TAP.listener = TAP.listener, listen
     try:
@@ -104,3 +115,14 @@ def _same_draws(args: tuple[Any, ...]) -> AbstractContextManager[object]:
     tokens = args[0][0] if isinstance(args[0], list) else args[0]
     device = tokens.device
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def unpacked() -> AbstractContextManager[object]:
+    """Keep what autograd saves for the weights from whoever packs tensors around a pass.
+
+    Checkpointing counts the tensors that a block saves, and its second run asks for nothing.
+    """
+    if not torch.is_grad_enabled() or is_compiling():  # a graph has no such packing inside
+        return nullcontext()
+    # Detached: a softmax saves its own result, which would hold itself alive through its graph.
+    return torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved)

@@ -164,8 +164,19 @@ def flat_blocks(blocks: nn.ModuleList) -> list[nn.Module]:
     """
     flat: list[nn.Module] = []
     for block in blocks:
-        flat.extend(flat_blocks(block) if isinstance(block, nn.ModuleList) else [block])
+        chunk = _chunk_in(block)
+        flat.extend([block] if chunk is None else flat_blocks(chunk))
     return [block for block in flat if not isinstance(block, nn.Identity)]
+
+
+def _chunk_in(module: nn.Module) -> nn.ModuleList | None:
+    """Return the chunk that ``module`` is, or wraps as its only child (checkpointed, compiled)."""
+    while not isinstance(module, nn.ModuleList):
+        children = list(module.children())
+        if len(children) != 1:
+            return None
+        module = children[0]
+    return module
 
 
 def _walk(

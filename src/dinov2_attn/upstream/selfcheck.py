@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dinov2_attn.attention import attention_weights
 from dinov2_attn.errors import IncompatibleUpstream
@@ -35,10 +36,16 @@ _TOLERANCE = 1e-9
 def laboratory() -> Iterator[None]:
     """Give checks a place to run: on the CPU, without autograd or a trace in any RNG.
 
-    Autocast may be on around it: it leaves float64 alone.
+    Modes around it do not see them: under a fake one there would be nothing to compare.
+    Autocast may be on: it leaves float64 alone.
     """
     with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        default = torch.get_default_dtype()
+        if default not in (torch.float32, torch.float64):  # old torch initialises no others
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, default)
         # Under a default device of the user's only: the context slows every call inside it.
         if torch.empty(0).device.type != "cpu":
             stack.enter_context(torch.device("cpu"))

@@ -1,0 +1,38 @@
+"""What the tests of torch.compile share: whether it is here, and a backend that counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def compiles() -> bool:
+    try:
+        torch.compile(lambda x: x, backend="eager")(torch.ones(1))
+    except RuntimeError:
+        return False
+    return True
+
+
+# torch 2.0 has no torch.compile on Python 3.11.
+compiling = [
+    pytest.mark.skipif(
+        not compiles(),
+        reason="this torch cannot compile on this Python: eager calls run in every file",
+    ),
+    pytest.mark.filterwarnings("ignore"),  # Dynamo's own differ from version to version
+]
+
+
+class Graphs:
+    """A backend that counts how often its graphs run."""
+
+    def __init__(self):
+        self.runs = 0
+
+    def __call__(self, graph, _):
+        def run(*args):
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run

@@ -1,0 +1,66 @@
+"""torch.export of grafted models: upstream's own graph, and one of the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import dinov2_attn
+from compiling import compiles
+from recordings import IMAGES, assert_all_close, build
+from tolerances import assert_close
+from unchanged import assert_unchanged
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # Dynamo's own differ from version to version
+    pytest.mark.skipif(
+        not (compiles() and hasattr(torch, "export")),
+        reason="no torch.export here: test_machinery traces",
+    ),
+    pytest.mark.parametrize("strict", [True, False]),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
+
+
+class Last(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner.get_last_self_attention(x, queries="cls")
+
+
+def test_features_export_to_the_very_graph_of_upstream(first, strict):
+    model, graphs = build(first, depth=2), []
+
+    def run():
+        exported = torch.export.export(model, (IMAGES,), strict=strict)
+        graphs.append([(node.op, str(node.target)) for node in exported.graph.nodes])
+        return [exported.module()(IMAGES * 2)]
+
+    assert_unchanged(run)
+    assert graphs[0] == graphs[1]
+    assert len(graphs[0]) > 20
+
+
+def test_weights_export(grafted, strict):
+    model, other = build(grafted, depth=2), IMAGES * 2
+    asked = torch.export.export(model, (IMAGES,), {"return_attention": True}, strict=strict)
+    output, attentions = asked.module()(other, return_attention=True)
+    assert_close(output, model(other))
+    assert_all_close(attentions, model.get_self_attention(other))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            exported = torch.export.export(Last(model), (IMAGES,), strict=strict).module()
+            assert_close(exported(other), model.get_last_self_attention(other, queries="cls"))
+
+
+def test_an_exported_module_outlives_uninstall(first, strict):
+    """It is a graph of its own, with nothing of the grafts in it."""
+    model = build(first, depth=2)
+    with dinov2_attn.install():
+        expected = model.get_last_self_attention(IMAGES, queries="cls")
+        exported = torch.export.export(Last(model), (IMAGES,), strict=strict).module()
+    assert_close(exported(IMAGES), expected)
