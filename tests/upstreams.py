@@ -27,7 +27,7 @@ from dinov2_attn.upstream.wheel import Wheel, fetch_wheel
 CHECKOUT = os.environ.get("DINOV2_ATTN_CHECKOUT")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Upstream:
     """Where one copy of the code keeps its parts, and what ``install`` is given for it."""
 
@@ -39,7 +39,7 @@ class Upstream:
     wheel: Wheel
     bare: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.name
 
     def load(self) -> None:
@@ -59,19 +59,20 @@ class Upstream:
     @contextmanager
     def imported_anew(self) -> Iterator[None]:
         """Import this copy's modules again inside, as a process would that starts here."""
-        before = {name: m for name, m in sys.modules.items() if self._owns(name)}
-        for name in before:
-            del sys.modules[name]
+        before = self.purge()
         try:
             yield
         finally:
-            for name in [name for name in sys.modules if self._owns(name)]:
-                del sys.modules[name]
+            self.purge()
             sys.modules.update(before)
             for name, module in before.items():  # what `import a.b as c` reads
                 parent, _, child = name.rpartition(".")
                 if parent:
                     setattr(sys.modules[parent], child, module)
+
+    def purge(self) -> dict[str, ModuleType]:
+        """Take this copy's modules out of ``sys.modules``, and return them by name."""
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if self._owns(name)}
 
     def _owns(self, module: str) -> bool:
         inside = module == self.package or module.startswith(f"{self.package}.")

@@ -7,9 +7,10 @@ are there.
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -122,7 +123,9 @@ def status() -> Status:
     """Say what is grafted, what is pending and how each target was recognised."""
     with _LOCK:
         targets = {target for graft in _LEDGER for target in graft.targets}
-        recognised = {str(target): _recognise(target) for target in sorted(targets, key=str)}
+        recognised: dict[str, str] = {}
+        for target in sorted(targets, key=str):
+            recognised[_unused(str(target), recognised)] = _recognise(target)
         failed = {p.name: f"refused: {p.failure}" for p in _PACKAGES.values() if p.failure}
         return Status(
             grafted=tuple(str(graft) for graft in _LEDGER if graft.in_force),
@@ -132,6 +135,12 @@ def status() -> Status:
             ),
             recognised={**recognised, **failed},
         )
+
+
+def _unused(label: str, taken: Mapping[str, str]) -> str:
+    """Return ``label``, numbered where models go by one name: of an older class, of other parts."""
+    names = (label if i == 1 else f"{label} ({i})" for i in itertools.count(1))
+    return next(name for name in names if name not in taken)
 
 
 def _recognise(target: Hashable) -> str:
@@ -210,7 +219,8 @@ def _finish_imports(package: Package) -> None:
 
 def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
     with _LOCK:
-        if not package.imported():
+        # Another thread may have taken it back while this one waited.
+        if _PACKAGES.get(package.name) is not package or not package.imported():
             return
         from dinov2_attn.surgery.operation import operate
 

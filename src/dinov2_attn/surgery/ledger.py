@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 from dinov2_attn.errors import PatchedOnTop
@@ -45,8 +46,13 @@ class Graft:
 
     @property
     def is_undone(self) -> bool:
-        """Whether somebody put back what was there: their own undo reached past ours."""
-        return content(self.owner).get(self.name, _ABSENT) is self.old
+        """Whether somebody put back what was there: their own undo reached past ours.
+
+        That may be older than what we replaced: the class's own function, once a patch that
+        was below ours is taken off.
+        """
+        found = content(self.owner).get(self.name, _ABSENT)
+        return found is self.old or _is_as_written(self.owner, self.name, found)
 
     def undo(self) -> None:
         """Put back the very object that was there, or nothing where nothing was."""
@@ -72,8 +78,14 @@ class Ledger:
         return iter(list(self._grafts))
 
     def set(self, owner: Owner, name: str, new: Callable[..., object], target: Hashable) -> None:
-        """Put ``new`` in its place for ``target``, remembering what it replaces."""
+        """Put ``new`` in its place for ``target``, remembering what it replaces.
+
+        Where somebody undid a graft this is the one anew, for all who needed it.
+        """
         graft = Graft(owner, name, new, content(owner).get(name, _ABSENT), {target})
+        for undone in self._find(owner, name):
+            graft.targets |= undone.targets
+            self._grafts.remove(undone)
         if isinstance(owner, dict):
             owner[name] = new
         else:
@@ -82,21 +94,18 @@ class Ledger:
 
     def keep(self, owner: Owner, name: str, target: Hashable) -> bool:
         """Note that ``target`` needs the graft on ``owner.name``; say whether there is one."""
-        for graft in self:
-            if graft.owner is owner and graft.name == name:
-                if graft.is_undone:
-                    self._grafts.remove(graft)
-                    return False
+        for graft in self._find(owner, name):
+            if not graft.is_undone:
                 graft.targets.add(target)
                 return True
         return False
 
     def roll_back(self, before: list[Graft]) -> None:
-        """Undo every graft that is not in ``before``: those that an operation has just set."""
+        """Undo what an operation has just set, and hold the grafts ``before`` it again."""
         for graft in self:
             if graft not in before:
                 graft.undo()
-                self._grafts.remove(graft)
+        self._grafts = list(before)
 
     def release(self, target: Hashable, *, only_kernels: bool = False) -> None:
         """Undo what only ``target`` needs; what others need too stays for them."""
@@ -108,6 +117,9 @@ class Ledger:
     def release_all(self) -> None:
         """Undo everything."""
         self._undo(self._grafts)
+
+    def _find(self, owner: Owner, name: str) -> list[Graft]:
+        return [graft for graft in self if graft.owner is owner and graft.name == name]
 
     def _undo(self, leaving: list[Graft]) -> None:
         """Undo all of it or, where somebody patched on top, nothing."""
@@ -121,6 +133,20 @@ class Ledger:
 def content(owner: Owner) -> Mapping[str, Any]:
     """Return what ``owner`` itself holds, by name."""
     return owner if isinstance(owner, dict) else vars(owner)
+
+
+def _is_as_written(owner: Owner, name: str, found: object) -> bool:
+    """Say whether ``found`` is the function in the body of the class, which knows no graft.
+
+    A patch has other globals, another name, or says by ``__wrapped__`` what it is around.
+    """
+    return (
+        isinstance(owner, type)
+        and isinstance(found, FunctionType)
+        and found.__globals__.get("__name__") == owner.__module__
+        and found.__qualname__ == f"{owner.__qualname__}.{name}"
+        and not hasattr(found, "__wrapped__")
+    )
 
 
 def _refuse_if_covered(covered: list[Graft]) -> None:

@@ -117,7 +117,7 @@ def _graft_transformer(
     missing = [name for name in (*_FORWARDS, *METHODS) if not ledger.keep(cls, name, target)]
     if not missing:
         return
-    contract.check_methods(cls, METHODS)
+    contract.check_methods(cls, {name: METHODS[name] for name in missing if name in METHODS})
     for name in missing:
         if name in vars(cls) and name in _FORWARDS:
             contract.check_arguments(cls, part, name)

@@ -130,7 +130,7 @@ def _find(ledger: Ledger, owner: object, name: str) -> object:
         held = place if isinstance(place, dict) else vars(place)
         if name in held:
             ours = (g for g in ledger if g.owner is place and g.name == name)
-            return next((graft.old for graft in ours), held[name])
+            return next((g.old for g in ours if not g.is_undone), held[name])
     return None
 
 

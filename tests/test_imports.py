@@ -1,0 +1,140 @@
+"""What imports find and leave behind while they are watched, in this process."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import threading
+import time
+import types
+import warnings
+
+import pytest
+
+import dinov2_attn
+import upstreams
+from upstream_itself import (
+    ATTENTION,
+    asks,
+    at_once,
+    is_grafted,
+    load,
+)
+
+pytestmark = pytest.mark.usefixtures("first")
+
+
+def test_odd_entries_among_the_modules_do_no_harm():
+    sys.modules["odd"] = types.SimpleNamespace(__name__="odd")
+    try:
+        with dinov2_attn.install("odd"):
+            assert dinov2_attn.status().grafted == ()
+    finally:
+        del sys.modules["odd"]
+
+
+def test_a_watched_module_can_be_looked_at():
+    load()
+    dinov2_attn.install()
+    del sys.modules[ATTENTION]
+    spec = importlib.util.find_spec(ATTENTION)
+    assert "class Attention" in spec.loader.get_source(ATTENTION)
+
+
+class Slow:
+    """A package whose import, begun in a thread, ends when it may."""
+
+    def __init__(self, folder):
+        (folder / "slow_vit").mkdir()
+        attention = inspect.getsource(upstreams.FIRST.module(ATTENTION))
+        text = f"{attention}\nimport slow_vit; slow_vit.begun.set(); slow_vit.end.wait(60)\n"
+        (folder / "slow_vit" / "__init__.py").write_text("")
+        (folder / "slow_vit" / "attention.py").write_text(text)
+        self._thread = threading.Thread(target=self._import)
+
+    def begin(self):
+        package = importlib.import_module("slow_vit")
+        package.begun, package.end = threading.Event(), threading.Event()
+        self._thread.start()
+        assert package.begun.wait(60)
+
+    def end(self):
+        sys.modules["slow_vit"].end.set()
+        self._thread.join(60)
+
+    def _import(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of later revisions, without xFormers
+            self.module = importlib.import_module("slow_vit.attention")
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    yield Slow(tmp_path)
+    for name in ("slow_vit", "slow_vit.attention"):
+        sys.modules.pop(name, None)
+
+
+def test_an_installation_waits_for_an_import_under_way(slow):
+    """Begun before the finder was there, it would be missed by it."""
+    slow.begin()
+    threading.Timer(0.5, slow.end).start()
+    with dinov2_attn.install("slow_vit"):
+        assert is_grafted(sys.modules["slow_vit.attention"].Attention)
+
+
+def test_an_installation_that_is_taken_back_while_it_waits_sets_nothing(slow):
+    """Otherwise grafts would stand without a finder, installed for nobody."""
+    slow.begin()
+    waiting = threading.Thread(target=dinov2_attn.install, args=("slow_vit",))
+    waiting.start()
+    for _ in range(1000):
+        if dinov2_attn.status().pending:
+            break
+        time.sleep(0.01)
+    dinov2_attn.uninstall()
+    slow.end()
+    waiting.join(60)
+    assert not is_grafted(slow.module.Attention)
+    assert str(dinov2_attn.status()) == "nothing installed"
+
+
+def test_the_module_is_as_it_would_be_without_the_finder():
+    upstreams.FIRST.purge()
+    plain = load()
+    loader, spec = type(plain.__loader__), plain.__spec__
+    upstreams.FIRST.purge()
+    dinov2_attn.install()
+    watched = load()
+    assert type(watched.__loader__) is type(watched.__spec__.loader) is loader
+    assert watched.__spec__.origin == spec.origin
+    assert inspect.getsource(watched.BlockChunk).startswith("class")
+
+
+def test_threads_that_import_and_install_at_once():
+    for _ in range(5):
+        upstreams.FIRST.purge()
+        at_once([dinov2_attn.install, load, dinov2_attn.install, load, dinov2_attn.status])
+        assert asks(load())
+        dinov2_attn.uninstall()
+
+
+def test_another_finder_that_delegates_does_not_go_round_in_circles():
+    class Delegating:
+        def find_spec(self, name, path=None, target=None):
+            for finder in sys.meta_path:
+                if finder is not self and (spec := finder.find_spec(name, path, target)):
+                    return spec
+            return None
+
+    upstreams.FIRST.purge()
+    other = Delegating()
+    dinov2_attn.install()
+    sys.meta_path.insert(0, other)
+    try:
+        assert asks(load())
+    finally:
+        sys.meta_path.remove(other)
