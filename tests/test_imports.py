@@ -44,25 +44,36 @@ def test_a_watched_module_can_be_looked_at():
 
 
 class Slow:
-    """A package whose import, begun in a thread, ends when it may."""
+    """A package whose import, begun in a thread, waits while it is looked for or while it runs."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, waits_while):
         (folder / "slow_vit").mkdir()
         attention = inspect.getsource(upstreams.FIRST.module(ATTENTION))
-        text = f"{attention}\nimport slow_vit; slow_vit.begun.set(); slow_vit.end.wait(60)\n"
+        text = f"{attention}\nimport slow_vit; slow_vit.wait('runs')\n"
         (folder / "slow_vit" / "__init__.py").write_text("")
         (folder / "slow_vit" / "attention.py").write_text(text)
+        self._waits_while = waits_while
+        self._begun, self._end = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._import)
 
     def begin(self):
-        package = importlib.import_module("slow_vit")
-        package.begun, package.end = threading.Event(), threading.Event()
+        importlib.import_module("slow_vit").wait = self.wait
+        sys.meta_path.insert(0, self)
         self._thread.start()
-        assert package.begun.wait(60)
+        assert self._begun.wait(60)
 
     def end(self):
-        sys.modules["slow_vit"].end.set()
+        self._end.set()
         self._thread.join(60)
+
+    def wait(self, what):
+        if what == self._waits_while:
+            self._begun.set()
+            self._end.wait(60)
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "slow_vit.attention":
+            self.wait("is looked for")
 
     def _import(self):
         with warnings.catch_warnings():
@@ -70,10 +81,12 @@ class Slow:
             self.module = importlib.import_module("slow_vit.attention")
 
 
-@pytest.fixture
-def slow(tmp_path, monkeypatch):
+@pytest.fixture(params=["is looked for", "runs"])
+def slow(tmp_path, monkeypatch, request):
     monkeypatch.syspath_prepend(tmp_path)
-    yield Slow(tmp_path)
+    slow = Slow(tmp_path, request.param)
+    yield slow
+    sys.meta_path.remove(slow)
     for name in ("slow_vit", "slow_vit.attention"):
         sys.modules.pop(name, None)
 
@@ -100,6 +113,23 @@ def test_an_installation_that_is_taken_back_while_it_waits_sets_nothing(slow):
     waiting.join(60)
     assert not is_grafted(slow.module.Attention)
     assert str(dinov2_attn.status()) == "nothing installed"
+
+
+def test_a_second_installation_leaves_the_finder_where_it_is(monkeypatch):
+    """Another thread may be going through the list, and would skip what moves up in it."""
+
+    class Finders(list):
+        def remove(self, finder):
+            raise AssertionError("an import that looks now would not be seen")
+
+        insert = __delitem__ = remove
+
+    dinov2_attn.install()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "meta_path", Finders(sys.meta_path))
+        dinov2_attn.install()
+        assert dinov2_attn.install("json")
+    dinov2_attn.uninstall()
 
 
 def test_the_module_is_as_it_would_be_without_the_finder():

@@ -27,7 +27,7 @@ from dinov2_attn.upstream.wheel import Wheel, fetch_wheel
 CHECKOUT = os.environ.get("DINOV2_ATTN_CHECKOUT")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Upstream:
     """Where one copy of the code keeps its parts, and what ``install`` is given for it."""
 
@@ -39,7 +39,7 @@ class Upstream:
     wheel: Wheel
     bare: tuple[str, ...] = ()
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         return self.name
 
     def load(self) -> None:

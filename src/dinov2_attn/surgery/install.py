@@ -24,6 +24,8 @@ from dinov2_attn.surgery.targets import UPSTREAM, UPSTREAM_MODULES, LiveModel, P
 if TYPE_CHECKING:
     from dinov2_attn.upstream.anatomy import Part
 
+# Python's own, which has no public way to wait for an import that another thread has begun.
+_bootstrap: Any = importlib._bootstrap
 _LOCK = threading.RLock()
 _LEDGER = Ledger()
 _PACKAGES: dict[str, Package] = {}
@@ -210,6 +212,9 @@ def _finish_imports(package: Package) -> None:
 
     The finder is in place by now, so whatever starts to be imported later is seen there.
     """
+    # One that was looked for before is not in sys.modules yet: only its lock says so.
+    for name in filter(package.covers, getattr(_bootstrap, "_module_locks", {}).copy()):
+        _bootstrap._lock_unlock_module(name)
     for name in package.imported():
         try:
             importlib.import_module(name)
@@ -252,7 +257,9 @@ _FINDER = Finder(lambda name: any(p.covers(name) for p in list(_PACKAGES.values(
 
 def _await_imports() -> None:
     """Keep the finder first on ``sys.meta_path`` while there is a package to wait for."""
-    if _FINDER in sys.meta_path:
-        sys.meta_path.remove(_FINDER)
-    if _PACKAGES:
+    # Another thread may be looking through the list: it must never be without the finder.
+    if _PACKAGES and sys.meta_path[:1] != [_FINDER]:
         sys.meta_path.insert(0, _FINDER)
+    for i in reversed(range(len(sys.meta_path))):
+        if sys.meta_path[i] is _FINDER and (i or not _PACKAGES):
+            del sys.meta_path[i]
