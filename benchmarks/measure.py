@@ -6,7 +6,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -19,7 +19,6 @@ def ratios(
     calls: dict[str, Call],
     *,
     rounds: int,
-    seed: int = 0,
     before: Callable[[str | None], None] = lambda name: None,
 ) -> dict[str, float]:
     """Return for each call the median of its time in terms of that of ``base``.
@@ -29,29 +28,23 @@ def ratios(
     ``None``, and a first, untimed run prepare each: what was left in caches and in the
     allocator's hands is none of its cost.
     """
-    order, shuffle = list(calls), random.Random(seed).shuffle
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        shuffle(order)
-        for name in order:
-            seconds = []
-            for called, call in ((None, base), (name, calls[name])):
-                before(called)
-                call()
-                seconds.append(_seconds(call))
-            found[name].append(seconds[1] / seconds[0])
+    for name in _shuffled(list(calls), rounds):
+        seconds = []
+        for called, call in ((None, base), (name, calls[name])):
+            before(called)
+            call()
+            seconds.append(_seconds(call))
+        found[name].append(seconds[1] / seconds[0])
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def medians(calls: dict[str, Call], *, rounds: int, seed: int = 0) -> dict[str, float]:
+def medians(calls: dict[str, Call], *, rounds: int) -> dict[str, float]:
     """Return the median seconds of each call; in every round all of them run, in random order."""
-    order, shuffle = list(calls), random.Random(seed).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        shuffle(order)
-        for name in order:
-            calls[name]()
-            seconds[name].append(_seconds(calls[name]))
+    for name in _shuffled(list(calls), rounds):
+        calls[name]()
+        seconds[name].append(_seconds(calls[name]))
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -84,6 +77,14 @@ def machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     threads = torch.get_num_threads()
     return f"{platform.machine()}, {threads} threads, {device}, torch {torch.__version__}"
+
+
+def _shuffled(names: list[str], rounds: int) -> Iterator[str]:
+    """Yield all ``names`` in each round, in another order each time, alike in every run."""
+    shuffle = random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(names)
+        yield from names
 
 
 def _seconds(call: Call) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
-import threading
 import tracemalloc
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ import dinov2_attn
 import upstreams
 from dinov2_attn import record, rollout
 from dinov2_attn.surgery.tap import TAP
+from recordings import assert_nothing_on
 from strategies import noise, randomise
+from upstream_itself import at_once
 
 IMAGES = noise(2, 3, 4, 6, seed=0)
 
@@ -83,32 +85,17 @@ def assert_same(ours, theirs, name):
 
 def assert_nothing_left(model):
     assert (TAP.recorders, TAP.listener, TAP.answers) == ((), None, None)
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-        assert "forward" not in vars(module)
+    assert_nothing_on(model)
 
 
-def at_once(jobs):
-    """Run every job in a thread of its own, all starting together; raise what one raised."""
-    start, failures = threading.Barrier(len(jobs)), []
+def leaving_nothing(job):
+    """Return ``job``, checked to leave its thread as it found it."""
 
-    def do(job):
-        try:
-            start.wait(timeout=30)
-            job()
-            assert (TAP.recorders, TAP.listener, TAP.answers) == ((), None, None)
-        except BaseException as error:  # raised below, out of the thread
-            failures.append(error)
+    def do():
+        job()
+        assert (TAP.recorders, TAP.listener, TAP.answers) == ((), None, None)
 
-    threads = [threading.Thread(target=do, args=(job,)) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert not any(thread.is_alive() for thread in threads)
-    if failures:
-        raise failures[0]
+    return do
 
 
 @pytest.fixture
@@ -133,7 +120,7 @@ def test_eight_threads_get_the_answers_of_one(models):
             with torch.set_grad_enabled(grad := bool(i % 2)):
                 assert_same(ask(model), expected[name, grad], name)
 
-    at_once([lambda first=first: work(first) for first in range(8)])
+    at_once([leaving_nothing(partial(work, first)) for first in range(8)])
     assert_nothing_left(model)
 
 
@@ -161,7 +148,7 @@ def test_other_targets_come_and_go_meanwhile():
                     assert other.package in str(dinov2_attn.status())
 
         jobs = [lambda other=other: install(other) for other in others]
-        at_once([ask] * 5 + jobs)
+        at_once([leaving_nothing(job) for job in [ask] * 5 + jobs])
         assert_nothing_left(model)
         assert set(dinov2_attn.status().grafted) == before
 

@@ -71,13 +71,14 @@ def passing_on(function):
 
 
 def at_once(jobs):
-    """Run each job in a thread of its own and raise what the first to fail raised."""
-    failures = []
+    """Run each job in a thread of its own, all starting together; raise what one raised."""
+    start, failures = threading.Barrier(len(jobs)), []
 
     def do(job):
         try:
+            start.wait(timeout=30)
             job()
-        except BaseException as error:
+        except BaseException as error:  # raised below, out of the thread
             failures.append(error)
 
     threads = [threading.Thread(target=do, args=(job,)) for job in jobs]

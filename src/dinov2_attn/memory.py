@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from functools import cache
 from mmap import PAGESIZE
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from torch import Tensor
 # From NumPy, which does the same for its large arrays (``PyDataMem_UserNEW``).
 _LARGE = 2**22
 _MADV_HUGEPAGE = 14
+
+
+# What ``new_result`` and each ``lend`` are.
+NewResult = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
 def new_result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -54,13 +59,6 @@ def _whole_pages(tensor: Tensor) -> tuple[int, int]:
     """Return the addresses where the pages that are the tensor's alone start and end."""
     end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
     return -(-tensor.data_ptr() // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
-
-
-class Memory(Protocol):
-    """Where results are to lie."""
-
-    def lend(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return what ``new_result`` does."""
 
 
 class Scratch:

@@ -127,7 +127,7 @@ class _Recorder:
         self._selection = {
             "queries": spell_out(queries, self._prefix - 1),
             "heads": heads,
-            "memory": SetAside(len(self._layers)) if reduce is None else Scratch(),
+            "new": (SetAside(len(self._layers)) if reduce is None else Scratch()).lend,
         }
         self._reduce = reduce
         self._grids: list[Grid | None] = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from dinov2_attn.attention import Heads, attention_weights, check_heads, shape_of_weights
 from dinov2_attn.biases import Group, dense, groups, is_block_diagonal
 from dinov2_attn.errors import InvalidInput
-from dinov2_attn.memory import Memory, new_result
+from dinov2_attn.memory import NewResult, new_result
 from dinov2_attn.queries import Queries, Rows, place
 from dinov2_attn.tiles import may_tile
 from dinov2_attn.upstream.kernel import Kernel
@@ -36,12 +36,12 @@ def attend(
     queries: Queries = None,
     heads: Heads | Instead = None,
     projected: Tensor | None = None,
-    memory: Memory | None = None,
+    new: NewResult = new_result,
 ) -> Tensor | list[Tensor] | list[tuple[Piece, float]]:
     """Return the weights of ``module`` on tokens ``x (B, N, C)``.
 
     ``projected (B, N, 3 · C)`` is what ``module.qkv`` has made of them, where it has;
-    ``memory`` is where results are to lie, if not just anywhere.
+    ``new`` gives the memory for results that are written in place.
 
     One tensor ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads; under a
     block-diagonal ``attn_bias`` over ``x (1, ΣN, C)`` a list with one such tensor for
@@ -55,7 +55,7 @@ def attend(
     check_tokens(x)
     if attn_bias is not None:
         kernel.check_bias(attn_bias)
-    ask = _Question(module, kernel, queries, heads, is_causal, memory)
+    ask = _Question(module, kernel, queries, heads, is_causal, new)
     wide = torch.promote_types(x.dtype, torch.float32)
     if is_block_diagonal(attn_bias):
         found, source = groups(attn_bias, x, wide), Projection(module, x, projected)
@@ -84,7 +84,7 @@ class _Question:
     queries: Queries
     heads: Heads
     is_causal: bool
-    memory: Memory | None
+    new: NewResult
 
     def answer(
         self,
@@ -106,8 +106,7 @@ class _Question:
         shape = (batch, *shape_of_weights(first.query, first.key, self.heads)[1:])
         if len(first.query) == batch and not may_tile(first.query):
             return self._weigh(first, bias, causal_rows)
-        new = new_result if self.memory is None else self.memory.lend
-        out = new(first.query, shape)
+        out = self.new(first.query, shape)
         for piece in chain([first], pieces):
             some = bias if bias is None else _samples(bias, piece.samples)
             self._weigh(piece, some, causal_rows, out[piece.samples])

@@ -83,7 +83,7 @@ class Ledger:
         Where somebody undid a graft this is the one anew, for all who needed it.
         """
         graft = Graft(owner, name, new, content(owner).get(name, _ABSENT), {target})
-        for undone in self._find(owner, name):
+        for undone in self.find(owner, name):
             graft.targets |= undone.targets
             self._grafts.remove(undone)
         if isinstance(owner, dict):
@@ -94,7 +94,7 @@ class Ledger:
 
     def keep(self, owner: Owner, name: str, target: Hashable) -> bool:
         """Note that ``target`` needs the graft on ``owner.name``; say whether there is one."""
-        for graft in self._find(owner, name):
+        for graft in self.find(owner, name):
             if not graft.is_undone:
                 graft.targets.add(target)
                 return True
@@ -118,7 +118,8 @@ class Ledger:
         """Undo everything."""
         self._undo(self._grafts)
 
-    def _find(self, owner: Owner, name: str) -> list[Graft]:
+    def find(self, owner: Owner, name: str) -> list[Graft]:
+        """Return the grafts on ``owner.name``: one, and those that somebody undid."""
         return [graft for graft in self if graft.owner is owner and graft.name == name]
 
     def _undo(self, leaving: list[Graft]) -> None:

@@ -12,9 +12,10 @@ import warnings
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dinov2_attn.errors import UpstreamDrift
-from dinov2_attn.surgery.ledger import Ledger
+from dinov2_attn.surgery.ledger import Ledger, Owner, content
 from dinov2_attn.surgery.targets import UPSTREAM
 from dinov2_attn.upstream import eras
 from dinov2_attn.upstream.digests import digest_of
@@ -108,7 +109,7 @@ def _look(ledger: Ledger, section: str, classes: list[type]) -> list[Sighting]:
 
 
 def _sightings(ledger: Ledger, cls: type, names: Iterable[str]) -> Iterator[Sighting]:
-    module: dict[str, object] = {}  # where `cls` was written, by way of its functions
+    module: dict[str, Any] = {}  # where `cls` was written, by way of its functions
     for name in names:
         head, _, last = name.rpartition(".")
         owner = cls if head == cls.__name__ else module.get(head, module)
@@ -123,13 +124,13 @@ def _sightings(ledger: Ledger, cls: type, names: Iterable[str]) -> Iterator[Sigh
         yield Sighting(name, digest_of(function), author if foreign else "")
 
 
-def _find(ledger: Ledger, owner: object, name: str) -> object:
+def _find(ledger: Ledger, owner: Owner, name: str) -> object:
     """Return what a class or a module's globals hold by ``name``, without our graft on it."""
     places = owner.__mro__ if isinstance(owner, type) else (owner,)
     for place in places:
-        held = place if isinstance(place, dict) else vars(place)
+        held = content(place)
         if name in held:
-            ours = (g for g in ledger if g.owner is place and g.name == name)
+            ours = ledger.find(place, name)
             return next((g.old for g in ours if not g.is_undone), held[name])
     return None
 
