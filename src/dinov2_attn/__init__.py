@@ -31,6 +31,7 @@ from dinov2_attn.surgery.install import Handle, Status, install, status, uninsta
 
 if TYPE_CHECKING:
     from dinov2_attn.maps.attention_maps import AttentionMaps
+    from dinov2_attn.maps.look import attention_maps
     from dinov2_attn.maps.record import Recording, record
     from dinov2_attn.maps.rollout import rollout
 
@@ -52,6 +53,7 @@ __all__ = [
     "UnreadableFile",
     "UnwritableOutput",
     "UpstreamDrift",
+    "attention_maps",
     "install",
     "record",
     "rollout",
@@ -65,6 +67,7 @@ __version__ = "0.1.0"
 _LATER = {
     "AttentionMaps": "dinov2_attn.maps.attention_maps",
     "Recording": "dinov2_attn.maps.record",
+    "attention_maps": "dinov2_attn.maps.look",
     "record": "dinov2_attn.maps.record",
     "rollout": "dinov2_attn.maps.rollout",
 }

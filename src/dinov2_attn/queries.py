@@ -61,6 +61,24 @@ def place(queries: Queries, length: int) -> Rows:
     return slice(position, position + 1)
 
 
+def positions(queries: Queries, length: int) -> tuple[int, ...]:
+    """Return the positions of the rows that ``queries`` selects among ``length`` tokens."""
+    rows = place(queries, length)
+    return tuple(range(length)[rows] if isinstance(rows, slice) else rows)
+
+
+def name_token(position: int, prefix: int, grid: tuple[int, int]) -> str:
+    """Return what the token at ``position`` is called: CLS, register 2, patch (3, 17).
+
+    Registers count from 1, the rows and columns of patches from 0.
+    """
+    if position == 0:
+        return "CLS"
+    if position < prefix:
+        return f"register {position}"
+    return "patch ({}, {})".format(*divmod(position - prefix, grid[1]))
+
+
 def _place_slice(queries: slice, length: int) -> Rows:
     try:
         positions = range(length)[queries]

@@ -1,16 +1,22 @@
-"""The attention of one forward pass."""
+"""The attention of one forward pass, and how it lies on the patch grid."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+
+from dinov2_attn.errors import InvalidInput
 
 Grid = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionMaps:
-    """The attention weights of one forward pass, and how their columns are laid out.
+    """The attention weights of one forward pass, and how their rows and columns are laid out.
 
     =======  =========================================================================
     weights  one entry for each layer: ``(B, heads, Q, N)``, ``(B, Q, N)`` for the mean of
@@ -20,6 +26,8 @@ class AttentionMaps:
     grid     height and width ``(h, w)`` of the patch grid, a list of these for a list of
              batches; ``None`` where tokens did not come from images of whole patches
     prefix   ``1 + R``: the columns of CLS and the registers, in front of the patches
+    queries  the tokens whose rows these are, by position, 0 being CLS; a list of these for
+             a list of batches; ``None`` for all of them
     =======  =========================================================================
     """
 
@@ -27,3 +35,92 @@ class AttentionMaps:
     layers: tuple[int, ...]
     grid: Grid | list[Grid | None] | None
     prefix: int
+    queries: tuple[int, ...] | list[tuple[int, ...]] | None = None
+
+    def maps(self) -> tuple[Any, ...]:
+        """Return what the rows give to patches, for each layer ``(…, h, w)``.
+
+        The equivalent code is ``weights[..., prefix:].unflatten(-1, grid)``: nothing is
+        rescaled, so that a map sums to one only together with ``prefix_mass()``. Raises
+        ``InvalidInput`` where the columns are not the prefix and the grid.
+        """
+        return self._each(self._map)
+
+    def prefix_mass(self) -> tuple[Any, ...]:
+        """Return what the rows give to CLS and the registers together, for each layer ``(…)``.
+
+        What each of these tokens holds by itself is ``weights[..., :prefix]``.
+        """
+        return self._each(self._prefix_mass)
+
+    def cpu(self) -> AttentionMaps:
+        """Return the same on the CPU and outside of autograd's graph."""
+        return self._with(lambda weights: weights.detach().cpu())
+
+    def numpy(self) -> AttentionMaps:
+        """Return the same with NumPy arrays for tensors; bfloat16, which it lacks, as float32."""
+        return self._with(_array)
+
+    def save(self, path: str | Path) -> None:
+        """Write all of it to one safetensors file, which appears whole or not at all.
+
+        Tensors are named ``layer.11``, or ``layer.11.0`` for the first of a list of batches;
+        grid, prefix, layers and queries stand in the metadata as JSON. Raises ``InvalidInput``
+        unless weights are tensors, and ``UnwritableOutput``.
+        """
+        from dinov2_attn.maps.storage import save
+
+        save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> AttentionMaps:
+        """Read what ``save`` wrote. Raises ``UnreadableFile``."""
+        from dinov2_attn.maps.storage import load
+
+        return load(Path(path))
+
+    def _map(self, weights: Any, grid: Grid | None) -> Any:
+        height, width = self._checked(weights, grid)
+        return weights[..., self.prefix :].reshape(*weights.shape[:-1], height, width)
+
+    def _prefix_mass(self, weights: Any, grid: Grid | None) -> Any:
+        self._checked(weights, grid)
+        return weights[..., : self.prefix].sum(-1)
+
+    def _checked(self, weights: Any, grid: Grid | None) -> Grid:
+        shape = tuple(getattr(weights, "shape", ()))
+        if grid is None:
+            raise InvalidInput(
+                "maps whose patch grid is known",
+                f"weights {shape} of tokens that came from no images of whole patches",
+                "Say dataclasses.replace(maps, grid=(h, w)) if you know it.",
+            )
+        count = self.prefix + grid[0] * grid[1]
+        if not shape or shape[-1] != count:
+            raise InvalidInput(
+                f"{self.prefix} + {grid[0]} · {grid[1]} = {count} columns: CLS and registers, "
+                "then one for each patch",
+                f"weights of shape {shape}" if shape else f"{type(weights).__name__}",
+                "Correct prefix or grid, or keep the columns in reduce.",
+            )
+        return grid
+
+    def _each(self, change: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
+        def entry(weights: Any) -> Any:
+            if not isinstance(weights, list):
+                return change(weights, self.grid)
+            grids = self.grid if isinstance(self.grid, list) else [self.grid] * len(weights)
+            return [change(one, grid) for one, grid in zip(weights, grids, strict=True)]
+
+        return tuple(map(entry, self.weights))
+
+    def _with(self, change: Callable[[Tensor], Any]) -> AttentionMaps:
+        return replace(self, weights=self._each(lambda weights, _: change(weights)))
+
+
+def _array(weights: Tensor) -> Any:
+    weights = weights.detach().cpu()
+    try:
+        return weights.numpy()
+    except TypeError:  # NumPy has no bfloat16
+        return weights.float().numpy()

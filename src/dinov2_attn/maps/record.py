@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from dinov2_attn.attention import Heads, check_heads
 from dinov2_attn.errors import InvalidInput, NotRecorded
 from dinov2_attn.maps.attention_maps import AttentionMaps, Grid
+from dinov2_attn.maps.look import grid_of
 from dinov2_attn.maps.subject import attentions_of, transformer_in
 from dinov2_attn.memory import Scratch, SetAside
-from dinov2_attn.queries import Queries, spell_out
-from dinov2_attn.surgery.inputs import Layers, patch_size
+from dinov2_attn.queries import Queries, positions, spell_out
+from dinov2_attn.surgery.inputs import Layers
 from dinov2_attn.surgery.recording import in_a_graph
 from dinov2_attn.surgery.tap import TAP
 from dinov2_attn.upstream.anatomy import count_registers
@@ -124,8 +125,9 @@ class _Recorder:
         self._transformer = transformer_in(model)
         self._prefix = 1 + count_registers(self._transformer)
         self._layers = attentions_of(self._transformer, n)
+        self._queries = spell_out(queries, self._prefix - 1)
         self._selection = {
-            "queries": spell_out(queries, self._prefix - 1),
+            "queries": self._queries,
             "heads": heads,
             "new": (SetAside(len(self._layers)) if reduce is None else Scratch()).lend,
         }
@@ -140,7 +142,7 @@ class _Recorder:
         if model is self._transformer:
             if self._kept:
                 self._break_off()
-            self._grids.append(_grid_of(model, images))
+            self._grids.append(None if images is None else grid_of(model, images))
 
     def wants(self, attention: nn.Module) -> bool:
         """Say whether ``attention`` is that of a layer to record."""
@@ -152,12 +154,12 @@ class _Recorder:
         if layer in self._kept:
             self._break_off()
         weights = weigh(**self._selection)
-        grid = self._grid_for(weights)
+        grid, queries = self._grid_for(weights), self._queries_of(weights)
         self._kept[layer] = weights if self._reduce is None else self._reduce(layer, weights)
         if len(self._kept) == len(self._layers):
             layers = tuple(self._layers.values())
             kept = tuple(self._kept[layer] for layer in layers)
-            maps = AttentionMaps(kept, layers, grid, self._prefix)
+            maps = AttentionMaps(kept, layers, grid, self._prefix, queries)
             self.recording.passes.append(maps)
             self._whole += 1
             self._grids, self._kept = [], {}
@@ -191,9 +193,8 @@ class _Recorder:
         ]
         return grids if isinstance(weights, list) else grids[0]
 
-
-def _grid_of(model: Any, images: Tensor | None) -> Grid | None:
-    if images is None:
-        return None
-    height, width = patch_size(model)
-    return images.shape[-2] // height, images.shape[-1] // width
+    def _queries_of(self, weights: Any) -> Any:
+        """Return the positions of the rows of ``weights``; a list for a list."""
+        if isinstance(weights, list):
+            return [self._queries_of(one) for one in weights]
+        return positions(self._queries, weights.shape[-1])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn.attention import attention_weights
-from dinov2_attn.errors import InvalidInput, NotGrafted
+from dinov2_attn.errors import InvalidInput
+from dinov2_attn.maps.look import check_grafted, grid_of
 from dinov2_attn.queries import Queries, place, spell_out
 from dinov2_attn.surgery.attend import Instead
 from dinov2_attn.surgery.grafts import weights_from
@@ -27,12 +28,10 @@ from dinov2_attn.surgery.inputs import (
     check_list,
     count_tokens,
     layers_to_take,
-    patch_size,
 )
 from dinov2_attn.surgery.transformer import flat_blocks
 from dinov2_attn.tiles import cut
 from dinov2_attn.upstream.anatomy import count_registers
-from dinov2_attn.upstream.contract import name_of
 from dinov2_attn.upstream.projection import Piece
 
 Fusion = Literal["mean", "min", "max"]
@@ -128,12 +127,7 @@ def rollout(
 
 
 def _check(model: Any, heads: object, residual: object) -> None:
-    if not hasattr(model, "get_self_attention"):
-        raise NotGrafted(
-            "a vision transformer that install() has reached",
-            name_of(type(model)),
-            "Call dinov2_attn.install(model) first, and pass the transformer itself.",
-        )
+    check_grafted(model)
     if not (isinstance(heads, str) and heads in get_args(Fusion)):
         raise InvalidInput(
             f"heads to be one of {', '.join(map(repr, get_args(Fusion)))}",
@@ -187,8 +181,7 @@ def _one(
         pieces = weights_from(block, "return_attention", tokens(), **ask)
         shares = torch.cat([layer.push(shares[p.samples], start, p, scale) for p, scale in pieces])
         queries, start = None, positions
-    height, width = patch_size(model)
-    grid = images.shape[2] // height, images.shape[3] // width
+    grid = grid_of(model, images)
     return Rollout(shares, grid, length - grid[0] * grid[1])
 
 
