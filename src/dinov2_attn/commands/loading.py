@@ -5,19 +5,25 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 from dinov2_attn.commands.values import positive
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.upstream.models import ARCHS, build
 
-# Importing torch takes seconds, for which ``--help`` should not wait.
-if TYPE_CHECKING:
-    from torch import nn
-
 log = logging.getLogger(__name__)
 
 SEED = 0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A grafted model on its device, what captions call it, and whether it means nothing."""
+
+    model: Any
+    name: str
+    random: bool
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="cpu", help="torch's name of it, default: cpu")
 
 
-def load_model(args: argparse.Namespace) -> nn.Module:
+def load_model(args: argparse.Namespace) -> Loaded:
     """Return the grafted model that the options of ``add_options`` describe, on its device.
 
     Raises ``InvalidInput``, ``Unavailable`` and ``UnreadableFile``.
@@ -65,7 +71,8 @@ def load_model(args: argparse.Namespace) -> nn.Module:
         load_weights(model, args.weights)
     else:
         load_pretrained(model, args.arch, **kind)
-    return model.to(args.device)
+    name = f"{args.arch}/{args.patch_size}" + (", 4 registers" if args.registers else "")
+    return Loaded(model.to(args.device), name, args.random_weights)
 
 
 def check_device(name: str) -> None:

@@ -1,0 +1,66 @@
+"""The options that choose and size photographs, for every subcommand that takes them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dinov2_attn.errors import InvalidInput, Unavailable
+
+if TYPE_CHECKING:
+    from dinov2_attn.show.images import ImageSize
+
+
+def add_image_size(parser: argparse.ArgumentParser) -> None:
+    """Add ``--image-size`` to ``parser``."""
+    parser.add_argument(
+        "--image-size",
+        nargs="+",
+        metavar=("N", "W"),
+        help="the short side, or height and width, named after the images; "
+        "default: as it is, up to 518",
+    )
+
+
+def require_libraries() -> None:
+    """Raise ``Unavailable`` where a library for pictures is missing."""
+    for name in ("torchvision", "matplotlib", "PIL", "tqdm"):
+        if importlib.util.find_spec(name) is None:
+            raise Unavailable(
+                "the libraries for pictures",
+                f"no {name} in this environment",
+                "Install them with `pip install 'dinov2-attn[viz]'`.",
+            )
+
+
+def sample() -> Path:
+    """Return the photograph that matplotlib ships."""
+    from matplotlib.cbook import get_sample_data
+
+    return Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
+def image_size(values: list[str]) -> tuple[ImageSize, list[Path]]:
+    """Part the one or two lengths from images named behind them, which argparse adds."""
+    lengths = [int(value) for value in takewhile(_is_length, values)]
+    images = [Path(value) for value in values[len(lengths) :]]
+    match lengths:
+        case [] if not values:
+            return None, images
+        case [int(short_side)] if short_side:
+            return short_side, images
+        case [int(height), int(width)] if height and width:
+            return (height, width), images
+    raise InvalidInput(
+        "--image-size with one or two lengths in pixels",
+        " ".join(values),
+        "Give N for the short side, or height and width.",
+    )
+
+
+def _is_length(value: str) -> bool:
+    # Python reads and shows 4300 digits; the number of pixels has twice as many as this.
+    return value.isdecimal() and len(value) < 1000
