@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dinov2_attn
-from compiling import Graphs, compiling
+from compiling import Graphs, asking, compiling
 from dinov2_attn import record
 from recordings import IMAGES, assert_all_close, build
 from unchanged import assert_equal, assert_unchanged, one_pass
@@ -27,6 +27,7 @@ class Kept:
         return graph.forward
 
 
+@asking
 def test_every_call_compiles_into_one_graph(models):
     model = build(models, depth=2)
     calls = {
@@ -54,6 +55,32 @@ def test_features_compile_into_the_very_graph_of_upstream(first):
     assert len(graphs[0].nodes[0]) > 20
 
 
+def test_on_every_torch_a_graph_is_upstreams_or_an_error(first):
+    """What a compiled model cannot be asked on an old torch leaves it as it was."""
+    model = build(first, depth=2)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    before = one_pass(model)
+    with dinov2_attn.install():
+        weights = model.get_self_attention(IMAGES)
+        for _ in range(2):
+            assert_equal(one_pass(compiled), before)
+            _right_or_refused(lambda: _recorded(model, compiled), weights, Exception)
+            _right_or_refused(
+                lambda: compiled(IMAGES, return_attention=True)[1], weights, Exception
+            )
+            with record(model) as maps:
+                assert_equal(one_pass(model), before)
+            assert_all_close(maps.weights, weights)
+    assert_equal(one_pass(compiled), before)
+
+
+def _recorded(model, compiled):
+    with record(model) as maps:
+        compiled(IMAGES)
+    return maps.weights
+
+
+@asking
 def test_a_model_compiled_before_install_works_on_and_is_never_half_asked(first):
     model = build(first, depth=2)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -68,6 +95,7 @@ def test_a_model_compiled_before_install_works_on_and_is_never_half_asked(first)
     assert_equal(one_pass(compiled), before)
 
 
+@asking
 @pytest.mark.parametrize("where", ["blocks", "attention"])
 def test_parts_compiled_before_install_are_never_half_asked(first, where):
     model = build(first, depth=2)
@@ -87,6 +115,7 @@ def test_parts_compiled_before_install_are_never_half_asked(first, where):
         assert_equal(one_pass(model), before)
 
 
+@asking
 def test_a_recording_inside_of_what_is_compiled(grafted):
     """Right maps, where Dynamo leaves the graph for it, or a refusal."""
     model = build(grafted, depth=2)
@@ -100,6 +129,7 @@ def test_a_recording_inside_of_what_is_compiled(grafted):
     _right_or_refused(lambda: torch.compile(inside, backend="eager")(IMAGES), expected)
 
 
+@asking
 def test_a_thread_that_records_meets_the_graph_of_one_that_did_not(grafted):
     """The switch is one for each thread, and so is what Dynamo looks at."""
     model, graphs, caught = build(grafted, depth=2), Graphs(), []
@@ -122,6 +152,7 @@ def test_a_thread_that_records_meets_the_graph_of_one_that_did_not(grafted):
     assert graphs.runs
 
 
+@asking
 def test_sizes_that_change(grafted):
     """Weights of each batch and no other's, whatever Dynamo makes symbolic."""
     model = build(grafted, depth=2)
@@ -130,10 +161,14 @@ def test_sizes_that_change(grafted):
         assert_all_close([compiled(images)], [model.get_last_self_attention(images)])
 
 
-def _right_or_refused(ask, expected):
+# A stale forward takes no such keyword.
+REFUSED = (dinov2_attn.Dinov2AttnError, TypeError)
+
+
+def _right_or_refused(ask, expected, refused=REFUSED):
     """Right, or an error: what must not be is an answer of something else."""
     try:
         answers = ask()
-    except (dinov2_attn.Dinov2AttnError, TypeError):  # a stale forward takes no such keyword
+    except refused:
         return
     assert_all_close(answers, expected)

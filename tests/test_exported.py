@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dinov2_attn
-from compiling import compiles
+from compiling import asking, compiles
 from recordings import IMAGES, assert_all_close, build
 from tolerances import assert_close
 from unchanged import assert_unchanged
@@ -18,6 +18,7 @@ pytestmark = [
         not (compiles() and hasattr(torch, "export")),
         reason="no torch.export here: test_machinery traces",
     ),
+    asking,
     pytest.mark.parametrize("strict", [True, False]),
     pytest.mark.usefixtures("fresh_dynamo"),
 ]

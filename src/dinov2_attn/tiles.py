@@ -155,8 +155,8 @@ def cut(length: int, step: int) -> Iterator[slice]:
 
 def is_compiling() -> bool:
     """Say whether Dynamo is following this very call."""
-    compiler = getattr(torch, "compiler", None)
-    if compiler is not None:
+    compiler = getattr(torch, "compiler", None)  # torch 2.1 has it, and 2.2 this in it
+    if hasattr(compiler, "is_compiling"):
         return bool(compiler.is_compiling())
-    dynamo = sys.modules.get("torch._dynamo")  # torch 2.0
+    dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and bool(dynamo.is_compiling())

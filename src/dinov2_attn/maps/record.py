@@ -19,7 +19,7 @@ from dinov2_attn.memory import Scratch, SetAside
 from dinov2_attn.queries import Queries, positions, spell_out
 from dinov2_attn.surgery.inputs import Layers
 from dinov2_attn.surgery.recording import in_a_graph
-from dinov2_attn.surgery.tap import TAP
+from dinov2_attn.surgery.tap import SWITCH, TAP
 from dinov2_attn.upstream.anatomy import count_registers
 
 Reduce = Callable[[int, Any], Any]
@@ -98,7 +98,8 @@ def record(
     recorder = _Recorder(model, n, queries, heads, reduce)
     TAP.recorders = (*TAP.recorders, recorder)
     try:
-        yield recorder.recording
+        with SWITCH.held():
+            yield recorder.recording
     except Exception as error:
         # Dynamo wraps what is raised while it traces, and keeps only the words.
         if type(error).__module__ == "torch._dynamo.exc" and NotRecorded.__name__ in str(error):

@@ -3,7 +3,8 @@
 Each is a plain function around upstream's own, which ``torch.compile`` and
 ``torch.export`` follow; asked nothing, it returns what upstream returns. What upstream's
 arguments are called is read from its signature, never assumed: ``is_causal`` came in
-where a hand-written patch would put ``return_attn``.
+where a hand-written patch would put ``return_attn``. Their own keyword is taken out of
+``kwargs``: Dynamo of torch 2.1 cannot guard a default that it meets behind ``super()``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dinov2_attn.errors import InvalidInput, NotGrafted
 from dinov2_attn.surgery.attend import attend, check_tokens
 from dinov2_attn.surgery.nesting import check_stochastic_depth
 from dinov2_attn.surgery.recording import run_recorded
-from dinov2_attn.surgery.tap import TAP, answer, ask
+from dinov2_attn.surgery.tap import SWITCH, TAP, answer, ask
 from dinov2_attn.upstream.anatomy import Part
 from dinov2_attn.upstream.contract import argument_names, name_of
 from dinov2_attn.upstream.flags import Forward
@@ -49,10 +50,10 @@ def graft_attention(original: Forward, kernel: Kernel) -> Forward:
         return attend(self, kernel, **_by_name(names, args, kwargs), **selection)
 
     @functools.wraps(original, updated=())
-    def forward(self: nn.Module, *args: Any, return_attn: bool = False, **kwargs: Any) -> Any:
-        if return_attn:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.pop("return_attn", False):
             return answer(weights_of(self, args, kwargs))
-        if TAP.recorders:
+        if SWITCH.on and TAP.recorders:
             return run_recorded(original, self, weights_of, args, kwargs)
         return original(self, *args, **kwargs)
 
@@ -83,10 +84,10 @@ def graft_block(original: Forward, part: Part) -> Forward:
         return weights_from(getattr(self, attention), "return_attn", normed, *causal, **selection)
 
     @functools.wraps(original, updated=())
-    def forward(self: nn.Module, *args: Any, return_attention: bool = False, **kwargs: Any) -> Any:
-        if return_attention:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.pop("return_attention", False):
             return answer(weights_of(self, *args, **kwargs))
-        if TAP.listener is not None:
+        if SWITCH.on and TAP.listener is not None:
             return TAP.listener(original, weights_of, self, args, kwargs)
         return original(self, *args, **kwargs)
 

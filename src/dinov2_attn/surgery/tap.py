@@ -43,6 +43,43 @@ class _Tap(threading.local):
 TAP = _Tap()
 
 
+class _Switch:
+    """Whether any thread reports to anybody: what grafts look at first.
+
+    A plain attribute is guarded by every Dynamo. Those of torch before 2.4 take what is None or
+    empty on a ``threading.local`` for true, so that no graph may see it without need.
+    """
+
+    def __init__(self) -> None:
+        self.on = False
+        self._users = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep it on inside, for this thread and so for all."""
+        if is_compiling():  # a graph ends as it began, and takes no lock
+            before, self.on = self.on, True
+            try:
+                yield
+            finally:
+                self.on = before
+            return
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    def _count(self, users: int) -> None:
+        with self._lock:
+            self._users += users
+            self.on = self._users > 0
+
+
+SWITCH = _Switch()
+
+
 def answer(weights: Any) -> Any:
     """Return ``weights`` from a graft, and hand them to ``ask`` if it is waiting."""
     if TAP.answers is not None:
@@ -106,7 +143,8 @@ def attentions_of_pass(**selection: Any) -> Iterator[list[Any]]:
 
     before, TAP.listener = TAP.listener, listen
     try:
-        yield caught
+        with SWITCH.held():
+            yield caught
     finally:
         TAP.listener = before
 

@@ -21,7 +21,7 @@ from dinov2_attn.surgery.inputs import (
 )
 from dinov2_attn.surgery.nesting import can_nest, check_stochastic_depth
 from dinov2_attn.surgery.recording import prepare_recorded
-from dinov2_attn.surgery.tap import TAP, attentions_of_pass, unrecorded
+from dinov2_attn.surgery.tap import SWITCH, TAP, attentions_of_pass, unrecorded
 from dinov2_attn.upstream.anatomy import count_registers
 from dinov2_attn.upstream.flags import Forward
 
@@ -54,7 +54,7 @@ def get_self_attention(
     run, and of that one only norm and projection. Raises ``InvalidInput`` and
     ``OutOfRange`` for what cannot be, ``NotGrafted`` where a block's class is unknown.
     """
-    if TAP.recorders:  # no ordinary pass: it may end early
+    if SWITCH.on and TAP.recorders:  # no ordinary pass: it may end early
         with unrecorded():
             return get_self_attention(self, x, n, masks, queries=queries, heads=heads)
     queries = spell_out(queries, count_registers(self))
@@ -108,10 +108,8 @@ def graft_forward_features(original: Forward) -> Forward:
     """
 
     @functools.wraps(original, updated=())
-    def forward_features(
-        self: nn.Module, *args: Any, return_attention: bool = False, **kwargs: Any
-    ) -> Any:
-        if not return_attention:
+    def forward_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.pop("return_attention", False):
             return original(self, *args, **kwargs)
         answers = _answer(original, self, *args, **kwargs)
         if isinstance(answers, list):
@@ -130,8 +128,8 @@ def graft_forward(original: Forward) -> Forward:
     """
 
     @functools.wraps(original, updated=())
-    def forward(self: nn.Module, *args: Any, return_attention: bool = False, **kwargs: Any) -> Any:
-        if not return_attention:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.pop("return_attention", False):
             return original(self, *args, **kwargs)
         # A list passes upstream's head in training only, where nothing is done to it.
         takes_lists = kwargs.get("is_training", False)
@@ -149,7 +147,7 @@ def graft_prepare_tokens(original: Forward) -> Forward:
 
     @functools.wraps(original, updated=())
     def prepare_tokens_with_masks(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if TAP.recorders:
+        if SWITCH.on and TAP.recorders:
             return prepare_recorded(original, self, args, kwargs)
         return original(self, *args, **kwargs)
 
