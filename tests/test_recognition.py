@@ -87,12 +87,6 @@ def test_a_function_of_another_package_is_named_with_it(first, monkeypatch):
     assert f" but for Attention.forward (of {__name__}). " in said
 
 
-def test_who_asks_for_the_warning_is_shown_where_it_stands(first, drifted):
-    with pytest.warns(UpstreamDrift) as caught:
-        recognition.warn_of_drift(Ledger(), "dinov2", drifted)
-    assert caught[0].filename == __file__
-
-
 def test_a_graft_is_looked_below_and_an_undone_one_is_not(first):
     """What is recognised is upstream's function, not ours, nor what an undone graft replaced."""
     Attention = FIRST.cls("Attention")
