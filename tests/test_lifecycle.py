@@ -100,6 +100,24 @@ def test_status_says_what_is_pending_and_what_is_there():
     assert re.fullmatch(r"attention and blocks as in .*, verified; models as in .*, verified", how)
 
 
+def test_a_status_is_printed_line_by_line():
+    status = dinov2_attn.Status(("a", "b"), ("c",), ("d",), {"e": "f"})
+    kinds = [line.rpartition(": ")[::2] for line in str(status).split("\n")]
+    assert [(kind.split(",")[0].split()[0], what) for kind, what in kinds] == [
+        ("grafted", "a"),
+        ("grafted", "b"),
+        ("patched", "c"),
+        ("pending", "d"),
+        ("e", "f"),
+    ]
+
+
+def test_a_live_model_goes_by_the_outermost_of_its_classes():
+    with dinov2_attn.install(small_model(load())):
+        (target,) = dinov2_attn.status().recognised
+    assert target == f"model with {MODEL}.DinoVisionTransformer"
+
+
 def test_classes_from_before_a_reload_are_found_by_a_later_installation():
     """dinov2.layers still exports the old blocks, and models are built of those."""
     with upstreams.FIRST.imported_anew():
