@@ -39,6 +39,19 @@ def test_a_with_block_restores_what_it_found():
     assert dinov2_attn.status().grafted == ()
 
 
+def test_a_live_model_is_restored_alike():
+    model = small_model(load())
+    with dinov2_attn.install(model) as outer:
+        assert "DinoVisionTransformer" in repr(outer)
+        with dinov2_attn.install(model) as inner:
+            assert repr(inner) == repr(outer)
+        assert asks(load())
+    assert dinov2_attn.status().grafted == ()
+    dinov2_attn.install(model)
+    dinov2_attn.install(model).uninstall()
+    assert dinov2_attn.status().grafted == ()
+
+
 def test_two_models_of_one_class_are_two_targets_where_their_parts_differ():
     base = upstreams.FIRST.cls("MemEffAttention")
 
@@ -68,6 +81,12 @@ def test_two_models_of_one_class_are_two_targets_where_their_parts_differ():
 def test_a_package_with_nothing_to_graft_stays_pending():
     with dinov2_attn.install("json"):
         assert dinov2_attn.status().pending == ("json",)
+
+
+def test_a_vendored_copy_is_pending_no_longer_than_nothing_of_it_is_grafted():
+    upstreams.ROMA.module(upstreams.ROMA.attention)
+    with dinov2_attn.install(upstreams.ROMA.package):
+        assert dinov2_attn.status().pending == ()
 
 
 def test_a_failing_check_leaves_nothing_behind():

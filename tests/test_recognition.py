@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import shlex
+import sys
 import types
 import warnings
 from pathlib import Path
@@ -85,6 +86,14 @@ def test_a_function_of_another_package_is_named_with_it(first, monkeypatch):
     monkeypatch.setattr(FIRST.cls("Attention"), "forward", forward)
     (said,) = warned(classes())
     assert f" but for Attention.forward (of {__name__}). " in said
+
+
+@pytest.mark.parametrize("package", [None, types.ModuleType("dinov2")], ids=["gone", "bare"])
+def test_where_nobody_knows_the_folder_the_report_leaves_room_for_it(
+    first, drifted, monkeypatch, package
+):
+    monkeypatch.setitem(sys.modules, "dinov2", package)
+    assert warned(drifted)[0].endswith(" verify PATH --update")
 
 
 def test_a_graft_is_looked_below_and_an_undone_one_is_not(first):
