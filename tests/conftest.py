@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 import dinov2_attn
 import upstreams
@@ -17,10 +17,19 @@ import xformers_here as xformers
 xformers.hide()
 
 # "ci" repeats itself, so that a landing is never held up by a newly drawn example; a search for
-# new ones is `pytest --hypothesis-profile=thorough`.
+# new ones is `pytest --hypothesis-profile=thorough`. "mutants" is for `.ci/mutate`: a test has only
+# to fail there, nobody reads on what.
 settings.register_profile("default", deadline=None, max_examples=20)
 settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=500)
+settings.register_profile(
+    "mutants",
+    deadline=None,
+    max_examples=8,
+    derandomize=True,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),
+)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 # Tensors here are tiny: a second thread would only wait for the first.

@@ -39,6 +39,19 @@ def test_a_with_block_restores_what_it_found():
     assert dinov2_attn.status().grafted == ()
 
 
+def test_a_live_model_is_restored_alike():
+    model = small_model(load())
+    with dinov2_attn.install(model) as outer:
+        assert "DinoVisionTransformer" in repr(outer)
+        with dinov2_attn.install(model) as inner:
+            assert repr(inner) == repr(outer)
+        assert asks(load())
+    assert dinov2_attn.status().grafted == ()
+    dinov2_attn.install(model)
+    dinov2_attn.install(model).uninstall()
+    assert dinov2_attn.status().grafted == ()
+
+
 def test_two_models_of_one_class_are_two_targets_where_their_parts_differ():
     base = upstreams.FIRST.cls("MemEffAttention")
 
@@ -70,6 +83,12 @@ def test_a_package_with_nothing_to_graft_stays_pending():
         assert dinov2_attn.status().pending == ("json",)
 
 
+def test_a_vendored_copy_is_pending_no_longer_than_nothing_of_it_is_grafted():
+    upstreams.ROMA.module(upstreams.ROMA.attention)
+    with dinov2_attn.install(upstreams.ROMA.package):
+        assert dinov2_attn.status().pending == ()
+
+
 def test_a_failing_check_leaves_nothing_behind():
     """A block that attends to something else: the attention grafted before it goes as well."""
     before, block = contents(classes()), upstreams.FIRST.cls("Block")
@@ -98,6 +117,24 @@ def test_status_says_what_is_pending_and_what_is_there():
     assert {f"{MODEL}.DinoVisionTransformer.{name}" for name in METHODS} < set(status.grafted)
     (how,) = status.recognised.values()
     assert re.fullmatch(r"attention and blocks as in .*, verified; models as in .*, verified", how)
+
+
+def test_a_status_is_printed_line_by_line():
+    status = dinov2_attn.Status(("a", "b"), ("c",), ("d",), {"e": "f"})
+    kinds = [line.rpartition(": ")[::2] for line in str(status).split("\n")]
+    assert [(kind.split(",")[0].split()[0], what) for kind, what in kinds] == [
+        ("grafted", "a"),
+        ("grafted", "b"),
+        ("patched", "c"),
+        ("pending", "d"),
+        ("e", "f"),
+    ]
+
+
+def test_a_live_model_goes_by_the_outermost_of_its_classes():
+    with dinov2_attn.install(small_model(load())):
+        (target,) = dinov2_attn.status().recognised
+    assert target == f"model with {MODEL}.DinoVisionTransformer"
 
 
 def test_classes_from_before_a_reload_are_found_by_a_later_installation():

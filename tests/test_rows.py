@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import dinov2_attn
 import reference
 import upstreams
+from dinov2_attn.attention import attention_weights
 from strategies import attention_cases, model_cases, noise, randomise, seeds
 from tolerances import RELATIVE, assert_close
 
@@ -92,3 +93,13 @@ def test_a_dense_bias_joins_the_scores(name):
         weights = module(tokens, ~hidden, return_attn=True)
         assert (weights[hidden] == 0).all()
         assert_close(reference.features(module, tokens, weights), module(tokens, ~hidden))
+
+
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_masks_are_made_where_the_queries_are(differentiated):
+    """On a device that only this machine's lacks: nothing may be made on the CPU in between."""
+    query = torch.empty(1, 2, 3, 4, device="meta")
+    rows = torch.arange(3, device="meta")
+    with torch.set_grad_enabled(differentiated):
+        weights = attention_weights(query, query, 0.5, causal_rows=rows)
+    assert (weights.device.type, weights.shape) == ("meta", (1, 2, 3, 3))

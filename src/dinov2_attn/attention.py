@@ -5,6 +5,7 @@ Nothing here knows upstream: queries and keys come in, weights come out.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -66,19 +67,19 @@ def attention_weights(
     with _without_autocast(query.device):
         dtype = torch.promote_types(query.dtype, torch.float32)
         wide = key.to(dtype)
-        seen = None if causal_rows is None else _past(causal_rows, key.shape[-2])
+        seen = None if causal_rows is None else _past(causal_rows, key.shape[2])
         if bias is not None and bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=dtype).masked_fill_(~bias, float("-inf"))
+            bias = torch.zeros_like(bias, dtype=dtype).masked_fill_(~bias, -math.inf)
         if may_tile(query):
             if out is None:
                 out = new_result(query, shape_of_weights(query, key, heads))
             fill(out, query.to(dtype), wide, scale, bias=bias, seen=seen)
             return out
-        scores = (query.to(dtype) * scale) @ wide.transpose(-2, -1)
+        scores = (query.to(dtype) * scale) @ wide.transpose(2, 3)
         if bias is not None:
             scores = scores + bias
         if seen is not None:
-            scores = scores.masked_fill(~seen, float("-inf"))
+            scores = scores.masked_fill(~seen, -math.inf)
         blind = None if bias is None else see_nothing(scores.detach())
         if blind is None:
             weights = scores.softmax(dim=-1)

@@ -7,6 +7,7 @@ nothing traces or differentiates (``may_tile``).
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 
@@ -86,7 +87,7 @@ def fill(
         if bias is not None:
             scores += bias[piece]
         if seen is not None:
-            scores.masked_fill_(~seen[lines], float("-inf"))
+            scores.masked_fill_(~seen[lines], -math.inf)
         _softmax_into(out if direct else scores, scores, biased=bias is not None)
         if not direct:
             out.copy_(scores.mean(dim=1) if mean else scores)
@@ -96,7 +97,7 @@ def see_nothing(scores: Tensor) -> Tensor | None:
     """Return which rows ``(…, 1)`` of ``scores`` are nought instead of a softmax, if any can be."""
     if not (BLIND_IS_NOUGHT and scores.shape[-1]):
         return None
-    return scores.amax(dim=-1, keepdim=True) == float("-inf")
+    return scores.amax(dim=-1, keepdim=True) == -math.inf
 
 
 def _tile(query: Tensor, largest: list[Piece], length: int) -> Tensor:

@@ -1,0 +1,116 @@
+"""What recognition says of code in this process; its whole story is told in ``test_eras``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shlex
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+
+import dinov2_attn
+import upstreams
+from dinov2_attn.errors import UpstreamDrift
+from dinov2_attn.surgery import recognition
+from dinov2_attn.surgery.ledger import Ledger
+from dinov2_attn.surgery.targets import LiveModel
+
+FIRST = upstreams.FIRST
+
+
+def classes():
+    names = ("Attention", "MemEffAttention", "Block", "NestedTensorBlock", "BlockChunk")
+    return [FIRST.cls(name) for name in (*names, "DinoVisionTransformer")]
+
+
+MODEL = LiveModel("a model", frozenset())
+
+
+def warned(found, target="dinov2"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recognition.warn_of_drift(Ledger(), target, found)
+    return [str(warning.message) for warning in caught if warning.category is UpstreamDrift]
+
+
+@pytest.fixture
+def drifted(monkeypatch):
+    """Upstream whose ``Attention.forward`` reads as another function of its own module does."""
+    module = FIRST.module(FIRST.attention)
+    other = module.Attention.__init__
+    monkeypatch.setattr(module.Attention, "forward", other)
+    return classes()
+
+
+def test_code_that_is_known_is_not_warned_of(first):
+    assert warned(classes()) == []
+
+
+def test_what_changed_is_named_and_how_to_report_it(first, drifted):
+    (said,) = warned(drifted)
+    assert " but for Attention.forward. Contract" in said
+    folder = Path(FIRST.module("dinov2").__file__).parent.parent
+    assert said.endswith(f"dinov2-attn verify {shlex.quote(str(folder))} --update")
+
+
+def test_a_package_is_judged_when_all_of_it_is_there(first, drifted):
+    """Layers alone lack a model, of which a live model's classes need to hold no part."""
+    layers = drifted[:-2]
+    assert warned(layers) == []
+    assert len(warned(layers, MODEL)) == 1
+
+
+def test_forks_and_code_without_source_are_not_warned_of(first, drifted, monkeypatch):
+    fork = [upstreams.ROMA.cls(name) for name in ("Attention", "MemEffAttention", "Block")]
+    assert warned(fork, MODEL) == []
+    hidden = types.FunctionType(eval("lambda self, x: x").__code__, drifted[0].__init__.__globals__)
+    monkeypatch.setattr(FIRST.cls("MemEffAttention"), "forward", hidden)
+    assert warned(drifted) == []
+
+
+def test_what_a_package_lacks_is_gone_and_a_live_model_may_lack_it(first):
+    found = [cls for cls in classes() if cls.__name__ != "MemEffAttention"]
+    (said,) = warned(found)
+    assert " but for MemEffAttention.forward (gone). " in said
+    assert warned(found, MODEL) == []
+
+
+def test_a_function_of_another_package_is_named_with_it(first, monkeypatch):
+    def forward(self, x):
+        return x
+
+    monkeypatch.setattr(FIRST.cls("Attention"), "forward", forward)
+    (said,) = warned(classes())
+    assert f" but for Attention.forward (of {__name__}). " in said
+
+
+@pytest.mark.parametrize("package", [None, types.ModuleType("dinov2")], ids=["gone", "bare"])
+def test_where_nobody_knows_the_folder_the_report_leaves_room_for_it(
+    first, drifted, monkeypatch, package
+):
+    monkeypatch.setitem(sys.modules, "dinov2", package)
+    assert warned(drifted)[0].endswith(" verify PATH --update")
+
+
+def test_a_graft_is_looked_below_and_an_undone_one_is_not(first):
+    """What is recognised is upstream's function, not ours, nor what an undone graft replaced."""
+    Attention = FIRST.cls("Attention")
+    plain, ledger = Attention.forward, Ledger()
+    before = recognition.recognise(ledger, classes())
+
+    @functools.wraps(plain, updated=())
+    def ours(self, x):
+        return x
+
+    ledger.set(Attention, "forward", ours, "dinov2")
+    try:
+        assert recognition.recognise(ledger, classes()) == before
+    finally:
+        Attention.forward = plain
+    assert recognition.recognise(ledger, classes()) == before
+    assert inspect.unwrap(Attention.forward) is plain
+    assert dinov2_attn.status().recognised == {}
