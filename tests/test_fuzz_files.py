@@ -20,7 +20,7 @@ from torch import nn
 
 from dinov2_attn.errors import InvalidInput, UnreadableFile
 from dinov2_attn.show.images import read_photograph
-from dinov2_attn.upstream.checkpoints import load_weights
+from dinov2_attn.upstream.checkpoints import load_checkpoint
 
 WEIGHT, BIAS = torch.full((2, 3), 2.0), torch.full((2,), 3.0)
 
@@ -100,7 +100,7 @@ def load(folder, content):
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     file.write_bytes(content)
     try:
-        load_weights(layer, file)
+        load_checkpoint(layer, file)
     except UnreadableFile:
         assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
         return False
