@@ -147,23 +147,25 @@ def _resized(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
         theirs = weights.get(key, parameter)
         if theirs.shape != parameter.shape and _another_square(key, theirs, parameter):
             transformer = model.get_submodule(name.rpartition(".")[0])
-            resized[key] = _interpolate(transformer, theirs, _side(parameter))
+            resized[key] = _interpolate(transformer, theirs, parameter)
     return resized
 
 
 @torch.no_grad()
-def _interpolate(transformer: Any, pos_embed: Tensor, side: int) -> Tensor:
+def _interpolate(transformer: Any, theirs: Tensor, ours: Tensor) -> Tensor:
     # A copy, so that upstream's method reads this embedding and the model keeps its own.
     stand_in = copy.copy(transformer)
-    stand_in._parameters = {**transformer._parameters, "pos_embed": nn.Parameter(pos_embed)}
+    stand_in._parameters = {**transformer._parameters, "pos_embed": nn.Parameter(theirs)}
+    side = _side(ours)
     pixels = side * transformer.patch_size
     try:
-        resized: Tensor = stand_in.interpolate_pos_encoding(pos_embed, pixels, pixels)
+        # Of its first argument, the tokens of an image, it reads shape and dtype.
+        resized: Tensor = stand_in.interpolate_pos_encoding(ours, pixels, pixels)
     except AssertionError as error:  # some revisions miss some sizes by a rounding error
         raise InvalidInput(
             f"a positional embedding that this upstream can resize to {side} × {side} patches",
-            f"one of {_side(pos_embed)} × {_side(pos_embed)}",
+            f"one of {_side(theirs)} × {_side(theirs)}",
             "Build the model with another img_size.",
         ) from error
-    log.info("pos_embed: %d tokens resized to %d", pos_embed.shape[1], resized.shape[1])
+    log.info("pos_embed: %d tokens resized to %d", theirs.shape[1], ours.shape[1])
     return resized

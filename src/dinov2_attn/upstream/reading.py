@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -55,15 +56,7 @@ def _read_saved(path: Path) -> Checkpoint:
         _refuse_what_runs(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes at hand provoke
-        # PyTorch refuses the classes of shards, naming them.
-        if "torch.distributed" in str(error):
-            raise _shard(path) from error
-        reason = str(error).partition("\n")[0]
-        raise UnreadableFile(
-            "a complete file by torch.save that holds tensors and plain data only",
-            f"{path}, which does not load ({type(error).__name__}: {reason})",
-            "Download or save it again, as torch.save(model.state_dict(), path).",
-        ) from error
+        raise _refused(path, error) from error
     tensors, others = _flatten(content)
     if not tensors:
         raise UnreadableFile(
@@ -72,6 +65,32 @@ def _read_saved(path: Path) -> Checkpoint:
             "Save a state dict: torch.save(model.state_dict(), path).",
         )
     return Checkpoint(path, tensors, others)
+
+
+def _refused(path: Path, error: Exception) -> UnreadableFile:
+    text = str(error)
+    if any(sign in text for sign in _SHARDS):
+        return _shard(path)
+    reason = f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+    next_step = "Download or save it again, as torch.save(model.state_dict(), path)."
+    if code := _CODE.search(text):
+        reason = f"it asks for {code[1]}, which weights_only does not run"
+        next_step = (
+            "If you trust the file, save its tensors alone: "
+            "torch.save(torch.load(path, weights_only=False)['teacher'], new_path)."
+        )
+    return UnreadableFile(
+        "a complete file by torch.save that holds tensors and plain data only",
+        f"{path}, which does not load ({reason})",
+        next_step,
+    )
+
+
+# How PyTorch refuses the classes of shards, by their module or by what all of them call.
+_SHARDS = ("torch.distributed", "_rebuild_wrapper_subclass")
+
+# How it names all else, in its oldest and in its newest words.
+_CODE = re.compile(r"[Uu]nsupported (?:class|global:?) (?:GLOBAL )?([\w.]+)")
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
