@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -232,3 +233,31 @@ def test_weights_that_are_not_of_upstreams_classes(damage, found):
     message = rf"expected a checkpoint of a DINOv2 backbone, .*; found x.pth, .*({found})"
     with pytest.raises(UnreadableFile, match=message):
         infer(Checkpoint("x.pth", state))
+
+
+@st.composite
+def damages(draw):
+    """Some changes to a state dict: names, shapes and what is missing."""
+    names = st.sampled_from(sorted(build_like(SMALL).state_dict()))
+    shapes = st.lists(st.sampled_from([0, 1, 2, 3, 64, 192]), max_size=4).map(tuple)
+    change = st.one_of(
+        st.tuples(st.just("lose"), names),
+        st.tuples(st.just("reshape"), names, shapes),
+        st.tuples(st.just("rename"), names, names),
+    )
+    return draw(st.lists(change, min_size=1, max_size=3))
+
+
+@given(changes=damages())
+def test_damaged_weights_are_an_error_before_or_after_building(changes):
+    """Not one of upstream's or of torch's: a model that does not fit is ours to refuse."""
+    state = dict(build_like(SMALL).state_dict())
+    for kind, name, *more in changes:
+        tensor = state.pop(name, torch.ones(64))
+        if kind == "reshape":
+            state[name] = torch.ones(*more)
+        elif kind == "rename":
+            state[more[0]] = tensor
+    file = Checkpoint("x.pth", state)
+    with contextlib.suppress(UnreadableFile, InvalidInput):
+        fill(build_like(infer(file)), file)

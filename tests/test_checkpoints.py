@@ -132,6 +132,14 @@ def test_what_is_taken_is_logged(model, file, caplog):
     assert "model.teacher.dino_head" in caplog.text
 
 
+def test_heads_are_taken_where_the_model_has_them(model, file):
+    modules = saved.training(model)
+    torch.save({"teacher": modules.state_dict()}, file)
+    loaded = saved.training(other(CASE).build(upstreams.FIRST), seed=1)
+    assert load_checkpoint(loaded, file) == ()
+    assert all(map(torch.equal, loaded.parameters(), modules.parameters()))
+
+
 # What does not fit
 
 
@@ -162,7 +170,7 @@ def test_many_differences_are_counted(model, file):
     torch.save(deeper.state_dict(), file)
     message = (
         r"with \d+ left over: blocks\.4\..*, …; \d+ of another shape: cls_token \(1, 1, 8\) for "
-        r"\(1, 1, 4\), .*…\. It holds ViT-8x9/2: build that\."
+        r"\(1, 1, 4\), .*…\. It holds ViT-8x9/2: build that in place of ViT-4x4/2\."
     )
     assert_refused(model, file, message)
 
@@ -170,9 +178,9 @@ def test_many_differences_are_counted(model, file):
 def test_what_the_file_holds_is_said_where_it_can_be_read(model, file):
     larger = replace(CASE, heads=3).build(upstreams.FIRST)
     torch.save({"teacher": saved.training(larger).state_dict()}, file)
-    assert_refused(model, file, r"It holds ViT-12x4/2: build that\.")
+    assert_refused(model, file, r"It holds ViT-12x4/2: build that in place of ViT-4x4")
     torch.save({"weight": torch.ones(3)}, file)
-    assert_refused(model, file, r"missing: cls_token.*1 left over: weight\. Build the model that")
+    assert_refused(model, file, r"missing: cls_token.*1 left over: weight\. Build the model as it")
 
 
 def test_models_of_equal_right_are_an_error(model, file):

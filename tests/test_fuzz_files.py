@@ -118,6 +118,16 @@ def test_a_damaged_checkpoint(folder, checkpoints, which, changes):
     load(folder, damaged(checkpoints[which], changes))
 
 
+@given(changes=damages())
+def test_a_damaged_safetensors_file(folder, changes):
+    safetensors = pytest.importorskip(
+        "safetensors.torch", reason="not here: test_a_damaged_checkpoint runs on torch's format"
+    )
+    content = safetensors.save({"weight": WEIGHT, "bias": BIAS}, {"num_heads": "3"})
+    assert load(folder, content)
+    load(folder, damaged(content, changes))
+
+
 @given(head=st.integers(0, 1), place=st.floats(0, 1), end=st.floats(0, 1))
 def test_two_checkpoints_spliced(folder, checkpoints, head, place, end):
     first, second = checkpoints[head], checkpoints[1 - head]

@@ -66,9 +66,10 @@ def fill(
     weights = dict(backbone.weights)
     if interpolate_pos_embed:
         weights.update(_resized(model, weights))
-    differences = _differences({plain(name): tensor for name, tensor in state.items()}, weights)
+    expected = {plain(name): tensor for name, tensor in state.items()}
+    differences = _differences(expected, weights)
     if differences:
-        raise _misfit(checkpoint, backbone, differences)
+        raise _misfit(checkpoint, backbone, expected, differences)
     model.load_state_dict({name: weights[plain(name)] for name in state})
     log.info("%s: took %s%s", checkpoint.path, backbone.root or "all", _without(backbone))
     return backbone.left_out
@@ -78,12 +79,19 @@ def _without(backbone: Backbone) -> str:
     return f", left out {', '.join(backbone.left_out)}" if backbone.left_out else ""
 
 
-def _misfit(checkpoint: Checkpoint, backbone: Backbone, differences: list[str]) -> UnreadableFile:
-    what = describe(backbone.weights)
-    below = f", below {backbone.root}," if backbone.root else ""
-    next_step = f"It holds {what}: build that." if what else "Build the model that was saved."
+def _misfit(
+    checkpoint: Checkpoint,
+    backbone: Backbone,
+    expected: Mapping[str, Tensor],
+    differences: list[str],
+) -> UnreadableFile:
+    theirs, ours = describe(backbone.weights), describe(expected)
+    next_step = "Build the model as it was when it was saved."
     if all(" of another square" in difference for difference in differences):
         next_step = "Have it resized with load_checkpoint(…, interpolate_pos_embed=True)."
+    elif theirs and theirs != ours:
+        next_step = f"It holds {theirs}: build that in place of {ours or 'this model'}."
+    below = f", below {backbone.root}," if backbone.root else ""
     return UnreadableFile(
         "a checkpoint that fits the model key by key",
         f"{checkpoint.path}{below} with {'; '.join(differences)}",

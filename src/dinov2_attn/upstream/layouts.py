@@ -72,7 +72,8 @@ def find_backbone(checkpoint: Checkpoint, names: Collection[str]) -> Backbone:
     inside, outside = {}, [plain(name) for name in checkpoint.others]
     for name, tensor in checkpoint.tensors.items():
         key = found[name].removeprefix(root)
-        if not found[name].startswith(root) or key.partition(".")[0] in HEADS:
+        is_head = key.partition(".")[0] in HEADS and key not in names
+        if is_head or not found[name].startswith(root):
             outside.append(found[name])
         elif key in inside:
             raise _twice(checkpoint, [name for name in found if found[name] == root + key])

@@ -76,8 +76,8 @@ def _refused(path: Path, error: Exception) -> UnreadableFile:
     if code := _CODE.search(text):
         reason = f"it asks for {code[1]}, which weights_only does not run"
         next_step = (
-            "If you trust the file, save its tensors alone: "
-            "torch.save(torch.load(path, weights_only=False)['teacher'], new_path)."
+            "If you trust the file, torch.load it with weights_only=False, once, and torch.save "
+            "the state dict that is in it."
         )
     return UnreadableFile(
         "a complete file by torch.save that holds tensors and plain data only",
