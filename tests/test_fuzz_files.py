@@ -43,6 +43,13 @@ def images():
     return {suffix: encoded(Image.fromarray(pixels), suffix) for suffix in SUFFIXES}
 
 
+# Depths and transparencies, where Pillow writes them.
+FORMATS = [
+    *[("png", mode) for mode in ("I;16", "LA", "P", "RGBA")],
+    *[("tiff", mode) for mode in ("I;16", "I", "LA", "P", "RGBA", "CMYK")],
+    *[("gif", "P"), ("gif", "RGBA"), ("webp", "RGBA"), ("jpeg", "CMYK"), ("ppm", "I")],
+]
+
 SUFFIXES = ("png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm", "tga", "pcx", "sgi", "ico")
 
 
@@ -52,10 +59,17 @@ def bytes_of(content, **options):
     return buffer.getvalue()
 
 
-def encoded(image, suffix):
+def encoded(image, suffix, **options):
     buffer = io.BytesIO()
-    image.save(buffer, suffix)
+    image.save(buffer, suffix, **options)
     return buffer.getvalue()
+
+
+def film(suffix, mode, frames):
+    still = Image.new("L", (28, 42), 7).convert("I").convert(mode)
+    if frames == 1 or suffix not in ("png", "tiff", "gif", "webp"):
+        return encoded(still, suffix)
+    return encoded(still, suffix, save_all=True, append_images=[still] * (frames - 1))
 
 
 @st.composite
@@ -281,15 +295,29 @@ def read(folder, content, **options):
     try:
         photograph = read_photograph(file, 14, **options)
     except (UnreadableFile, InvalidInput):
-        return
+        return False
     finally:
         assert [path.name for path in folder.iterdir()] == [file.name]
         file.unlink()
     assert photograph.tensor.isfinite().all()
     assert photograph.picture.shape == (*photograph.tensor.shape[1:], 3)
+    return True
 
 
 harmless = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+@harmless
+@pytest.mark.parametrize(("suffix", "mode"), FORMATS)
+@given(changes=damages(), frames=st.integers(1, 3))
+def test_a_damaged_image_of_any_depth_and_transparency(folder, suffix, mode, changes, frames):
+    read(folder, damaged(film(suffix, mode, frames), changes))
+
+
+@harmless
+@pytest.mark.parametrize(("suffix", "mode"), FORMATS)
+def test_an_image_of_any_depth_and_transparency(folder, suffix, mode):
+    assert read(folder, film(suffix, mode, 2)) or (suffix, mode) == ("tiff", "I")
 
 
 @harmless
