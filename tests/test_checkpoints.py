@@ -15,7 +15,7 @@ from torch import nn
 import saved
 import upstreams
 from dinov2_attn import InvalidInput, UnreadableFile, load_checkpoint
-from dinov2_attn.upstream.layouts import plain
+from dinov2_attn.upstream.layouts import WRAPPERS, plain
 from fresh import python
 from strategies import ModelCase, model_cases, noise, randomise
 
@@ -138,6 +138,15 @@ def test_heads_are_taken_where_the_model_has_them(model, file):
     loaded = saved.training(other(CASE).build(upstreams.FIRST), seed=1)
     assert load_checkpoint(loaded, file) == ()
     assert all(map(torch.equal, loaded.parameters(), modules.parameters()))
+
+
+@pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
+def test_a_name_is_plain_wherever_a_wrapper_stands_in_it(wrapper):
+    """A part of a longer word is none of them."""
+    assert (
+        plain(f"{wrapper}.blocks.1.7.{wrapper}.norm1.{wrapper}.weight") == "blocks.7.norm1.weight"
+    )
+    assert plain(f"my{wrapper}.blocks.7.weight") == f"my{wrapper}.blocks.7.weight"
 
 
 # What does not fit
