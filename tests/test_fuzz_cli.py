@@ -221,6 +221,8 @@ options = st.lists(
         st.tuples(st.just("--image-size"), numbers, numbers),
         st.tuples(st.just("--threshold"), numbers | st.floats().map(str)),
         st.tuples(st.just("--patch-size"), numbers),
+        st.tuples(st.just("--max-pixels"), numbers),
+        st.tuples(st.just("--heads"), numbers),
         st.tuples(st.just("--arch"), st.sampled_from(["vit_small", "vit_tiny", "", "é"])),
         st.tuples(st.just("--device"), st.sampled_from(["cpu", "", "meta", "hpu", "cpu:-1", "é"])),
         st.tuples(st.sampled_from(["--registers", "--weights", "--nope", "--", "-o", "heatmap"])),

@@ -20,7 +20,7 @@ from torch import nn
 
 from dinov2_attn.errors import InvalidInput, UnreadableFile
 from dinov2_attn.show.images import read_photograph
-from dinov2_attn.upstream.checkpoints import load_weights
+from dinov2_attn.upstream.checkpoints import load_checkpoint
 
 WEIGHT, BIAS = torch.full((2, 3), 2.0), torch.full((2,), 3.0)
 
@@ -43,6 +43,13 @@ def images():
     return {suffix: encoded(Image.fromarray(pixels), suffix) for suffix in SUFFIXES}
 
 
+# Depths and transparencies, where Pillow writes them.
+FORMATS = [
+    *[("png", mode) for mode in ("I;16", "LA", "P", "RGBA")],
+    *[("tiff", mode) for mode in ("I;16", "I", "LA", "P", "RGBA", "CMYK")],
+    *[("gif", "P"), ("gif", "RGBA"), ("webp", "RGBA"), ("jpeg", "CMYK"), ("ppm", "I")],
+]
+
 SUFFIXES = ("png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm", "tga", "pcx", "sgi", "ico")
 
 
@@ -52,10 +59,17 @@ def bytes_of(content, **options):
     return buffer.getvalue()
 
 
-def encoded(image, suffix):
+def encoded(image, suffix, **options):
     buffer = io.BytesIO()
-    image.save(buffer, suffix)
+    image.save(buffer, suffix, **options)
     return buffer.getvalue()
+
+
+def film(suffix, mode, frames):
+    still = Image.new("L", (28, 42), 7).convert("I").convert(mode)
+    if frames == 1 or suffix not in ("png", "tiff", "gif", "webp"):
+        return encoded(still, suffix)
+    return encoded(still, suffix, save_all=True, append_images=[still] * (frames - 1))
 
 
 @st.composite
@@ -100,7 +114,7 @@ def load(folder, content):
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     file.write_bytes(content)
     try:
-        load_weights(layer, file)
+        load_checkpoint(layer, file)
     except UnreadableFile:
         assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
         return False
@@ -116,6 +130,16 @@ def load(folder, content):
 @given(which=st.integers(0, 1), changes=damages())
 def test_a_damaged_checkpoint(folder, checkpoints, which, changes):
     load(folder, damaged(checkpoints[which], changes))
+
+
+@given(changes=damages())
+def test_a_damaged_safetensors_file(folder, changes):
+    safetensors = pytest.importorskip(
+        "safetensors.torch", reason="not here: test_a_damaged_checkpoint runs on torch's format"
+    )
+    content = safetensors.save({"weight": WEIGHT, "bias": BIAS}, {"num_heads": "3"})
+    assert load(folder, content)
+    load(folder, damaged(content, changes))
 
 
 @given(head=st.integers(0, 1), place=st.floats(0, 1), end=st.floats(0, 1))
@@ -271,15 +295,29 @@ def read(folder, content, **options):
     try:
         photograph = read_photograph(file, 14, **options)
     except (UnreadableFile, InvalidInput):
-        return
+        return False
     finally:
         assert [path.name for path in folder.iterdir()] == [file.name]
         file.unlink()
     assert photograph.tensor.isfinite().all()
     assert photograph.picture.shape == (*photograph.tensor.shape[1:], 3)
+    return True
 
 
 harmless = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+@harmless
+@pytest.mark.parametrize(("suffix", "mode"), FORMATS)
+@given(changes=damages(), frames=st.integers(1, 3))
+def test_a_damaged_image_of_any_depth_and_transparency(folder, suffix, mode, changes, frames):
+    read(folder, damaged(film(suffix, mode, frames), changes))
+
+
+@harmless
+@pytest.mark.parametrize(("suffix", "mode"), FORMATS)
+def test_an_image_of_any_depth_and_transparency(folder, suffix, mode):
+    assert read(folder, film(suffix, mode, 2)) or (suffix, mode) == ("tiff", "I")
 
 
 @harmless

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -87,11 +90,128 @@ def test_every_eight_bit_image_becomes_rgb(folder, mode):
     assert read_photograph(path, 14).picture.shape == (28, 42, 3)
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_what_is_transparent_is_white(folder):
+    """Below it there may be any colour, black as a rule, which a model would look at."""
+    pixels = noise(28, 42)
+    alpha = np.full((28, 42, 1), 255, dtype=np.uint8)
+    alpha[:, :14] = 0
+    seen = np.where(alpha, pixels, 255)
+    path = save(folder, np.concatenate([pixels, alpha], axis=2))
+    np.testing.assert_array_equal(read_photograph(path, 14).picture, seen)
+    halves = np.full((28, 28, 2), 128, dtype=np.uint8)
+    path = save(folder, halves)
+    assert abs(int(read_photograph(path, 14).picture.mean()) - 191) <= 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+@pytest.mark.parametrize("mode", ["P", "L"])
+def test_a_palette_may_have_a_transparent_entry(folder, mode, suffix):
+    image = Image.new(mode, (28, 28), 0)
+    image.paste(1, (0, 0, 28, 14))
+    if mode == "P":
+        image.putpalette([200, 0, 0, 0, 200, 0])
+    image.save(folder / f"image.{suffix}", transparency=0)
+    picture = read_photograph(folder / f"image.{suffix}", 14).picture
+    shown = (0, 200, 0) if mode == "P" else (1, 1, 1)
+    assert (picture[14:] == 255).all()
+    assert (picture[:14] == shown).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "ppm"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_sixteen_bits_are_scaled_to_eight(folder, suffix, turned):
+    """Pillow would clip all that is above 255 to white; PPM and its older versions say mode I."""
+    deep = np.arange(28 * 42, dtype=np.uint16).reshape(28, 42) * 55
+    deep[0, 0] = 65535
+    exif = Image.Exif()
+    if turned and suffix != "ppm":
+        exif[0x0112] = 3
+    path = save(folder, deep, f"deep.{suffix}", **({"exif": exif} if suffix != "ppm" else {}))
+    expected = np.rint(deep / 257).astype(np.uint8)
+    if turned and suffix != "ppm":
+        expected = expected[::-1, ::-1]
+    picture = read_photograph(path, 14).picture
+    np.testing.assert_array_equal(picture, np.stack([expected] * 3, axis=-1))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_deeper_images_are_refused_rather_than_clipped(folder, dtype):
     path = save(folder, noise(28, 42)[..., 0].astype(dtype), "deep.tif")
-    with pytest.raises(UnreadableFile, match=r"8 bits per channel; found .*mode (I|F).*0…255"):
+    with pytest.raises(UnreadableFile, match=r"8 or 16 bits.*; found .*mode (I|F), .*0…255"):
         read_photograph(path, 14)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_of_several_frames_the_first_is_taken_and_the_log_says_so(folder, suffix, caplog):
+    frames = [Image.new("RGB", (28, 28), colour) for colour in ("red", "lime", "blue")]
+    path = folder / f"film.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    caplog.set_level("INFO")
+    picture = read_photograph(path, 14).picture.astype(int)
+    assert (abs(picture - [255, 0, 0]) <= 2).all()  # webp is lossy
+    assert f"{path} has several frames or pages: the first is taken" in caplog.text
+
+
+def test_one_frame_is_nothing_to_say(folder, caplog):
+    caplog.set_level("INFO")
+    for suffix in ("gif", "png", "webp", "tif", "jpg"):
+        read_photograph(save(folder, noise(28, 42), f"still.{suffix}"), 14)
+    assert "frames" not in caplog.text
+
+
+def test_an_image_of_one_pixel_is_too_small_unless_it_is_enlarged(folder):
+    path = save(folder, noise(1, 1))
+    with pytest.raises(InvalidInput, match=r"at least one patch, 14 × 14; found .*of 1 × 1"):
+        read_photograph(path, 14)
+    picture = read_photograph(path, 14, 14).picture
+    assert picture.shape == (14, 14, 3)
+    assert (picture == noise(1, 1)).all()
+
+
+def header_only(path, width, height):
+    """Write what says that it is a PNG of this size, and no pixel."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b""))
+    return path
+
+
+@pytest.mark.parametrize("size", [(10_000, 10_001), (20_000, 30_000), (2**31 - 1, 2**31 - 1)])
+def test_a_large_image_is_refused_by_its_header(folder, size):
+    """There are no pixels in it that could have been decoded."""
+    path = header_only(folder / "large.png", *size)
+    with pytest.raises(InvalidInput, match=r"at most 100,000,000 pixels; found .*--max-pixels N"):
+        read_photograph(path, 14)
+
+
+def test_the_limit_is_one_of_pixels_and_up_to_the_user(folder):
+    path = save(folder, noise(28, 42))
+    assert read_photograph(path, 14, max_pixels=28 * 42).picture.shape == (28, 42, 3)
+    for pixels in (1, 28 * 42 // 2 - 1, 28 * 42 - 1):
+        with pytest.raises(InvalidInput, match=f"at most {pixels:,} pixels; found {path} "):
+            read_photograph(path, 14, max_pixels=pixels)
+
+
+def test_below_the_limit_pillow_neither_warns_nor_refuses(folder):
+    """Its own limits are 89 and 179 million; incomplete is all that these files are then."""
+    for size in [(10_000, 10_000), (20_000, 30_000)]:
+        path = header_only(folder / "large.png", *size)
+        with pytest.raises(UnreadableFile, match="a complete image file"):
+            read_photograph(path, 14, max_pixels=10**9)
+
+
+def test_the_limit_of_the_process_is_left_alone(folder):
+    before = Image.MAX_IMAGE_PIXELS
+    path = save(folder, noise(28, 42))
+    read_photograph(path, 14)
+    with pytest.raises(InvalidInput):
+        read_photograph(path, 14, max_pixels=1)
+    assert before == Image.MAX_IMAGE_PIXELS
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "webp", "tif"])

@@ -14,9 +14,10 @@ from torch import nn
 
 import upstreams
 from dinov2_attn.errors import InvalidInput, Unavailable, UnreadableFile
-from dinov2_attn.upstream import checkpoints
-from dinov2_attn.upstream.checkpoints import load_pretrained, load_weights
+from dinov2_attn.upstream import published
+from dinov2_attn.upstream.checkpoints import load_checkpoint
 from dinov2_attn.upstream.models import build
+from dinov2_attn.upstream.published import load_pretrained
 from fresh import OFFLINE, python
 
 
@@ -104,7 +105,7 @@ def test_an_unknown_architecture_lists_the_known():
 def test_weights_come_back_as_they_were_saved(tmp_path):
     saved, loaded = build("vit_small", img_size=56), build("vit_small", img_size=56)
     torch.save(saved.state_dict(), tmp_path / "weights.pth")
-    load_weights(loaded, tmp_path / "weights.pth")
+    load_checkpoint(loaded, tmp_path / "weights.pth")
     assert all(map(torch.equal, saved.parameters(), loaded.parameters()))
 
 
@@ -129,23 +130,26 @@ def test_weights_come_back_as_they_were_saved(tmp_path):
 def test_a_checkpoint_that_does_not_fit_says_where(linear, tmp_path, state, found):
     torch.save(state, tmp_path / "weights.pth")
     intact = untouched(linear)
-    with pytest.raises(UnreadableFile, match=rf"expected .*key by key; found .*{found}.*--arch"):
-        load_weights(linear, tmp_path / "weights.pth")
+    with pytest.raises(
+        UnreadableFile, match=rf"expected .*key by key; found .*{found}.*Build the model"
+    ):
+        load_checkpoint(linear, tmp_path / "weights.pth")
     assert intact()
 
 
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ({"teacher": {"weight": torch.zeros(2, 3)}}, "a dict of teacher"),
+        ({}, "an empty dict"),
         ([torch.zeros(1)], "an object of type list"),
         ({"epoch": 3, "model": {}}, "a dict of epoch, model"),
+        ({0: torch.zeros(1)}, "a dict of 0"),
     ],
 )
-def test_a_checkpoint_of_another_format_says_what_it_holds(linear, tmp_path, content, found):
+def test_a_checkpoint_without_named_tensors_says_what_it_holds(linear, tmp_path, content, found):
     torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(UnreadableFile, match=f"plain state dict.*holds {found}. Save"):
-        load_weights(linear, tmp_path / "weights.pth")
+    with pytest.raises(UnreadableFile, match=f"names to tensors.*holds {found}. Save"):
+        load_checkpoint(linear, tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 600, -1])
@@ -155,14 +159,14 @@ def test_a_truncated_checkpoint_is_unreadable(linear, tmp_path, length):
     file.write_bytes(file.read_bytes()[:length])
     intact = untouched(linear)
     with pytest.raises(UnreadableFile, match=r"complete file.*does not load.*save it again"):
-        load_weights(linear, file)
+        load_checkpoint(linear, file)
     assert intact()
 
 
 def test_a_file_that_is_no_checkpoint_is_unreadable(linear, tmp_path):
     (tmp_path / "notes.txt").write_text("no tensors here")
     with pytest.raises(UnreadableFile, match=r"complete file.*notes.txt, which does not load"):
-        load_weights(linear, tmp_path / "notes.txt")
+        load_checkpoint(linear, tmp_path / "notes.txt")
 
 
 class Code:
@@ -177,8 +181,8 @@ class Code:
 
 def test_code_in_a_checkpoint_is_not_run(linear, tmp_path):
     torch.save(Code(tmp_path / "trace"), tmp_path / "weights.pth")
-    with pytest.raises(UnreadableFile, match=r"holds tensors only; found .*does not load"):
-        load_weights(linear, tmp_path / "weights.pth")
+    with pytest.raises(UnreadableFile, match=r"plain data only; found .*does not load"):
+        load_checkpoint(linear, tmp_path / "weights.pth")
     assert not (tmp_path / "trace").exists()
 
 
@@ -212,7 +216,7 @@ def test_torchscript_in_a_checkpoint_is_not_run(linear, tmp_path):
     assert trace.exists(), "the archive would not have run anywhere"
     trace.unlink()
     with pytest.raises(UnreadableFile, match=r"does not load \(ValueError: a TorchScript archive"):
-        load_weights(linear, file)
+        load_checkpoint(linear, file)
     assert not trace.exists()
 
 
@@ -221,13 +225,13 @@ def test_a_tar_is_not_unpacked(linear, tmp_path):
     with tarfile.open(tmp_path / "weights.pth", "w") as tar:
         tar.add(__file__, "storages")
     with pytest.raises(UnreadableFile, match=r"does not load \(ValueError: a tar"):
-        load_weights(linear, tmp_path / "weights.pth")
+        load_checkpoint(linear, tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize(("name", "found"), [("", "a directory"), ("absent.pth", "nothing")])
 def test_a_path_without_a_file_is_unreadable(linear, tmp_path, name, found):
     with pytest.raises(UnreadableFile, match=rf"expected a checkpoint at .*; found {found}\. Name"):
-        load_weights(linear, tmp_path / name)
+        load_checkpoint(linear, tmp_path / name)
 
 
 # Published weights
@@ -272,7 +276,7 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "127.0.0.1")
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         Thread(target=http.serve_forever, daemon=True).start()
-        monkeypatch.setattr(checkpoints, "PUBLISHED_AT", f"http://127.0.0.1:{http.server_port}")
+        monkeypatch.setattr(published, "PUBLISHED_AT", f"http://127.0.0.1:{http.server_port}")
         yield sent
         http.shutdown()
 
@@ -303,8 +307,8 @@ def test_another_patch_size_has_no_published_weights(linear):
 def test_without_network_the_error_names_the_other_ways(tmp_path):
     code = """
 from torch import nn
-from dinov2_attn.upstream import checkpoints
-from dinov2_attn.upstream.checkpoints import load_pretrained
+from dinov2_attn.upstream import published
+from dinov2_attn.upstream.published import load_pretrained
 try:
     load_pretrained(nn.Linear(3, 2), "vit_base", patch_size=14, registers=False)
 except Exception as error:

@@ -48,7 +48,7 @@ def test_nothing_unpickles_or_evaluates():
 def test_the_one_reader_of_checkpoints_takes_tensors_only():
     loads = [(file, ast.unparse(call)) for file, name, call in calls() if name in LOADERS]
     how = "torch.load(path, map_location='cpu', weights_only=True)"
-    assert loads == [("upstream/checkpoints.py", how)]
+    assert loads == [("upstream/reading.py", how)]
 
 
 def test_nothing_is_fetched_in_the_clear():

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dinov2_attn.maps.look import attention_maps
     from dinov2_attn.maps.record import Recording, record
     from dinov2_attn.maps.rollout import rollout
+    from dinov2_attn.upstream.checkpoints import load_checkpoint
 
 __all__ = [
     "AttentionMaps",
@@ -55,6 +56,7 @@ __all__ = [
     "UpstreamDrift",
     "attention_maps",
     "install",
+    "load_checkpoint",
     "record",
     "rollout",
     "status",
@@ -68,6 +70,7 @@ _LATER = {
     "AttentionMaps": "dinov2_attn.maps.attention_maps",
     "Recording": "dinov2_attn.maps.record",
     "attention_maps": "dinov2_attn.maps.look",
+    "load_checkpoint": "dinov2_attn.upstream.checkpoints",
     "record": "dinov2_attn.maps.record",
     "rollout": "dinov2_attn.maps.rollout",
 }

@@ -79,7 +79,7 @@ def _draw(
     from dinov2_attn.show.heatmap import cls_maps, draw, write
     from dinov2_attn.show.images import read_photograph
 
-    photograph = read_photograph(image, loaded.model.patch_size, size)
+    photograph = read_photograph(image, loaded.model.patch_size, size, args.max_pixels)
     maps = cls_maps(loaded.model, photograph, args.device)
     pictures = draw(photograph, maps, loaded.model.patch_size, args.threshold)
     write(folder, photograph, maps, pictures, NO_MEANING if loaded.random else None)

@@ -5,12 +5,21 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dinov2_attn.commands.values import positive
 from dinov2_attn.errors import InvalidInput
-from dinov2_attn.upstream.models import ARCHS, build
+from dinov2_attn.upstream.models import (
+    ARCHS,
+    PUBLISHED,
+    Architecture,
+    build,
+    build_like,
+    caption,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +38,22 @@ class Loaded:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--arch``, ``--weights`` and the like to ``parser``."""
     group = parser.add_argument_group("the model")
-    group.add_argument("--arch", choices=ARCHS, default="vit_small", help="default: vit_small")
-    group.add_argument("--registers", action="store_true", help="the model with 4 registers")
-    group.add_argument("--patch-size", type=positive, default=14, metavar="N", help="default: 14")
     weights = group.add_mutually_exclusive_group()
     weights.add_argument(
-        "--weights", metavar="PATH", help="a state dict; default: the published weights"
+        "--weights",
+        metavar="PATH",
+        help="a checkpoint, which says what model it is; default: the published weights",
     )
     weights.add_argument(
         "--random-weights", action="store_true", help="a trial run: maps carry no meaning"
+    )
+    group.add_argument("--arch", choices=ARCHS, help="default: that of --weights, else vit_small")
+    group.add_argument("--registers", action="store_true", help="the model with 4 registers")
+    group.add_argument(
+        "--patch-size", type=positive, metavar="N", help="default: that of --weights, else 14"
+    )
+    group.add_argument(
+        "--heads", type=positive, metavar="N", help="of --weights where 64 features are not a head"
     )
     group.add_argument("--repo", metavar="PATH", help="a checkout of facebookresearch/dinov2")
     group.add_argument("--device", default="cpu", help="torch's name of it, default: cpu")
@@ -46,33 +62,98 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def load_model(args: argparse.Namespace) -> Loaded:
     """Return the grafted model that the options of ``add_options`` describe, on its device.
 
-    Raises ``InvalidInput``, ``Unavailable`` and ``UnreadableFile``.
+    With ``--weights`` the checkpoint says what model it is, and options that say otherwise
+    are errors. Raises ``InvalidInput``, ``Unavailable`` and ``UnreadableFile``.
     """
     import torch
 
-    import dinov2_attn
-    from dinov2_attn.upstream.checkpoints import load_pretrained, load_weights
-    from dinov2_attn.upstream.source import obtain
-
     check_device(args.device)
+    if args.heads is not None and args.weights is None:
+        raise InvalidInput(
+            "--heads together with --weights PATH", "no checkpoint", "Leave it out: a name tells."
+        )
+    choose = _named if args.weights is None else _from_file
+    make, name = choose(args)
     if torch.device(args.device).type == "cpu":
         # xFormers has no kernel for it, and upstream would call one wherever xFormers imports.
         sys.modules.setdefault("xformers", None)  # type: ignore[arg-type]  # Python's own sign
-    log.info("%s", obtain(args.repo))
-    dinov2_attn.install()
-    kind = {"patch_size": args.patch_size, "registers": args.registers}
+    _obtain(args.repo)
     # Seeded, so that random weights are the same at every run.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
-        model = build(args.arch, **kind)
-    if args.random_weights:
-        log.warning("RANDOM WEIGHTS: the maps of this run carry no meaning")
-    elif args.weights is not None:
-        load_weights(model, args.weights)
-    else:
-        load_pretrained(model, args.arch, **kind)
-    name = f"{args.arch}/{args.patch_size}" + (", 4 registers" if args.registers else "")
+        model = make()
     return Loaded(model.to(args.device), name, args.random_weights)
+
+
+def _obtain(repo: str | None) -> None:
+    import dinov2_attn
+    from dinov2_attn.upstream.source import obtain
+
+    log.info("%s", obtain(repo))
+    dinov2_attn.install()
+
+
+# How to make a model once upstream's code is there, and what captions call it.
+Choice = tuple[Callable[[], Any], str]
+
+
+def _named(args: argparse.Namespace) -> Choice:
+    """Choose a model by name: of published weights or of random ones."""
+    arch, patch_size = args.arch or "vit_small", args.patch_size or 14
+
+    def make() -> Any:
+        from dinov2_attn.upstream.published import load_pretrained
+
+        model = build(arch, patch_size=patch_size, registers=args.registers)
+        if args.random_weights:
+            log.warning("RANDOM WEIGHTS: the maps of this run carry no meaning")
+        else:
+            load_pretrained(model, arch, patch_size=patch_size, registers=args.registers)
+        return model
+
+    called = caption(PUBLISHED[arch][0], patch_size, 4 if args.registers else 0)
+    return make, f"{called}, {'random' if args.random_weights else 'published'} weights"
+
+
+def _from_file(args: argparse.Namespace) -> Choice:
+    """Choose the model whose weights are in a file. It is read first: that needs no network."""
+    from dinov2_attn.upstream.architecture import infer
+    from dinov2_attn.upstream.checkpoints import fill
+    from dinov2_attn.upstream.reading import read
+
+    checkpoint = read(args.weights)
+    architecture = infer(checkpoint, args.heads)
+    _require_agreement(args, architecture)
+    log.info("%s: %s", args.weights, architecture)
+    if architecture.registers:
+        log.info(
+            "positions are interpolated as in the published models with registers (antialias, "
+            "no offset): weights do not tell"
+        )
+
+    def make() -> Any:
+        model = build_like(architecture)
+        fill(model, checkpoint)
+        return model
+
+    return make, f"{architecture}, {Path(args.weights).name}"
+
+
+def _require_agreement(args: argparse.Namespace, found: Architecture) -> None:
+    """Raise ``InvalidInput`` where an option says otherwise than the file."""
+    arch = None if args.arch is None else PUBLISHED[args.arch][0]
+    agree = {
+        f"--arch {args.arch}": arch in (None, found.family),
+        f"--patch-size {args.patch_size}": args.patch_size in (None, found.patch_size),
+        "--registers, which are 4": not args.registers or found.registers == 4,
+    }
+    asked = [option for option, agrees in agree.items() if not agrees]
+    if asked:
+        raise InvalidInput(
+            f"{', '.join(asked)}, as asked",
+            f"{args.weights}, which holds {found}",
+            "Leave the options out: the file tells.",
+        )
 
 
 def check_device(name: str) -> None:

@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dinov2_attn.commands.values import positive
 from dinov2_attn.errors import InvalidInput, Unavailable
 
 if TYPE_CHECKING:
@@ -15,13 +16,19 @@ if TYPE_CHECKING:
 
 
 def add_image_size(parser: argparse.ArgumentParser) -> None:
-    """Add ``--image-size`` to ``parser``."""
+    """Add ``--image-size`` and ``--max-pixels`` to ``parser``."""
     parser.add_argument(
         "--image-size",
         nargs="+",
         metavar=("N", "W"),
         help="the short side, or height and width, named after the images; "
         "default: as it is, up to 518",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        metavar="N",
+        help="refuse larger images before they are decoded; default: 100 million",
     )
 
 

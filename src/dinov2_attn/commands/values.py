@@ -8,7 +8,7 @@ from argparse import ArgumentTypeError
 def positive(text: str) -> int:
     """Read a whole number of at least 1."""
     if not (text.isdecimal() and int(text) > 0):
-        raise ArgumentTypeError(f"expected a whole number above 0; found {text!r}. Give pixels.")
+        raise ArgumentTypeError(f"expected a whole number above 0; found {text!r}. Try 14.")
     return int(text)
 
 

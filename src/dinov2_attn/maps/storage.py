@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2_attn.errors import InvalidInput, Unavailable, UnreadableFile, UnwritableOutput
+from dinov2_attn import optional
+from dinov2_attn.errors import InvalidInput, UnreadableFile, UnwritableOutput
 from dinov2_attn.maps.attention_maps import AttentionMaps
 
 
@@ -18,7 +19,7 @@ def save(maps: AttentionMaps, path: Path) -> None:
     """Write ``maps`` to ``path``; see ``AttentionMaps.save``."""
     about = {key: getattr(maps, key) for key in ("layers", "grid", "prefix", "queries")}
     metadata = {key: json.dumps(value) for key, value in about.items()}
-    content = _library().save(_named(maps), metadata)
+    content = optional.safetensors().torch.save(_named(maps), metadata)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
             unfinished = Path(folder) / "maps"
@@ -34,11 +35,9 @@ def save(maps: AttentionMaps, path: Path) -> None:
 
 def load(path: Path) -> AttentionMaps:
     """Read ``maps`` from ``path``; see ``AttentionMaps.load``."""
-    _library()
-    from safetensors import safe_open
-
+    library = optional.safetensors()
     try:
-        with safe_open(path, "pt") as file:
+        with library.safe_open(path, "pt") as file:
             about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         layers = tuple(about["layers"])
@@ -55,18 +54,6 @@ def load(path: Path) -> AttentionMaps:
             f"{path} ({type(error).__name__}: {error})",
             "Name the .safetensors file itself.",
         ) from error
-
-
-def _library() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise Unavailable(
-            "the library safetensors",
-            str(error),
-            "Install it with `pip install 'dinov2-attn[viz]'`.",
-        ) from error
-    return safetensors.torch
 
 
 def _named(maps: AttentionMaps) -> dict[str, Tensor]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +19,14 @@ from torchvision.transforms import functional as transforms
 
 from dinov2_attn.errors import InvalidInput, UnreadableFile
 
+log = logging.getLogger(__name__)
+
 # The mean and deviation of ImageNet's channels, with which every DINOv2 was trained.
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
 
-# An image of so many pixels takes 1.2 GB as a tensor; its attention would take petabytes.
+# An image of so many pixels takes 0.3 GB decoded and 1.2 GB as a tensor; its attention would
+# take petabytes.
 MOST_PIXELS = 100_000_000
 
 # The published weights were trained up to here; the cost of attention grows with the
@@ -39,15 +47,24 @@ class Photograph:
     picture: npt.NDArray[np.uint8]
 
 
-def read_photograph(path: Path, patch_size: int, image_size: ImageSize = None) -> Photograph:
-    """Read the image at ``path``, upright and in RGB, resize it, crop it to whole patches.
+def read_photograph(
+    path: Path,
+    patch_size: int,
+    image_size: ImageSize = None,
+    max_pixels: int | None = None,
+) -> Photograph:
+    """Read the image at ``path``, resize it, crop it to whole patches.
 
+    It comes upright, in RGB: 16 bits per channel are scaled to 8, what is transparent shows
+    white, and of several frames or pages the first is taken, which the log says.
     ``image_size`` is the length of the short side or an exact (height, width); without
     it the image keeps its size up to a short side of 518. The crop takes away at the right
-    and at the bottom. Raises ``UnreadableFile`` if there is no complete image of 8 bits per
-    channel at ``path``, ``InvalidInput`` if not one patch fits in or it is beyond reason.
+    and at the bottom. Raises ``UnreadableFile`` if there is no complete image at ``path``
+    or one of numbers without a known range (32 bits, floating), ``InvalidInput`` if it has
+    more than ``max_pixels`` (100 million without it), which its header tells before anything
+    is decoded, or if not one patch fits in or it is beyond reason.
     """
-    image = _resize(_open(path), image_size)
+    image = _resize(_open(path, max_pixels or MOST_PIXELS), image_size)
     width, height = (side - side % patch_size for side in image.size)
     if not (width and height):
         raise InvalidInput(
@@ -60,25 +77,73 @@ def read_photograph(path: Path, patch_size: int, image_size: ImageSize = None) -
     return Photograph(tensor, np.array(image))
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, max_pixels: int) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with _limit(max_pixels), Image.open(path) as image:
+            if getattr(image, "is_animated", False):
+                log.info("%s has several frames or pages: the first is taken", path)
+                image.seek(0)
             image.load()
             upright = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):
+                upright = _in_eight_bits(upright, image, path)
+            return _in_rgb(upright)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InvalidInput(
+            f"an image of at most {max_pixels:,} pixels",
+            f"{path} ({error})",
+            "Shrink it, or allow it with --max-pixels N.",
+        ) from error
+    except UnreadableFile:
+        raise
     except Exception as error:  # Pillow's readers raise whatever foreign bytes provoke
         raise UnreadableFile(
             "a complete image file",
             f"{path}, which cannot be read ({type(error).__name__}: {error})",
             "Check the path and that an image viewer opens it.",
         ) from error
-    # Pillow would clip deeper channels to white instead of scaling them.
-    if upright.mode.startswith(("I", "F")):
+
+
+# Pillow's limit is one for the process.
+_LIMIT = threading.Lock()
+
+
+@contextlib.contextmanager
+def _limit(pixels: int) -> Iterator[None]:
+    """Let Pillow refuse images of more ``pixels``, and those inside of a file, by their headers."""
+    with _LIMIT, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _TRANSPARENT or "transparency" in image.info:
+        # As viewers show it: below there may be any colour, black as a rule.
+        opaque = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(opaque, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+_TRANSPARENT = {"LA", "PA", "RGBA", "RGBa"}
+
+# Whose mode I is 16 bits deep, as Pillow's older versions open it.
+_SIXTEEN_BITS = {"PNG", "PPM"}
+
+
+def _in_eight_bits(upright: Image.Image, image: Image.Image, path: Path) -> Image.Image:
+    """Scale 0…65535 to 0…255, where Pillow would clip to white."""
+    if not (image.mode.startswith("I;16") or image.format in _SIXTEEN_BITS):
         raise UnreadableFile(
-            "an image of 8 bits per channel",
-            f"{path} of Pillow's mode {upright.mode}",
-            "Scale its values to 0…255 and save it again.",
+            "an image of 8 or 16 bits per channel",
+            f"{path} of Pillow's mode {image.mode}, whose values have no known range",
+            "Scale them to 0…255 and save it again.",
         )
-    return upright.convert("RGB")
+    values = np.asarray(upright).astype(np.float32) / 257
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def _resize(image: Image.Image, size: ImageSize) -> Image.Image:

@@ -1,156 +1,126 @@
-"""Filling upstream's models with weights: a file of the user's or Meta's published one."""
+"""Filling a model with the weights of a file, whatever they were saved from, or not at all."""
 
 from __future__ import annotations
 
+import copy
 import logging
-import os
-import tarfile
-import tempfile
-import zipfile
-from collections.abc import Mapping, Sequence
-from http.client import HTTPException
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn.errors import Unavailable, UnreadableFile
-from dinov2_attn.upstream.network import brief
+from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.upstream.architecture import describe
+from dinov2_attn.upstream.layouts import Backbone, find_backbone, plain
+from dinov2_attn.upstream.reading import Checkpoint, read, some
 
 log = logging.getLogger(__name__)
-
-PUBLISHED_AT = "https://dl.fbaipublicfiles.com/dinov2"
-PUBLISHED_PATCH_SIZE = 14
 
 # What parameters are saved in. Whole and complex numbers would become one of these in silence.
 _FLOATING = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Fill ``model`` with a checkpoint in the format of upstream's hub: a plain state dict.
+def load_checkpoint(
+    model: nn.Module, path: str | Path, *, interpolate_pos_embed: bool = False
+) -> tuple[str, ...]:
+    """Fill ``model``, one of upstream's vision transformers, with the weights in a file.
 
-    Strict: a key that is missing or left over and a tensor of another shape or kind are errors.
-    Raises ``UnreadableFile``, and then the model is as it was.
+    The file may be by ``torch.save``, of which tensors and plain data are read and no code
+    is run, or by safetensors. The weights may be bare or in nested dicts, below names such
+    as ``teacher.backbone.``, saved from within DDP or ``torch.compile``, their blocks flat
+    or in chunks, whichever ``model`` has. If there are a teacher and a student, the teacher
+    is taken, which is what upstream evaluates.
+
+    Strict: each parameter is found, with its shape, or it is an error; so is a tensor of
+    the backbone that ``model`` has not. Floating numbers are converted to the model's.
+    Where the file has a positional embedding for another square of patches, that is an
+    error too, unless ``interpolate_pos_embed``: then it is resized to the model's by
+    upstream's own method, which does so for images of another size in each pass: bicubic,
+    with the ``interpolate_antialias`` and ``interpolate_offset`` of ``model``.
+
+    Returns what was left out, each part by its name in the file: ``student``,
+    ``teacher.dino_head``, ``optimizer``; ``()`` if the file holds the backbone alone.
+
+    Raises ``UnreadableFile`` for a file that is no checkpoint, does not fit or is a shard of
+    FSDP, ``Unavailable`` for safetensors without their library and ``InvalidInput`` for a
+    model on the meta device. ``model`` is then as it was.
     """
-    state = _read_state_dict(Path(path))
-    differences = _differences(model.state_dict(), state)
+    return fill(model, read(path), interpolate_pos_embed=interpolate_pos_embed)
+
+
+def fill(
+    model: nn.Module, checkpoint: Checkpoint, *, interpolate_pos_embed: bool = False
+) -> tuple[str, ...]:
+    """Do as ``load_checkpoint`` does, with a file that was read."""
+    state = model.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        raise InvalidInput(
+            "a model with memory for its weights",
+            "one on the meta device",
+            "Call model.to_empty(device='cpu') first.",
+        )
+    backbone = find_backbone(checkpoint, {plain(name) for name in state})
+    weights = dict(backbone.weights)
+    if interpolate_pos_embed:
+        weights.update(_resized(model, weights))
+    expected = {plain(name): tensor for name, tensor in state.items()}
+    differences = _differences(expected, weights)
     if differences:
-        raise UnreadableFile(
-            "a checkpoint that fits the model key by key",
-            f"{path} with {'; '.join(differences)}",
-            "Make --arch, --patch-size and --registers those of the checkpoint.",
-        )
-    model.load_state_dict(state)
+        raise _misfit(checkpoint, backbone, expected, differences)
+    model.load_state_dict({name: weights[plain(name)] for name in state})
+    log.info("%s: took %s%s", checkpoint.path, backbone.root or "all", _without(backbone))
+    return backbone.left_out
 
 
-def load_pretrained(model: nn.Module, arch: str, *, patch_size: int, registers: bool) -> None:
-    """Fill ``model`` with the weights that Meta publishes for it.
-
-    They are kept where torch.hub keeps checkpoints, so a file that ``torch.hub.load`` of
-    upstream downloaded is found. Raises ``Unavailable`` if there are none or if they cannot
-    be downloaded, and what ``load_weights`` raises.
-    """
-    if patch_size != PUBLISHED_PATCH_SIZE:
-        raise Unavailable(
-            f"patch size {PUBLISHED_PATCH_SIZE}, the only one with published weights",
-            f"patch size {patch_size}",
-            "Give your own with --weights PATH, or run without meaning with --random-weights.",
-        )
-    name = f"dinov2_{arch.replace('_', '')[:4]}{patch_size}"
-    file = f"{name}_reg4_pretrain.pth" if registers else f"{name}_pretrain.pth"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file
-    if not path.is_file():
-        _fill_and_keep(model, f"{PUBLISHED_AT}/{name}/{file}", path)
-        return
-    try:
-        load_weights(model, path)
-    except UnreadableFile as error:
-        expected, found, _ = error.args
-        raise UnreadableFile(
-            expected, found, "The download may have been cut short: remove the file and run again."
-        ) from error
+def _without(backbone: Backbone) -> str:
+    return f", left out {', '.join(backbone.left_out)}" if backbone.left_out else ""
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        found = "a directory" if path.is_dir() else "nothing"
-        raise UnreadableFile(f"a checkpoint at {path}", found, "Name the .pth file itself.")
-    try:
-        _check_unpacked(path)
-        _refuse_what_runs(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the bytes at hand provoke
-        reason = str(error).partition("\n")[0]
-        raise UnreadableFile(
-            "a complete file by torch.save that holds tensors only",
-            f"{path}, which does not load ({type(error).__name__}: {reason})",
-            "Download or save it again, as torch.save(model.state_dict(), path).",
-        ) from error
-    if not _is_state_dict(content):
-        raise UnreadableFile(
-            "a plain state dict, names to tensors, as upstream's hub publishes",
-            f"{path}, which holds {_describe(content)}",
-            "Save the state dict of the backbone alone: torch.save(model.state_dict(), path).",
-        )
-    # As a plain dict: what else an OrderedDict brings would be asked in place of its methods.
-    return dict(dict.items(content))
-
-
-def _check_unpacked(path: Path) -> None:
-    """Raise unless reading ``path`` takes memory as its size says: torch compresses nothing."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > path.stat().st_size:
-            raise zipfile.BadZipFile(f"its entries unpack to {unpacked:,} bytes")
-
-
-def _refuse_what_runs(path: Path) -> None:
-    """Raise ``ValueError`` for the two formats whose code ``weights_only`` lets through.
-
-    PyTorch before 2.6 hands a TorchScript archive on to ``torch.jit.load``, which runs its
-    ``__setstate__``, and unpacks the tar that PyTorch 0.1 wrote (CVE-2025-32434).
-    """
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    # PyTorch's reader and not Python's: a zip can be made in which the two see other files.
-    if is_zip and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
-        raise ValueError("a TorchScript archive, which holds code")
-    if tarfile.is_tarfile(path):
-        raise ValueError("a tar, which PyTorch would unpack")
-
-
-def _is_state_dict(content: object) -> TypeGuard[dict[str, Tensor]]:
-    return isinstance(content, dict) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in dict.items(content)
+def _misfit(
+    checkpoint: Checkpoint,
+    backbone: Backbone,
+    expected: Mapping[str, Tensor],
+    differences: list[str],
+) -> UnreadableFile:
+    theirs, ours = describe(backbone.weights), describe(expected)
+    next_step = "Build the model as it was when it was saved."
+    if all(" of another square" in difference for difference in differences):
+        next_step = "Have it resized with load_checkpoint(…, interpolate_pos_embed=True)."
+    elif theirs and theirs != ours:
+        next_step = f"It holds {theirs}: build that in place of {ours or 'this model'}."
+    below = f", below {backbone.root}," if backbone.root else ""
+    return UnreadableFile(
+        "a checkpoint that fits the model key by key",
+        f"{checkpoint.path}{below} with {'; '.join(differences)}",
+        next_step,
     )
 
 
-def _describe(content: object) -> str:
-    if isinstance(content, dict):
-        return f"a dict of {_some([str(key) for key in dict.keys(content)])}"
-    return f"an object of type {type(content).__name__}"
-
-
 def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    reshaped = [
-        f"{key} {tuple(found[key].shape)} for {tuple(expected[key].shape)}"
-        for key in expected
-        if key in found and found[key].shape != expected[key].shape
-    ]
-    odd = [
-        f"{key} ({found[key].dtype}, {found[key].layout}, {found[key].device})"
-        for key in expected
-        if key in found and not _fits(found[key], expected[key])
-    ]
+    both = [key for key in expected if key in found]
+    reshaped = [key for key in both if found[key].shape != expected[key].shape]
+    squares = [key for key in reshaped if _another_square(key, found[key], expected[key])]
     kinds = {
         "missing": [key for key in expected if key not in found],
         "left over": [key for key in found if key not in expected],
-        "of another shape": reshaped,
-        "of another kind": odd,
+        "of another square of patches": [_shapes(key, found, expected) for key in squares],
+        "of another shape": [
+            _shapes(key, found, expected) for key in reshaped if key not in squares
+        ],
+        "of another kind": [
+            f"{key} ({found[key].dtype}, {found[key].layout}, {found[key].device})"
+            for key in both
+            if not _fits(found[key], expected[key])
+        ],
     }
-    return [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in kinds.items() if keys]
+    return [f"{len(keys)} {kind}: {some(keys)}" for kind, keys in kinds.items() if keys]
+
+
+def _shapes(key: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    return f"{key} {tuple(found[key].shape)} for {tuple(expected[key].shape)}"
 
 
 def _fits(found: Tensor, expected: Tensor) -> bool:
@@ -159,31 +129,51 @@ def _fits(found: Tensor, expected: Tensor) -> bool:
     return alike and found.layout == torch.strided and found.device.type == "cpu"
 
 
-def _some(names: Sequence[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
+# Positional embeddings
 
 
-def _fill_and_keep(model: nn.Module, url: str, path: Path) -> None:
-    """Download to beside ``path``, and move there what the model could be filled with."""
-    log.info("downloading %s", url)
+def _another_square(key: str, found: Tensor, expected: Tensor) -> bool:
+    """Say whether upstream's interpolation leads from the one to the other."""
+    return (
+        key.rpartition(".")[2] == "pos_embed"
+        and found.ndim == expected.ndim == 3
+        and (found.shape[0], found.shape[2]) == (expected.shape[0], expected.shape[2])
+        and all(_side(tensor) ** 2 == tensor.shape[1] - 1 > 0 for tensor in (found, expected))
+        and _fits(found, expected)
+    )
+
+
+def _side(pos_embed: Tensor) -> int:
+    return math.isqrt(max(0, pos_embed.shape[1] - 1))
+
+
+def _resized(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the positional embeddings that are for another square, for the model's own."""
+    resized = {}
+    for name, parameter in model.named_parameters():
+        key = plain(name)
+        theirs = weights.get(key, parameter)
+        if theirs.shape != parameter.shape and _another_square(key, theirs, parameter):
+            transformer = model.get_submodule(name.rpartition(".")[0])
+            resized[key] = _interpolate(transformer, theirs, parameter)
+    return resized
+
+
+@torch.no_grad()
+def _interpolate(transformer: Any, theirs: Tensor, ours: Tensor) -> Tensor:
+    # A copy, so that upstream's method reads this embedding and the model keeps its own.
+    stand_in = copy.copy(transformer)
+    stand_in._parameters = {**transformer._parameters, "pos_embed": nn.Parameter(theirs)}
+    side = _side(ours)
+    pixels = side * transformer.patch_size
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # torch.hub takes a broken line for the end of the file.
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            file = Path(folder) / path.name
-            with brief():
-                torch.hub.download_url_to_file(url, str(file))
-            load_weights(model, file)
-            os.replace(file, path)
-    except UnreadableFile as error:
-        expected, found, _ = error.args
-        raise UnreadableFile(
-            expected, found, "Nothing was kept. The line may have broken: run again."
+        # Of its first argument, the tokens of an image, it reads shape and dtype.
+        resized: Tensor = stand_in.interpolate_pos_encoding(ours, pixels, pixels)
+    except AssertionError as error:  # some revisions miss some sizes by a rounding error
+        raise InvalidInput(
+            f"a positional embedding that this upstream can resize to {side} × {side} patches",
+            f"one of {_side(theirs)} × {_side(theirs)}",
+            "Build the model with another img_size.",
         ) from error
-    except (OSError, HTTPException) as error:  # no network, a broken line, an unwritable cache
-        raise Unavailable(
-            f"the published weights {url}",
-            f"{type(error).__name__}: {error}",
-            "Give a file of yours with --weights PATH, or see the program run with "
-            "--random-weights, whose maps carry no meaning.",
-        ) from error
+    log.info("pos_embed: %d tokens resized to %d", theirs.shape[1], ours.shape[1])
+    return resized

@@ -1,0 +1,184 @@
+"""What a vision transformer is built like, read off its weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.upstream.layouts import ANCHORS, find_backbone
+from dinov2_attn.upstream.models import Architecture
+from dinov2_attn.upstream.reading import Checkpoint, some
+
+log = logging.getLogger(__name__)
+
+Weights = Mapping[str, Tensor]
+
+# In every published model; weights do not tell.
+HEAD_DIM = 64
+
+# A key of a safetensors file's metadata, whose value is a number as text.
+HEADS_KEY = "num_heads"
+
+
+def infer(checkpoint: Checkpoint, heads: int | None = None) -> Architecture:
+    """Read the architecture of a checkpoint off its weights.
+
+    The number of heads is ``heads``, else what the file says (metadata of safetensors),
+    else one for every 64 features, as in every published model. Raises ``UnreadableFile``
+    if there is no vision transformer of upstream's kind and ``InvalidInput`` if the number
+    of heads is not known, cannot be or contradicts the file.
+    """
+    weights = find_backbone(checkpoint, ANCHORS).weights
+    try:
+        architecture = _read(weights)
+    except _NotUpstreams as error:
+        raise UnreadableFile(
+            "a checkpoint of a DINOv2 backbone, named as upstream's classes are",
+            f"{checkpoint.path}, {error}",
+            "Name the file of the backbone, converted to upstream's names if it is another "
+            "library's.",
+        ) from error
+    return replace(architecture, num_heads=_heads(checkpoint, architecture.embed_dim, heads))
+
+
+def describe(weights: Weights) -> str:
+    """Name the architecture of a backbone's weights; ``""`` if it cannot be read."""
+    try:
+        return str(_read(weights))
+    except _NotUpstreams:
+        return ""
+
+
+class _NotUpstreams(Exception):
+    """Weights are missing or of other shapes than upstream's classes give them."""
+
+
+def _read(weights: Weights) -> Architecture:
+    _expect(_have_memory(weights.values()), "with tensors that share their memory")
+    embed_dim, in_chans, patch_size, patch_width = _shape(weights, "patch_embed.proj.weight", 4)
+    _expect(patch_size == patch_width, f"with patches of {patch_size} × {patch_width}")
+    tokens = _shape(weights, "pos_embed", 3)[1]
+    grid = math.isqrt(max(0, tokens - 1))
+    _expect(grid * grid == tokens - 1 > 0, f"with {tokens} positions, not 1 and a square")
+    block, depth = _block(weights)
+    _expect(
+        _shape(block, "attn.qkv.weight", 2) == (3 * embed_dim, embed_dim)
+        and _shape(block, "attn.proj.weight", 2) == (embed_dim, embed_dim),
+        f"whose attention is not one of {embed_dim} features",
+    )
+    registers = "register_tokens" in weights and _shape(weights, "register_tokens", 3)[1]
+    ffn, hidden = _ffn(block)
+    return Architecture(
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=max(1, embed_dim // HEAD_DIM),
+        patch_size=patch_size,
+        img_size=grid * patch_size,
+        in_chans=in_chans,
+        registers=int(registers),
+        ffn=ffn,
+        hidden=hidden,
+        layer_scale="ls1.gamma" in block,
+        qkv_bias="attn.qkv.bias" in block,
+        proj_bias="attn.proj.bias" in block,
+        ffn_bias="mlp.fc1.bias" in block or "mlp.w12.bias" in block,
+    )
+
+
+def _block(weights: Weights) -> tuple[Weights, int]:
+    """Return the weights of one block, and how many alike there are."""
+    blocks: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        first, _, rest = name.partition(".")
+        number, _, key = rest.partition(".")
+        if first == "blocks" and key:
+            blocks.setdefault(number, {})[key] = tensor
+    _expect("0" in blocks, "without blocks")
+    gaps = [f"blocks.{i}" for i in range(len(blocks)) if str(i) not in blocks]
+    _expect(not gaps, f"without {some(gaps)}")
+    # Alike, or a small file could ask for a model of any size.
+    shapes = {name: _shapes(block) for name, block in blocks.items()}
+    odd = [f"blocks.{name}" for name in shapes if shapes[name] != shapes["0"]]
+    _expect(not odd, f"with {some(odd)} unlike blocks.0")
+    return blocks["0"], len(blocks)
+
+
+def _shapes(block: Weights) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in block.items()}
+
+
+def _ffn(block: Weights) -> tuple[str, int]:
+    """Return upstream's word for the kind of FFN, and how many features it has inside."""
+    if "mlp.fc1.weight" in block:
+        return "mlp", _shape(block, "mlp.fc1.weight", 2)[0]
+    if "mlp.w12.weight" in block:
+        return "swiglufused", _shape(block, "mlp.w12.weight", 2)[0] // 2
+    return "identity", 0
+
+
+def _shape(weights: Weights, key: str, dimensions: int) -> tuple[int, ...]:
+    _expect(key in weights, f"without {key}; it holds {some(list(weights)) or 'none of it'}")
+    tensor = weights[key]
+    shape = tuple(tensor.shape)
+    _expect(len(shape) == dimensions and 0 not in shape, f"with {key} of shape {shape}")
+    return shape
+
+
+def _have_memory(tensors: Collection[Tensor]) -> bool:
+    """Say whether there are numbers behind all of them: a view of one can have any shape."""
+    if any(tensor.layout != torch.strided or tensor.is_meta for tensor in tensors):
+        return False
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    memory = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(t.numel() * t.element_size() for t in tensors) <= sum(memory.values())
+
+
+def _expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise _NotUpstreams(otherwise)
+
+
+def _heads(checkpoint: Checkpoint, embed_dim: int, asked: int | None) -> int:
+    said = _said(checkpoint)
+    if asked is not None and said is not None and asked != said:
+        raise InvalidInput(
+            f"{asked} heads, as asked", f"{checkpoint.path} with {said}", "Leave out --heads."
+        )
+    heads = asked or said
+    if heads is None:
+        heads, rest = divmod(embed_dim, HEAD_DIM)
+        if rest:
+            raise InvalidInput(
+                "the number of heads, which weights do not tell",
+                f"{checkpoint.path} with {embed_dim} features, which are not {HEAD_DIM} for each",
+                "Give it with --heads N, or in a safetensors file's metadata as "
+                f"{{'{HEADS_KEY}': 'N'}}.",
+            )
+        log.info("%d heads: %d features for each, as in every published model", heads, HEAD_DIM)
+    if embed_dim % heads:
+        raise InvalidInput(
+            f"a number of heads that {embed_dim} features can be divided among",
+            f"{heads}",
+            "Give another with --heads N.",
+        )
+    return heads
+
+
+def _said(checkpoint: Checkpoint) -> int | None:
+    """Return the number of heads that a file states."""
+    text = checkpoint.metadata.get(HEADS_KEY)
+    if text is None:
+        return None
+    if not (text.isdecimal() and len(text) < 6 and int(text)):
+        raise UnreadableFile(
+            f"a whole number above 0 as {HEADS_KEY} in the file's metadata",
+            f"{checkpoint.path} with {text[:20]!r}",
+            "Save it again with the number of heads as text.",
+        )
+    return int(text)
