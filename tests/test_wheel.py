@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -94,6 +95,18 @@ def test_the_wheel_holds_the_package_and_no_more(wheel):
     assert described == {about + part for part in parts}
 
 
+def test_the_model_that_ships_is_in_the_wheel_with_its_card(wheel):
+    """The weights byte for byte, and at what the package may grow by."""
+    sizes = {member.filename: member.compress_size for member in ZipFile(wheel).infolist()}
+    folder = "dinov2_attn/demo/"
+    shipped = ZipFile(wheel).read(f"{folder}model.safetensors")
+    assert shipped == (ROOT / "src" / folder / "model.safetensors").read_bytes()
+    assert hashlib.sha256(shipped).hexdigest() in ZipFile(wheel).read(
+        f"{folder}MODEL_CARD.md"
+    ).decode("utf-8")
+    assert sum(size for name, size in sizes.items() if name.startswith(folder)) <= 1_500_000
+
+
 def test_the_core_asks_for_pytorch_alone(site):
     (installed,) = metadata.distributions(path=[str(site)])
     required = installed.requires or []
@@ -129,8 +142,9 @@ def test_its_program_runs(user, site):
     assert "xFormers on cpu: ModuleNotFoundError" in done.stdout
 
 
-def test_pictures_name_the_extra_they_need(user, site):
-    done = user("-m", "dinov2_attn", "heatmap", "--sample", "-o", "out", "--random-weights")
+@pytest.mark.parametrize("command", ["heatmap --sample --random-weights", "demo --seed 3"])
+def test_pictures_name_the_extra_they_need(user, site, command):
+    done = user("-m", "dinov2_attn", *command.split(), "-o", "out")
     assert done.returncode == 2
     assert "no torchvision in this environment. Install" in done.stderr
     assert "dinov2-attn[viz]" in done.stderr

@@ -12,6 +12,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """Read a whole number from 0 on."""
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"expected a whole number from 0 on; found {text!r}. Try 0.")
+    return int(text)
+
+
 def share(text: str) -> float:
     """Read a number above 0 and up to 1."""
     try:
