@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from dinov2_attn import __version__
-from dinov2_attn.commands import doctor, heatmap, verify
+from dinov2_attn.commands import doctor, explore, heatmap, verify
 from dinov2_attn.errors import Dinov2AttnError
 
 PROGRAM = "dinov2-attn"
-COMMANDS = (heatmap, verify, doctor)
+COMMANDS = (heatmap, explore, verify, doctor)
 
 log = logging.getLogger(__name__)
 
