@@ -19,6 +19,27 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def above_zero(text: str) -> float:
+    """Read a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise ArgumentTypeError(f"expected a number above 0; found {text!r}. Try 25.")
+    return value
+
+
+def blocks(text: str) -> list[int]:
+    """Read whole numbers with commas between them, negative ones counted from the end."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ArgumentTypeError(
+            f"expected blocks with commas between them; found {text!r}. Try 0,5,11."
+        ) from error
+
+
 def share(text: str) -> float:
     """Read a number above 0 and up to 1."""
     try:

@@ -1,0 +1,120 @@
+
+// What hands and keys do to what is shown.
+
+function tokenAt(stage, event) {
+  const box = stage.getBoundingClientRect();
+  const across = Math.floor(((event.clientX - box.left) / box.width) * COLUMNS);
+  const down = Math.floor(((event.clientY - box.top) / box.height) * ROWS);
+  return PREFIX + clamp(down, 0, ROWS - 1) * COLUMNS + clamp(across, 0, COLUMNS - 1);
+}
+
+function choose(token, held = true) {
+  if (token === view.token && held === view.held) return;
+  view.token = token;
+  view.held = held;
+  show();
+}
+
+function point(token) {
+  if (token === view.cursor) return;
+  view.cursor = token;
+  show();
+}
+
+function step(token, [down, across]) {
+  if (token === null) return view.token;
+  if (token < PREFIX) return clamp(token + Math.sign(down + across), 0, TOKENS - 1);
+  const row = Math.floor((token - PREFIX) / COLUMNS) + down;
+  const column = clamp(((token - PREFIX) % COLUMNS) + across, 0, COLUMNS - 1);
+  return row < 0 ? PREFIX - 1 : PREFIX + Math.min(row, ROWS - 1) * COLUMNS + column;
+}
+
+function lookFromCursor() {
+  if (view.cursor !== null) choose(view.cursor);
+}
+
+$("photo").addEventListener("pointermove", (event) => {
+  if (event.pointerType !== "touch" && !view.held) choose(tokenAt($("photo"), event), false);
+});
+$("photo").addEventListener("click", (event) => {
+  const token = tokenAt($("photo"), event);
+  choose(token, !(view.held && token === view.token));
+});
+$("map").addEventListener("pointermove", (event) => {
+  if (event.pointerType !== "touch") point(tokenAt($("map"), event));
+});
+$("map").addEventListener("click", (event) => point(tokenAt($("map"), event)));
+$("map").addEventListener("dblclick", (event) => choose(tokenAt($("map"), event)));
+$("release").addEventListener("click", () => choose(view.token, false));
+$("from-here").addEventListener("click", lookFromCursor);
+$("steps").addEventListener("click", ({ target }) => {
+  if (target.dataset.key) choose(step(view.token, ARROWS[target.dataset.key]));
+});
+
+$("layer").addEventListener("input", ({ target }) => turn("layer", Number(target.value)));
+$("head").addEventListener("input", ({ target }) => turn("head", Number(target.value)));
+$("mean").addEventListener("input", toggleMean);
+form.addEventListener("change", show);
+form.addEventListener("submit", (event) => event.preventDefault());
+$("opacity").addEventListener("input", fade);
+
+function turn(what, value) {
+  view[what] = clamp(value, 0, (what === "layer" ? layers.length : about.heads) - 1);
+  show();
+}
+
+function toggleMean() {
+  view.head = $("mean").checked ? MEAN : Number($("head").value);
+  show();
+}
+
+function flip(name) {
+  form.elements[name].value = isOn(name) ? "no" : "yes";
+  show();
+}
+
+function fade() {
+  canvas.style.opacity = $("opacity").value / 100;
+  $("opacity-value").textContent = `${$("opacity").value} %`;
+}
+
+// Keys
+
+const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+
+const LETTERS = {
+  c: () => choose(0),
+  m: () => !$("mean").disabled && $("mean").click(),
+  r: () => flip("column"),
+  l: () => flip("log"),
+  s: () => flip("shared"),
+  o: () => !$("outliers").disabled && $("outliers").click(),
+  "[": () => turn("layer", view.layer - 1),
+  "]": () => turn("layer", view.layer + 1),
+  ",": () => view.head !== MEAN && turn("head", view.head - 1),
+  ".": () => view.head !== MEAN && turn("head", view.head + 1),
+};
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const busy = event.target.closest("input, button, summary"); // keys mean something there
+  const letter = $("letters").checked && LETTERS[event.key.toLowerCase()];
+  if (event.key === "Escape") choose(view.token, false);
+  else if (event.key in ARROWS && !busy) arrow(event);
+  else if (event.key === "Enter" && !busy) lookFromCursor();
+  else if (letter) letter();
+  else if ($("letters").checked && /^\d$/.test(event.key)) digit(Number(event.key));
+});
+
+function arrow(event) {
+  event.preventDefault(); // the page would scroll
+  if (event.shiftKey) point(step(view.cursor, ARROWS[event.key]));
+  else choose(step(view.token, ARROWS[event.key]));
+}
+
+function digit(token) {
+  if (token < PREFIX) choose(token);
+}
+
+begin();
+performance.mark("shown");
