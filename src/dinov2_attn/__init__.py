@@ -22,6 +22,7 @@ from dinov2_attn.errors import (
     NotRecorded,
     OutOfRange,
     PatchedOnTop,
+    SuspiciousArtifacts,
     Unavailable,
     UnreadableFile,
     UnwritableOutput,
@@ -30,12 +31,14 @@ from dinov2_attn.errors import (
 from dinov2_attn.surgery.install import Handle, Status, install, status, uninstall
 
 if TYPE_CHECKING:
+    from dinov2_attn.maps.artifacts import ArtifactTokens, artifact_tokens
     from dinov2_attn.maps.attention_maps import AttentionMaps
     from dinov2_attn.maps.look import attention_maps
     from dinov2_attn.maps.record import Recording, record
     from dinov2_attn.maps.rollout import rollout
 
 __all__ = [
+    "ArtifactTokens",
     "AttentionMaps",
     "Dinov2AttnError",
     "Handle",
@@ -49,10 +52,12 @@ __all__ = [
     "PatchedOnTop",
     "Recording",
     "Status",
+    "SuspiciousArtifacts",
     "Unavailable",
     "UnreadableFile",
     "UnwritableOutput",
     "UpstreamDrift",
+    "artifact_tokens",
     "attention_maps",
     "install",
     "record",
@@ -65,8 +70,10 @@ __version__ = "0.1.0"
 
 # What needs torch, which is imported with its first use.
 _LATER = {
+    "ArtifactTokens": "dinov2_attn.maps.artifacts",
     "AttentionMaps": "dinov2_attn.maps.attention_maps",
     "Recording": "dinov2_attn.maps.record",
+    "artifact_tokens": "dinov2_attn.maps.artifacts",
     "attention_maps": "dinov2_attn.maps.look",
     "record": "dinov2_attn.maps.record",
     "rollout": "dinov2_attn.maps.rollout",
