@@ -25,6 +25,8 @@ EVERY_FILE = {
     "attention.npy",
     "attn-mean.png",
     "overlay-mean.png",
+    "heads.png",
+    "overlay.png",
     *(f"attn-head{head}.png" for head in range(6)),
 }
 
