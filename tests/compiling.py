@@ -31,6 +31,8 @@ asking = pytest.mark.skipif(
     "test_on_every_torch_a_graph_is_upstreams_or_an_error runs instead",
 )
 
+compiling_questions = [*compiling, asking]
+
 
 class Graphs:
     """A backend that counts how often its graphs run."""

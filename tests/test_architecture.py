@@ -152,7 +152,12 @@ def test_heads_are_64_features_unless_it_is_said_otherwise(caplog):
 @pytest.mark.parametrize(
     ("metadata", "asked", "error", "message"),
     [
-        ({}, None, InvalidInput, r"weights do not tell; found x.pth with 96 fea.*--heads N.*'num_"),
+        (
+            {},
+            None,
+            InvalidInput,
+            r"weights do not tell; found x.pth with 96 fea.*--num-heads N.*'num_",
+        ),
         ({}, 5, InvalidInput, r"96 features can be divided among; found 5\. Give another"),
         ({"num_heads": "7"}, None, InvalidInput, r"divided among; found 7\."),
         ({"num_heads": "3"}, 6, InvalidInput, r"6 heads, as asked; found x.pth with 3\. Leave"),

@@ -25,6 +25,8 @@ EVERY_FILE = {
     "attention.npy",
     "attn-mean.png",
     "overlay-mean.png",
+    "heads.png",
+    "overlay.png",
     *(f"attn-head{head}.png" for head in range(6)),
 }
 
@@ -222,7 +224,7 @@ options = st.lists(
         st.tuples(st.just("--threshold"), numbers | st.floats().map(str)),
         st.tuples(st.just("--patch-size"), numbers),
         st.tuples(st.just("--max-pixels"), numbers),
-        st.tuples(st.just("--heads"), numbers),
+        st.tuples(st.just("--num-heads"), numbers),
         st.tuples(st.just("--arch"), st.sampled_from(["vit_small", "vit_tiny", "", "é"])),
         st.tuples(st.just("--device"), st.sampled_from(["cpu", "", "meta", "hpu", "cpu:-1", "é"])),
         st.tuples(st.sampled_from(["--registers", "--weights", "--nope", "--", "-o", "heatmap"])),

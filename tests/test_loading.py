@@ -77,7 +77,7 @@ def test_names_for_captions(tmp_path):
 
 
 def test_options_that_agree_are_welcome(file, tmp_path):
-    assert load("--weights", file, "--patch-size", 7, "--heads", 2).model.patch_size == 7
+    assert load("--weights", file, "--patch-size", 7, "--num-heads", 2).model.patch_size == 7
     path = saved_small(tmp_path / "mine.pth", embed_dim=384, depth=12, patch_size=4, img_size=4)
     assert load("--weights", path, "--arch", "vit_small").model.num_heads == 6
 
@@ -99,12 +99,12 @@ def test_options_that_contradict_are_an_error_with_both_sides(file, options, ask
 
 def test_heads_are_asked_for_where_weights_do_not_tell(tmp_path):
     path = saved_small(tmp_path / "mine.pth", embed_dim=96)
-    with pytest.raises(InvalidInput, match=r"found .* with 96 features.*--heads N"):
+    with pytest.raises(InvalidInput, match=r"found .* with 96 features.*--num-heads N"):
         load("--weights", path)
-    assert load("--weights", path, "--heads", 3).model.num_heads == 3
+    assert load("--weights", path, "--num-heads", 3).model.num_heads == 3
     for others in (["--random-weights"], []):
-        with pytest.raises(InvalidInput, match="--heads together with --weights PATH"):
-            load("--heads", 3, *others)
+        with pytest.raises(InvalidInput, match="--num-heads together with --weights PATH"):
+            load("--num-heads", 3, *others)
 
 
 def test_a_safetensors_file_can_say_its_heads(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dinov2_attn
-from compiling import Graphs, asking, compiles, compiling
+from compiling import Graphs, asking, compiles, compiling_questions
 from dinov2_attn import record
 from recordings import IMAGES, assert_all_close, assert_nothing_on, build
 from tolerances import assert_close
@@ -37,7 +37,7 @@ def attention_by_attention(model, backend):
 @pytest.mark.parametrize("way", [wholly, in_place, block_by_block, attention_by_attention])
 @pytest.mark.parametrize("first", ["compiled", "recorded"])
 class TestCompiled:
-    pytestmark = [*compiling, asking]
+    pytestmark = compiling_questions
 
     def test_a_compiled_model_is_refused_and_never_missed(self, grafted, way, first):
         model, graphs = build(grafted), Graphs()
@@ -66,7 +66,7 @@ def in_eager_mode():
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("first", ["compiled", "recorded"])
 class TestFullGraph:
-    pytestmark = [*compiling, asking]
+    pytestmark = compiling_questions
 
     def test_a_single_graph_is_refused_and_works_again_afterwards(self, models, first):
         model, graphs = build(models), Graphs()
@@ -96,7 +96,7 @@ class TestFullGraph:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 class TestCompiledProjection:
-    pytestmark = [*compiling, asking]
+    pytestmark = compiling_questions
 
     def test_a_projection_that_no_hook_reaches_is_refused(self, grafted):
         """Its graph was made when there was none."""

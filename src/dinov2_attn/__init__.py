@@ -22,6 +22,7 @@ from dinov2_attn.errors import (
     NotRecorded,
     OutOfRange,
     PatchedOnTop,
+    SuspiciousArtifacts,
     Unavailable,
     UnreadableFile,
     UnwritableOutput,
@@ -30,6 +31,7 @@ from dinov2_attn.errors import (
 from dinov2_attn.surgery.install import Handle, Status, install, status, uninstall
 
 if TYPE_CHECKING:
+    from dinov2_attn.maps.artifacts import ArtifactTokens, artifact_tokens
     from dinov2_attn.maps.attention_maps import AttentionMaps
     from dinov2_attn.maps.look import attention_maps
     from dinov2_attn.maps.record import Recording, record
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from dinov2_attn.upstream.checkpoints import load_checkpoint
 
 __all__ = [
+    "ArtifactTokens",
     "AttentionMaps",
     "Dinov2AttnError",
     "Handle",
@@ -50,10 +53,12 @@ __all__ = [
     "PatchedOnTop",
     "Recording",
     "Status",
+    "SuspiciousArtifacts",
     "Unavailable",
     "UnreadableFile",
     "UnwritableOutput",
     "UpstreamDrift",
+    "artifact_tokens",
     "attention_maps",
     "install",
     "load_checkpoint",
@@ -67,8 +72,10 @@ __version__ = "0.1.0"
 
 # What needs torch, which is imported with its first use.
 _LATER = {
+    "ArtifactTokens": "dinov2_attn.maps.artifacts",
     "AttentionMaps": "dinov2_attn.maps.attention_maps",
     "Recording": "dinov2_attn.maps.record",
+    "artifact_tokens": "dinov2_attn.maps.artifacts",
     "attention_maps": "dinov2_attn.maps.look",
     "load_checkpoint": "dinov2_attn.upstream.checkpoints",
     "record": "dinov2_attn.maps.record",

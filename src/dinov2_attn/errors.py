@@ -64,3 +64,7 @@ class KernelFallback(UserWarning):
 
 class UpstreamDrift(UserWarning):
     """Upstream's code is none that is known here, and holds all the same."""
+
+
+class SuspiciousArtifacts(UserWarning):
+    """So many patches have outlying norms that something else than artifacts is going on."""

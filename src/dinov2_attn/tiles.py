@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +157,7 @@ def cut(length: int, step: int) -> Iterator[slice]:
 
 def is_compiling() -> bool:
     """Say whether Dynamo is following this very call."""
-    compiler = getattr(torch, "compiler", None)  # torch 2.1 has it, and 2.2 this in it
+    compiler: Any = getattr(torch, "compiler", None)  # torch 2.1 has it, and 2.2 this in it
     if hasattr(compiler, "is_compiling"):
         return bool(compiler.is_compiling())
     dynamo = sys.modules.get("torch._dynamo")

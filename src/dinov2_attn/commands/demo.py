@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinov2_attn.commands import pictures
+from dinov2_attn.commands.loading import Loaded, load_model
 from dinov2_attn.commands.photographs import require_libraries
 from dinov2_attn.commands.values import positive, whole
+from dinov2_attn.demo.load import PATH
 from dinov2_attn.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Draw scenes with one target of rings among other shapes, and write what a small model looks at
-in each: img.png, attn-mean.png, overlay-mean.png and the like, as heatmap does. The model ships
+in each: heads.png, overlay.png and the like, as heatmap does. The model ships
 with this package; only upstream's code is fetched where it is not importable.
 """
 
@@ -44,7 +46,10 @@ def add(subparsers: Any) -> None:
         "--seed", type=whole, default=0, metavar="N", help="of the first scene, default: 0"
     )
     parser.add_argument("--repo", metavar="PATH", help="a checkout of facebookresearch/dinov2")
-    parser.set_defaults(run=run)
+    parser.add_argument("--device", default="cpu", help="torch's name of it, default: cpu")
+    pictures.add_options(parser)
+    options = ("arch", "registers", "patch_size", "num_heads", "random_weights")
+    parser.set_defaults(run=run, weights=PATH, **dict.fromkeys(options))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,40 +63,27 @@ def run(args: argparse.Namespace) -> int:
             f"{args.count} from {args.seed} on",
             "Choose a smaller --seed.",
         )
-    model = _model(args.repo)
+    loaded = load_model(args)
+    pictures.check(args, loaded)
     found = 0
     for i in range(args.count):
         shape = list(SHAPES)[i % len(SHAPES)]
         scene = draw(args.seed + i, SHAPES[shape])
         folder = args.output / f"scene-{args.seed + i}-{shape}"
-        hit = _show(model, scene, folder)
+        hit = _show(loaded, scene, folder, args)
         print(f"{folder}: the map's maximum is {'on' if hit else 'beside'} the target")
         found += hit
     print(f"pointing game: {found} of {args.count}\n{WHAT_IT_IS}")
     return 0
 
 
-def _model(repo: str | None) -> Any:
-    import dinov2_attn
-    from dinov2_attn.demo.load import load_demo_model
-    from dinov2_attn.upstream.source import obtain
-
-    # It has no kernel for a CPU, and upstream would call one wherever xFormers imports.
-    sys.modules.setdefault("xformers", None)  # type: ignore[arg-type]  # Python's own sign
-    log.info("%s", obtain(repo))
-    dinov2_attn.install()
-    return load_demo_model()
-
-
-def _show(model: Any, scene: Scene, folder: Path) -> bool:
+def _show(loaded: Loaded, scene: Scene, folder: Path, args: argparse.Namespace) -> bool:
     """Write the pictures of one scene, and say whether the model points at its target."""
     import torch
 
     from dinov2_attn.demo.game import peak, to_tensor
-    from dinov2_attn.show.heatmap import cls_maps, draw, write
     from dinov2_attn.show.images import Photograph
 
     photograph = Photograph(to_tensor([scene])[0], scene.picture)
-    maps = cls_maps(model, photograph)
-    write(folder, photograph, maps, draw(photograph, maps, model.patch_size))
+    maps = pictures.write(loaded, photograph, str(folder), folder, args)
     return bool(scene.mask[peak(torch.from_numpy(maps.mean(axis=0)), scene.mask.shape)])

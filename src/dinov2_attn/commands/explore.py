@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     written = explore(
         args.output,
         loaded.model,
-        read_photograph(image, loaded.model.patch_size, size),
+        read_photograph(image, loaded.model.patch_size, size, args.max_pixels),
         args.layers,
         heads="mean" if args.heads == "mean" else None,
         title=image.name,

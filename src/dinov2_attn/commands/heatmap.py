@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinov2_attn.commands import pictures
 from dinov2_attn.commands.loading import Loaded, add_options, load_model
 from dinov2_attn.commands.photographs import (
     add_image_size,
@@ -15,7 +16,6 @@ from dinov2_attn.commands.photographs import (
     require_libraries,
     sample,
 )
-from dinov2_attn.commands.values import share
 from dinov2_attn.errors import Dinov2AttnError, InvalidInput
 
 if TYPE_CHECKING:
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Write the attention of the CLS token in the last block, head by head, under DINO v1's names:
-img.png, attn-head{j}.png and, with --threshold, mask_th{t}_head{j}.png; attn-mean.png,
-overlay-mean.png and attention.npy (heads, h, w) besides. One image goes straight into DIR,
-several go into a folder each.
+Write the attention of the CLS token in the last block as pictures. heads: the photograph, the
+mean and every head on one scale; overlay: the mean over the photograph; both with a caption that
+names model, layer, head, query, the share of CLS and registers, and artifact tokens. Beside them
+DINO v1's files: img.png, attn-head{j}.png and, with --threshold, mask_th{t}_head{j}.png (and
+masks); attn-mean.png, overlay-mean.png and attention.npy (heads, h, w). One image goes straight
+into DIR, several go into a folder each.
 """
 
 
@@ -42,9 +44,7 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     add_image_size(parser)
-    parser.add_argument(
-        "--threshold", type=share, metavar="T", help="mark the patches with this share, in (0, 1]"
-    )
+    pictures.add_options(parser)
     add_options(parser)
     parser.set_defaults(run=run)
 
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if not images:
         raise InvalidInput("an image", "none", "Name one, or try --sample.")
     loaded = load_model(args)
+    pictures.check(args, loaded)
     failed = 0
     with logging_redirect_tqdm():
         jobs = zip(images, _folders(args.output, images), strict=True)
@@ -75,14 +76,10 @@ def run(args: argparse.Namespace) -> int:
 def _draw(
     loaded: Loaded, image: Path, folder: Path, size: ImageSize, args: argparse.Namespace
 ) -> None:
-    from dinov2_attn.show.banner import NO_MEANING
-    from dinov2_attn.show.heatmap import cls_maps, draw, write
     from dinov2_attn.show.images import read_photograph
 
     photograph = read_photograph(image, loaded.model.patch_size, size, args.max_pixels)
-    maps = cls_maps(loaded.model, photograph, args.device)
-    pictures = draw(photograph, maps, loaded.model.patch_size, args.threshold)
-    write(folder, photograph, maps, pictures, NO_MEANING if loaded.random else None)
+    pictures.write(loaded, photograph, str(image), folder, args)
 
 
 def _folders(output: Path, images: Sequence[Path]) -> list[Path]:

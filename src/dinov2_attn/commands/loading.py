@@ -53,7 +53,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--patch-size", type=positive, metavar="N", help="default: that of --weights, else 14"
     )
     group.add_argument(
-        "--heads", type=positive, metavar="N", help="of --weights where 64 features are not a head"
+        "--num-heads",
+        type=positive,
+        metavar="N",
+        help="of --weights, where 64 features are not a head",
     )
     group.add_argument("--repo", metavar="PATH", help="a checkout of facebookresearch/dinov2")
     group.add_argument("--device", default="cpu", help="torch's name of it, default: cpu")
@@ -68,9 +71,11 @@ def load_model(args: argparse.Namespace) -> Loaded:
     import torch
 
     check_device(args.device)
-    if args.heads is not None and args.weights is None:
+    if args.num_heads is not None and args.weights is None:
         raise InvalidInput(
-            "--heads together with --weights PATH", "no checkpoint", "Leave it out: a name tells."
+            "--num-heads together with --weights PATH",
+            "no checkpoint",
+            "Leave it out: a name tells.",
         )
     choose = _named if args.weights is None else _from_file
     make, name = choose(args)
@@ -122,7 +127,7 @@ def _from_file(args: argparse.Namespace) -> Choice:
     from dinov2_attn.upstream.reading import read
 
     checkpoint = read(args.weights)
-    architecture = infer(checkpoint, args.heads)
+    architecture = infer(checkpoint, args.num_heads)
     _require_agreement(args, architecture)
     log.info("%s: %s", args.weights, architecture)
     if architecture.registers:

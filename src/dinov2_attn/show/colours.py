@@ -28,7 +28,7 @@ def viridis(grid: Grid) -> Pixels:
     return colours[..., :3]
 
 
-def heaviest(grid: Grid, share: float) -> Mask:
+def heaviest(grid: Grid | npt.NDArray[np.float64], share: float) -> Mask:
     """Mark the cells that together hold the heaviest ``share`` of the mass, (h, w).
 
     As in DINO v1: cells in ascending order, and marked once their cumulated mass exceeds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +10,54 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinov2_attn.errors import Dinov2AttnError, InvalidInput
+from dinov2_attn.maps.attention_maps import AttentionMaps
+from dinov2_attn.maps.look import attention_maps
+from dinov2_attn.queries import Queries
 from dinov2_attn.show.banner import with_banner
 from dinov2_attn.show.colours import Grid, Pixels, blend, heaviest, stain, upsample, viridis
 from dinov2_attn.show.files import together
 from dinov2_attn.show.images import Photograph
-from dinov2_attn.upstream.anatomy import count_registers
+from dinov2_attn.show.running import looking_at
+from dinov2_attn.surgery.inputs import Layers
+
+Device = str | torch.device
 
 
-def cls_maps(model: Any, photograph: Photograph, device: str | torch.device = "cpu") -> Grid:
+def cls_maps(model: Any, photograph: Photograph, device: Device = "cpu") -> Grid:
     """Return what CLS gives to each patch in the last block: float32 (heads, h, w).
 
     ``model`` is a grafted vision transformer on ``device``. The shares of CLS and of the
     registers are cut off and nothing is rescaled, so that a head sums to less than one.
     Raises ``InvalidInput`` if the device cannot run the model on this many patches.
     """
-    weights = _cls_rows(model, photograph.tensor.unsqueeze(0), device)
-    prefix = 1 + count_registers(model)
-    height, width = (side // model.patch_size for side in photograph.tensor.shape[1:])
-    patches = weights[0, :, 0, prefix:].float().cpu()
-    maps: Grid = patches.reshape(-1, height, width).numpy()
+    return last_cls_maps(maps_of(model, photograph, 1, "cls", device))
+
+
+def maps_of(
+    model: Any,
+    photograph: Photograph,
+    n: Layers = None,
+    queries: Queries = None,
+    device: Device = "cpu",
+) -> AttentionMaps:
+    """Return ``attention_maps`` of one photograph, on the CPU; errors are those of ``cls_maps``."""
+    maps: AttentionMaps = run(
+        lambda images: attention_maps(model, images, n, queries=queries), photograph, device
+    )
     return maps
 
 
-def _cls_rows(model: Any, images: torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    try:
-        with torch.inference_mode():
-            weights: torch.Tensor = model.get_last_self_attention(images.to(device), queries="cls")
-    except (RuntimeError, MemoryError) as error:  # no memory on this device, as a rule
-        if isinstance(error, Dinov2AttnError):
-            raise
-        raise InvalidInput(
-            "an image that the model can be run on here",
-            f"one of {images.shape[2]} × {images.shape[3]} ({str(error).partition(chr(10))[0]})",
-            "Give a smaller --image-size.",
-        ) from error
-    return weights
+def last_cls_maps(maps: AttentionMaps) -> Grid:
+    """Return the maps (heads, h, w) of CLS in the last of the layers, CLS being the first query."""
+    patches: Grid = maps.maps()[-1][0, :, 0].float().numpy()
+    return patches
+
+
+def run(compute: Callable[[torch.Tensor], Any], photograph: Photograph, device: Device) -> Any:
+    """Return what ``compute`` makes of a batch of one photograph, its tensors on the CPU."""
+    images = photograph.tensor.unsqueeze(0)
+    with looking_at(images):
+        return compute(images.to(device)).cpu()
 
 
 def draw(
@@ -72,10 +85,12 @@ def write(
     maps: Grid,
     pictures: dict[str, Pixels],
     warning: str | None = None,
+    others: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
     """Write ``img.png``, ``attention.npy`` and the ``pictures``, all of them or none.
 
-    A ``warning`` goes below every picture of a map. Raises ``UnwritableOutput``.
+    A ``warning`` goes below every picture of a map. ``others`` are files by name, with what
+    writes them. Raises ``UnwritableOutput``.
     """
     with together(folder) as unfinished:
         np.save(unfinished / "attention.npy", maps)
@@ -85,3 +100,5 @@ def write(
             if warning is not None:
                 picture = with_banner(picture, warning)
             picture.save(unfinished / f"{name}.png")
+        for name, write_to in (others or {}).items():
+            write_to(unfinished / name)

@@ -148,7 +148,7 @@ def _heads(checkpoint: Checkpoint, embed_dim: int, asked: int | None) -> int:
     said = _said(checkpoint)
     if asked is not None and said is not None and asked != said:
         raise InvalidInput(
-            f"{asked} heads, as asked", f"{checkpoint.path} with {said}", "Leave out --heads."
+            f"{asked} heads, as asked", f"{checkpoint.path} with {said}", "Leave out --num-heads."
         )
     heads = asked or said
     if heads is None:
@@ -157,7 +157,7 @@ def _heads(checkpoint: Checkpoint, embed_dim: int, asked: int | None) -> int:
             raise InvalidInput(
                 "the number of heads, which weights do not tell",
                 f"{checkpoint.path} with {embed_dim} features, which are not {HEAD_DIM} for each",
-                "Give it with --heads N, or in a safetensors file's metadata as "
+                "Give it with --num-heads N, or in a safetensors file's metadata as "
                 f"{{'{HEADS_KEY}': 'N'}}.",
             )
         log.info("%d heads: %d features for each, as in every published model", heads, HEAD_DIM)
@@ -165,7 +165,7 @@ def _heads(checkpoint: Checkpoint, embed_dim: int, asked: int | None) -> int:
         raise InvalidInput(
             f"a number of heads that {embed_dim} features can be divided among",
             f"{heads}",
-            "Give another with --heads N.",
+            "Give another with --num-heads N.",
         )
     return heads
 

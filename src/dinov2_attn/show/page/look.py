@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dinov2_attn.attention import Heads
-from dinov2_attn.errors import Dinov2AttnError, InvalidInput
+from dinov2_attn.maps.artifacts import artifact_tokens
 from dinov2_attn.maps.look import check_grafted, grid_of
 from dinov2_attn.maps.record import record
 from dinov2_attn.show.images import Photograph
-from dinov2_attn.show.page.artifacts import outliers_of
 from dinov2_attn.show.page.frame import Frame, bytes_in
 from dinov2_attn.show.page.keep import NOTHING, Keep, Shape
 from dinov2_attn.show.page.quantise import Table
 from dinov2_attn.show.page.write import Written, keep, quantise_layer, write
+from dinov2_attn.show.running import looking_at
 from dinov2_attn.surgery.inputs import Layers, layers_to_take
 from dinov2_attn.surgery.transformer import flat_blocks
 from dinov2_attn.upstream.anatomy import count_registers
@@ -52,8 +51,8 @@ def explore(
     images = photograph.tensor[None].to(device)
     layers = layers_to_take(n, len(flat_blocks(model.blocks)))
     shape = _shape(model, images, heads)
-    with torch.inference_mode(), _runnable(images):
-        outliers = outliers_of(model, images)
+    with looking_at(images):
+        outliers = artifact_tokens(model, images)
         limit = bytes_in(max_mb)
         frame = Frame(photograph.picture, shape, title, name, warning, outliers, 0, limit)
         kept = keep(frame, layers)
@@ -94,17 +93,3 @@ def _tables(
                 recordings.enter_context(recorded)
         model(images)
     return tables
-
-
-@contextmanager
-def _runnable(images: Tensor) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # no memory on this device, as a rule
-        if isinstance(error, Dinov2AttnError):
-            raise
-        raise InvalidInput(
-            "an image that the model can be run on here",
-            f"one of {images.shape[2]} × {images.shape[3]} ({str(error).partition(chr(10))[0]})",
-            "Give a smaller --image-size.",
-        ) from error

@@ -1,0 +1,69 @@
+"""Words in pictures: what the font has, on lines of the picture's width."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import matplotlib.font_manager
+from matplotlib.ft2font import FT2Font
+from PIL import ImageFont
+
+FONT = "DejaVu Sans"  # which matplotlib brings
+POINTS_PER_INCH = 72
+_SIZE = 100  # in which letters are measured
+SCREEN = 100  # pixels per inch, the fewest that pictures here have
+
+
+def printable(text: str) -> str:
+    """Return ``text`` on one line, with a sign for each letter that the font has not."""
+    known = _letters()
+    words = " ".join(text.split())
+    return "".join(
+        letter if letter.isprintable() and ord(letter) in known else "\N{REPLACEMENT CHARACTER}"
+        for letter in words
+    )
+
+
+def wrap(sentences: list[str], inches: float, points: float, *, bold: bool = False) -> list[str]:
+    """Break each of the ``sentences``, set in letters of ``points``, into lines of ``inches``."""
+    room = inches * SCREEN
+    pixels = points * SCREEN / POINTS_PER_INCH
+    return [line for text in sentences for line in _lines(printable(text), room, pixels, bold)]
+
+
+def _lines(text: str, room: float, pixels: float, bold: bool) -> list[str]:
+    def width(letters: str) -> int:
+        # Hinting rounds each letter, on a coarse screen up to the next pixel.
+        return sum(math.ceil(pixels * _advance(letter, bold)) for letter in letters)
+
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if width(longer) <= room:
+            lines[-1] = longer
+            continue
+        lines.append("")
+        for letter in word:  # a word longer than a line goes on in the next
+            if lines[-1] and width(lines[-1] + letter) > room:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line]
+
+
+def percent(share: float) -> str:
+    """Return a share as 43.1 %."""
+    return f"{100 * share:.1f} %"
+
+
+@functools.cache
+def _letters() -> frozenset[int]:
+    return frozenset(FT2Font(matplotlib.font_manager.findfont(FONT)).get_charmap())
+
+
+@functools.cache
+def _advance(letter: str, bold: bool) -> float:
+    """Return how far a letter of size 1 moves the pen."""
+    name = f"{FONT}:bold" if bold else FONT
+    font = ImageFont.truetype(matplotlib.font_manager.findfont(name), _SIZE)
+    return float(font.getlength(letter)) / _SIZE

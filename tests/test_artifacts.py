@@ -1,0 +1,497 @@
+"""Artifact tokens: found where they were planted, by numbers that NumPy makes anew."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+import dinov2_attn
+import reference
+from dinov2_attn import artifact_tokens, record
+from dinov2_attn.errors import InvalidInput, NotGrafted, OutOfRange, SuspiciousArtifacts
+from dinov2_attn.maps.outliers import Rule
+from dinov2_attn.surgery.transformer import flat_blocks
+from dinov2_attn.upstream.anatomy import Part, part_of_module
+from recordings import IMAGES, assert_nothing_on, build
+from strategies import ModelCase, model_cases, noise
+from tolerances import assert_close
+
+# Models of a few features have norms of all sizes: what is flagged there is looked at elsewhere.
+pytestmark = pytest.mark.filterwarnings("ignore:more than 10%")
+
+CASE = ModelCase(
+    depth=4, chunks=0, registers=3, heads=3, grid=(5, 6), batch=2, dtype=torch.float64, seed=5
+)
+
+
+class Planted:
+    """Make tokens large behind one block of a real model, and small again behind the next."""
+
+    def __init__(self, model, layer, places, factor=1000.0):
+        self._blocks, self._layer = flat_blocks(model.blocks), layer
+        self._places, self._factor = places, factor
+
+    def __enter__(self):
+        def times(factor):
+            def hook(_, __, output):
+                if isinstance(output, list):  # the last block, asked for queries and keys
+                    return output
+                output = output.clone()
+                for sample, token in self._places:
+                    output[sample, token] *= factor
+                return output
+
+            return hook
+
+        hooks = [self._blocks[self._layer].register_forward_hook(times(self._factor))]
+        if self._layer + 1 < len(self._blocks):
+            after = self._blocks[self._layer + 1]
+            hooks.append(after.register_forward_hook(times(1 / self._factor)))
+        self._hooks = hooks
+
+    def __exit__(self, *_):
+        for hook in self._hooks:
+            hook.remove()
+
+
+def of_upstream(model, images, masks=None):
+    """Outputs of all blocks and the last block's weights, of upstream's own forward pass."""
+    outputs, inputs = [], []
+    hooks = [
+        b.register_forward_hook(lambda _, __, out: outputs.append(out))
+        for b in flat_blocks(model.blocks)
+    ]
+    attentions = [m for m in model.modules() if part_of_module(m) is Part.ATTENTION]
+    hooks.append(attentions[-1].register_forward_pre_hook(lambda _, a: inputs.append(a[0])))
+    with torch.no_grad():
+        model.forward_features(images, masks)
+        for hook in hooks:
+            hook.remove()
+        return outputs, reference.weights(attentions[-1], inputs[-1])
+
+
+def thresholds(norms, deviations=7.5, floor=2.5):
+    """One image after the other, in NumPy."""
+    found = []
+    for image in np.asarray(norms, dtype=np.float64):
+        median = np.median(image)
+        spread = np.median(np.abs(image - median))
+        found.append(max(median + deviations * spread, floor * median))
+    return np.array(found)
+
+
+def norms_of(output, prefix, grid):
+    return np.linalg.norm(output[:, prefix:].double().numpy(), axis=-1).reshape(-1, *grid)
+
+
+# The numbers, on every copy, any grid, any number of registers
+
+
+@given(case=model_cases(st.just(torch.float64)), masked=st.booleans())
+def test_norms_and_shares_are_those_of_upstreams_own_pass(models, case, masked):
+    model, prefix = case.build(models), case.prefix(models)
+    masks = case.masks if masked else None
+    found = artifact_tokens(model, case.images, masks=masks)
+    outputs, weights = of_upstream(model, case.images, masks)
+    inside = range(case.depth // 3, max(case.depth - 1, 1))
+    each = {i: norms_of(outputs[i], prefix, case.grid) for i in inside}
+    ratio = {i: (n.max((1, 2)) / thresholds(n)).max() for i, n in each.items()}
+    assert found.layer == max(ratio, key=ratio.get)
+    expected = each[found.layer]
+    assert_close(found.norms, torch.from_numpy(expected))
+    assert_close(found.threshold, torch.from_numpy(thresholds(expected)))
+    np.testing.assert_array_equal(found.mask, expected > thresholds(expected)[:, None, None])
+
+    mean = weights.mean(1)
+    shape = (case.batch, *case.grid)
+    for ours, theirs, sinks in (
+        (found.from_cls, mean[:, 0, prefix:], found.cls_sinks),
+        (found.from_all, mean.mean(1)[:, prefix:], found.sinks),
+    ):
+        # Shares are summed with 1/N in float32.
+        assert_close(ours, theirs.reshape(shape), dtype=torch.float32)
+        limits = thresholds(ours)[:, None, None]
+        np.testing.assert_array_equal(sinks, ours.numpy() > limits)
+    held = (found.from_cls * found.mask).sum((1, 2))
+    assert_close(found.share, held)
+
+
+@given(case=model_cases(), layer=st.integers(-1, 0))
+def test_a_layer_may_be_chosen(models, case, layer):
+    model = case.build(models)
+    found = artifact_tokens(model, case.images, layer)
+    outputs, _ = of_upstream(model, case.images)
+    assert found.layer == layer % case.depth
+    expected = norms_of(outputs[layer], case.prefix(models), case.grid)
+    assert_close(found.norms, torch.from_numpy(expected), dtype=case.dtype)
+
+
+@given(case=model_cases())
+def test_a_list_equals_one_by_one_and_chunked_equals_flat(models, case):
+    images = [case.images, case.images[..., : case.patch, : case.patch]]
+    flat = case.build(models, chunks=0)
+    each = [artifact_tokens(flat, one) for one in images]
+    for model in (flat, case.build(models)):
+        several = artifact_tokens(model, images, masks=[None, None])
+        assert isinstance(several, list)
+        for ours, alone in zip(several, each, strict=True):
+            assert ours.layer == alone.layer
+            assert_close(ours.norms, alone.norms)
+            assert_close(ours.from_all, alone.from_all)
+            assert torch.equal(ours.mask, alone.mask)
+
+
+@given(case=model_cases(st.just(torch.float64)), data=st.data())
+def test_images_know_nothing_of_their_order(grafted, case, data):
+    model = case.build(grafted)
+    order = data.draw(st.permutations(range(case.batch)))
+    found, other = (artifact_tokens(model, i) for i in (case.images, case.images[list(order)]))
+    assert other.layer == found.layer
+    for name in ("norms", "threshold", "from_cls", "from_all"):
+        assert_close(getattr(other, name), getattr(found, name)[list(order)])
+    assert torch.equal(other.mask, found.mask[list(order)])
+
+
+# Planted
+
+
+@given(
+    data=st.data(),
+    layer=st.sampled_from([1, 2]),
+    registers=st.integers(0, 4),
+    grid=st.tuples(st.integers(3, 6), st.integers(3, 6)),
+)
+def test_what_was_planted_is_found_and_where(grafted, data, layer, registers, grid):
+    case = ModelCase(4, 2, registers, 3, grid, 2, torch.float32, 7)
+    model, prefix = case.build(grafted), case.prefix(grafted)
+    place = (data.draw(st.integers(0, grid[0] - 1)), data.draw(st.integers(0, grid[1] - 1)))
+    sample = data.draw(st.integers(0, 1))
+    token = prefix + place[0] * grid[1] + place[1]
+    with Planted(model, layer, [(sample, token)]):
+        found = artifact_tokens(model, case.images)
+    assert found.layer == layer
+    assert found.mask[(sample, *place)]
+    plain = artifact_tokens(model, case.images, layer)
+    others = torch.ones_like(plain.mask)
+    others[(sample, *place)] = False
+    # Of the others none is new: its own norm counts for nothing in a median.
+    assert not (found.mask & others & ~plain.mask).any()
+    entry = found.report()[sample]
+    assert (entry["tokens"][0]["row"], entry["tokens"][0]["col"]) == place
+    assert entry["tokens"][0]["norm"] == pytest.approx(1000 * float(plain.norms[(sample, *place)]))
+
+
+def test_large_cls_and_registers_are_no_artifacts(models):
+    model, prefix = CASE.build(models), CASE.prefix(models)
+    plain = artifact_tokens(model, CASE.images, 1)
+    with Planted(model, 1, [(i, token) for i in range(2) for token in range(prefix)]):
+        found = artifact_tokens(model, CASE.images, 1)
+    assert torch.equal(found.norms, plain.norms)
+    assert torch.equal(found.mask, plain.mask)
+
+
+def test_the_first_third_and_the_output_are_not_looked_at(grafted):
+    model = build(grafted, depth=6)
+    for layer, looked_at in enumerate([False, False, True, True, True, False]):
+        with Planted(model, layer, [(0, 3)]):
+            assert (artifact_tokens(model, IMAGES).layer == layer) == looked_at
+            assert artifact_tokens(model, IMAGES, layer).mask[0].flatten()[2]
+
+
+def test_a_sink_is_seen_from_both_sides(grafted):
+    """Keys that all queries like, of one patch: in the last block it receives nearly all."""
+    model = CASE.build(grafted)
+    with torch.no_grad():
+        qkv = model.blocks[-1].attn.qkv
+        width = qkv.in_features
+        qkv.weight[:width] = 0
+        qkv.bias[:width] = 1
+        qkv.weight[width : 2 * width] = 1 / width
+        qkv.bias[width : 2 * width] = 0
+        model.blocks[-1].norm1.weight.fill_(1)
+        model.blocks[-1].norm1.bias.fill_(0)
+
+    class Loud(torch.nn.Module):
+        """In place of the norm, which would take the sum of a token away."""
+
+        def forward(self, tokens):
+            loud = torch.zeros_like(tokens)
+            loud[1, -2] = 9
+            return loud
+
+    model.blocks[-1].norm1 = Loud()
+    found = artifact_tokens(model, CASE.images)
+    expected = torch.zeros(2, 5, 6, dtype=torch.bool)
+    expected[1, 4, 4] = True
+    assert torch.equal(found.sinks, expected)
+    assert torch.equal(found.cls_sinks, expected)
+    assert found.from_cls[1, 4, 4] > 0.9
+    (sink,) = found.report()[1]["sinks"]
+    assert (sink["row"], sink["col"]) == (4, 4)
+    assert sink["from_all"] == pytest.approx(float(found.from_all[1, 4, 4]))
+    assert not torch.equal(found.mask, expected)
+
+
+# The rule
+
+
+values = arrays(
+    np.float64,
+    array_shapes(min_dims=3, max_dims=3, max_side=6),
+    elements=st.floats(0, 1e6, allow_subnormal=False).map(lambda x: round(x, 3)),
+)
+
+
+@given(values=values)
+def test_the_rule_is_that_of_numpy(values):
+    rule = Rule()
+    tensor = torch.from_numpy(values)
+    np.testing.assert_allclose(rule.thresholds(tensor), thresholds(values), rtol=1e-12)
+    # At the threshold itself a rounding decides.
+    limits = thresholds(values)[:, None, None]
+    clear = np.abs(values - limits) > 1e-9 * limits
+    ours, theirs = rule.outliers(tensor).numpy(), values > limits
+    np.testing.assert_array_equal(ours[clear], theirs[clear])
+
+
+@given(values=values, power=st.integers(-30, 30))
+def test_the_unit_of_norms_does_not_matter(values, power):
+    scaled = torch.from_numpy(values * 2.0**power)
+    assert torch.equal(Rule().outliers(scaled), Rule().outliers(torch.from_numpy(values)))
+
+
+@given(values=values)
+def test_never_as_many_as_half_are_outliers(values):
+    outliers = Rule().outliers(torch.from_numpy(values))
+    assert (outliers.flatten(1).double().mean(1) <= 0.5).all()
+
+
+@given(shape=array_shapes(min_dims=3, max_dims=3), value=st.floats(0, 1e9))
+def test_equal_norms_are_no_outliers(shape, value):
+    same = torch.full(shape, value, dtype=torch.float64)
+    assert not Rule().outliers(same).any()
+    assert Rule().excess(same) < 1
+
+
+def test_one_among_nothing_is_an_outlier_and_nan_is_none():
+    alone = torch.zeros(1, 2, 3)
+    alone[0, 1, 1] = 1e-6
+    assert Rule().outliers(alone).sum() == 1
+    assert Rule().excess(alone) > 1e30
+    alone[0, 0, 0] = math.nan
+    assert not Rule().outliers(alone).any()
+    assert Rule().excess(alone) == 0
+
+
+@pytest.mark.parametrize("wrong", [0, -1, math.nan, math.inf, "7", True, None])
+@pytest.mark.parametrize("name", ["deviations", "floor"])
+def test_a_rule_of_no_sense_is_an_error(grafted, name, wrong):
+    with pytest.raises(InvalidInput, match=f"expected {name} as a number above 0"):
+        artifact_tokens(build(grafted), IMAGES, **{name: wrong})
+
+
+def test_a_rule_may_be_given(grafted):
+    model = CASE.build(grafted)
+    plain = artifact_tokens(model, CASE.images, 1)
+    found = artifact_tokens(model, CASE.images, 1, deviations=0.5, floor=1.1)
+    np.testing.assert_allclose(found.threshold, thresholds(found.norms, 0.5, 1.1))
+    assert found.mask.sum() > plain.mask.sum()
+
+
+# Grids and tokens of all kinds
+
+
+def test_one_patch_is_no_artifact(models):
+    model = CASE.build(models)
+    found = artifact_tokens(model, CASE.images[..., :2, :2])
+    assert found.mask.shape == (2, 1, 1)
+    assert not (found.mask | found.sinks | found.cls_sinks).any()
+    assert found.report()[0]["tokens"] == []
+
+
+def test_no_image_is_no_report(grafted):
+    found = artifact_tokens(CASE.build(grafted), CASE.images[:0])
+    assert found.mask.shape == (0, 5, 6)
+    assert (found.report(), found.describe(), len(found.suspicious)) == ([], [], 0)
+
+
+def test_constant_tokens_are_no_artifacts(models):
+    model = CASE.build(models)
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    found = artifact_tokens(model, torch.ones_like(CASE.images))
+    assert not (found.mask | found.sinks | found.cls_sinks).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_are_of_float32_at_least(models, dtype):
+    """In half precision a norm of the size of artifacts has one digit."""
+    model = CASE.build(models).to(dtype)
+    found = artifact_tokens(model, CASE.images.to(dtype), 1)
+    assert found.norms.dtype == found.threshold.dtype == found.from_cls.dtype == torch.float32
+
+
+# Said
+
+
+def test_the_report_is_json_and_says_all_of_it(grafted):
+    model = CASE.build(grafted)
+    with Planted(model, 2, [(1, 1 + 3 * 6 + 2), (1, 1 + 1 * 6 + 5)]):
+        found = artifact_tokens(model, CASE.images)
+    entries = json.loads(json.dumps(found.report(), allow_nan=False))
+    assert len(entries) == 2
+    entry = entries[1]
+    places = {(token["row"], token["col"]) for token in entry["tokens"]}
+    assert (
+        places
+        == {tuple(place) for place in found.mask[1].nonzero().tolist()}
+        >= {
+            (3, 2),
+            (1, 5),
+        }
+    )
+    assert (entry["layer"], entry["grid"]) == (2, [5, 6])
+    assert entry["threshold"] == pytest.approx(float(found.threshold[1]))
+    assert entry["median"] == pytest.approx(np.median(found.norms[1]))
+    assert entry["share"] == pytest.approx(float(found.share[1]))
+    sizes = [token["norm"] for token in entry["tokens"]]
+    assert sizes == sorted(sizes, reverse=True)
+    line = found.describe()[1]
+    first = entry["tokens"][0]
+    assert f"({first['row']}, {first['col']}) {first['norm']:.4g}" in line
+    assert f"norm above {entry['threshold']:.4g} after block 2" in line
+    assert f"hold {100 * entry['share']:.1f} % of CLS's attention" in line
+    assert len(line.splitlines()) == 1
+
+
+def test_numbers_that_are_none_are_none(grafted):
+    model = CASE.build(grafted)
+    with Planted(model, 1, [(0, 4)], factor=math.nan):
+        found = artifact_tokens(model, CASE.images, 1)
+    json.dumps(found.report(), allow_nan=False)
+    assert found.report()[0]["threshold"] is None
+    assert not found.mask[0].any()
+    assert "no artifact tokens among 30 patches" in found.describe()[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_too_many_are_warned_of_and_few_are_not(grafted):
+    model = CASE.build(grafted)
+    with torch.no_grad():  # tokens that hardly differ, in place of those of random images
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.patch_embed.proj.bias.fill_(1)
+    few, many = [(1, 1 + i) for i in range(3)], [(1, 1 + i) for i in range(4)]
+    with Planted(model, 1, few):
+        found = artifact_tokens(model, CASE.images)
+    assert found.mask.sum() == 3
+    assert found.suspicious.tolist() == [False, False]
+    with (
+        Planted(model, 1, many),
+        pytest.warns(SuspiciousArtifacts, match="in 1 of 2 images") as caught,
+    ):
+        found = artifact_tokens(model, CASE.images)
+    assert caught[0].filename == __file__
+    assert found.suspicious.tolist() == [False, True]
+    assert found.describe()[1].endswith("; so many are no artifacts")
+    # One of six is more than a tenth, and may well be one.
+    with Planted(model, 1, few[:1]):
+        found = artifact_tokens(model, CASE.images[..., :4, :6])
+    assert found.mask.sum() == 1
+    assert not found.suspicious.any()
+
+
+# Nothing is altered
+
+
+@given(case=model_cases())
+def test_weights_and_features_are_as_they_were(grafted, case):
+    model = case.build(grafted)
+    parameters = [parameter.clone() for parameter in model.parameters()]
+    features, state = model(case.images), torch.get_rng_state()
+    artifact_tokens(model, case.images)
+    assert torch.equal(model(case.images), features)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, parameters, model.parameters()))
+    assert_nothing_on(model)
+
+
+def test_recordings_around_it_see_nothing_of_it(grafted):
+    model = build(grafted)
+    with record(model, queries="cls") as maps:
+        artifact_tokens(model, IMAGES)
+        model(IMAGES)
+    assert len(maps.passes) == 1
+
+
+def test_an_error_inside_leaves_nothing_behind(grafted):
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    model = build(grafted)
+    hook = model.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"), record(model, queries="cls"):
+        artifact_tokens(model, IMAGES)
+    hook.remove()
+    assert_nothing_on(model)
+    assert artifact_tokens(model, IMAGES).mask.shape == (2, 2, 3)
+
+
+def test_nothing_is_differentiated(grafted):
+    found = artifact_tokens(build(grafted), IMAGES.clone().requires_grad_())
+    assert not found.norms.requires_grad
+    assert not found.from_cls.requires_grad
+
+
+def test_the_matrix_is_not_kept(grafted, monkeypatch):
+    """Its rows are made a few at a time, whatever its size."""
+    from dinov2_attn.maps import rollout
+
+    sizes = []
+    fused = rollout.Layer._fused
+
+    def watched(*args):
+        for lines, rows, part in fused(*args):
+            sizes.append(rows.numel())
+            yield lines, rows, part
+
+    monkeypatch.setattr(rollout.Layer, "_fused", watched)
+    monkeypatch.setattr(rollout, "TILE_BYTES", 2000)
+    model = CASE.build(grafted)
+    found = artifact_tokens(model, noise(1, 3, 40, 40, seed=1, dtype=torch.float64))
+    assert 0 < max(sizes) <= 401  # one row at a time here
+    assert 0 < found.from_all.sum() < 1
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((IMAGES, 3), OutOfRange, "blocks between -3 and 2"),
+        ((IMAGES, True), InvalidInput, "as whole numbers"),
+        ((IMAGES[0],), InvalidInput, r"\(B, C, H, W\)"),
+        (([],), InvalidInput, "a list of at least one tensor"),
+        ((IMAGES[..., :3],), InvalidInput, "multiples of the patch size"),
+    ],
+)
+def test_what_cannot_be_is_an_error_before_anything_runs(grafted, arguments, error, message):
+    with pytest.raises(error, match=message):
+        artifact_tokens(build(grafted), *arguments)
+
+
+# Last: it takes away the grafts of the tests above
+
+
+def test_a_model_that_was_not_reached_is_an_error(first):
+    with pytest.raises(NotGrafted, match="install"):
+        artifact_tokens(build(first), IMAGES)
+    assert dinov2_attn.ArtifactTokens.__name__ in dinov2_attn.__all__
