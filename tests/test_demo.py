@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import dinov2_attn
 import upstreams
@@ -287,7 +288,10 @@ def test_the_command_draws_scenes_and_where_the_model_looks(tmp_path, capsys):
     shapes = {"scene-7-square": 1, "scene-8-wide": 2, "scene-9-tall": 0.5, "scene-10-square": 1}
     assert {path.name for path in tmp_path.iterdir()} == set(shapes)
     for name, ratio in shapes.items():
-        pictures = [pixels(path) for path in (tmp_path / name).glob("*.png")]
+        captioned = {"heads.png", "overlay.png"}
+        files = {path.name: path for path in (tmp_path / name).glob("*.png")}
+        assert captioned < set(files)
+        pictures = [pixels(files[name]) for name in set(files) - captioned]
         assert len(pictures) == 3 + ARCHITECTURE["num_heads"]
         ((height, width, _),) = {picture.shape for picture in pictures}  # no warning below any
         assert width / height == ratio
@@ -310,8 +314,10 @@ def test_the_brightest_patch_of_the_picture_is_the_targets(tmp_path):
 
 @pytest.mark.usefixtures("_imported")
 def test_what_it_says_of_a_miss(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dinov2_attn.demo.load.load_demo_model", lambda: train.start(0).eval())
-    assert main(["demo", "-o", str(tmp_path), "--count", "3"]) == 0
+    file = tmp_path / "untrained.safetensors"
+    save_file(train.start(0).state_dict(), file, {"num_heads": "2"})
+    monkeypatch.setattr("dinov2_attn.commands.demo.PATH", file)
+    assert main(["demo", "-o", str(tmp_path / "out"), "--count", "3"]) == 0
     assert re.search(r"beside the target.*pointing game: [0-2] of 3", capsys.readouterr().out, re.S)
 
 

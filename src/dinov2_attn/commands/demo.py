@@ -47,7 +47,8 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--repo", metavar="PATH", help="a checkout of facebookresearch/dinov2")
     parser.add_argument("--device", default="cpu", help="torch's name of it, default: cpu")
-    pictures.add_options(parser)
+    # What stands out in this model is the target, as it was trained to.
+    pictures.add_options(parser, outliers="none")
     options = ("arch", "registers", "patch_size", "num_heads", "random_weights")
     parser.set_defaults(run=run, weights=PATH, **dict.fromkeys(options))
 

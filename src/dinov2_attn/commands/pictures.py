@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 Writer = Callable[[Path], None]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--query``, ``--outliers`` and the like to ``parser``."""
+def add_options(parser: argparse.ArgumentParser, outliers: str = "mark") -> None:
+    """Add ``--query``, ``--outliers`` and the like to ``parser``; ``outliers`` is its default."""
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--threshold", type=share, metavar="T", help="mark the patches with this share, in (0, 1]"
@@ -48,9 +48,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--outliers",
         choices=("mark", "clip", "mask", "none"),
-        default="mark",
-        help="artifact tokens: mark them (default), leave them out of the colours' limits, mask "
-        "them in grey, or do not look for them",
+        default=outliers,
+        help="artifact tokens: mark them, leave them out of the colours' limits, mask them in "
+        f"grey, or do not look for them; default: {outliers}",
     )
     group.add_argument("--log", action="store_true", help="logarithmic colours")
     group.add_argument(

@@ -7,7 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dinov2_attn.errors import Unavailable, UnreadableFile
+from dinov2_attn import optional
+from dinov2_attn.errors import UnreadableFile
 
 PATH = Path(__file__).with_name("model.safetensors")
 
@@ -50,16 +51,9 @@ def load_demo_model(vision_transformer: Any = None) -> Any:
 
 def fill(model: Any, path: Path) -> Any:
     """Fill ``model`` with the weights at ``path`` and return it, ready to look at images."""
+    library = optional.safetensors()
     try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise Unavailable(
-            "the library safetensors",
-            str(error),
-            "Install it with `pip install 'dinov2-attn[viz]'`.",
-        ) from error
-    try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(library.torch.load_file(path))
     except Exception as error:  # the reader raises whatever foreign bytes provoke
         raise UnreadableFile(
             "the weights that this package ships",
