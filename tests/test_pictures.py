@@ -76,6 +76,15 @@ def test_the_colour_bar_names_the_limits():
     assert np.abs(bar[bottom, x] - viridis(0.0, 0, 1)).max() < 8
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_a_limit_next_to_nothing_is_nought_on_a_linear_bar(log):
+    maps = maps_on(GRID)
+    maps.weights[-1][..., 3] = 1e-12
+    bar = show.plot_heads(maps, style=show.Style(log=log)).axes[1]
+    least = bar.get_yticklabels()[0].get_text()
+    assert (least == "0 %") is not log
+
+
 def test_layers_by_heads_have_one_scale_and_their_place():
     maps = maps_on(GRID, layers=4, registers=2)
     drawn = Drawn(show.plot_layers(maps))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -77,7 +78,9 @@ def draw_bar(figure: Figure, bar: Any, norm: Any, beyond: str) -> None:
     height = bar.get_position().height * figure.get_size_inches()[1]
     figure.colorbar(colours, cax=bar, extend=beyond, extendfrac=BAR / height)
     bar.minorticks_off()
-    bar.set_yticks(values, [_in_percent(value) for value in values])
+    # On a linear scale the least of thousands of weights is nought to the eye.
+    nought = 0 if isinstance(norm, LogNorm) else values[-1] / 1e4
+    bar.set_yticks(values, [_in_percent(value if value > nought else 0) for value in values])
     bar.tick_params(labelsize=POINTS - 2, labelfontfamily=FONT)
 
 
