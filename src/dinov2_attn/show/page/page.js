@@ -222,7 +222,8 @@ function begin() {
   const [width, height] = ["width", "height"].map((side) => photograph.getAttribute(side));
   const ratio = width / height;
   document.documentElement.style.setProperty("--ratio", ratio);
-  document.body.classList.toggle("wide", ratio > 1.9);
+  document.body.classList.toggle("wide", ratio > 2.4);
+  document.body.classList.toggle("tall", ratio < 0.8);
   $("map").querySelector("img").src = photograph.src;
   $("layer").max = layers.length - 1;
   $("layer").disabled = layers.length < 2;
