@@ -24,8 +24,8 @@ def artifacts_at(grid, *places, layer=7, threshold=151.25, batch=1):
     for place in places:
         mask[(0, *place)] = True
     none = torch.zeros(batch, *grid)
-    limits = torch.full((batch,), threshold)
-    return ArtifactTokens(mask, none, layer, limits, none, none, mask, mask)
+    limits, layers = torch.full((batch,), threshold), torch.full((batch,), layer)
+    return ArtifactTokens(mask, none, layers, limits, none, none, mask, mask)
 
 
 def photograph_on(grid, patch=14, seed=0):

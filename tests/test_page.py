@@ -158,7 +158,8 @@ def test_numpy_arrays_will_do(path):
 def test_outliers_are_positions_of_tokens(path):
     mask = torch.zeros(2, *GRID, dtype=torch.bool)
     mask[1, 2, 3] = mask[1, 0, 0] = True
-    outliers = SimpleNamespace(mask=mask, threshold=torch.tensor([9.0, 151.25]), layer=8)
+    layer, threshold = torch.tensor([1, 8]), torch.tensor([9.0, 151.25])
+    outliers = SimpleNamespace(mask=mask, threshold=threshold, layer=layer)
     page = written(path, maps_of(batch=2), outliers=outliers, sample=1)
     names = [name_token(token, PREFIX, GRID) for token in page.about["outliers"]]
     assert names == ["patch (0, 0)", "patch (2, 3)"]

@@ -41,7 +41,7 @@ class ArtifactTokens:
     mask       bool ``(B, h, w)``: patches whose norm is above the threshold
     norms      ``(B, h, w)``: Euclidean norms of the output of block ``layer``, before any
                final LayerNorm; float32 at least
-    layer      the block, counted from 0, that the norms are read after
+    layer      int64 ``(B,)``: the block, counted from 0, that an image's norms are read after
     threshold  ``(B,)``: of the norms of each image
     from_cls   ``(B, h, w)``: what CLS gives to each patch in the last block, mean of heads
     from_all   ``(B, h, w)``: what a token gives to each patch there, mean of heads and of
@@ -56,7 +56,7 @@ class ArtifactTokens:
 
     mask: Tensor
     norms: Tensor
-    layer: int
+    layer: Tensor
     threshold: Tensor
     from_cls: Tensor
     from_all: Tensor
@@ -76,8 +76,7 @@ class ArtifactTokens:
 
     def cpu(self) -> ArtifactTokens:
         """Return the same on the CPU."""
-        there = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ArtifactTokens(**{k: v if k == "layer" else v.cpu() for k, v in there.items()})
+        return ArtifactTokens(**{f.name: getattr(self, f.name).cpu() for f in fields(self)})
 
     def report(self) -> list[dict[str, Any]]:
         """Return one dictionary of JSON's own types for each image.
@@ -98,7 +97,7 @@ class ArtifactTokens:
         patches = self.norms[i].numel()
         return {
             "grid": list(self.norms.shape[1:]),
-            "layer": self.layer,
+            "layer": int(self.layer[i]),
             "threshold": _number(self.threshold[i]),
             "median": _number(median(self.norms[i].reshape(1, patches))[0]),
             "share": _number(self.share[i]),
@@ -138,8 +137,8 @@ def artifact_tokens(
     ==========  ====================================================================
     images      ``(B, C, H, W)``, or a list of such batches
     layer       the block after which norms are read; ``None``: of those from a third of
-                the depth to the second-to-last, the one whose most outstanding token, in
-                any image of the batch, is furthest above its image's threshold
+                the depth to the second-to-last, for each image the one whose most
+                outstanding token is furthest above its threshold
     masks       ``None`` or boolean ``(B, h·w)``; for a list, one for each tensor
     deviations  how many median absolute deviations from the median an outlier is
     floor       how many times the median it is at least
@@ -180,12 +179,16 @@ def _one(model: Any, images: Tensor, masks: Any, layers: list[int], rule: Rule) 
     grid, prefix = grid_of(model, images), 1 + count_registers(model)
     blocks = flat_blocks(model.blocks)
     last = model.prepare_tokens_with_masks(images, masks)
-    best = -math.inf
+    best = torch.full((len(last),), -math.inf, device=last.device)
+    kept, layer = last.new_zeros(1), torch.zeros_like(best, dtype=torch.int64)
     for i, tokens in _outputs(blocks[: max(layers[-1] + 1, len(blocks) - 1)], last):
         if i in layers:
             norms = _norms(tokens[:, prefix:], grid)
-            if (excess := rule.excess(norms)) > best:
-                best, kept, layer = excess, norms, i
+            excess = rule.excess(norms)
+            further = excess > best
+            kept = torch.where(further[:, None, None], norms, kept.to(norms))
+            layer = torch.where(further, i, layer)
+            best = torch.maximum(excess, best)
         if i == len(blocks) - 2:
             last = tokens
     from_cls, from_all = (

@@ -45,14 +45,12 @@ class Rule:
         """Return which of ``values (B, h, w)``, none of them negative, are above the threshold."""
         return values > self.thresholds(values)[:, None, None]
 
-    def excess(self, norms: Tensor) -> float:
-        """Return how many times its threshold the most outstanding of all norms is."""
-        if not norms.numel():
-            return 0.0
+    def excess(self, norms: Tensor) -> Tensor:
+        """Return how many times its threshold the most outstanding norm of each image is, (B,)."""
         greatest, thresholds = norms.flatten(1).amax(1), self.thresholds(norms)
         # Nought above nought is nothing, anything else above it is beyond comparison.
         ratios = torch.where(greatest > 0, greatest / thresholds, torch.zeros_like(greatest))
-        return float(ratios.nan_to_num(nan=0.0).amax())
+        return ratios.nan_to_num(nan=0.0)
 
 
 def median(values: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def outlying_in(
             "Pass what artifact_tokens returned for the same batch.",
         )
     mask = artifacts.mask[index].cpu().numpy()
-    return Outlying(mask, artifacts.layer, float(artifacts.threshold[index]))
+    return Outlying(mask, int(artifacts.layer[index]), float(artifacts.threshold[index]))
 
 
 def sentences(

@@ -18,7 +18,8 @@ from dinov2_attn.show.page.keep import MEGABYTE, Shape
 class Outliers(Protocol):
     """What a page takes of ``ArtifactTokens``: patches of odd norm in a batch of images.
 
-    ``mask`` is boolean ``(B, h, w)``, ``threshold`` ``(B,)``; ``layer`` is where it was seen.
+    ``mask`` is boolean ``(B, h, w)``, ``threshold`` ``(B,)``, and ``layer`` ``(B,)`` where it was
+    seen.
     """
 
     @property
@@ -26,7 +27,7 @@ class Outliers(Protocol):
     @property
     def threshold(self) -> Any: ...
     @property
-    def layer(self) -> int: ...
+    def layer(self) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +78,9 @@ class Frame:
         if self.outliers is None:
             return "(not looked for)"
         threshold = float(self.outliers.threshold[self.sample])
+        layer = int(self.outliers.layer[self.sample])
         count = len(self.outlier_tokens)
-        return f"({count}: norm above {threshold:.4g} after layer {self.outliers.layer})"
+        return f"({count}: norm above {threshold:.4g} after layer {layer})"
 
     @property
     def tokens_told(self) -> str:
