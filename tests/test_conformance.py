@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -97,15 +96,21 @@ def test_only_one_test_reports_a_refusal(tmp_path):
 @pytest.mark.parametrize(
     "upstream", [upstreams.FIRST, upstreams.DEPTH_ANYTHING, upstreams.ANOMALIB], ids=str
 )
-def test_real_code_is_green_within_a_minute(upstream, tmp_path):
+def test_real_code_is_green_within_a_minute_of_work(upstream, tmp_path):
     unpack(upstream, tmp_path)
-    start = time.monotonic()
+    start = _worked()
     result = run(tmp_path, upstream.package, "-rs")
     assert result.returncode == 0, result.stdout
     assert counts(result)["passed"] > 150
-    assert time.monotonic() - start < 60
+    assert _worked() - start < 60
     if upstream.model is None:
         assert f"{upstream.package} has no vision transformer" in result.stdout
+
+
+def _worked():
+    """Seconds of the processor's: those of the clock depend on what else runs here."""
+    children = os.times()
+    return children.children_user + children.children_system
 
 
 def test_a_wheel_will_do_and_so_does_the_name_of_the_suite(tmp_path):

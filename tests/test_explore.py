@@ -59,7 +59,7 @@ def test_the_planted_attention_arrives_on_the_page(image, weights, path, caplog)
         patches = rows[HEAD, query][1:].reshape(GRID)
         assert np.unravel_index(patches.argmax(), GRID) == BRIGHT
     assert page.one("title")["text"] == "planted.png · attention"
-    assert "vit_small/14" in path.read_text("utf-8")
+    assert "ViT-S/14" in path.read_text("utf-8")
     assert not page.all("p", id="warning")
     assert f"{path}, {page.size / 1e6:.1f} MB, keeps layers 0–11: all rows of each head" in (
         caplog.text
