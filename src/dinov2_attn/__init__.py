@@ -31,6 +31,7 @@ from dinov2_attn.errors import (
 from dinov2_attn.surgery.install import Handle, Status, install, status, uninstall
 
 if TYPE_CHECKING:
+    from dinov2_attn import show
     from dinov2_attn.maps.artifacts import ArtifactTokens, artifact_tokens
     from dinov2_attn.maps.attention_maps import AttentionMaps
     from dinov2_attn.maps.look import attention_maps
@@ -64,6 +65,7 @@ __all__ = [
     "load_checkpoint",
     "record",
     "rollout",
+    "show",
     "status",
     "uninstall",
 ]
@@ -84,6 +86,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "show":
+        return import_module("dinov2_attn.show")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
