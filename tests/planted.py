@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+# Of the photograph that tests of the program look at.
+GRID, BRIGHT = (4, 7), (1, 5)
+
 
 def photograph_of(grid, bright, patch_size=14):
     """Return dark pixels for a grid (h, w) of patches with a white one at (row, column)."""

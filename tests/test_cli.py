@@ -12,34 +12,15 @@ from PIL import Image
 import dinov2_attn
 import upstreams
 from dinov2_attn.cli import main
-from dinov2_attn.conformance.planted import HEAD, look_at_what_is_bright
-from dinov2_attn.upstream.models import build
+from dinov2_attn.conformance.planted import HEAD
 from fresh import OFFLINE, python
-from planted import photograph_of
+from planted import BRIGHT, GRID
 
-GRID, BRIGHT = (4, 7), (1, 5)
+pytest_plugins = ["program"]  # fixtures: imported, image, weights
+pytestmark = pytest.mark.usefixtures("imported")
+
+
 YELLOW = (253, 231, 36)  # the upper end of viridis
-
-
-@pytest.fixture(autouse=True)
-def _first(first):
-    """Upstream's first commit is imported, and grafts of the program go with it."""
-    upstreams.FIRST.module("dinov2.models.vision_transformer")
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory):
-    path = tmp_path_factory.mktemp("input") / "planted.png"
-    Image.fromarray(photograph_of(GRID, BRIGHT)).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    upstreams.FIRST.module("dinov2.models.vision_transformer")
-    path = tmp_path_factory.mktemp("weights") / "planted.pth"
-    torch.save(look_at_what_is_bright(build("vit_small")).state_dict(), path)
-    return path
 
 
 def heatmap(*arguments):

@@ -15,7 +15,7 @@ from PIL import Image
 import upstreams
 from dinov2_attn import show
 from dinov2_attn.cli import main
-from dinov2_attn.conformance.planted import HEAD, look_at_what_is_bright
+from dinov2_attn.conformance.planted import HEAD
 from dinov2_attn.errors import InvalidInput, OutOfRange, Unavailable, UnwritableOutput
 from dinov2_attn.show.banner import NO_MEANING
 from dinov2_attn.show.images import DEVIATION, MEAN
@@ -23,6 +23,10 @@ from dinov2_attn.show.saving import FRAME_DPI, pixels_of
 from dinov2_attn.upstream.models import build
 from pictured import artifacts_at, caption_of, maps_on, photograph_on
 from planted import photograph_of
+
+pytest_plugins = ["program"]  # fixtures: imported, image, weights
+pytestmark = pytest.mark.usefixtures("imported")
+
 
 GRID = (3, 5)
 FIREBRICK = (178, 34, 34)
@@ -160,26 +164,6 @@ def test_an_mp4_has_the_frames(tmp_path):
 
 
 # The program
-
-
-@pytest.fixture(autouse=True)
-def _first(first):
-    upstreams.FIRST.module("dinov2.models.vision_transformer")
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory):
-    path = tmp_path_factory.mktemp("input") / "planted.png"
-    Image.fromarray(photograph_of((4, 7), (1, 5))).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    upstreams.FIRST.module("dinov2.models.vision_transformer")
-    path = tmp_path_factory.mktemp("weights") / "planted.pth"
-    torch.save(look_at_what_is_bright(build("vit_small")).state_dict(), path)
-    return path
 
 
 def heatmap(*arguments):
