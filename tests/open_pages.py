@@ -44,7 +44,7 @@ def pages(exact, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     mask = torch.zeros(1, *GRID, dtype=torch.bool)
     mask[0][OUTLIER] = True
-    found = SimpleNamespace(mask=mask, threshold=torch.tensor([151.25]), layer=2)
+    found = SimpleNamespace(mask=mask, threshold=torch.tensor([151.25]), layer=torch.tensor([2]))
     write_page(folder / "whole.html", PICTURE, exact, title=HOSTILE, outliers=found)
     size = (folder / "whole.html").stat().st_size
     tries = (
