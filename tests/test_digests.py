@@ -146,6 +146,7 @@ def test_a_wrapper_around_a_function_is_not_that_function(live):
     plain = live.plain
     assert digest_of(live.wrapping(plain)) not in (digest_of(plain), None)
     assert digest_of(lambda: plain) not in (digest_of(plain), None)
+    assert digest_of(live.wrapping(len)) == digest_of(live.wrapping(plain))  # read for itself
 
 
 def test_what_has_no_source_has_no_digest():

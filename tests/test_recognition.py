@@ -18,6 +18,7 @@ from dinov2_attn.errors import UpstreamDrift
 from dinov2_attn.surgery import recognition
 from dinov2_attn.surgery.ledger import Ledger
 from dinov2_attn.surgery.targets import LiveModel
+from dinov2_attn.upstream import eras
 
 FIRST = upstreams.FIRST
 
@@ -77,6 +78,23 @@ def test_what_a_package_lacks_is_gone_and_a_live_model_may_lack_it(first):
     (said,) = warned(found)
     assert " but for MemEffAttention.forward (gone). " in said
     assert warned(found, MODEL) == []
+
+
+def test_of_what_may_be_gone_the_least_is_named():
+    """Code that several eras share lacks what all of them have, not what a later one added."""
+    later = {"CausalAttentionBlock.forward", "MemEffAttention.forward"}
+    names = {name for era in eras.table() for name in era.digests} - later
+    found = [recognition.Sighting(name, "any") for name in names]
+    assert recognition._gone(frozenset(), found) == ["MemEffAttention.forward (gone)"]
+
+
+def test_all_that_differs_is_named(first, monkeypatch):
+    Attention = FIRST.cls("Attention")
+    init, forward = Attention.__init__, Attention.forward
+    monkeypatch.setattr(Attention, "__init__", forward)
+    monkeypatch.setattr(Attention, "forward", init)
+    said = recognition.recognise(Ledger(), classes())
+    assert " but for Attention.__init__, Attention.forward, verified by contract" in said
 
 
 def test_a_function_of_another_package_is_named_with_it(first, monkeypatch):
