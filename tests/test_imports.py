@@ -104,8 +104,12 @@ def test_an_installation_waits_for_an_import_under_way(slow):
         assert is_grafted(sys.modules["slow_vit.attention"].Attention)
 
 
+@pytest.mark.parametrize("slow", ["runs"], indirect=True)
 def test_an_installation_does_not_wait_for_an_import_that_is_not_its_own(slow):
-    """That one may wait for the thread that installs, and neither would ever end."""
+    """That one may wait for the thread that installs, and neither would ever end.
+
+    While a module is looked for, Python 3.10 itself keeps all other imports waiting.
+    """
     slow.begin()
     try:
         installing = threading.Thread(target=dinov2_attn.install, args=("json",), daemon=True)

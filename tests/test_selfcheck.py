@@ -218,7 +218,10 @@ def test_a_graft_that_returns_anything_else_is_refused():
     def wrong(module, x, *args, return_attn):
         return torch.full((3, 2, 7, 7), 1 / 7, dtype=x.dtype)
 
-    with laboratory(), pytest.raises(dinov2_attn.IncompatibleUpstream, match="expected the weights returned to"):
+    with (
+        laboratory(),
+        pytest.raises(dinov2_attn.IncompatibleUpstream, match="expected the weights returned to"),
+    ):
         prove_attention(cls, forward, wrong, measure_kernel(cls, forward))
 
 
