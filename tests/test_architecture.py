@@ -143,7 +143,7 @@ def checkpoint(metadata=None, **changes):
 def test_heads_are_64_features_unless_it_is_said_otherwise(caplog):
     caplog.set_level("INFO")
     assert infer(checkpoint(embed_dim=128)).num_heads == 2
-    assert "2 heads: 64 features for each" in caplog.text
+    assert caplog.messages[-1].startswith("2 heads: 64 features for each")
     assert infer(checkpoint({"num_heads": "4"}, embed_dim=128)).num_heads == 4
     assert infer(checkpoint(embed_dim=128), heads=8).num_heads == 8
     assert infer(checkpoint({"num_heads": "3"}, embed_dim=96)).num_heads == 3
@@ -159,6 +159,8 @@ def test_heads_are_64_features_unless_it_is_said_otherwise(caplog):
         ({"num_heads": "0"}, None, UnreadableFile, r"above 0 as num_heads .*with '0'"),
         ({"num_heads": "-1"}, 3, UnreadableFile, r"found x.pth with '-1'"),
         ({"num_heads": "9" * 5000}, None, UnreadableFile, r"found x.pth with '9{20}'"),
+        ({"num_heads": "99999"}, None, InvalidInput, r"divided among; found 99999\."),
+        ({"num_heads": "100000"}, None, UnreadableFile, r"found x.pth with '100000'"),
         ({"num_heads": "²"}, None, UnreadableFile, r"found x.pth with '²'"),
     ],
 )
