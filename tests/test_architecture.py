@@ -132,6 +132,11 @@ def test_registers_come_with_the_published_interpolation():
     assert (model.interpolate_antialias, model.interpolate_offset) == (True, 0.0)
 
 
+def test_registers_are_counted():
+    weights = {**build_like(SMALL).state_dict(), "register_tokens": torch.ones(1, 3, 64)}
+    assert infer(Checkpoint("x.pth", weights)) == replace(SMALL, registers=3)
+
+
 # Heads
 
 
@@ -143,7 +148,7 @@ def checkpoint(metadata=None, **changes):
 def test_heads_are_64_features_unless_it_is_said_otherwise(caplog):
     caplog.set_level("INFO")
     assert infer(checkpoint(embed_dim=128)).num_heads == 2
-    assert "2 heads: 64 features for each" in caplog.text
+    assert caplog.messages[-1].startswith("2 heads: 64 features for each")
     assert infer(checkpoint({"num_heads": "4"}, embed_dim=128)).num_heads == 4
     assert infer(checkpoint(embed_dim=128), heads=8).num_heads == 8
     assert infer(checkpoint({"num_heads": "3"}, embed_dim=96)).num_heads == 3
@@ -164,6 +169,8 @@ def test_heads_are_64_features_unless_it_is_said_otherwise(caplog):
         ({"num_heads": "0"}, None, UnreadableFile, r"above 0 as num_heads .*with '0'"),
         ({"num_heads": "-1"}, 3, UnreadableFile, r"found x.pth with '-1'"),
         ({"num_heads": "9" * 5000}, None, UnreadableFile, r"found x.pth with '9{20}'"),
+        ({"num_heads": "99999"}, None, InvalidInput, r"divided among; found 99999\."),
+        ({"num_heads": "100000"}, None, UnreadableFile, r"found x.pth with '100000'"),
         ({"num_heads": "²"}, None, UnreadableFile, r"found x.pth with '²'"),
     ],
 )
@@ -177,6 +184,10 @@ def test_heads_that_are_unknown_impossible_or_contradicted(metadata, asked, erro
 
 def change(name, tensor):
     return lambda state: {**state, name: tensor}
+
+
+def in_every_block(name, tensor):
+    return lambda state: {**state, **{f"blocks.{i}.{name}": tensor.clone() for i in range(2)}}
 
 
 def without(*starts):
@@ -202,18 +213,26 @@ NONE = {
         lambda _: {"embeddings.cls_token": torch.ones(1, 1, 64)},
         r"without patch_embed.proj.weight; it holds cls_token",
     ),
-    "nothing of it": (lambda _: {"fc.weight": torch.ones(2)}, r"weight; it holds fc.weight"),
+    "nothing of it": (
+        lambda _: {"fc.weight": torch.ones(2)},
+        r"without patch_embed.proj.weight; it holds fc.weight",
+    ),
+    "nothing at all": (lambda _: {}, "without patch_embed.proj.weight; it holds none of it"),
     "no blocks": (without("blocks"), "without blocks"),
     "a gap": (without("blocks.0"), "without blocks"),
     "a block more": (
         change("blocks.7.norm1.weight", torch.ones(64)),
         r"without blocks\.2",
     ),
-    "a block of its own": (change("blocks.1.norm1.weight", torch.ones(65)), "blocks.1 unlike"),
+    "a block of its own": (change("blocks.1.norm1.weight", torch.ones(65)), "with blocks.1 unlike"),
     "half a block": (without("blocks.1.mlp"), "with blocks.1 unlike blocks.0"),
     "attention of another width": (
         change("patch_embed.proj.weight", torch.ones(65, 3, 2, 2)),
-        "attention is not one of 65 features",
+        "whose attention is not one of 65 features",
+    ),
+    "attention that ends in another width": (
+        in_every_block("attn.proj.weight", torch.ones(65, 64)),
+        "whose attention is not one of 64 features",
     ),
     "patches that are no squares": (
         change("patch_embed.proj.weight", torch.ones(64, 3, 2, 3)),
@@ -223,19 +242,36 @@ NONE = {
         change("pos_embed", torch.ones(1, 9, 64)),
         "with 9 positions, not 1 and a square",
     ),
-    "a matrix for positions": (change("pos_embed", torch.ones(10, 64)), r"of shape \(10, 64\)"),
-    "no features": (change("patch_embed.proj.weight", torch.ones(0, 3, 2, 2)), r"\(0, 3, 2, 2\)"),
-    "no memory": (shared, "share their memory"),
-    "blocks of one memory": (one_block_many_times, "share their memory"),
-    "sparse": (change("pos_embed", torch.ones(1, 10, 64).to_sparse()), "share their memory"),
-    "meta": (change("pos_embed", torch.ones(1, 10, 64, device="meta")), "share their memory"),
+    "one position": (change("pos_embed", torch.ones(1, 1, 64)), "with 1 positions, not 1 and a sq"),
+    "a matrix for positions": (
+        change("pos_embed", torch.ones(10, 64)),
+        r"with pos_embed of shape \(10, 64\)",
+    ),
+    "no features": (
+        change("patch_embed.proj.weight", torch.ones(0, 3, 2, 2)),
+        r"with patch_embed.proj.weight of shape \(0, 3, 2, 2\)",
+    ),
+    "no memory": (shared, "with tensors that share their memory"),
+    "blocks of one memory": (one_block_many_times, "with tensors that share their memory"),
+    "two blocks of one memory": (
+        lambda state: {k: state[k.replace("blocks.1.", "blocks.0.")] for k in state},
+        "with tensors that share their memory",
+    ),
+    "sparse": (
+        change("pos_embed", torch.ones(1, 10, 64).to_sparse()),
+        "with tensors that share their memory",
+    ),
+    "meta": (
+        change("pos_embed", torch.ones(1, 10, 64, device="meta")),
+        "with tensors that share their memory",
+    ),
 }
 
 
 @pytest.mark.parametrize(("damage", "found"), NONE.values(), ids=NONE)
 def test_weights_that_are_not_of_upstreams_classes(damage, found):
     state = damage(dict(build_like(SMALL).state_dict()))
-    message = rf"expected a checkpoint of a DINOv2 backbone, .*; found x.pth, .*({found})"
+    message = rf"expected a checkpoint of a DINOv2 backbone, .*; found x.pth, ({found})"
     with pytest.raises(UnreadableFile, match=message):
         infer(Checkpoint("x.pth", state))
 

@@ -200,6 +200,23 @@ def test_models_of_equal_right_are_an_error(model, file):
     assert_refused(model, file, r"one in each of a\.teacher, b\.teacher\.")
 
 
+def test_a_token_elsewhere_is_no_model_beside_the_whole_one(model, file):
+    lone = {"cls_token": torch.zeros(1, 1, 4)}
+    for content in ({"a": lone, "b": model.state_dict()}, {"b": model.state_dict(), "c": lone}):
+        torch.save(content, file)
+        loaded = other(CASE).build(upstreams.FIRST)
+        load_checkpoint(loaded, file)
+        assert_same(loaded, model, CASE)
+
+
+def test_a_word_where_the_model_is_named_is_left_out(model, file):
+    state = {f"teacher.backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({**state, "teacher": "ViT-S"}, file)
+    loaded = other(CASE).build(upstreams.FIRST)
+    assert load_checkpoint(loaded, file) == ("teacher",)
+    assert_same(loaded, model, CASE)
+
+
 def test_an_incomplete_teacher_is_not_passed_over_for_the_student(model, file):
     state, teacher = model.state_dict(), dict(model.state_dict())
     for name in ("cls_token", "blocks.3.norm1.weight"):

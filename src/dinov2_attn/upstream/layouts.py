@@ -80,7 +80,7 @@ def find_backbone(checkpoint: Checkpoint, names: Collection[str]) -> Backbone:
         else:
             inside[key] = tensor
     left_out = dict.fromkeys(_part_of(name, root) for name in outside)
-    return Backbone(root.rstrip("."), inside, tuple(left_out))
+    return Backbone(root.removesuffix("."), inside, tuple(left_out))
 
 
 def _roots(found: Collection[str], anchors: Sequence[str]) -> dict[str, int]:
@@ -102,7 +102,7 @@ def _choose(checkpoint: Checkpoint, roots: Mapping[str, int]) -> str:
     if len(best) > 1:
         raise UnreadableFile(
             "a checkpoint of one model, or of a teacher and others",
-            f"{checkpoint.path} with one in each of {some([r.rstrip('.') for r in best])}",
+            f"{checkpoint.path} with one in each of {some([r.removesuffix('.') for r in best])}",
             "Save the one that you want by itself, as a dict of names to tensors.",
         )
     return best[0] if best else ""
