@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -49,8 +50,9 @@ def test_n_takes_layers_as_get_intermediate_layers_does(models, case, data):
         True
     ] * count
     chosen = [every[i] for i in sorted(i % case.depth for i in some)]
-    answers = model.get_self_attention(case.images, n=some)
-    assert all(torch.equal(a, b) for a, b in zip(answers, chosen, strict=True))
+    for n in (some, torch.tensor(some, dtype=torch.long), np.array(some, dtype=int)):
+        answers = model.get_self_attention(case.images, n=n)
+        assert all(torch.equal(a, b) for a, b in zip(answers, chosen, strict=True))
     assert torch.equal(model.get_last_self_attention(case.images), every[-1])
     assert torch.equal(model.get_last_selfattention(case.images), every[-1])
 

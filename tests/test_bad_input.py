@@ -77,10 +77,14 @@ BAD_LAYERS = {
     "negative": (-1, dinov2_attn.OutOfRange, r"between 0 and 2; found -1"),
     "beyond": ([0, 2], dinov2_attn.OutOfRange, r"between -2 and 1, there being 2; found 2\."),
     "before": ([-3], dinov2_attn.OutOfRange, r"found -3"),
-    "a word": ("last", dinov2_attn.InvalidInput, r"whole numbers; found 'l' of type str"),
+    "a word": ("last", dinov2_attn.InvalidInput, r"expected blocks as whole numbers; found 'l'"),
     "a generator": ((i for i in [0]), dinov2_attn.InvalidInput, r"found <generator"),
     "a set": ({0}, dinov2_attn.InvalidInput, r"whole numbers; found \{0\} of type set"),
-    "a fraction": (1.5, dinov2_attn.InvalidInput, r"whole numbers; found 1\.5 of type float"),
+    "a fraction": (
+        1.5,
+        dinov2_attn.InvalidInput,
+        r"expected n, the blocks to take, as whole numbers; found 1\.5 of type float",
+    ),
 }
 
 
@@ -104,6 +108,33 @@ def test_nothing_runs_before_the_refusal(model):
             model.get_self_attention(IMAGES, **options)
     hook.remove()
     assert ran == []
+
+
+def test_every_row_that_a_model_has_may_be_asked_and_no_other(models):
+    options = {"num_register_tokens": 3} if models.has_registers else {}
+    model = models.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1, block_chunks=0, **options
+    )
+    rows = 1 + sum(options.values()) + 6
+    for query in (rows - 1, -rows):
+        assert model.get_last_self_attention(IMAGES, queries=query).shape == (2, 1, 1, rows)
+    ran = []
+    model.patch_embed.register_forward_pre_hook(lambda *_: ran.append(1))
+    for query in (rows, -rows - 1):
+        with pytest.raises(dinov2_attn.OutOfRange, match=f"there being {rows} tokens"):
+            model.get_last_self_attention(IMAGES, queries=query)
+    assert ran == []
+
+
+def test_patches_may_be_oblong(grafted):
+    """A pair is height and width: upstream takes it, for images of the size trained at."""
+    model = grafted.cls("DinoVisionTransformer")(
+        img_size=8, patch_size=(2, 4), embed_dim=4, depth=1, num_heads=1, block_chunks=0
+    )
+    images = noise(1, 3, 8, 8, seed=0)
+    assert model.get_last_self_attention(images, queries=[8, -9]).shape == (1, 1, 2, 9)
+    with pytest.raises(dinov2_attn.InvalidInput, match="patch size 2 × 4; found 8 × 6"):
+        model.get_last_self_attention(images[..., :6])
 
 
 def test_nan_images_flow_through(model):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 import dinov2_attn
 import fresh
@@ -19,6 +20,7 @@ import reference
 import upstreams
 import xformers_here
 from compiling import compiles
+from dinov2_attn.surgery.nesting import check_stochastic_depth
 from strategies import model_cases, noise, randomise, seeds
 from tolerances import assert_close
 from xformers_here import devices, quiet
@@ -225,6 +227,18 @@ def test_stochastic_depth_of_a_list_on_a_cpu_is_said_to_need_cuda(nested):
         block(tokens, return_attention=True)
     assert block(tokens[0], return_attention=True).shape == (2, 3, 5, 5)
     assert block.eval()(tokens, return_attention=True)[1].shape == (1, 3, 3, 3)
+
+
+def test_stochastic_depth_of_a_list_on_cuda_is_left_to_xformers(nested):
+    block = block_of(nested, drop_path=0.3).train()
+    try:
+        with FakeTensorMode():  # of any device, on a machine that has none
+            tokens = [torch.empty(size, 5, 24, device="cuda") for size in (2, 1)]
+    except (RuntimeError, AssertionError):
+        pytest.skip("old torch needs a GPU to fake one: newer ones run this anywhere")
+    check_stochastic_depth(block, tokens)
+    with pytest.raises(dinov2_attn.NoOperator, match="a list on cpu, cuda"):
+        check_stochastic_depth(block, [*tokens, torch.empty(1, 3, 24)])
 
 
 @pytest.mark.parametrize("ask", ["get_self_attention", "get_last_self_attention", "features"])
