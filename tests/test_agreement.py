@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -81,12 +83,13 @@ def test_a_list_equals_one_by_one(models, case, count, masked):
     images = [noise(1 + i, 3, 2 + 2 * i, 4, seed=i, dtype=case.dtype) for i in range(count)]
     masks = [noise(len(x), x[0, 0].numel() // 4, seed=9) > 0 for x in images] if masked else None
     each = [None] * count if masks is None else masks
-    answer = model.get_self_attention(images, masks=masks, queries="patches")
+    ask = partial(model.get_self_attention, queries="patches", heads="mean")
+    answer = ask(images, masks=masks)
     assert len(answer) == case.depth
     for layer, weights in enumerate(answer):
         assert isinstance(weights, list)
         for x, mask, w in zip(images, each, weights, strict=True):
-            assert torch.equal(w, model.get_self_attention(x, [layer], mask, queries="patches")[0])
+            assert torch.equal(w, ask(x, [layer], mask)[0])
     last = model.get_last_self_attention(images, masks)
     assert isinstance(last, list)
     assert [w.shape[0] for w in last] == [len(x) for x in images]

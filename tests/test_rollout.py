@@ -131,6 +131,12 @@ def test_half_precision_is_rolled_out_in_float32(models):
     ).abs().max() < 1e-6
 
 
+def test_shares_are_made_where_the_images_are(models):
+    """On a device that only this machine's lacks: nothing may be made on the CPU in between."""
+    ours = dinov2_attn.rollout(PLAIN.build(models).to("meta"), PLAIN.images.to("meta"))
+    assert (ours.weights.device.type, ours.weights.shape[:2]) == ("meta", (2, 1))
+
+
 def test_hooks_and_adapters_at_qkv_count(models):
     model = PLAIN.build(models)
     plain = dinov2_attn.rollout(model, PLAIN.images).weights

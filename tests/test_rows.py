@@ -135,3 +135,10 @@ def test_masks_are_made_where_the_queries_are(differentiated):
     with torch.set_grad_enabled(differentiated):
         weights = attention_weights(query, query, 0.5, causal_rows=rows)
     assert (weights.device.type, weights.shape) == ("meta", (1, 2, 3, 3))
+
+
+def test_a_causal_module_is_asked_on_its_own_device(newest):
+    module = newest.cls("Attention")(12, num_heads=2).to("meta")
+    tokens = torch.empty(2, 5, 12, device="meta")
+    weights = module(tokens, is_causal=True, return_attn=True, queries=[3, 1])
+    assert (weights.device.type, weights.shape) == ("meta", (2, 2, 2, 5))

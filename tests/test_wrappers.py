@@ -33,6 +33,15 @@ class Wrapper(nn.Module):
         return self.change(self.inner(*args, **(kwargs if self.hand_on else {})))
 
 
+class ByName(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens):
+        return self.inner(x_or_x_list=tokens)
+
+
 def test_wrappers_of_blocks_pass_the_question_on(models):
     """Sharded, compiled and checkpointed blocks are wrappers around grafted ones."""
     model = build(models)
@@ -100,6 +109,16 @@ def test_a_projection_that_draws_is_drawn_once(models):
     mine, theirs = kernel_inputs[::2], kernel_inputs[1::2]
     assert all(map(torch.equal, mine, theirs))
     assert len(attentions) == 3
+
+
+def test_blocks_may_be_given_their_tokens_by_name_in_training(models):
+    """As somebody's own loop over them may; upstream's own names nothing."""
+    model = build(models).train()
+    _, expected = model(IMAGES, return_attention=True)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = ByName(block)
+    _, attentions = model(IMAGES, return_attention=True)
+    assert all(map(torch.equal, attentions, expected))
 
 
 def test_gradients_flow_through_blocks_and_models(models):
