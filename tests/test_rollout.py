@@ -203,7 +203,7 @@ def test_a_model_that_install_has_not_reached_is_refused(first):
 
 
 @torch.no_grad()
-def test_causal_blocks_are_refused():
+def test_causal_blocks_and_biases_are_refused():
     """Their queries and keys alone do not say what is seen."""
     upstream = upstreams.ANOMALIB
     with dinov2_attn.install(upstream.package):
@@ -211,3 +211,6 @@ def test_causal_blocks_are_refused():
         asked = module_of_rollout.Instead.QUERIES_AND_KEYS
         with pytest.raises(dinov2_attn.InvalidInput, match=r"alike; found a causal block"):
             block(noise(2, 7, 12, seed=5), return_attention=True, heads=asked)
+        module = upstream.cls("MemEffAttention")(12, num_heads=2)
+        with pytest.raises(dinov2_attn.InvalidInput, match="alike; found one with attn_bias"):
+            module(noise(2, 7, 12, seed=5), torch.zeros(7, 7), return_attn=True, heads=asked)
