@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
+from torch.nn.functional import dropout
 
 import dinov2_attn
 import fresh
@@ -21,6 +22,7 @@ import upstreams
 import xformers_here
 from compiling import compiles
 from dinov2_attn.surgery.nesting import check_stochastic_depth
+from recordings import IMAGES, build
 from strategies import model_cases, noise, randomise, seeds
 from tolerances import assert_close
 from xformers_here import devices, quiet
@@ -219,6 +221,23 @@ def test_drop_path_of_zero_nests_in_training(nested):
     for a, b in zip(answers, expected, strict=True):
         assert_close(a, b)
     assert [x.shape for x in block(tokens)] == [x.shape for x in tokens]
+
+
+def test_what_a_list_draws_in_training_is_drawn_as_unasked(nested):
+    """LoRA's dropout, which the weights draw first and the pass itself again."""
+    block = partial(nested.cls("NestedTensorBlock"), attn_class=nested.cls("MemEffAttention"))
+    model = build(nested, block_fn=block).train()
+    for one in model.blocks:
+        one.attn.qkv.register_forward_hook(lambda m, _, out: dropout(out, 0.5, m.training))
+    if nested is upstreams.MOGE:
+        pytest.skip("its own forward_features_list unpacks three of two; the other copies run")
+    images = [IMAGES, IMAGES[:1, :, :2]]
+    torch.manual_seed(3)
+    plain = model.forward_features(images, [None, None])
+    torch.manual_seed(3)
+    asked = model.forward_features(images, return_attention=True)
+    for a, b in zip(asked, plain, strict=True):
+        assert torch.equal(a["x_prenorm"], b["x_prenorm"])
 
 
 def test_stochastic_depth_of_a_list_on_a_cpu_is_said_to_need_cuda(nested):
