@@ -231,13 +231,13 @@ def test_what_a_list_draws_in_training_is_drawn_as_unasked(nested):
         one.attn.qkv.register_forward_hook(lambda m, _, out: dropout(out, 0.5, m.training))
     if nested is upstreams.MOGE:
         pytest.skip("its own forward_features_list unpacks three of two; the other copies run")
-    images = [IMAGES, IMAGES[:1, :, :2]]
-    torch.manual_seed(3)
-    plain = model.forward_features(images, [None, None])
-    torch.manual_seed(3)
-    asked = model.forward_features(images, return_attention=True)
-    for a, b in zip(asked, plain, strict=True):
-        assert torch.equal(a["x_prenorm"], b["x_prenorm"])
+    for images in ([IMAGES, IMAGES[:1, :, :2]], [IMAGES]):
+        torch.manual_seed(3)
+        plain = model.forward_features(images, [None] * len(images))
+        torch.manual_seed(3)
+        asked = model.forward_features(images, return_attention=True)
+        for a, b in zip(asked, plain, strict=True):
+            assert torch.equal(a["x_prenorm"], b["x_prenorm"])
 
 
 def test_stochastic_depth_of_a_list_on_a_cpu_is_said_to_need_cuda(nested):

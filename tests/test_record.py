@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from functools import partial
+from functools import partial, reduce
 
 import pytest
 import torch
@@ -186,9 +186,13 @@ def test_a_nested_list_is_projected_once(nested):
     block = partial(nested.cls("NestedTensorBlock"), attn_class=nested.cls("MemEffAttention"))
     model, calls = build(nested, block_fn=block), []
     model.blocks[0].attn.qkv.register_forward_hook(lambda *_: calls.append(1))
+    images = [model.prepare_tokens_with_masks(x) for x in (IMAGES, IMAGES[:1])]
+    plain = reduce(lambda tokens, block: block(tokens), model.blocks, images)
+    calls.clear()
     with record(model, [0]):
-        model.blocks[0]([model.prepare_tokens_with_masks(x) for x in (IMAGES, IMAGES[:1])])
+        again = reduce(lambda tokens, block: block(tokens), model.blocks, images)
     assert len(calls) == 1
+    assert all(map(torch.equal, again, plain))
 
 
 def test_a_projection_that_draws_is_recorded_as_it_was_drawn(models):
