@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -103,9 +104,16 @@ def test_queries_that_are_not_there(model, queries):
 def test_nothing_runs_before_the_refusal(model):
     ran = []
     hook = model.patch_embed.register_forward_pre_hook(lambda *_: ran.append(1))
-    for options in ({"n": 9}, {"queries": "class"}, {"heads": "max"}, {"queries": [0, 99]}):
-        with pytest.raises(dinov2_attn.InvalidInput):
-            model.get_self_attention(IMAGES, **options)
+    for options in ({"queries": "class"}, {"heads": "max"}, {"queries": [0, 99]}):
+        for ask in (
+            model.get_self_attention,
+            partial(model, return_attention=True),
+            partial(model.forward_features, return_attention=True),
+        ):
+            with pytest.raises(dinov2_attn.InvalidInput):
+                ask(IMAGES, **options)
+    with pytest.raises(dinov2_attn.InvalidInput):
+        model.get_self_attention(IMAGES, n=9)
     hook.remove()
     assert ran == []
 
