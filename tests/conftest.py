@@ -89,3 +89,25 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+# mutmut asks those tests of a mutant that called its function. These are called once for all tests
+# of a module, and what they return is called by each.
+CALLED_FOR_ALL = {
+    "dinov2_attn.surgery.grafts.x_graft_attention",
+    "dinov2_attn.surgery.grafts.x_graft_block",
+    "dinov2_attn.surgery.transformer.x_graft_forward",
+    "dinov2_attn.surgery.transformer.x_graft_forward_features",
+    "dinov2_attn.surgery.transformer.x_graft_prepare_tokens",
+}
+
+
+def pytest_runtest_setup(item):
+    """Count them for each test, where mutmut is about to note who calls what."""
+    if os.environ.get("MUTANT_UNDER_TEST") != "stats":
+        return
+    from mutmut.stats import record_trampoline_hit
+
+    if {"layers", "models", "nested", "grafted"} & set(item.fixturenames):
+        for name in CALLED_FOR_ALL:
+            record_trampoline_hit(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dinov2_attn.surgery.tap import TAP
+from dinov2_attn.surgery.tap import SWITCH, TAP
 from strategies import noise, randomise
 from tolerances import assert_close
 
@@ -47,6 +47,7 @@ class Around(nn.Module):
 
 def assert_nothing_on(model):
     assert TAP.recorders == ()
+    assert not SWITCH.on
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -49,8 +52,9 @@ def test_n_takes_layers_as_get_intermediate_layers_does(models, case, data):
         True
     ] * count
     chosen = [every[i] for i in sorted(i % case.depth for i in some)]
-    answers = model.get_self_attention(case.images, n=some)
-    assert all(torch.equal(a, b) for a, b in zip(answers, chosen, strict=True))
+    for n in (some, torch.tensor(some, dtype=torch.long), np.array(some, dtype=int)):
+        answers = model.get_self_attention(case.images, n=n)
+        assert all(torch.equal(a, b) for a, b in zip(answers, chosen, strict=True))
     assert torch.equal(model.get_last_self_attention(case.images), every[-1])
     assert torch.equal(model.get_last_selfattention(case.images), every[-1])
 
@@ -79,12 +83,13 @@ def test_a_list_equals_one_by_one(models, case, count, masked):
     images = [noise(1 + i, 3, 2 + 2 * i, 4, seed=i, dtype=case.dtype) for i in range(count)]
     masks = [noise(len(x), x[0, 0].numel() // 4, seed=9) > 0 for x in images] if masked else None
     each = [None] * count if masks is None else masks
-    answer = model.get_self_attention(images, masks=masks, queries="patches")
+    ask = partial(model.get_self_attention, queries="patches", heads="mean")
+    answer = ask(images, masks=masks)
     assert len(answer) == case.depth
     for layer, weights in enumerate(answer):
         assert isinstance(weights, list)
         for x, mask, w in zip(images, each, weights, strict=True):
-            assert torch.equal(w, model.get_self_attention(x, [layer], mask, queries="patches")[0])
+            assert torch.equal(w, ask(x, [layer], mask)[0])
     last = model.get_last_self_attention(images, masks)
     assert isinstance(last, list)
     assert [w.shape[0] for w in last] == [len(x) for x in images]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -104,6 +105,15 @@ def test_a_token_count_that_does_not_fit_is_an_error_with_the_arithmetic_in_it(a
         getattr(whole(torch.rand(1, 2, 1, 7), grid=None), ask)()
 
 
+def test_entries_of_a_list_may_share_a_grid_and_have_one_each():
+    some = [torch.rand(1, 2, 1, 7), torch.rand(3, 2, 1, 7)]
+    for grid in ((2, 3), [(2, 3), (2, 3)]):
+        (shown,) = whole(some, grid=grid).maps()
+        assert [one.shape for one in shown] == [(1, 2, 1, 2, 3), (3, 2, 1, 2, 3)]
+    with pytest.raises(ValueError, match="shorter"):
+        whole(some, grid=[(2, 3)]).maps()
+
+
 def test_what_reduce_kept_is_shown_where_it_kept_the_columns(grafted):
     model = build(grafted)
     with record(model, reduce=lambda _, weights: weights.amax((1, 2))) as maps:
@@ -176,6 +186,22 @@ def test_a_file_of_something_else_is_an_error(tmp_path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UnreadableFile):
         AttentionMaps.load(path)
+
+
+def test_a_file_that_lacks_a_layer_says_which(tmp_path):
+    from safetensors.torch import save_file
+
+    about = {"layers": "[7]", "grid": "null", "prefix": "1", "queries": "null"}
+    save_file({"layer.70.0": torch.rand(1)}, tmp_path / "a", about)
+    with pytest.raises(UnreadableFile, match=r"KeyError: 'layer\.7'"):
+        AttentionMaps.load(tmp_path / "a")
+
+
+def test_a_file_is_finished_beside_its_place(tmp_path, monkeypatch):
+    """From the folder for temporary files, which may be another disk, it could not be moved."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "another disk"))
+    whole(torch.rand(1, 2, 1, 7)).save(tmp_path / "a")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
 def test_nothing_half_written_is_left(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -77,10 +78,14 @@ BAD_LAYERS = {
     "negative": (-1, dinov2_attn.OutOfRange, r"between 0 and 2; found -1"),
     "beyond": ([0, 2], dinov2_attn.OutOfRange, r"between -2 and 1, there being 2; found 2\."),
     "before": ([-3], dinov2_attn.OutOfRange, r"found -3"),
-    "a word": ("last", dinov2_attn.InvalidInput, r"whole numbers; found 'l' of type str"),
+    "a word": ("last", dinov2_attn.InvalidInput, r"expected blocks as whole numbers; found 'l'"),
     "a generator": ((i for i in [0]), dinov2_attn.InvalidInput, r"found <generator"),
     "a set": ({0}, dinov2_attn.InvalidInput, r"whole numbers; found \{0\} of type set"),
-    "a fraction": (1.5, dinov2_attn.InvalidInput, r"whole numbers; found 1\.5 of type float"),
+    "a fraction": (
+        1.5,
+        dinov2_attn.InvalidInput,
+        r"expected n, the blocks to take, as whole numbers; found 1\.5 of type float",
+    ),
 }
 
 
@@ -99,11 +104,45 @@ def test_queries_that_are_not_there(model, queries):
 def test_nothing_runs_before_the_refusal(model):
     ran = []
     hook = model.patch_embed.register_forward_pre_hook(lambda *_: ran.append(1))
-    for options in ({"n": 9}, {"queries": "class"}, {"heads": "max"}, {"queries": [0, 99]}):
-        with pytest.raises(dinov2_attn.InvalidInput):
-            model.get_self_attention(IMAGES, **options)
+    for options in ({"queries": "class"}, {"heads": "max"}, {"queries": [0, 99]}):
+        for ask in (
+            model.get_self_attention,
+            partial(model, return_attention=True),
+            partial(model.forward_features, return_attention=True),
+        ):
+            with pytest.raises(dinov2_attn.InvalidInput):
+                ask(IMAGES, **options)
+    with pytest.raises(dinov2_attn.InvalidInput):
+        model.get_self_attention(IMAGES, n=9)
     hook.remove()
     assert ran == []
+
+
+def test_every_row_that_a_model_has_may_be_asked_and_no_other(models):
+    options = {"num_register_tokens": 3} if models.has_registers else {}
+    model = models.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1, block_chunks=0, **options
+    )
+    rows = 1 + sum(options.values()) + 6
+    for query in (rows - 1, -rows):
+        assert model.get_last_self_attention(IMAGES, queries=query).shape == (2, 1, 1, rows)
+    ran = []
+    model.patch_embed.register_forward_pre_hook(lambda *_: ran.append(1))
+    for query in (rows, -rows - 1):
+        with pytest.raises(dinov2_attn.OutOfRange, match=f"there being {rows} tokens"):
+            model.get_last_self_attention(IMAGES, queries=query)
+    assert ran == []
+
+
+def test_patches_may_be_oblong(grafted):
+    """A pair is height and width: upstream takes it, for images of the size trained at."""
+    model = grafted.cls("DinoVisionTransformer")(
+        img_size=8, patch_size=(2, 4), embed_dim=4, depth=1, num_heads=1, block_chunks=0
+    )
+    images = noise(1, 3, 8, 8, seed=0)
+    assert model.get_last_self_attention(images, queries=[8, -9]).shape == (1, 1, 2, 9)
+    with pytest.raises(dinov2_attn.InvalidInput, match="patch size 2 × 4; found 8 × 6"):
+        model.get_last_self_attention(images[..., :6])
 
 
 def test_nan_images_flow_through(model):
@@ -189,13 +228,22 @@ def test_arguments_that_a_class_does_not_have_are_refused():
                 module(tokens, **{name: None}, return_attn=True)
 
 
-@pytest.mark.parametrize("tokens", ["x", None, noise(3, 4, seed=0), (noise(1, 3, 4, seed=0),)])
-def test_tokens_that_are_none_are_refused(layers, tokens):
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        ("x", "str"),
+        (None, "NoneType"),
+        (noise(3, 4, seed=0), r"\(3, 4\)"),
+        ((noise(1, 3, 4, seed=0),), "tuple"),
+    ],
+)
+def test_tokens_that_are_none_are_refused(layers, tokens, found):
     for ask in (
         lambda t: layers.cls("Block")(4, num_heads=1)(t, return_attention=True),
         lambda t: layers.attentions[1](4, num_heads=1)(t, return_attn=True),
     ):
-        with pytest.raises(dinov2_attn.InvalidInput, match=r"tensor of shape \(B, N, C\).*; found"):
+        words = rf"tensor of shape \(B, N, C\).*; found {found}\."
+        with pytest.raises(dinov2_attn.InvalidInput, match=words):
             ask(tokens)
 
 

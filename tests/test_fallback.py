@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 
 import numpy as np
@@ -179,6 +180,37 @@ def test_errors_about_inputs_stay_xformers_own(pristine, call):
     assert str(ours.value) == str(theirs.value)
 
 
+@quiet
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "Operator `cutlassF` does not support inputs:",
+        "Attention bias and Query/Key/Value should be",
+    ],
+)
+def test_a_refusal_may_be_a_value_error(refusal):
+    """Of an operator that upstream's first revision names; of a GPU's mask, with a model off it."""
+
+    def kernel(*args, **kwargs):
+        raise ValueError(refusal)
+
+    assert_close(graft_kernel(kernel)(*inputs(3, 0)), definition(*inputs(3, 0)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda kernel, q: kernel(q[0], q[0], q[0]),  # xFormers takes (B, N, head_dim) too
+        lambda kernel, q: kernel(q, q[:, :2], q),
+        lambda kernel, q: kernel(q, q, q, "a mask"),
+        lambda kernel, q: kernel(q, q, q, surprise=1),
+    ],
+)
+def test_a_call_that_the_fallback_could_not_answer_ends_as_xformers_ends_it(call):
+    with pytest.raises(NotImplementedError, match="No operator found"):
+        call(graft_kernel(no_operator), noise(2, 4, 3, 64, seed=0))
+
+
 # Installed and taken off
 
 
@@ -188,12 +220,24 @@ def test_upstream_runs_where_it_raised_and_warns_once(pristine):
     with pytest.raises(NotImplementedError, match="No operator found"):
         module(tokens)
     with dinov2_attn.install():
-        with pytest.warns(dinov2_attn.KernelFallback, match="float32 on cpu.*No operator found"):
+        with pytest.warns(
+            dinov2_attn.KernelFallback, match="attention in float32 on cpu, so.*No operator found"
+        ):
             output = module(tokens)
         assert_close(output, pristine.cls("Attention").forward(module, tokens))
         module(tokens)  # a second warning would be an error here
     with pytest.raises(NotImplementedError, match="No operator found"):
         module(tokens)
+
+
+@pytest.mark.skipif(
+    "MUTANT_UNDER_TEST" in os.environ,
+    reason="mutmut's own frames stand between: every run without it looks",
+)
+def test_the_warning_names_the_line_that_called_the_kernel():
+    with pytest.warns(dinov2_attn.KernelFallback) as caught:
+        graft_kernel(no_operator)(*inputs(3, 0))
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_it_is_an_entry_of_the_ledger_like_any_other(pristine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial, reduce
 
 import pytest
 import torch
@@ -178,6 +179,20 @@ def test_queries_and_keys_are_projected_once(models):
     with record(model), record(model, queries="cls"):
         model(IMAGES)
     assert len(calls) == 3
+
+
+@quiet
+def test_a_nested_list_is_projected_once(nested):
+    block = partial(nested.cls("NestedTensorBlock"), attn_class=nested.cls("MemEffAttention"))
+    model, calls = build(nested, block_fn=block), []
+    model.blocks[0].attn.qkv.register_forward_hook(lambda *_: calls.append(1))
+    images = [model.prepare_tokens_with_masks(x) for x in (IMAGES, IMAGES[:1])]
+    plain = reduce(lambda tokens, block: block(tokens), model.blocks, images)
+    calls.clear()
+    with record(model, [0]):
+        again = reduce(lambda tokens, block: block(tokens), model.blocks, images)
+    assert len(calls) == 1
+    assert all(map(torch.equal, again, plain))
 
 
 def test_a_projection_that_draws_is_recorded_as_it_was_drawn(models):

@@ -60,6 +60,22 @@ def test_checkpointing_is_recorded_once_and_differentiates(models, reentrant, wh
         assert_close(recomputed, model.patch_embed.proj.weight.grad)
 
 
+def test_a_pass_that_is_run_again_in_the_middle_of_another_is_not_its_beginning(models):
+    model = build(models)
+    subject, outputs = Checkpointed(model, reentrant=False), []
+
+    def differentiate(*_):
+        if len(outputs) == 1:
+            outputs.pop().sum().backward()
+
+    model.blocks[1].register_forward_hook(differentiate)
+    with record(subject) as maps:
+        outputs.append(subject(IMAGES))
+        subject(IMAGES)
+    assert not outputs
+    assert [one.grid for one in maps.passes] == [(2, 3), (2, 3)]
+
+
 def test_copies_pickles_and_states_know_of_no_recording(models):
     model = build(models)
     keys, attributes = list(model.state_dict()), set(vars(model))

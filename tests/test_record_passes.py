@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -68,8 +69,12 @@ def test_recordings_may_be_nested(models):
 def test_what_is_asked_inside_is_answered_and_not_recorded(models):
     model = build(models)
     expected = model.get_self_attention(IMAGES)
+    masks = torch.arange(6)[None].expand(2, -1) > 3
+    ask = partial(model.get_self_attention, IMAGES, [1], masks, queries="cls", heads="mean")
+    (chosen,) = ask()
     with record(model) as maps:
         assert all(map(torch.equal, model.get_self_attention(IMAGES), expected))
+        assert torch.equal(*ask(), chosen)
         assert torch.equal(model.get_last_self_attention(IMAGES), expected[-1])
         assert len(model.get_self_attention([IMAGES, IMAGES], 2)) == 2
         tokens = model.prepare_tokens_with_masks(IMAGES)
@@ -81,6 +86,15 @@ def test_what_is_asked_inside_is_answered_and_not_recorded(models):
     for a, b, c in zip(maps.weights, attentions, expected, strict=True):
         assert_close(a, b)
         assert_close(a, c)
+
+
+def test_images_given_by_name_have_their_grid(models):
+    model = build(models)
+    with record(model) as maps:
+        tokens = model.prepare_tokens_with_masks(x=IMAGES)
+        for block in model.blocks:
+            tokens = block(tokens)
+    assert maps.grid == (2, 3)
 
 
 def test_reduce_may_run_models_itself(models):

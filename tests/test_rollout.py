@@ -131,6 +131,12 @@ def test_half_precision_is_rolled_out_in_float32(models):
     ).abs().max() < 1e-6
 
 
+def test_shares_are_made_where_the_images_are(models):
+    """On a device that only this machine's lacks: nothing may be made on the CPU in between."""
+    ours = dinov2_attn.rollout(PLAIN.build(models).to("meta"), PLAIN.images.to("meta"))
+    assert (ours.weights.device.type, ours.weights.shape[:2]) == ("meta", (2, 1))
+
+
 def test_hooks_and_adapters_at_qkv_count(models):
     model = PLAIN.build(models)
     plain = dinov2_attn.rollout(model, PLAIN.images).weights
@@ -197,7 +203,7 @@ def test_a_model_that_install_has_not_reached_is_refused(first):
 
 
 @torch.no_grad()
-def test_causal_blocks_are_refused():
+def test_causal_blocks_and_biases_are_refused():
     """Their queries and keys alone do not say what is seen."""
     upstream = upstreams.ANOMALIB
     with dinov2_attn.install(upstream.package):
@@ -205,3 +211,6 @@ def test_causal_blocks_are_refused():
         asked = module_of_rollout.Instead.QUERIES_AND_KEYS
         with pytest.raises(dinov2_attn.InvalidInput, match=r"alike; found a causal block"):
             block(noise(2, 7, 12, seed=5), return_attention=True, heads=asked)
+        module = upstream.cls("MemEffAttention")(12, num_heads=2)
+        with pytest.raises(dinov2_attn.InvalidInput, match="alike; found one with attn_bias"):
+            module(noise(2, 7, 12, seed=5), torch.zeros(7, 7), return_attn=True, heads=asked)

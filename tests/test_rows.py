@@ -12,6 +12,7 @@ import reference
 import upstreams
 from dinov2_attn.attention import attention_weights
 from strategies import attention_cases, model_cases, noise, randomise, seeds
+from test_logits import cut_into
 from tolerances import RELATIVE, assert_close
 
 
@@ -75,6 +76,14 @@ def test_a_causal_block_asks_as_it_runs(newest, is_causal):
     assert_close(weights, expected)
 
 
+def test_a_causal_block_answers_a_list_in_training(newest):
+    """It drops no samples and has no rate at which to."""
+    block = randomise(newest.cls("CausalAttentionBlock")(12, num_heads=2), 5).train()
+    tokens = [noise(2, 7, 12, seed=5), noise(1, 3, 12, seed=6)]
+    for x, weights in zip(tokens, block(tokens, return_attention=True), strict=True):
+        assert torch.equal(weights, block(x, return_attention=True))
+
+
 @pytest.mark.parametrize("name", ["moge", "anomalib"])
 def test_a_dense_bias_joins_the_scores(name):
     """Both pass ``attn_bias`` to PyTorch's kernel, one of them from either class."""
@@ -95,6 +104,29 @@ def test_a_dense_bias_joins_the_scores(name):
         assert_close(reference.features(module, tokens, weights), module(tokens, ~hidden))
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((), (5,), (5, 5), (1, 5), (2, 5, 5), (1, 5, 5), (2, 1, 5)),
+        *((3, 2, 5, 5), (3, 1, 5, 5), (1, 2, 5, 5), (3, 2, 1, 5), (2, 2, 5, 5)),
+    ],
+)
+@torch.no_grad()
+def test_a_bias_gives_its_rows_and_samples_where_it_has_them(shape):
+    """Broadcast where it has one or none, whether the batch is weighed at once or by the sample."""
+    with dinov2_attn.install(upstreams.MOGE.package):
+        module = randomise(upstreams.MOGE.cls("Attention")(12, num_heads=2).double(), 2)
+        batch = shape[0] if len(shape) == 4 and shape[0] > 1 else 3
+        tokens = noise(batch, 5, 12, seed=2, dtype=torch.float64)
+        bias = noise(*shape, seed=3, dtype=torch.float64)
+        expected = reference.weights(module, tokens, bias=bias.expand(batch, 2, 5, 5))
+        for size in (1, 2**20):
+            with cut_into(size):
+                assert_close(module(tokens, bias, return_attn=True), expected)
+                rows = module(tokens, bias, return_attn=True, queries=[4, 0])
+            assert_close(rows, expected[:, :, [4, 0]])
+
+
 @pytest.mark.parametrize("differentiated", [True, False])
 def test_masks_are_made_where_the_queries_are(differentiated):
     """On a device that only this machine's lacks: nothing may be made on the CPU in between."""
@@ -103,3 +135,10 @@ def test_masks_are_made_where_the_queries_are(differentiated):
     with torch.set_grad_enabled(differentiated):
         weights = attention_weights(query, query, 0.5, causal_rows=rows)
     assert (weights.device.type, weights.shape) == ("meta", (1, 2, 3, 3))
+
+
+def test_a_causal_module_is_asked_on_its_own_device(newest):
+    module = newest.cls("Attention")(12, num_heads=2).to("meta")
+    tokens = torch.empty(2, 5, 12, device="meta")
+    weights = module(tokens, is_causal=True, return_attn=True, queries=[3, 1])
+    assert (weights.device.type, weights.shape) == ("meta", (2, 2, 2, 5))

@@ -128,7 +128,23 @@ def test_signatures_show_what_is_added_and_keep_what_was_there(bare_layers):
     with dinov2_attn.install(bare_layers.package):
         after = inspect.signature(cls.forward).parameters
     assert list(after) == [*before, "return_attn", "queries", "heads"]
-    assert after["return_attn"].kind is inspect.Parameter.KEYWORD_ONLY
+    added = list(after.values())[len(before) :]
+    assert [str(parameter) for parameter in added] == [
+        "return_attn=False",
+        "queries=None",
+        "heads=None",
+    ]
+    assert {parameter.kind for parameter in added} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_the_signature_of_an_override_that_hands_everything_on_shows_it_too(first):
+    class Own(first.cls("MemEffAttention")):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    with dinov2_attn.install(Own(4, num_heads=1)):
+        shown = str(inspect.signature(Own.forward))
+    assert shown == "(self, *args, return_attn=False, queries=None, heads=None, **kwargs)"
 
 
 def test_the_comparison_sees_a_single_changed_bit(bare_layers):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import dinov2_attn
 import reference
+from dinov2_attn.surgery.tap import SWITCH, TAP
 from strategies import noise, randomise
 from tolerances import assert_close
 
@@ -31,6 +32,15 @@ class Wrapper(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.change(self.inner(*args, **(kwargs if self.hand_on else {})))
+
+
+class ByName(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens):
+        return self.inner(x_or_x_list=tokens)
 
 
 def test_wrappers_of_blocks_pass_the_question_on(models):
@@ -100,6 +110,21 @@ def test_a_projection_that_draws_is_drawn_once(models):
     mine, theirs = kernel_inputs[::2], kernel_inputs[1::2]
     assert all(map(torch.equal, mine, theirs))
     assert len(attentions) == 3
+
+
+def test_a_batch_of_nothing_is_answered_in_training(models):
+    _, attentions = build(models).train()(IMAGES[:0], return_attention=True)
+    assert [weights.shape for weights in attentions] == [(0, 2, 7, 7)] * 3
+
+
+def test_blocks_may_be_given_their_tokens_by_name_in_training(models):
+    """As somebody's own loop over them may; upstream's own names nothing."""
+    model = build(models).train()
+    _, expected = model(IMAGES, return_attention=True)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = ByName(block)
+    _, attentions = model(IMAGES, return_attention=True)
+    assert all(map(torch.equal, attentions, expected))
 
 
 def test_gradients_flow_through_blocks_and_models(models):
@@ -174,9 +199,17 @@ def test_asking_inside_of_asking(models):
 
 def test_what_is_not_asked_keeps_nothing(models):
     """No weights stay behind in the thread that asked for them."""
-    from dinov2_attn.surgery.tap import TAP
-
     module = models.attentions[1](8, num_heads=2)
     module(noise(1, 5, 8, seed=0), return_attn=True)
     assert TAP.answers is None
     assert TAP.listener is None
+
+
+def test_a_switch_is_on_while_anybody_holds_it():
+    switch = type(SWITCH)()
+    assert not switch.on
+    with switch.held():
+        with switch.held():
+            assert switch.on
+        assert switch.on
+    assert not switch.on

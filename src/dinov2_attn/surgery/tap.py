@@ -133,7 +133,7 @@ def attentions_of_pass(**selection: Any) -> Iterator[list[Any]]:
         if id(block) in running:
             return original(block, *args, **kwargs)
         # What the projection draws (LoRA's dropout) is then drawn again by the pass itself.
-        with _same_draws(args) if block.training else nullcontext(), unpacked():
+        with _same_draws(*args, *kwargs.values()) if block.training else nullcontext(), unpacked():
             caught.append(weights_of(block, *args, **kwargs, **selection))
         running.add(id(block))
         try:
@@ -149,9 +149,8 @@ def attentions_of_pass(**selection: Any) -> Iterator[list[Any]]:
         TAP.listener = before
 
 
-def _same_draws(args: tuple[Any, ...]) -> AbstractContextManager[object]:
-    tokens = args[0][0] if isinstance(args[0], list) else args[0]
-    device = tokens.device
+def _same_draws(tokens: Any, *_: Any) -> AbstractContextManager[object]:
+    device = tokens[0].device if isinstance(tokens, list) else tokens.device
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
