@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -44,7 +45,7 @@ def test_a_watched_module_can_be_looked_at():
 
 
 class Slow:
-    """A package whose import, begun in a thread, waits while it is looked for or while it runs."""
+    """A package whose import, begun in a thread, waits: looked for, made or running."""
 
     def __init__(self, folder, waits_while):
         (folder / "slow_vit").mkdir()
@@ -72,8 +73,12 @@ class Slow:
             self._end.wait(60)
 
     def find_spec(self, name, path=None, target=None):
-        if name == "slow_vit.attention":
-            self.wait("is looked for")
+        if name != "slow_vit.attention":
+            return None
+        self.wait("is looked for")
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        spec.loader.create_module = lambda _: self.wait("is made")
+        return spec
 
     def _import(self):
         with warnings.catch_warnings():
@@ -81,7 +86,7 @@ class Slow:
             self.module = importlib.import_module("slow_vit.attention")
 
 
-@pytest.fixture(params=["is looked for", "runs"])
+@pytest.fixture(params=["is looked for", "is made", "runs"])
 def slow(tmp_path, monkeypatch, request):
     monkeypatch.syspath_prepend(tmp_path)
     slow = Slow(tmp_path, request.param)
@@ -97,6 +102,30 @@ def test_an_installation_waits_for_an_import_under_way(slow):
     threading.Timer(0.5, slow.end).start()
     with dinov2_attn.install("slow_vit"):
         assert is_grafted(sys.modules["slow_vit.attention"].Attention)
+
+
+@pytest.mark.parametrize("slow", ["runs"], indirect=True)
+def test_an_installation_does_not_wait_for_an_import_that_is_not_its_own(slow):
+    """That one may wait for the thread that installs, and neither would ever end.
+
+    While a module is looked for, Python 3.10 itself keeps all other imports waiting.
+    """
+    slow.begin()
+    try:
+        installing = threading.Thread(target=dinov2_attn.install, args=("json",), daemon=True)
+        installing.start()
+        installing.join(5)
+        assert not installing.is_alive()
+    finally:
+        slow.end()
+
+
+def test_a_python_that_shows_no_locks_of_modules_installs_all_the_same(monkeypatch):
+    """They are CPython's own."""
+    install = importlib.import_module("dinov2_attn.surgery.install")
+    monkeypatch.setattr(install, "_bootstrap", types.SimpleNamespace())
+    with dinov2_attn.install():
+        assert asks(load())
 
 
 def test_an_installation_that_is_taken_back_while_it_waits_sets_nothing(slow):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
+import pytest
+
+from dinov2_attn.errors import PatchedOnTop
 from dinov2_attn.surgery.ledger import Ledger
 
 
@@ -57,8 +62,41 @@ def test_a_graft_set_anew_is_there_for_all_who_needed_the_one_before():
     assert ledger.keep(Upstream, "old", "b")
     Upstream.old = old
     assert not ledger.keep(Upstream, "old", "a")
-    ledger.set(Upstream, "old", lambda self: "second", "a")
-    ledger.release("a")
-    assert Upstream().old() == "second"
-    ledger.release("b")
+    ledger.set(Upstream, "old", lambda self: "second", "c")
+    for target in ("a", "b"):
+        ledger.release(target)
+        assert Upstream().old() == "second"
+    ledger.release("c")
     assert vars(Upstream)["old"] is old
+
+
+def test_a_wrapper_from_the_classs_own_module_is_a_patch_all_the_same():
+    """It has the module and the name of the class's own function; only ``__wrapped__`` tells."""
+
+    class Upstream:
+        def old(self):
+            return "old"
+
+    @functools.wraps(Upstream.old)
+    def theirs(self):
+        return "theirs"
+
+    ledger = Ledger()
+    ledger.set(Upstream, "old", lambda self: "first", "a")
+    Upstream.old = theirs
+    with pytest.raises(PatchedOnTop):
+        ledger.release("a")
+    assert vars(Upstream)["old"] is theirs
+
+
+def test_what_somebody_took_away_is_not_put_back_in_silence():
+    class Upstream:
+        def old(self):
+            return "old"
+
+    ledger = Ledger()
+    ledger.set(Upstream, "old", lambda self: "first", "a")
+    del Upstream.old
+    with pytest.raises(PatchedOnTop, match="found 'nothing'"):
+        ledger.release("a")
+    assert not hasattr(Upstream, "old")

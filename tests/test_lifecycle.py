@@ -52,6 +52,25 @@ def test_a_live_model_is_restored_alike():
     assert dinov2_attn.status().grafted == ()
 
 
+def test_uninstalling_twice_is_uninstalling_once():
+    for target in (None, small_model(load())):
+        handle = dinov2_attn.install(target)
+        for _ in range(2):
+            handle.uninstall()
+            assert str(dinov2_attn.status()) == "nothing installed"
+
+
+def test_what_a_base_class_brings_is_not_set_again():
+    class Model(load().DinoVisionTransformer):
+        def forward(self, x):
+            return super().forward(x)
+
+    options = {"img_size": 4, "patch_size": 2, "embed_dim": 4, "depth": 1, "num_heads": 1}
+    with dinov2_attn.install(Model(**options, block_chunks=0)):
+        assert METHODS[0] in vars(load().DinoVisionTransformer)
+        assert not set(METHODS) & set(vars(Model))
+
+
 def test_two_models_of_one_class_are_two_targets_where_their_parts_differ():
     base = upstreams.FIRST.cls("MemEffAttention")
 

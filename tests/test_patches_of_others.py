@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import pytest
 
@@ -19,6 +20,7 @@ from upstream_itself import (
     load,
     passing_on,
     small_model,
+    wrong_attention,
 )
 
 pytestmark = pytest.mark.usefixtures("first")
@@ -63,6 +65,24 @@ def test_what_somebody_patched_below_comes_back():
         assert block.forward is theirs
     finally:
         block.forward = upstream
+
+
+def test_layers_alone_are_not_judged():
+    """A package is when all of it is imported, so that one warning names all that changed."""
+    with upstreams.FIRST.imported_anew():
+        block = upstreams.FIRST.module(BLOCK).Block  # imports no model
+        block.forward = passing_on_from_here(block.forward)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with dinov2_attn.install():
+                assert is_grafted(block)
+
+
+def passing_on_from_here(upstream):
+    def theirs(self, x):
+        return upstream(self, x)
+
+    return theirs
 
 
 def test_what_somebody_has_undone_already_is_no_patch_on_top():
@@ -140,6 +160,21 @@ def test_what_somebody_has_undone_is_set_anew_for_all_who_need_it():
     assert model.get_last_self_attention(noise(1, 3, 4, 4, seed=0)).shape[-1] == 5
     live.uninstall()
     assert block.forward is upstream
+
+
+def test_a_failure_takes_off_what_was_grafted_before():
+    """Half of a package that answers and half that does not would be worse than none."""
+    dinov2_attn.install()
+    module = upstreams.FIRST.module(ATTENTION)
+    module.Wrong = wrong_attention(module.Attention)
+    try:
+        with pytest.raises(dinov2_attn.IncompatibleUpstream):
+            dinov2_attn.install()
+        assert dinov2_attn.status().grafted == ()
+        assert not is_grafted(module.Attention)
+        assert dinov2_attn.status().recognised["dinov2"].startswith("refused: expected")
+    finally:
+        del module.Wrong
 
 
 def test_a_failure_under_somebody_elses_patch_is_the_error_that_is_raised():

@@ -18,6 +18,7 @@ from dinov2_attn.errors import UpstreamDrift
 from dinov2_attn.surgery import recognition
 from dinov2_attn.surgery.ledger import Ledger
 from dinov2_attn.surgery.targets import LiveModel
+from dinov2_attn.upstream import eras
 
 FIRST = upstreams.FIRST
 
@@ -77,6 +78,56 @@ def test_what_a_package_lacks_is_gone_and_a_live_model_may_lack_it(first):
     (said,) = warned(found)
     assert " but for MemEffAttention.forward (gone). " in said
     assert warned(found, MODEL) == []
+
+
+def test_a_function_that_is_gone_does_not_hide_those_after_it(first, monkeypatch):
+    block = FIRST.module(FIRST.block)
+    monkeypatch.delattr(block.NestedTensorBlock, "forward_nested")
+    monkeypatch.setattr(block, "get_attn_bias_and_cat", block.Block.forward)
+    said = recognition.recognise(Ledger(), classes())
+    assert "blocks as in " in said
+    assert " but for get_attn_bias_and_cat, verified by contract" in said
+
+
+def test_what_a_class_inherits_is_its_own(first):
+    """A fork may put a class of upstream's name around upstream's."""
+    *layers, base = classes()
+    above = type(base.__name__, (base,), {"__module__": base.__module__})
+    known = recognition.recognise(Ledger(), [*layers, base])
+    assert "models as in " in known
+    assert recognition.recognise(Ledger(), [*layers, above]) == known
+
+
+def test_what_is_no_function_has_no_source_to_be_known_by(first, monkeypatch):
+    monkeypatch.setattr(FIRST.cls("Attention"), "forward", len)
+    said = recognition.recognise(Ledger(), classes())
+    assert said.startswith("attention verified by contract and behaviour, source not available; ")
+
+
+def test_a_function_of_no_module_is_not_said_to_be_of_one(first, monkeypatch):
+    def forward(self, x):
+        return x
+
+    monkeypatch.setattr(FIRST.cls("Attention"), "forward", types.FunctionType(forward.__code__, {}))
+    said = recognition.recognise(Ledger(), classes())
+    assert " but for Attention.forward, verified by contract" in said
+
+
+def test_of_what_may_be_gone_the_least_is_named():
+    """Code that several eras share lacks what all of them have, not what a later one added."""
+    later = {"CausalAttentionBlock.forward", "MemEffAttention.forward"}
+    names = {name for era in eras.table() for name in era.digests} - later
+    found = [recognition.Sighting(name, "any") for name in names]
+    assert recognition._gone(frozenset(), found) == ["MemEffAttention.forward (gone)"]
+
+
+def test_all_that_differs_is_named(first, monkeypatch):
+    Attention = FIRST.cls("Attention")
+    init, forward = Attention.__init__, Attention.forward
+    monkeypatch.setattr(Attention, "__init__", forward)
+    monkeypatch.setattr(Attention, "forward", init)
+    said = recognition.recognise(Ledger(), classes())
+    assert " but for Attention.__init__, Attention.forward, verified by contract" in said
 
 
 def test_a_function_of_another_package_is_named_with_it(first, monkeypatch):

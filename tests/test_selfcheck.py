@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 
@@ -97,7 +98,10 @@ def test_any_other_formula_is_refused(change):
         def forward(self, x):
             return _kernel(self, x, change)
 
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="proj.weights @ v.*nothing was"):
+    with pytest.raises(
+        dinov2_attn.IncompatibleUpstream,
+        match=r"expected proj\(weights @ v\) to equal .*nothing was",
+    ):
         dinov2_attn.install(Attention(12, num_heads=2))
     assert "return_attn" not in str(Attention.forward)
     assert dinov2_attn.status().grafted == ()
@@ -127,6 +131,85 @@ def test_another_meaning_of_the_bias_is_refused():
         dinov2_attn.install(Attention(12, num_heads=2))
 
 
+def test_what_is_off_by_more_than_rounding_is_refused_and_by_how_much_is_said():
+    class Attention(upstreams.ANOMALIB.cls("Attention")):
+        def forward(self, x):
+            return super().forward(x) + 8e-9
+
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="found a difference of 8e-09"):
+        dinov2_attn.install(Attention(12, num_heads=2))
+
+
+def test_a_projection_whose_bias_is_left_out_is_refused():
+    class Attention(upstreams.ANOMALIB.cls("Attention")):
+        def forward(self, x):
+            B, N, C = x.shape
+            qkv = F.linear(x, self.qkv.weight).reshape(B, N, 3, self.num_heads, -1)
+            out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+            return self.proj(out.transpose(1, 2).reshape(B, N, C))
+
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="proj.weights @ v"):
+        dinov2_attn.install(Attention(12, num_heads=2))
+
+
+def test_a_class_that_takes_a_bias_of_four_dimensions_only_is_accepted():
+    class Attention(upstreams.MOGE.cls("Attention")):
+        def forward(self, x, attn_bias=None):
+            if attn_bias is not None:
+                B, N, _ = x.shape
+                attn_bias = attn_bias.reshape(B, self.num_heads, N, N)
+            return super().forward(x, attn_bias)
+
+    module, tokens = Attention(12, num_heads=2), noise(1, 5, 12, seed=0)
+    with dinov2_attn.install(module):
+        assert module(tokens, return_attn=True).shape == (1, 2, 5, 5)
+
+
+# A class that asks the flag, as upstream's does: its branch with xFormers is written here, the
+# other one is that of the class below. Here the flag is down, and both are proved.
+ASKING = """
+class Attention(base):
+    def __init__(self, dim, num_heads):
+        super().__init__(dim, num_heads)
+        self.q_norm = Identity()
+        {init}
+
+    def forward(self, x, attn_bias=None):
+        if not XFORMERS_AVAILABLE:
+            return super().forward(x)
+        q, k, v = unbind(self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1), 2)
+        {change}
+        x = memory_efficient_attention(q, k, v, attn_bias=attn_bias)
+        return self.proj(x.flatten(2))
+"""
+
+
+def asking(init="pass", change="pass"):
+    scope = {"__name__": __name__, "base": upstreams.DEPTH_ANYTHING.cls("Attention")}
+    scope |= {"XFORMERS_AVAILABLE": False, "Identity": nn.Identity}
+    exec(ASKING.format(init=init, change=change), scope)
+    return scope["Attention"](12, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("q = self.q_norm(q)", "also reads q_norm"),
+        ("q = q * self.scale", "proj.weights @ v"),
+        ("attn_bias = None", "under a bias to equal"),
+    ],
+)
+def test_what_only_the_branch_with_xformers_does_is_refused(change, said):
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=said):
+        dinov2_attn.install(asking(change=change))
+
+
+def test_a_scale_that_only_one_of_two_branches_uses_is_followed_there():
+    module, tokens = asking(init="self.scale = 0.1"), noise(1, 5, 12, seed=0)
+    with dinov2_attn.install(module):
+        assert module(tokens, return_attn=True).shape == (1, 2, 5, 5)
+
+
 def test_a_graft_that_returns_anything_else_is_refused():
     """The proof is of what users will get, not only of upstream's code."""
     cls = upstreams.ANOMALIB.cls("Attention")
@@ -135,7 +218,10 @@ def test_a_graft_that_returns_anything_else_is_refused():
     def wrong(module, x, *args, return_attn):
         return torch.full((3, 2, 7, 7), 1 / 7, dtype=x.dtype)
 
-    with laboratory(), pytest.raises(dinov2_attn.IncompatibleUpstream, match="weights returned"):
+    with (
+        laboratory(),
+        pytest.raises(dinov2_attn.IncompatibleUpstream, match="expected the weights returned to"),
+    ):
         prove_attention(cls, forward, wrong, measure_kernel(cls, forward))
 
 
@@ -195,7 +281,8 @@ def test_an_attribute_read_on_the_way_is_refused_even_when_it_does_nothing(attri
         def forward(self, x):
             return super().forward(getattr(self, attribute)(x))
 
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=f"also reads {attribute}"):
+    said = rf"{__name__}.*Attention to compute .* also reads {attribute}"
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=said):
         dinov2_attn.install(Attention(12, num_heads=2))
 
 
@@ -213,11 +300,14 @@ def test_a_copy_patched_by_hand_is_refused():
         def get_last_self_attention(self, x):
             return x
 
+        get_last_selfattention = get_last_self_attention
+
         def forward(self, x):
             return super().forward(x)
 
     model = Model(img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1)
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="get_last_self_attention already"):
+    taken = "found get_last_self_attention, get_last_selfattention already there"
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=taken):
         dinov2_attn.install(model)
     assert dinov2_attn.status().grafted == ()
 
@@ -245,7 +335,8 @@ def test_a_block_that_attends_to_something_else_is_refused(which):
     block = _other_blocks()[which](12, num_heads=2)
     for parameter in block.norm1.parameters():
         nn.init.normal_(parameter)
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="attention"):
+    said = "expected the attention of a block to equal" if which == 0 else "call its attention 1"
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=said):
         dinov2_attn.install(block)
 
 
@@ -267,7 +358,8 @@ def test_a_model_whose_pass_is_another_is_refused():
 
     for cls in (Trailing, Skipping):
         model = cls(img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1)
-        with pytest.raises(dinov2_attn.IncompatibleUpstream, match="tokens|attention of a model"):
+        said = "found 11 tokens|expected the attention of a model to equal"
+        with pytest.raises(dinov2_attn.IncompatibleUpstream, match=said):
             dinov2_attn.install(model)
         assert not hasattr(model, "get_self_attention")
 
@@ -288,6 +380,59 @@ def test_a_copy_that_is_wrong_only_when_chunked_or_flat_is_refused(wrong_when_ch
     model = Model(img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0)
     with pytest.raises(dinov2_attn.IncompatibleUpstream, match="attention of a model"):
         dinov2_attn.install(model)
+
+
+def small(cls, **options):
+    return cls(img_size=4, patch_size=2, embed_dim=4, num_heads=1, **options)
+
+
+def test_an_attention_that_a_pass_does_not_call_is_refused():
+    """Beside those of the blocks: which weights are whose cannot be told."""
+    upstream = upstreams.MOGE
+
+    class Model(upstream.cls("DinoVisionTransformer")):
+        def __init__(self, *, embed_dim, **options):
+            super().__init__(embed_dim=embed_dim, **options)
+            self.spare = upstream.cls("Attention")(embed_dim, num_heads=1)
+
+        def forward(self, x):
+            return super().forward(x)
+
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=r"zip\(\) argument 2 is shorter"):
+        dinov2_attn.install(small(Model, depth=2))
+
+
+def test_a_block_with_a_second_attention_is_refused(monkeypatch):
+    """``get_self_attention`` would answer for one of them only."""
+    moge = upstreams.MOGE
+    attention, block, model = map(moge.cls, ("Attention", "Block", "DinoVisionTransformer"))
+    init, init_model = block.__init__, model.__init__
+
+    @functools.wraps(init)
+    def with_a_second(self, dim, num_heads, **options):
+        init(self, dim, num_heads, **options)
+        self.second = attention(dim, num_heads)
+
+    @functools.wraps(init_model)
+    def of_half_the_depth(self, *, depth, **options):
+        init_model(self, depth=depth // 2, **options)
+
+    monkeypatch.setattr(block, "__init__", with_a_second)
+    monkeypatch.setattr(
+        block, "forward", lambda self, x: x + self.attn(self.norm1(x)) + self.second(x)
+    )
+    monkeypatch.setattr(model, "__init__", of_half_the_depth)
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=r"zip\(\) argument 2 is longer"):
+        dinov2_attn.install(small(model, depth=2))
+
+
+def test_blocks_that_drop_tokens_are_refused(monkeypatch):
+    """Behind the first of them rows and columns are others than they are taken for."""
+    block = upstreams.MOGE.cls("Block")
+    upstream = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, x: upstream(self, x)[:, :-1])
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="patches; found 9 tokens"):
+        dinov2_attn.install(small(upstreams.MOGE.cls("DinoVisionTransformer"), depth=2))
 
 
 VARIANTS = {

@@ -194,7 +194,7 @@ def _install_model(model: Any, fallback: bool) -> Handle:
 
 
 def _switch_package(package: Package, fallback: bool) -> None:
-    if _PACKAGES.get(package.name) is package and package.fallback != fallback:
+    if package.fallback != fallback:
         package.fallback = fallback
         _graft_package(package)
 

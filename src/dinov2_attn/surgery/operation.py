@@ -24,7 +24,7 @@ from dinov2_attn.upstream.flags import KERNEL, home_of_kernel
 
 
 def operate(
-    ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part]], *, fallback: bool = True
+    ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part]], *, fallback: bool
 ) -> None:
     """Graft ``classes`` for ``target``: all of them and proved, or nothing of this target.
 

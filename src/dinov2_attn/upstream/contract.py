@@ -28,18 +28,18 @@ _EVERY_MODULE = frozenset(vars(nn.Module()))
 
 # What the grafts add; upstream code that has it already was patched by hand.
 _OURS = {
-    Part.ATTENTION: {"return_attn"},
-    Part.BLOCK: {"return_attention"},
-    Part.CAUSAL_BLOCK: {"return_attention"},
-    Part.TRANSFORMER: {"return_attention"},
+    Part.ATTENTION: "return_attn",
+    Part.BLOCK: "return_attention",
+    Part.CAUSAL_BLOCK: "return_attention",
+    Part.TRANSFORMER: "return_attention",
 }
 
 
 def check_arguments(cls: type, part: Part, method: str) -> None:
     """Raise ``IncompatibleUpstream`` unless ``cls.method`` takes what the grafts can pass on."""
     names = argument_names(vars(cls)[method])
-    if taken := [name for name in names if name in _OURS[part]]:
-        raise _patched_by_hand(cls, f"{method} with an argument {', '.join(taken)}")
+    if _OURS[part] in names:
+        raise _patched_by_hand(cls, f"{method} with an argument {_OURS[part]}")
     allowed = _ARGUMENTS.get(part)
     if allowed is not None and (unknown := [name for name in names if name not in allowed]):
         raise IncompatibleUpstream(

@@ -112,7 +112,7 @@ def _canonical(node: object) -> str:
 def _fields(node: ast.AST) -> Iterator[tuple[str, object]]:
     for name, value in ast.iter_fields(node):
         if name == "body" and isinstance(node, (*_Function, ast.ClassDef)):
-            docstring = ast.get_docstring(node, clean=False)
+            docstring = ast.get_docstring(node)
             yield name, node.body if docstring is None else node.body[1:]
         elif isinstance(node, ast.JoinedStr):
             # Python 3.12 ends a format such as f"{x:>{width}}" with an empty string.

@@ -88,9 +88,9 @@ def table() -> tuple[Era, ...]:
     return loads(files(__package__).joinpath("eras.json").read_text(encoding="utf-8"))
 
 
-def agreeing(code: Code, eras: Sequence[Era] | None = None) -> list[Era]:
+def agreeing(code: Code) -> list[Era]:
     """Return the eras that hold all of ``code``."""
-    return [era for era in (table() if eras is None else eras) if code <= era.code]
+    return [era for era in table() if code <= era.code]
 
 
 def shared_with_nearest(code: Code) -> Code:

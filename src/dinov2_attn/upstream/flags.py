@@ -70,12 +70,8 @@ def home_of_kernel(forward: Forward) -> dict[str, Any] | None:
 
 def _flag_of_module(module: nn.Module) -> bool:
     # The first that asks: a subclass may do its own thing first and call upstream's.
-    for base in type(module).__mro__:
-        forward = inspect.unwrap(vars(base).get("forward", _nothing))
+    forwards = (vars(base)["forward"] for base in type(module).__mro__ if "forward" in vars(base))
+    for forward in map(inspect.unwrap, forwards):
         if is_gated(forward):
             return flag_of(forward)
     return False
-
-
-def _nothing() -> None:
-    pass

@@ -77,9 +77,8 @@ def _over_globals(forward: FunctionType, changes: dict[str, object]) -> Forward:
     copy = FunctionType(
         forward.__code__,
         {**forward.__globals__, **changes},
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
+        argdefs=forward.__defaults__,
+        closure=forward.__closure__,
     )
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy
