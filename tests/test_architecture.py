@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import saved
 import upstreams
 from dinov2_attn.errors import InvalidInput, UnreadableFile
-from dinov2_attn.upstream.architecture import infer
+from dinov2_attn.upstream.architecture import describe, infer
 from dinov2_attn.upstream.checkpoints import fill
 from dinov2_attn.upstream.models import Architecture, build, build_like
 from dinov2_attn.upstream.reading import Checkpoint, read
@@ -132,6 +132,15 @@ def test_registers_come_with_the_published_interpolation():
     assert (model.interpolate_antialias, model.interpolate_offset) == (True, 0.0)
 
 
+def test_weights_are_described_as_far_as_they_can_be():
+    """For a message of what does not fit: of what cannot be read there is nothing to say."""
+    state = build_like(SMALL).state_dict()
+    assert describe(state) == "ViT-64x2/2"
+    assert describe({}) == ""
+    assert describe({**state, "register_tokens": torch.ones(1, 3, 64)}) == "ViT-64x2/2, 3 registers"
+    assert describe({**state, "register_tokens": torch.ones(1, 3)}) == ""
+
+
 # Heads
 
 
@@ -141,9 +150,9 @@ def checkpoint(metadata=None, **changes):
 
 
 def test_heads_are_64_features_unless_it_is_said_otherwise(caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "dinov2_attn")
     assert infer(checkpoint(embed_dim=128)).num_heads == 2
-    assert "2 heads: 64 features for each" in caplog.text
+    assert caplog.messages[-1:] == ["2 heads: 64 features for each, as in every published model"]
     assert infer(checkpoint({"num_heads": "4"}, embed_dim=128)).num_heads == 4
     assert infer(checkpoint(embed_dim=128), heads=8).num_heads == 8
     assert infer(checkpoint({"num_heads": "3"}, embed_dim=96)).num_heads == 3
@@ -164,6 +173,8 @@ def test_heads_are_64_features_unless_it_is_said_otherwise(caplog):
         ({"num_heads": "0"}, None, UnreadableFile, r"above 0 as num_heads .*with '0'"),
         ({"num_heads": "-1"}, 3, UnreadableFile, r"found x.pth with '-1'"),
         ({"num_heads": "9" * 5000}, None, UnreadableFile, r"found x.pth with '9{20}'"),
+        ({"num_heads": "100000"}, None, UnreadableFile, r"with '100000'"),
+        ({"num_heads": "99999"}, None, InvalidInput, r"divided among; found 99999\."),
         ({"num_heads": "²"}, None, UnreadableFile, r"found x.pth with '²'"),
     ],
 )
@@ -203,7 +214,8 @@ NONE = {
         r"without patch_embed.proj.weight; it holds cls_token",
     ),
     "nothing of it": (lambda _: {"fc.weight": torch.ones(2)}, r"weight; it holds fc.weight"),
-    "no blocks": (without("blocks"), "without blocks"),
+    "nothing at all": (lambda _: {}, r"weight; it holds none of it\."),
+    "no blocks": (without("blocks"), r"\bwithout blocks\."),
     "a gap": (without("blocks.0"), "without blocks"),
     "a block more": (
         change("blocks.7.norm1.weight", torch.ones(64)),
@@ -215,6 +227,24 @@ NONE = {
         change("patch_embed.proj.weight", torch.ones(65, 3, 2, 2)),
         "attention is not one of 65 features",
     ),
+    "keys of another width": (
+        change("blocks.0.attn.qkv.weight", torch.ones(191, 64)),
+        "blocks.1 unlike",
+    ),
+    "keys of another width throughout": (
+        lambda state: {
+            name: torch.ones(191, 64) if name.endswith("qkv.weight") else tensor
+            for name, tensor in state.items()
+        },
+        "attention is not one of 64 features",
+    ),
+    "an output of another width throughout": (
+        lambda state: {
+            name: torch.ones(64, 65) if name.endswith("attn.proj.weight") else tensor
+            for name, tensor in state.items()
+        },
+        "attention is not one of 64 features",
+    ),
     "patches that are no squares": (
         change("patch_embed.proj.weight", torch.ones(64, 3, 2, 3)),
         "with patches of 2 × 3",
@@ -223,9 +253,14 @@ NONE = {
         change("pos_embed", torch.ones(1, 9, 64)),
         "with 9 positions, not 1 and a square",
     ),
+    "no patch at all": (change("pos_embed", torch.ones(1, 1, 64)), "with 1 positions, not 1 and"),
     "a matrix for positions": (change("pos_embed", torch.ones(10, 64)), r"of shape \(10, 64\)"),
     "no features": (change("patch_embed.proj.weight", torch.ones(0, 3, 2, 2)), r"\(0, 3, 2, 2\)"),
-    "no memory": (shared, "share their memory"),
+    "no memory": (shared, r"\bwith tensors that share their memory\."),
+    "too little memory for one": (
+        change("blocks.0.mlp.fc1.weight", torch.ones(64).expand(256, 64)),
+        "share their memory",
+    ),
     "blocks of one memory": (one_block_many_times, "share their memory"),
     "sparse": (change("pos_embed", torch.ones(1, 10, 64).to_sparse()), "share their memory"),
     "meta": (change("pos_embed", torch.ones(1, 10, 64, device="meta")), "share their memory"),

@@ -64,7 +64,7 @@ def _read(weights: Weights) -> Architecture:
     embed_dim, in_chans, patch_size, patch_width = _shape(weights, "patch_embed.proj.weight", 4)
     _expect(patch_size == patch_width, f"with patches of {patch_size} × {patch_width}")
     tokens = _shape(weights, "pos_embed", 3)[1]
-    grid = math.isqrt(max(0, tokens - 1))
+    grid = math.isqrt(tokens - 1)
     _expect(grid * grid == tokens - 1 > 0, f"with {tokens} positions, not 1 and a square")
     block, depth = _block(weights)
     _expect(
