@@ -394,13 +394,19 @@ def test_numbers_that_are_none_are_none(grafted):
     assert "no artifact tokens among 30 patches" in found.describe()[0]
 
 
-@pytest.mark.filterwarnings("error")
-def test_too_many_are_warned_of_and_few_are_not(grafted):
-    model = CASE.build(grafted)
-    with torch.no_grad():  # tokens that hardly differ, in place of those of random images
+def even(upstream):
+    """Build a model of tokens that hardly differ, in place of those of random images."""
+    model = CASE.build(upstream)
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         model.patch_embed.proj.bias.fill_(1)
+    return model
+
+
+@pytest.mark.filterwarnings("error")
+def test_too_many_are_warned_of_and_few_are_not(grafted):
+    model = even(grafted)
     few, many = [(1, 1 + i) for i in range(3)], [(1, 1 + i) for i in range(4)]
     with Planted(model, 1, few):
         found = artifact_tokens(model, CASE.images)
@@ -408,10 +414,9 @@ def test_too_many_are_warned_of_and_few_are_not(grafted):
     assert found.suspicious.tolist() == [False, False]
     with (
         Planted(model, 1, many),
-        pytest.warns(SuspiciousArtifacts, match="in 1 of 2 images") as caught,
+        pytest.warns(SuspiciousArtifacts, match="in 1 of 2 images"),
     ):
         found = artifact_tokens(model, CASE.images)
-    assert caught[0].filename == __file__
     assert found.suspicious.tolist() == [False, True]
     assert found.describe()[1].endswith("; so many are no artifacts")
     # One of six is more than a tenth, and may well be one.
@@ -419,6 +424,14 @@ def test_too_many_are_warned_of_and_few_are_not(grafted):
         found = artifact_tokens(model, CASE.images[..., :4, :6])
     assert found.mask.sum() == 1
     assert not found.suspicious.any()
+
+
+def test_the_warning_is_of_the_line_that_asked(grafted):
+    model = even(grafted)
+    many = Planted(model, 1, [(1, 1 + i) for i in range(4)])
+    with many, pytest.warns(SuspiciousArtifacts) as caught:
+        artifact_tokens(model, CASE.images)
+    assert caught[0].filename == __file__
 
 
 # Nothing is altered

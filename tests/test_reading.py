@@ -200,6 +200,11 @@ def test_a_flattened_parameter_is_a_shards(file, name):
     assert_refused(file, SHARD.format(file))
 
 
+def test_what_asks_for_distributed_code_is_a_shard(file):
+    torch.save({"w": ONE, "code": _Rebuilt(torch.distributed.is_available, ())}, file)
+    assert_refused(file, SHARD.format(file))
+
+
 def test_a_tensor_in_shards_is_refused(file, tmp_path, monkeypatch):
     """By PyTorch, or here where a process knows distributed tensors and reads them."""
     distributed = pytest.importorskip(
