@@ -190,6 +190,10 @@ def change(name, tensor):
     return lambda state: {**state, name: tensor}
 
 
+def in_every_block(name, tensor):
+    return lambda state: {**state, **{f"blocks.{i}.{name}": tensor.clone() for i in range(2)}}
+
+
 def without(*starts):
     return lambda state: {k: v for k, v in state.items() if not k.startswith(starts)}
 
@@ -221,11 +225,15 @@ NONE = {
         change("blocks.7.norm1.weight", torch.ones(64)),
         r"without blocks\.2",
     ),
-    "a block of its own": (change("blocks.1.norm1.weight", torch.ones(65)), "blocks.1 unlike"),
+    "a block of its own": (change("blocks.1.norm1.weight", torch.ones(65)), "with blocks.1 unlike"),
     "half a block": (without("blocks.1.mlp"), "with blocks.1 unlike blocks.0"),
     "attention of another width": (
         change("patch_embed.proj.weight", torch.ones(65, 3, 2, 2)),
-        "attention is not one of 65 features",
+        "whose attention is not one of 65 features",
+    ),
+    "attention that ends in another width": (
+        in_every_block("attn.proj.weight", torch.ones(65, 64)),
+        "whose attention is not one of 64 features",
     ),
     "keys of another width": (
         change("blocks.0.attn.qkv.weight", torch.ones(191, 64)),
@@ -270,7 +278,7 @@ NONE = {
 @pytest.mark.parametrize(("damage", "found"), NONE.values(), ids=NONE)
 def test_weights_that_are_not_of_upstreams_classes(damage, found):
     state = damage(dict(build_like(SMALL).state_dict()))
-    message = rf"expected a checkpoint of a DINOv2 backbone, .*; found x.pth, .*({found})"
+    message = rf"expected a checkpoint of a DINOv2 backbone, .*; found x.pth, ({found})"
     with pytest.raises(UnreadableFile, match=message):
         infer(Checkpoint("x.pth", state))
 

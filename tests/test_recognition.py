@@ -24,8 +24,11 @@ FIRST = upstreams.FIRST
 
 
 def classes():
-    names = ("Attention", "MemEffAttention", "Block", "NestedTensorBlock", "BlockChunk")
-    return [FIRST.cls(name) for name in (*names, "DinoVisionTransformer")]
+    """All that is recognised of upstream; its newest eras have a causal block too."""
+    names = ["Attention", "MemEffAttention", "Block", "NestedTensorBlock"]
+    if hasattr(FIRST.module(FIRST.block), "CausalAttentionBlock"):
+        names.append("CausalAttentionBlock")
+    return [FIRST.cls(name) for name in (*names, "BlockChunk", "DinoVisionTransformer")]
 
 
 MODEL = LiveModel("a model", frozenset())
