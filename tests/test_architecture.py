@@ -217,9 +217,12 @@ NONE = {
         lambda _: {"embeddings.cls_token": torch.ones(1, 1, 64)},
         r"without patch_embed.proj.weight; it holds cls_token",
     ),
-    "nothing of it": (lambda _: {"fc.weight": torch.ones(2)}, r"weight; it holds fc.weight"),
-    "nothing at all": (lambda _: {}, r"weight; it holds none of it\."),
-    "no blocks": (without("blocks"), r"\bwithout blocks\."),
+    "nothing of it": (
+        lambda _: {"fc.weight": torch.ones(2)},
+        r"without patch_embed.proj.weight; it holds fc.weight",
+    ),
+    "nothing at all": (lambda _: {}, r"without patch_embed.proj.weight; it holds none of it\."),
+    "no blocks": (without("blocks"), r"without blocks\."),
     "a gap": (without("blocks.0"), "without blocks"),
     "a block more": (
         change("blocks.7.norm1.weight", torch.ones(64)),
@@ -236,22 +239,8 @@ NONE = {
         "whose attention is not one of 64 features",
     ),
     "keys of another width": (
-        change("blocks.0.attn.qkv.weight", torch.ones(191, 64)),
-        "blocks.1 unlike",
-    ),
-    "keys of another width throughout": (
-        lambda state: {
-            name: torch.ones(191, 64) if name.endswith("qkv.weight") else tensor
-            for name, tensor in state.items()
-        },
-        "attention is not one of 64 features",
-    ),
-    "an output of another width throughout": (
-        lambda state: {
-            name: torch.ones(64, 65) if name.endswith("attn.proj.weight") else tensor
-            for name, tensor in state.items()
-        },
-        "attention is not one of 64 features",
+        in_every_block("attn.qkv.weight", torch.ones(191, 64)),
+        "whose attention is not one of 64 features",
     ),
     "patches that are no squares": (
         change("patch_embed.proj.weight", torch.ones(64, 3, 2, 3)),
@@ -261,17 +250,33 @@ NONE = {
         change("pos_embed", torch.ones(1, 9, 64)),
         "with 9 positions, not 1 and a square",
     ),
-    "no patch at all": (change("pos_embed", torch.ones(1, 1, 64)), "with 1 positions, not 1 and"),
-    "a matrix for positions": (change("pos_embed", torch.ones(10, 64)), r"of shape \(10, 64\)"),
-    "no features": (change("patch_embed.proj.weight", torch.ones(0, 3, 2, 2)), r"\(0, 3, 2, 2\)"),
-    "no memory": (shared, r"\bwith tensors that share their memory\."),
+    "one position": (change("pos_embed", torch.ones(1, 1, 64)), "with 1 positions, not 1 and a sq"),
+    "a matrix for positions": (
+        change("pos_embed", torch.ones(10, 64)),
+        r"with pos_embed of shape \(10, 64\)",
+    ),
+    "no features": (
+        change("patch_embed.proj.weight", torch.ones(0, 3, 2, 2)),
+        r"with patch_embed.proj.weight of shape \(0, 3, 2, 2\)",
+    ),
+    "no memory": (shared, r"with tensors that share their memory\."),
     "too little memory for one": (
         change("blocks.0.mlp.fc1.weight", torch.ones(64).expand(256, 64)),
-        "share their memory",
+        "with tensors that share their memory",
     ),
-    "blocks of one memory": (one_block_many_times, "share their memory"),
-    "sparse": (change("pos_embed", torch.ones(1, 10, 64).to_sparse()), "share their memory"),
-    "meta": (change("pos_embed", torch.ones(1, 10, 64, device="meta")), "share their memory"),
+    "blocks of one memory": (one_block_many_times, "with tensors that share their memory"),
+    "two blocks of one memory": (
+        lambda state: {k: state[k.replace("blocks.1.", "blocks.0.")] for k in state},
+        "with tensors that share their memory",
+    ),
+    "sparse": (
+        change("pos_embed", torch.ones(1, 10, 64).to_sparse()),
+        "with tensors that share their memory",
+    ),
+    "meta": (
+        change("pos_embed", torch.ones(1, 10, 64, device="meta")),
+        "with tensors that share their memory",
+    ),
 }
 
 
