@@ -499,6 +499,21 @@ def test_a_description_word_by_word():
     assert "a norm above ? after block 3: (0, 0) ?; they hold ? of CLS" in line
 
 
+def test_each_block_runs_once(grafted):
+    """And all before the last, whatever is asked: its attention is read of what they put out."""
+    model, ran = CASE.build(grafted), []
+    for i, block in enumerate(flat_blocks(model.blocks)):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    found = artifact_tokens(model, CASE.images)
+    assert ran == [0, 1, 2, 3]
+    assert torch.equal(artifact_tokens(model, CASE.images, 0).from_all, found.from_all)
+    assert ran == [0, 1, 2, 3] * 2
+
+
+def test_of_layers_alike_the_first_is_taken(grafted):
+    assert artifact_tokens(even(grafted), CASE.images).layer.tolist() == [1, 1]
+
+
 def test_a_copy_on_the_cpu_is_the_same(grafted):
     found = artifact_tokens(CASE.build(grafted), CASE.images)
     copied = found.cpu()
@@ -507,15 +522,19 @@ def test_a_copy_on_the_cpu_is_the_same(grafted):
     assert found.layer.dtype == torch.int64
 
 
-def test_the_default_device_is_not_asked(grafted):
+def test_neither_the_default_device_nor_the_default_dtype_is_asked(grafted):
     """All that is made is made where the tokens are: elsewhere it could not be joined to them.
 
     Of a square image, whose positions upstream, which does ask, has not to resize.
     """
     model, images = CASE.build(grafted), noise(2, 3, 8, 8, seed=1, dtype=torch.float64)
     found = artifact_tokens(model, images)
-    with torch.device("meta"):
-        again = artifact_tokens(model, images)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            again = artifact_tokens(model, images)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert torch.equal(again.norms, found.norms)
     assert torch.equal(again.from_all, found.from_all)
 
