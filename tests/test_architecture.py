@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import saved
 import upstreams
 from dinov2_attn.errors import InvalidInput, UnreadableFile
-from dinov2_attn.upstream.architecture import infer
+from dinov2_attn.upstream.architecture import describe, infer
 from dinov2_attn.upstream.checkpoints import fill
 from dinov2_attn.upstream.models import Architecture, build, build_like
 from dinov2_attn.upstream.reading import Checkpoint, read
@@ -132,9 +132,13 @@ def test_registers_come_with_the_published_interpolation():
     assert (model.interpolate_antialias, model.interpolate_offset) == (True, 0.0)
 
 
-def test_registers_are_counted():
-    weights = {**build_like(SMALL).state_dict(), "register_tokens": torch.ones(1, 3, 64)}
-    assert infer(Checkpoint("x.pth", weights)) == replace(SMALL, registers=3)
+def test_weights_are_described_as_far_as_they_can_be():
+    """For a message of what does not fit: of what cannot be read there is nothing to say."""
+    state = build_like(SMALL).state_dict()
+    assert describe(state) == "ViT-64x2/2"
+    assert describe({}) == ""
+    assert describe({**state, "register_tokens": torch.ones(1, 3, 64)}) == "ViT-64x2/2, 3 registers"
+    assert describe({**state, "register_tokens": torch.ones(1, 3)}) == ""
 
 
 # Heads
@@ -146,9 +150,9 @@ def checkpoint(metadata=None, **changes):
 
 
 def test_heads_are_64_features_unless_it_is_said_otherwise(caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "dinov2_attn")
     assert infer(checkpoint(embed_dim=128)).num_heads == 2
-    assert caplog.messages[-1].startswith("2 heads: 64 features for each")
+    assert caplog.messages[-1:] == ["2 heads: 64 features for each, as in every published model"]
     assert infer(checkpoint({"num_heads": "4"}, embed_dim=128)).num_heads == 4
     assert infer(checkpoint(embed_dim=128), heads=8).num_heads == 8
     assert infer(checkpoint({"num_heads": "3"}, embed_dim=96)).num_heads == 3
@@ -169,8 +173,8 @@ def test_heads_are_64_features_unless_it_is_said_otherwise(caplog):
         ({"num_heads": "0"}, None, UnreadableFile, r"above 0 as num_heads .*with '0'"),
         ({"num_heads": "-1"}, 3, UnreadableFile, r"found x.pth with '-1'"),
         ({"num_heads": "9" * 5000}, None, UnreadableFile, r"found x.pth with '9{20}'"),
+        ({"num_heads": "100000"}, None, UnreadableFile, r"with '100000'"),
         ({"num_heads": "99999"}, None, InvalidInput, r"divided among; found 99999\."),
-        ({"num_heads": "100000"}, None, UnreadableFile, r"found x.pth with '100000'"),
         ({"num_heads": "²"}, None, UnreadableFile, r"found x.pth with '²'"),
     ],
 )
@@ -217,8 +221,8 @@ NONE = {
         lambda _: {"fc.weight": torch.ones(2)},
         r"without patch_embed.proj.weight; it holds fc.weight",
     ),
-    "nothing at all": (lambda _: {}, "without patch_embed.proj.weight; it holds none of it"),
-    "no blocks": (without("blocks"), "without blocks"),
+    "nothing at all": (lambda _: {}, r"without patch_embed.proj.weight; it holds none of it\."),
+    "no blocks": (without("blocks"), r"without blocks\."),
     "a gap": (without("blocks.0"), "without blocks"),
     "a block more": (
         change("blocks.7.norm1.weight", torch.ones(64)),
@@ -232,6 +236,10 @@ NONE = {
     ),
     "attention that ends in another width": (
         in_every_block("attn.proj.weight", torch.ones(65, 64)),
+        "whose attention is not one of 64 features",
+    ),
+    "keys of another width": (
+        in_every_block("attn.qkv.weight", torch.ones(191, 64)),
         "whose attention is not one of 64 features",
     ),
     "patches that are no squares": (
@@ -251,7 +259,11 @@ NONE = {
         change("patch_embed.proj.weight", torch.ones(0, 3, 2, 2)),
         r"with patch_embed.proj.weight of shape \(0, 3, 2, 2\)",
     ),
-    "no memory": (shared, "with tensors that share their memory"),
+    "no memory": (shared, r"with tensors that share their memory\."),
+    "too little memory for one": (
+        change("blocks.0.mlp.fc1.weight", torch.ones(64).expand(256, 64)),
+        "with tensors that share their memory",
+    ),
     "blocks of one memory": (one_block_many_times, "with tensors that share their memory"),
     "two blocks of one memory": (
         lambda state: {k: state[k.replace("blocks.1.", "blocks.0.")] for k in state},

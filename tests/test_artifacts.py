@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -14,7 +15,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 import dinov2_attn
 import reference
-from dinov2_attn import artifact_tokens, record
+from dinov2_attn import ArtifactTokens, artifact_tokens, record
 from dinov2_attn.errors import InvalidInput, NotGrafted, OutOfRange, SuspiciousArtifacts
 from dinov2_attn.maps.outliers import Rule
 from dinov2_attn.surgery.transformer import flat_blocks
@@ -394,13 +395,19 @@ def test_numbers_that_are_none_are_none(grafted):
     assert "no artifact tokens among 30 patches" in found.describe()[0]
 
 
-@pytest.mark.filterwarnings("error")
-def test_too_many_are_warned_of_and_few_are_not(grafted):
-    model = CASE.build(grafted)
-    with torch.no_grad():  # tokens that hardly differ, in place of those of random images
+def even(upstream):
+    """Build a model of tokens that hardly differ, in place of those of random images."""
+    model = CASE.build(upstream)
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         model.patch_embed.proj.bias.fill_(1)
+    return model
+
+
+@pytest.mark.filterwarnings("error")
+def test_too_many_are_warned_of_and_few_are_not(grafted):
+    model = even(grafted)
     few, many = [(1, 1 + i) for i in range(3)], [(1, 1 + i) for i in range(4)]
     with Planted(model, 1, few):
         found = artifact_tokens(model, CASE.images)
@@ -408,10 +415,9 @@ def test_too_many_are_warned_of_and_few_are_not(grafted):
     assert found.suspicious.tolist() == [False, False]
     with (
         Planted(model, 1, many),
-        pytest.warns(SuspiciousArtifacts, match="in 1 of 2 images") as caught,
+        pytest.warns(SuspiciousArtifacts, match="in 1 of 2 images"),
     ):
         found = artifact_tokens(model, CASE.images)
-    assert caught[0].filename == __file__
     assert found.suspicious.tolist() == [False, True]
     assert found.describe()[1].endswith("; so many are no artifacts")
     # One of six is more than a tenth, and may well be one.
@@ -419,6 +425,118 @@ def test_too_many_are_warned_of_and_few_are_not(grafted):
         found = artifact_tokens(model, CASE.images[..., :4, :6])
     assert found.mask.sum() == 1
     assert not found.suspicious.any()
+
+
+def test_the_warning_is_of_the_line_that_asked(grafted):
+    model = even(grafted)
+    many = Planted(model, 1, [(1, 1 + i) for i in range(4)])
+    with many, pytest.warns(SuspiciousArtifacts) as caught:
+        artifact_tokens(model, CASE.images)
+    assert caught[0].filename == __file__
+
+
+def made(norms, mask, *, cls_sinks=(), layer=3, threshold=2.5):
+    """Artifacts of one image of one row, whose patches receive 1/100, 2/100 and so on."""
+    width = len(norms)
+    received = torch.arange(1, width + 1).reshape(1, 1, width) / 100
+
+    def places(columns):
+        return torch.tensor([column in columns for column in range(width)]).reshape(1, 1, width)
+
+    return ArtifactTokens(
+        mask=places(mask),
+        norms=torch.tensor(norms).reshape(1, 1, width),
+        layer=torch.tensor([layer]),
+        threshold=torch.tensor([threshold]),
+        from_cls=received,
+        from_all=received / 2,
+        cls_sinks=places(cls_sinks),
+        sinks=places(()),
+    )
+
+
+def token(col, norm):
+    shares = {
+        name: pytest.approx((col + 1) / parts)
+        for name, parts in (("from_cls", 100), ("from_all", 200))
+    }
+    return {"row": 0, "col": col, "norm": norm, **shares}
+
+
+def test_a_report_word_by_word():
+    found = made([1.0, 1.0, 4.0, 3.0], mask=[2, 3], cls_sinks=[0, 3])
+    expected = {
+        "grid": [1, 4],
+        "layer": 3,
+        "threshold": 2.5,
+        "median": 2.0,
+        "share": pytest.approx(0.07),
+        "suspicious": True,
+        "tokens": [token(2, 4.0), token(3, 3.0)],
+        "cls_sinks": [token(3, 3.0), token(0, 1.0)],
+        "sinks": [],
+    }
+    assert found.report() == [expected]
+
+
+def test_a_description_word_by_word():
+    """Up to six tokens are named; what is no number is a question mark."""
+    (line,) = made([9.0, *[1.0] * 19, 12.3456], mask=[0, 20]).describe()
+    assert line == (
+        "2 of 21 patches with a norm above 2.5 after block 3: (0, 20) 12.35, (0, 0) 9; "
+        "they hold 22.0 % of CLS's attention in the last block"
+    )
+    (line,) = made([1.0] * 6, mask=range(6)).describe()
+    named = ", ".join(f"(0, {col}) 1" for col in range(6))
+    assert f": {named}; they hold 21.0 % of" in line
+    assert line.endswith(" in the last block; so many are no artifacts")
+    (line,) = made([1.0] * 8, mask=range(8)).describe()
+    assert f": {named} and 2 more; they hold" in line
+    (line,) = made([1.0], mask=[]).describe()
+    assert line == "no artifact tokens among 1 patches (norms after block 3)"
+    lost = made([math.inf], mask=[0], threshold=math.nan)
+    (line,) = dataclasses.replace(lost, from_cls=lost.from_cls * math.nan).describe()
+    assert "a norm above ? after block 3: (0, 0) ?; they hold ? of CLS" in line
+
+
+def test_each_block_runs_once(grafted):
+    """And all before the last, whatever is asked: its attention is read of what they put out."""
+    model, ran = CASE.build(grafted), []
+    for i, block in enumerate(flat_blocks(model.blocks)):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    found = artifact_tokens(model, CASE.images)
+    assert ran == [0, 1, 2, 3]
+    assert torch.equal(artifact_tokens(model, CASE.images, 0).from_all, found.from_all)
+    assert ran == [0, 1, 2, 3] * 2
+
+
+def test_of_layers_alike_the_first_is_taken(grafted):
+    assert artifact_tokens(even(grafted), CASE.images).layer.tolist() == [1, 1]
+
+
+def test_a_copy_on_the_cpu_is_the_same(grafted):
+    found = artifact_tokens(CASE.build(grafted), CASE.images)
+    copied = found.cpu()
+    for field in dataclasses.fields(found):
+        assert torch.equal(getattr(copied, field.name), getattr(found, field.name))
+    assert found.layer.dtype == torch.int64
+
+
+def test_neither_the_default_device_nor_the_default_dtype_is_asked(grafted):
+    """All that is made is made where the tokens are: elsewhere it could not be joined to them.
+
+    Of a square image, whose positions upstream, which does ask, has not to resize.
+    """
+    model, images = CASE.build(grafted), noise(2, 3, 8, 8, seed=1, dtype=torch.float64)
+    found = artifact_tokens(model, images)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            again = artifact_tokens(model, images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again.norms, found.norms)
+    assert torch.equal(again.from_all, found.from_all)
 
 
 # Nothing is altered

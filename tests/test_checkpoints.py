@@ -17,6 +17,7 @@ import upstreams
 from dinov2_attn import InvalidInput, UnreadableFile, load_checkpoint
 from dinov2_attn.upstream.layouts import WRAPPERS, plain
 from fresh import python
+from saved import OPTIMIZER
 from strategies import ModelCase, model_cases, noise, randomise
 
 CASE = ModelCase(
@@ -132,6 +133,33 @@ def test_what_is_taken_is_logged(model, file, caplog):
     assert "model.teacher.dino_head" in caplog.text
 
 
+def test_of_a_bare_backbone_all_is_taken(model, file, caplog):
+    torch.save(model.state_dict(), file)
+    caplog.set_level("INFO", "dinov2_attn")
+    assert load_checkpoint(model, file) == ()
+    assert caplog.messages == [f"{file}: took all"]
+    torch.save({"teacher": model.state_dict(), "epoch": 1, "optimizer": OPTIMIZER}, file)
+    assert load_checkpoint(model, file) == ("epoch", "optimizer")
+    assert caplog.messages[1:] == [f"{file}: took teacher, left out epoch, optimizer"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_floating_numbers_become_those_of_the_model(model, file, dtype):
+    torch.save({k: tensor.to(dtype) for k, tensor in model.state_dict().items()}, file)
+    loaded = other(CASE).build(upstreams.FIRST)
+    load_checkpoint(loaded, file)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name].to(dtype).float())
+
+
+def test_whole_numbers_stay_whole(file):
+    layer, filled = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    layer.num_batches_tracked += 7
+    torch.save(layer.state_dict(), file)
+    load_checkpoint(filled, file)
+    assert filled.num_batches_tracked == 7
+
+
 def test_heads_are_taken_where_the_model_has_them(model, file):
     modules = saved.training(model)
     torch.save({"teacher": modules.state_dict()}, file)
@@ -190,6 +218,40 @@ def test_what_the_file_holds_is_said_where_it_can_be_read(model, file):
     assert_refused(model, file, r"It holds ViT-12x4/2: build that in place of ViT-4x4")
     torch.save({"weight": torch.ones(3)}, file)
     assert_refused(model, file, r"missing: cls_token.*1 left over: weight\. Build the model as it")
+
+
+ONES = torch.ones(1, 1, 4)
+KINDS = {
+    "whole": (ONES.long(), "torch.int64, torch.strided, cpu"),
+    "truth": (ONES.bool(), "torch.bool, torch.strided, cpu"),
+    "complex": (ONES.to(torch.complex64), "torch.complex64, torch.strided, cpu"),
+    "sparse": (ONES.to_sparse(), "torch.float32, torch.sparse_coo, cpu"),
+    "none": (ONES.to("meta"), "torch.float32, torch.strided, meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize(("tensor", "found"), KINDS.values(), ids=KINDS)
+def test_what_is_no_floating_numbers_is_of_another_kind(model, file, tensor, found):
+    torch.save({**model.state_dict(), "cls_token": tensor}, file)
+    message = rf"{file} with 1 of another kind: cls_token \({found}\)\. Build the model as it was"
+    assert_refused(model, file, message)
+
+
+def test_a_model_that_is_like_the_files_is_not_proposed(model, file):
+    """Where both are described alike, the difference is one that no name tells."""
+    state = dict(model.state_dict())
+    del state["norm.bias"]
+    torch.save(state, file)
+    assert_refused(
+        model, file, r"1 missing: norm\.bias\. Build the model as it was when it was saved"
+    )
+
+
+def test_for_a_layer_of_another_kind_the_files_model_is_proposed(model, file):
+    torch.save(model.state_dict(), file)
+    message = r"\d+ left over: .*\. It holds ViT-4x4/2: build that in place of this model\."
+    assert_refused(nn.ModuleDict({"norm": nn.Linear(3, 2)}), file, message)
 
 
 def test_models_of_equal_right_are_an_error(model, file):
@@ -324,6 +386,50 @@ def test_positions_are_resized_when_asked_as_upstream_does_in_a_pass(
     load_checkpoint(loaded, file, interpolate_pos_embed=True)
     with torch.no_grad():
         assert torch.equal(loaded(images), model(images))
+
+
+def test_positions_of_a_part_are_resized_too(model, file, caplog):
+    larger = saved.training(model)
+    state = larger.state_dict()
+    torch.save({**state, "backbone.pos_embed": noise(1, 10, 4, seed=1)}, file)
+    assert_refused(
+        larger, file, r"1 of another square of patches: backbone\.pos_embed \(1, 10, 4\)"
+    )
+    caplog.set_level("INFO", "dinov2_attn")
+    load_checkpoint(larger, file, interpolate_pos_embed=True)
+    assert caplog.messages[0] == "pos_embed: 10 tokens resized to 17"
+    alone = other(CASE).build(upstreams.FIRST)
+    torch.save({**model.state_dict(), "pos_embed": noise(1, 10, 4, seed=1)}, file)
+    load_checkpoint(alone, file, interpolate_pos_embed=True)
+    assert torch.equal(alone.pos_embed, model.pos_embed)
+
+
+def test_positions_that_fit_are_taken_as_they_are(model, file, caplog):
+    torch.save(model.state_dict(), file)
+    caplog.set_level("INFO", "dinov2_attn")
+    load_checkpoint(model, file, interpolate_pos_embed=True)
+    assert caplog.messages == [f"{file}: took all"]
+
+
+@pytest.mark.parametrize("shape", [(1, 10, 5), (2, 10, 4), (10, 4), (1, 1, 10, 4)], ids=str)
+def test_positions_of_other_features_are_of_another_shape(model, file, shape):
+    torch.save({**model.state_dict(), "pos_embed": torch.zeros(shape)}, file)
+    for asked in (False, True):
+        assert_refused(model, file, r"with 1 of another shape: pos_", interpolate_pos_embed=asked)
+
+
+def test_positions_of_another_square_that_are_no_numbers(model, file):
+    """To be resized they would have to be: what is the matter first is their kind."""
+    torch.save({**model.state_dict(), "pos_embed": torch.zeros(1, 10, 4).long()}, file)
+    for asked in (False, True):
+        message = r"1 of another shape: pos_\S+ .*; 1 of another kind: pos_embed \(torch\.int64,"
+        assert_refused(model, file, message, interpolate_pos_embed=asked)
+
+
+def test_what_only_has_the_shape_of_positions_is_none(file):
+    layer = nn.ParameterDict({"pos": nn.Parameter(torch.ones(1, 17, 4))})
+    torch.save({"pos": torch.ones(1, 10, 4)}, file)
+    assert_refused(layer, file, "1 of another shape: pos", interpolate_pos_embed=True)
 
 
 @pytest.mark.parametrize("positions", [1, 2, 18, 0])

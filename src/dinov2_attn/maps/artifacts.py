@@ -186,7 +186,7 @@ def _one(model: Any, images: Tensor, masks: Any, layers: list[int], rule: Rule) 
             norms = _norms(tokens[:, prefix:], grid)
             excess = rule.excess(norms)
             further = excess > best
-            kept = torch.where(further[:, None, None], norms, kept.to(norms))
+            kept = torch.where(further[:, None, None], norms, kept)
             layer = torch.where(further, i, layer)
             best = torch.maximum(excess, best)
         if i == len(blocks) - 2:

@@ -8,6 +8,7 @@ blocks in a row or in chunks. All of them lead to the plain names of a flat mode
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -83,21 +84,22 @@ def find_backbone(checkpoint: Checkpoint, names: Collection[str]) -> Backbone:
     return Backbone(root.removesuffix("."), inside, tuple(left_out))
 
 
-def _roots(found: Collection[str], anchors: Sequence[str]) -> dict[str, int]:
+def _roots(found: Collection[str], anchors: Sequence[str]) -> Mapping[str, int]:
     """Return the prefixes under which anchors are, and how many of them."""
-    roots: dict[str, int] = {}
-    for name in dict.fromkeys(found):
-        for anchor in anchors:
-            if name == anchor or name.endswith(f".{anchor}"):
-                root = name.removesuffix(anchor)
-                roots[root] = roots.get(root, 0) + 1
-    return roots
+    return Counter(
+        name.removesuffix(anchor)
+        for name in dict.fromkeys(found)
+        for anchor in anchors
+        if name == anchor or name.endswith(f".{anchor}")
+    )
 
 
 def _choose(checkpoint: Checkpoint, roots: Mapping[str, int]) -> str:
+    if not roots:
+        return ""
     preferred = {root: n for root, n in roots.items() if PREFERRED in root.split(".")}
     candidates = preferred or roots
-    most = max(candidates.values(), default=0)
+    most = max(candidates.values())
     best = [root for root, n in candidates.items() if n == most]
     if len(best) > 1:
         raise UnreadableFile(
@@ -105,7 +107,7 @@ def _choose(checkpoint: Checkpoint, roots: Mapping[str, int]) -> str:
             f"{checkpoint.path} with one in each of {some([r.removesuffix('.') for r in best])}",
             "Save the one that you want by itself, as a dict of names to tensors.",
         )
-    return best[0] if best else ""
+    return best[0]
 
 
 def _part_of(name: str, root: str) -> str:

@@ -89,8 +89,8 @@ def _refused(path: Path, error: Exception) -> UnreadableFile:
 # How PyTorch refuses the classes of shards, by their module or by what all of them call.
 _SHARDS = ("torch.distributed", "_rebuild_wrapper_subclass")
 
-# How it names all else, in its oldest and in its newest words.
-_CODE = re.compile(r"[Uu]nsupported (?:class|global:?) (?:GLOBAL )?([\w.]+)")
+# How it names all else: in its oldest and in its newest words, and of a module that it blocks.
+_CODE = re.compile(r"[Uu]nsupported (?:class|global:?(?: GLOBAL)?|GLOBAL) ([\w.]+)")
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
