@@ -10,6 +10,7 @@ from typing import Any
 from dinov2_attn.commands.loading import add_options, load_model
 from dinov2_attn.commands.photographs import (
     add_image_size,
+    add_sample,
     image_size,
     require_libraries,
     sample,
@@ -32,9 +33,7 @@ def add(subparsers: Any) -> None:
         "explore", help="every token's attention as an interactive page", description=DESCRIPTION
     )
     parser.add_argument("image", nargs="?", type=Path, metavar="IMAGE")
-    parser.add_argument(
-        "--sample", action="store_true", help="the photograph that matplotlib ships"
-    )
+    add_sample(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="PAGE.html")
     add_image_size(parser)
     parser.add_argument(

@@ -12,6 +12,7 @@ from dinov2_attn.commands import pictures
 from dinov2_attn.commands.loading import Loaded, add_options, load_model
 from dinov2_attn.commands.photographs import (
     add_image_size,
+    add_sample,
     image_size,
     require_libraries,
     sample,
@@ -39,9 +40,7 @@ def add(subparsers: Any) -> None:
         "heatmap", help="the CLS token's attention as pictures", description=DESCRIPTION
     )
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE")
-    parser.add_argument(
-        "--sample", action="store_true", help="the photograph that matplotlib ships"
-    )
+    add_sample(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     add_image_size(parser)
     pictures.add_options(parser)

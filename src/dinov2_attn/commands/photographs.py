@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from dinov2_attn.show.images import ImageSize
 
 
+def add_sample(parser: argparse.ArgumentParser) -> None:
+    """Add ``--sample`` to ``parser``."""
+    parser.add_argument(
+        "--sample", action="store_true", help="the photograph that matplotlib ships"
+    )
+
+
 def add_image_size(parser: argparse.ArgumentParser) -> None:
     """Add ``--image-size`` and ``--max-pixels`` to ``parser``."""
     parser.add_argument(
