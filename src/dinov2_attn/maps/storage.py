@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dinov2_attn import optional
@@ -66,8 +67,9 @@ def _named(maps: AttentionMaps) -> dict[str, Tensor]:
                     "weights as tensors", type(weights).__name__, "Save before .numpy()."
                 )
             # Of their own memory each: queries of several layers may be views of one.
-            named[_name(layer, i if several else None)] = weights.detach().cpu().clone()
-    return {name: weights.contiguous() for name, weights in named.items()}
+            own = weights.detach().cpu().clone(memory_format=torch.contiguous_format)
+            named[_name(layer, i if several else None)] = own
+    return named
 
 
 def _name(layer: int, batch: int | None) -> str:
