@@ -32,6 +32,8 @@ from dinov2_attn.surgery.install import Handle, Status, install, status, uninsta
 
 if TYPE_CHECKING:
     from dinov2_attn import show
+    from dinov2_attn.dataset.extract import extract
+    from dinov2_attn.dataset.read import AttentionDataset
     from dinov2_attn.maps.artifacts import ArtifactTokens, artifact_tokens
     from dinov2_attn.maps.attention_maps import AttentionMaps
     from dinov2_attn.maps.look import attention_maps
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArtifactTokens",
+    "AttentionDataset",
     "AttentionMaps",
     "Dinov2AttnError",
     "Handle",
@@ -61,6 +64,7 @@ __all__ = [
     "UpstreamDrift",
     "artifact_tokens",
     "attention_maps",
+    "extract",
     "install",
     "load_checkpoint",
     "record",
@@ -75,10 +79,12 @@ __version__ = "0.1.0"
 # What needs torch, which is imported with its first use.
 _LATER = {
     "ArtifactTokens": "dinov2_attn.maps.artifacts",
+    "AttentionDataset": "dinov2_attn.dataset.read",
     "AttentionMaps": "dinov2_attn.maps.attention_maps",
     "Recording": "dinov2_attn.maps.record",
     "artifact_tokens": "dinov2_attn.maps.artifacts",
     "attention_maps": "dinov2_attn.maps.look",
+    "extract": "dinov2_attn.dataset.extract",
     "load_checkpoint": "dinov2_attn.upstream.checkpoints",
     "record": "dinov2_attn.maps.record",
     "rollout": "dinov2_attn.maps.rollout",

@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from dinov2_attn import __version__
-from dinov2_attn.commands import demo, doctor, explore, heatmap, verify
+from dinov2_attn.commands import demo, doctor, explore, extract, heatmap, verify
 from dinov2_attn.errors import Dinov2AttnError
 
 PROGRAM = "dinov2-attn"
-COMMANDS = (demo, heatmap, explore, verify, doctor)
+COMMANDS = (demo, heatmap, explore, extract, verify, doctor)
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from dinov2_attn.errors import Unavailable
@@ -19,3 +20,14 @@ def safetensors() -> Any:
             "Install it with `pip install 'dinov2-attn[viz]'`.",
         ) from error
     return safetensors
+
+
+def require(*modules: str) -> None:
+    """Raise ``Unavailable`` where one of these is missing."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise Unavailable(
+                "the libraries for pictures",
+                f"no {name} in this environment",
+                "Install them with `pip install 'dinov2-attn[viz]'`.",
+            )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dinov2_attn import optional
 from dinov2_attn.commands.values import positive
-from dinov2_attn.errors import InvalidInput, Unavailable
+from dinov2_attn.errors import InvalidInput
 
 if TYPE_CHECKING:
     from dinov2_attn.show.images import ImageSize
@@ -41,13 +41,7 @@ def add_image_size(parser: argparse.ArgumentParser) -> None:
 
 def require_libraries() -> None:
     """Raise ``Unavailable`` where a library for pictures is missing."""
-    for name in ("torchvision", "matplotlib", "PIL", "tqdm"):
-        if importlib.util.find_spec(name) is None:
-            raise Unavailable(
-                "the libraries for pictures",
-                f"no {name} in this environment",
-                "Install them with `pip install 'dinov2-attn[viz]'`.",
-            )
+    optional.require("torchvision", "matplotlib", "PIL", "tqdm")
 
 
 def sample() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import threading
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -32,6 +34,8 @@ MOST_PIXELS = 100_000_000
 # The published weights were trained up to here; the cost of attention grows with the
 # fourth power of an image's side.
 LARGEST_SHORT_SIDE = 518
+
+EXIF_ORIENTATION = 0x0112
 
 ImageSize = int | tuple[int, int] | None
 
@@ -64,33 +68,80 @@ def read_photograph(
     more than ``max_pixels`` (100 million without it), which its header tells before anything
     is decoded, or if not one patch fits in or it is beyond reason.
     """
-    image = _resize(_open(path, max_pixels or MOST_PIXELS), image_size)
-    width, height = (side - side % patch_size for side in image.size)
+    image = fit(open_upright(path, max_pixels), patch_size, image_size, path)
+    picture = np.array(image)
+    return Photograph(normalise(torch.from_numpy(picture)[None])[0], picture)
+
+
+def normalise(pictures: Tensor) -> Tensor:
+    """Return uint8 ``(B, H, W, 3)`` as models want it: float32 ``(B, 3, H, W)``."""
+    channels_first = pictures.permute(0, 3, 1, 2).contiguous()
+    normalised: Tensor = transforms.normalize(channels_first.float().div(255), MEAN, DEVIATION)
+    return normalised
+
+
+def open_upright(
+    path: Path, max_pixels: int | None = None, content: bytes | None = None
+) -> Image.Image:
+    """Read the image at ``path`` whole, upright and in RGB, as ``read_photograph`` does.
+
+    ``content`` is the file itself, where it is not at ``path``, which then only names it.
+    """
+    with _reported(path, max_pixels), _opened(path, content) as image:
+        if getattr(image, "is_animated", False):
+            log.info("%s has several frames or pages: the first is taken", path)
+            image.seek(0)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            upright = _in_eight_bits(upright, image, path)
+        return _in_rgb(upright)
+
+
+def upright_size(
+    path: Path, max_pixels: int | None = None, content: bytes | None = None
+) -> tuple[int, int]:
+    """Return height and width of what ``open_upright`` reads, by the header alone."""
+    with _reported(path, max_pixels), _opened(path, content) as image:
+        width, height = image.size
+        # From the fifth on, orientations lie on their side.
+        on_its_side = image.getexif().get(EXIF_ORIENTATION, 1) in range(5, 9)
+        return (width, height) if on_its_side else (height, width)
+
+
+def fit(image: Image.Image, patch_size: int, size: ImageSize, path: Path) -> Image.Image:
+    """Resize ``image``, called ``path``, and crop it to whole patches."""
+    resized = _resized((image.height, image.width), size)
+    height, width = fitted_size((image.height, image.width), patch_size, size, path)
+    # With one length torchvision would make its own of the other.
+    image = transforms.resize(image, list(resized), InterpolationMode.BICUBIC)
+    return image.crop((0, 0, width, height))
+
+
+def fitted_size(
+    size: tuple[int, int], patch_size: int, image_size: ImageSize, path: Path
+) -> tuple[int, int]:
+    """Return height and width of what ``fit`` makes of an image of ``size`` (height, width)."""
+    height, width = (side - side % patch_size for side in _resized(size, image_size))
     if not (width and height):
         raise InvalidInput(
             f"an image of at least one patch, {patch_size} × {patch_size}",
-            f"{path} of {image.height} × {image.width} (height × width)",
+            f"{path} of {size[0]} × {size[1]} (height × width)",
             "Enlarge it with --image-size.",
         )
-    image = image.crop((0, 0, width, height))
-    tensor = transforms.normalize(transforms.to_tensor(image), MEAN, DEVIATION)
-    return Photograph(tensor, np.array(image))
+    return height, width
 
 
-def _open(path: Path, max_pixels: int) -> Image.Image:
+@contextlib.contextmanager
+def _reported(path: Path, max_pixels: int | None) -> Iterator[None]:
+    """Let Pillow read at most ``max_pixels``, and raise errors of ours for its own."""
+    most = max_pixels or MOST_PIXELS
     try:
-        with _limit(max_pixels), Image.open(path) as image:
-            if getattr(image, "is_animated", False):
-                log.info("%s has several frames or pages: the first is taken", path)
-                image.seek(0)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):
-                upright = _in_eight_bits(upright, image, path)
-            return _in_rgb(upright)
+        with _limit(most):
+            yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InvalidInput(
-            f"an image of at most {max_pixels:,} pixels",
+            f"an image of at most {most:,} pixels",
             f"{path} ({error})",
             "Shrink it, or allow it with --max-pixels N.",
         ) from error
@@ -102,6 +153,21 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
             f"{path}, which cannot be read ({type(error).__name__}: {error})",
             "Check the path and that an image viewer opens it.",
         ) from error
+
+
+def _opened(path: Path, content: bytes | None) -> Image.Image:
+    return Image.open(path if content is None else _Content(content, path))
+
+
+class _Content(io.BytesIO):
+    """The bytes of a file, called by its name in Pillow's errors, not by a place in memory."""
+
+    def __init__(self, content: bytes, path: Path) -> None:
+        super().__init__(content)
+        self._path = path
+
+    def __repr__(self) -> str:
+        return repr(str(self._path))
 
 
 # Pillow's limit is one for the process.
@@ -146,20 +212,20 @@ def _in_eight_bits(upright: Image.Image, image: Image.Image, path: Path) -> Imag
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
-def _resize(image: Image.Image, size: ImageSize) -> Image.Image:
-    if size is None:
-        size = min(*image.size, LARGEST_SHORT_SIDE)
-    if isinstance(size, int):
-        short, long = sorted(image.size)
-        lengths, pixels = [size], size * size * long // short
-    else:
-        lengths, pixels = list(size), size[0] * size[1]
+def _resized(size: tuple[int, int], wanted: ImageSize) -> tuple[int, int]:
+    """Return height and width, before they are cropped, of an image of ``size``."""
+    if wanted is None:
+        wanted = min(*size, LARGEST_SHORT_SIDE)
+    if isinstance(wanted, int):
+        # As torchvision does it, which rounds down.
+        short, long = sorted(size)
+        other = wanted * long // short
+        wanted = (wanted, other) if size[0] <= size[1] else (other, wanted)
+    pixels = wanted[0] * wanted[1]
     if pixels > MOST_PIXELS:
         raise InvalidInput(
             f"an image of at most {MOST_PIXELS:,} pixels after resizing",
             f"{pixels:,}",
             "Give a smaller --image-size.",
         )
-    # One length is the short side to torchvision, two are height and width.
-    resized: Image.Image = transforms.resize(image, lengths, InterpolationMode.BICUBIC)
-    return resized
+    return wanted

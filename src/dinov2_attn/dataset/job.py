@@ -1,0 +1,141 @@
+"""One extraction from its first look at the source to its index, by one process or by many."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import filelock
+from tqdm import tqdm
+
+from dinov2_attn.dataset import shards
+from dinov2_attn.dataset.items import list_items
+from dinov2_attn.dataset.layout import LOCK
+from dinov2_attn.dataset.options import Options
+from dinov2_attn.dataset.plan import Plan, plan
+from dinov2_attn.dataset.preview import Preview, preview
+from dinov2_attn.dataset.ranks import Ranks, ranks
+from dinov2_attn.dataset.run import Run, refuse, writing_to
+from dinov2_attn.errors import UnwritableOutput
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an extraction did.
+
+    ``images`` and ``shards`` are all of the source's, ``unreadable`` are those without maps;
+    ``seen`` images in ``written`` shards, of ``bytes`` bytes, are this run's, in ``seconds``.
+    """
+
+    images: int
+    unreadable: int
+    shards: int
+    seen: int
+    written: int
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        there = f", {self.shards - self.written} of them there before" * (
+            self.written < self.shards
+        )
+        return (
+            f"{self.images:,} images, {self.unreadable:,} of them unreadable, in {self.shards:,} "
+            f"shards{there}; this run: {self.seen:,} images, {self.bytes / 1e6:,.1f} MB in "
+            f"{self.seconds:,.1f} s, {self.seen / max(self.seconds, 1e-9):,.1f} images/s"
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ``extract`` was asked for."""
+
+    model: Any
+    sources: Sequence[str | Path]
+    folder: Path
+    options: Options
+    workers: int
+    strict: bool
+    progress: bool
+    name: str | None
+    random: bool
+
+    def run(self) -> Summary:
+        """Write what is not there yet, and the index when all is."""
+        begun = time.perf_counter()
+        with ranks() as group, ExitStack() as held:
+            made, pending = group.on_first(lambda: self._begin(held))
+            own = pending[group.rank :: group.world]
+            bar = self._bar(group, made.count(own))
+            run = Run(self.model, made, self.options, self.folder, self.workers, self.strict, bar)
+            written = group.on_each(lambda: run(own))
+            unreadable = group.on_first(lambda: self._end(made))
+        return Summary(
+            images=len(made.items),
+            unreadable=unreadable,
+            shards=made.shards,
+            seen=made.count(pending),
+            written=len(pending),
+            bytes=sum(written),
+            seconds=time.perf_counter() - begun,
+        )
+
+    def preview(self) -> Preview:
+        """Say what ``run`` would do."""
+        with ranks() as group:
+            bar = partial(self._bar, group)
+            look = partial(preview, self.model, options=self.options, folder=self.folder)
+            return group.on_first(lambda: look(self._plan(), workers=self.workers, new_bar=bar))
+
+    def _plan(self) -> Plan:
+        return plan(self.model, list_items(self.sources), self.options, self.name, self.random)
+
+    def _begin(self, held: ExitStack) -> tuple[Plan, list[int]]:
+        """Take the folder for this run; return the plan and the shards that are to be written."""
+        made = self._plan()
+        with writing_to(self.folder):
+            held.enter_context(_alone(self.folder))
+            shards.check(self.folder, made)
+            shards.prepare(self.folder, made)
+        done = shards.finished(self.folder, made.shards)
+        if self.strict:
+            found = (line for shard in done for line in shards.refusals(self.folder, shard))
+            refuse(*(line["reason"] for line in found))
+        return made, sorted(set(range(made.shards)) - set(done))
+
+    def _end(self, made: Plan) -> int:
+        with writing_to(self.folder):
+            return shards.merge(self.folder, made.shards)
+
+    def _bar(self, group: Ranks, total: int) -> Any:
+        label = f"process 1 of {group.world}" if group.world > 1 else None
+        hidden = not self.progress or group.rank > 0
+        return tqdm(total=total, unit="image", desc=label, disable=hidden)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs out of ``folder``, which is made if it is not there.
+
+    The lock goes with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UnwritableOutput(
+            f"a folder that no other run is writing to at {folder}",
+            "one that is locked",
+            "Wait for the other run, or name another folder.",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,54 @@
+"""The folder of an extraction, as it is laid out: what writes it and what reads it agree on this.
+
+::
+
+    OUT/extraction.json            what decides the bytes of all the rest
+    OUT/shards/00000.safetensors   tensors "N.maps" and "N.prefix" for image number N
+    OUT/shards/00000.jsonl         a line for each of its images; there when the shard is done
+    OUT/index.jsonl                all lines with maps, when every shard is done
+    OUT/unreadable.jsonl           all lines with a reason why there are none
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_attn.errors import UnreadableFile
+
+ABOUT, INDEX, UNREADABLE, SHARDS = "extraction.json", "index.jsonl", "unreadable.jsonl", "shards"
+LOCK = ".lock"
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Return what the extraction in ``folder`` is about. Raises ``UnreadableFile``."""
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        if isinstance(about, dict):
+            return about
+        reason = "no JSON object"
+    except (OSError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise UnreadableFile(
+        f"an extraction at {folder}",
+        f"{ABOUT} that cannot be read ({reason})",
+        "Name the folder that `dinov2-attn extract -o` was given.",
+    )
+
+
+def names(entry: dict[str, Any]) -> tuple[str, str]:
+    """Return what the two tensors of an image are called."""
+    return f"{entry['number']}.maps", f"{entry['number']}.prefix"
+
+
+def checksum(maps: Tensor, prefix: Tensor) -> str:
+    """Return the sha256 of the bytes of both, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in (maps, prefix):
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,84 @@
+"""What an extraction would do, told by the headers of its images."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinov2_attn.dataset import shards
+from dinov2_attn.dataset.decode import Measurer, Refused
+from dinov2_attn.dataset.options import Options, stored_bytes
+from dinov2_attn.dataset.plan import Plan
+from dinov2_attn.dataset.run import decoded
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What an extraction would do.
+
+    ``images`` in ``shards`` are the source's; those in ``finished`` shards would be passed
+    over, and so would be ``unreadable``, of which more may turn out when they are decoded.
+    ``bytes`` would be written for the others, of ``free`` ones.
+    """
+
+    images: int
+    shards: int
+    finished: int
+    passed_over: int
+    unreadable: tuple[Refused, ...]
+    bytes: int
+    free: int
+
+    def __str__(self) -> str:
+        remaining = self.images - self.passed_over - len(self.unreadable)
+        lines = [
+            f"{self.images:,} images in {self.shards:,} shards",
+            f"finished, to be passed over: {self.passed_over:,} images in {self.finished:,} shards",
+            f"unreadable by their headers: {len(self.unreadable):,}",
+            *(f"  {one.item.path}: {one.reason}" for one in self.unreadable),
+            f"to be written: the maps of {remaining:,} images, {self.bytes:,} bytes and an index "
+            f"(free: {self.free:,})",
+        ]
+        return "\n".join(lines)
+
+
+def preview(
+    model: Any,
+    made: Plan,
+    options: Options,
+    folder: Path,
+    workers: int,
+    new_bar: Callable[[int], Any],
+) -> Preview:
+    """Return what running the plan ``made`` into ``folder`` would do; nothing is written."""
+    if folder.exists():
+        shards.check(folder, made)
+    done = shards.finished(folder, made.shards)
+    rest = sorted(set(range(made.shards)) - set(done))
+    size = made.about["model"]["patch_size"][0]
+    measurer = Measurer(size, options.image_size, options.max_pixels)
+    numbered = (item for shard in rest for item in made.numbered(shard))
+    refused, total = [], 0
+    with new_bar(made.count(rest)) as bar:
+        for found in decoded(measurer, numbered, made.count(rest), workers):
+            bar.update()
+            if isinstance(found, Refused):
+                refused.append(found)
+            else:
+                total += stored_bytes(model, options, found)
+    return Preview(
+        images=len(made.items),
+        shards=made.shards,
+        finished=len(done),
+        passed_over=made.count(done),
+        unreadable=tuple(refused),
+        bytes=total,
+        free=shutil.disk_usage(_existing(folder)).free,
+    )
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
