@@ -95,6 +95,8 @@ def _items_of(source: Path) -> Iterator[Item]:
             yield from _in_tar(source, name)
         else:
             yield from _in_list(source, name)
+    except InvalidInput:  # which is a ValueError
+        raise
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
         raise UnreadableFile(
             "a folder, a list of paths, an uncompressed tar or an image",
@@ -112,10 +114,17 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
     for entry in found:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(folder / entry.name, above | {real})
         elif _is_image(entry.name):
             yield folder / entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say
+        return False
 
 
 def _is_tar(source: Path) -> bool:

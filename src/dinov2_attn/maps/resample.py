@@ -33,4 +33,5 @@ def _shares(old: int, new: int) -> Tensor:
     # In units in which both have whole lengths.
     old_starts, new_starts = torch.arange(old)[None] * new, torch.arange(new)[:, None] * old
     ends = torch.minimum(old_starts + new, new_starts + old)
-    return (ends - torch.maximum(old_starts, new_starts)).clamp(min=0) / new
+    covered = (ends - torch.maximum(old_starts, new_starts)).clamp(min=0)
+    return covered.to(torch.float64) / new

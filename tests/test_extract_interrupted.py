@@ -1,0 +1,78 @@
+"""Extractions that are killed, that run out of room, or that meet another one at work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import pytest
+
+import dinov2_attn
+from dinov2_attn.dataset.layout import LOCK
+from dinov2_attn.demo.load import PATH as DEMO
+from dinov2_attn.errors import UnwritableOutput
+from extracting import build, files_of, photographs
+from fresh import OFFLINE
+
+HERE = Path(__file__).parent
+PACKAGE = Path(dinov2_attn.__file__).parents[1]
+
+needs_signals = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="no SIGKILL and no fork here: files are moved in one step"
+)
+
+
+@needs_signals
+@pytest.mark.parametrize("way", ["every call", "any time", "disk full"])
+def test_whatever_stops_it_the_bytes_are_the_same_in_the_end(way, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(PACKAGE)])}
+    command = [sys.executable, HERE / "interrupting.py", way, tmp_path]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_run_refuses_a_folder_that_another_is_writing_to(grafted, tmp_path):
+    images = photographs(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    with (
+        filelock.FileLock(tmp_path / "out" / LOCK),
+        pytest.raises(UnwritableOutput, match="one that is locked. Wait for the other run"),
+    ):
+        dinov2_attn.extract(build(grafted), images, tmp_path / "out")
+    assert set(files_of(tmp_path / "out")) == {LOCK}
+    assert dinov2_attn.extract(build(grafted), images, tmp_path / "out").images == 12
+
+
+@needs_signals
+def test_a_killed_program_with_workers_frees_the_folder_at_once(first, tmp_path):
+    """Its workers live a little longer than it, and hold nothing."""
+    photographs(tmp_path / "in", 140)
+    path = os.pathsep.join(map(str, [PACKAGE, *Path(first.module("dinov2").__path__[0]).parents]))
+    environment = {**os.environ, **OFFLINE, "PYTHONPATH": path, "COLUMNS": "80"}
+    program = [sys.executable, "-m", "dinov2_attn", "extract", "in", "-o", "out"]
+    program += ["--weights", DEMO, "--image-size", "28", "--shard-size", "20", "--workers", "2"]
+    options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE}
+    options |= {"stderr": subprocess.STDOUT, "text": True}
+    running = subprocess.Popen(program, **options)
+    first_shard = tmp_path / "out" / "shards" / "00000.jsonl"
+    deadline = time.monotonic() + 100
+    while not first_shard.exists() and running.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    refused = subprocess.run(program, check=False, timeout=120, **options)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    running.stdout.close()
+    again = subprocess.run(program, check=False, timeout=120, **options)
+    assert again.returncode == 0, again.stdout
+    assert "140 images, 0 of them unreadable, in 7 shards" in again.stdout
+    assert refused.returncode in (0, 2), refused.stdout
+    if refused.returncode:
+        assert "one that is locked" in refused.stdout
