@@ -121,6 +121,18 @@ def test_maps_are_rounded_once(model, images, tmp_path, dtype):
         assert torch.equal(narrow_prefix, prefix.to(dtype))
 
 
+def test_a_model_of_half_precision_is_asked_in_its_own(grafted, images, tmp_path):
+    model = build(grafted).bfloat16()
+    extract(model, images, tmp_path)
+    for entry, maps, prefix in stored(tmp_path):
+        tensor = read_photograph(images / entry["path"], 2).tensor[None].bfloat16()
+        with torch.no_grad():
+            weights = model.get_last_self_attention(tensor, queries="cls")[0]
+        whole = torch.cat([prefix[0], maps[0].flatten(-2)], -1)
+        assert_close(whole, weights, dtype=torch.bfloat16, size=1.0)
+        assert maps.dtype == torch.float32
+
+
 def test_outliers_are_those_of_artifact_tokens(model, tmp_path):
     draw(tmp_path / "in" / "a.png", (12, 16), 0)
     flat = np.full((12, 16, 3), 90, dtype=np.uint8)

@@ -65,14 +65,17 @@ def test_a_killed_program_with_workers_frees_the_folder_at_once(first, tmp_path)
     deadline = time.monotonic() + 100
     while not first_shard.exists() and running.poll() is None:
         assert time.monotonic() < deadline
-        time.sleep(0.005)
+        time.sleep(0.001)
+    running.send_signal(signal.SIGSTOP)
     refused = subprocess.run(program, check=False, timeout=120, **options)
+    assert refused.returncode == 2, refused.stdout
+    assert "one that is locked. Wait for the other run" in refused.stdout
     running.send_signal(signal.SIGKILL)
     running.wait()
     running.stdout.close()
+    assert len(list(first_shard.parent.glob("*.jsonl"))) < 7  # stopped on its way
+    with filelock.FileLock(tmp_path / "out" / LOCK, timeout=0):
+        pass
     again = subprocess.run(program, check=False, timeout=120, **options)
     assert again.returncode == 0, again.stdout
     assert "140 images, 0 of them unreadable, in 7 shards" in again.stdout
-    assert refused.returncode in (0, 2), refused.stdout
-    if refused.returncode:
-        assert "one that is locked" in refused.stdout

@@ -75,7 +75,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 @torch.inference_mode()
 def _look(model: Any, pictures: list[Picture], options: Options) -> Seen:
-    images = normalise(_on_device(pictures, next(model.parameters()).device))
+    like = next(model.parameters())
+    images = normalise(_on_device(pictures, like.device)).to(like.dtype)
     rows, heads = options.rows, options.heads
     maps = attention_maps(model, images, options.layers, queries=rows, heads=heads)
     # One layer after the other behind the batch.

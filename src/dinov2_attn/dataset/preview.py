@@ -15,6 +15,10 @@ from dinov2_attn.dataset.plan import Plan
 from dinov2_attn.dataset.run import decoded
 
 
+# Unreadable images that are named.
+NAMED = 20
+
+
 @dataclass(frozen=True)
 class Preview:
     """What an extraction would do.
@@ -38,7 +42,8 @@ class Preview:
             f"{self.images:,} images in {self.shards:,} shards",
             f"finished, to be passed over: {self.passed_over:,} images in {self.finished:,} shards",
             f"unreadable by their headers: {len(self.unreadable):,}",
-            *(f"  {one.item.path}: {one.reason}" for one in self.unreadable),
+            *(f"  {one.item.path}: {one.reason}" for one in self.unreadable[:NAMED]),
+            *[f"  and {len(self.unreadable) - NAMED:,} more"] * (len(self.unreadable) > NAMED),
             f"to be written: the maps of {remaining:,} images, {self.bytes:,} bytes and an index "
             f"(free: {self.free:,})",
         ]

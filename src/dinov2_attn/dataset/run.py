@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +50,11 @@ class Run:
         size = self.plan.about["model"]["patch_size"][0]
         decoder = Decoder(size, self.options.image_size, self.options.max_pixels)
         numbered = (item for shard in own for item in self.plan.numbered(shard))
-        pictures = decoded(decoder, numbered, self.plan.count(own), self.workers)
+        decoding = decoded(decoder, numbered, self.plan.count(own), self.workers)
         done = 0
         # One shard is written while the next is made; a third would be memory without need.
         writing: Future[int] | None = None
-        with self.bar, ThreadPoolExecutor(1) as writer:
+        with self.bar, contextlib.closing(decoding) as pictures, ThreadPoolExecutor(1) as writer:
             for shard in own:
                 seen, refused = self._see(shard, pictures)
                 done += self._bytes_of(writing)
@@ -123,7 +123,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 def decoded(
     decoder: Decoder | Measurer, numbered: Iterable[tuple[int, Item]], count: int, workers: int
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yield what ``decoder`` makes of ``count`` items, in their order, by up to ``workers``."""
     workers = min(workers, count // WORTH_A_WORKER)
     loader: DataLoader[Any] = DataLoader(
@@ -131,7 +131,8 @@ def decoded(
         sampler=numbered,
         batch_size=None,
         num_workers=workers,
-        # A forked worker would hold on to the lock of the folder when this process is killed.
+        # A fork of a process with threads may hang, and may hold on to the folder's lock when
+        # this process is killed.
         multiprocessing_context="spawn" if workers else None,
         prefetch_factor=AHEAD if workers else None,
         generator=torch.Generator(),  # the global one is not drawn from
