@@ -14,6 +14,7 @@ from dinov2_attn.demo.load import PATH as DEMO
 from dinov2_attn.show.images import read_photograph
 from extracting import draw, files_of, index_of, stored
 
+pytest_plugins = ["program"]  # fixtures: imported, image, weights
 pytestmark = pytest.mark.usefixtures("imported")
 
 
@@ -138,7 +139,7 @@ def test_a_dry_run_says_it_all_and_does_nothing(source, tmp_path, capsys):
         (["--grid", "3,0"], "expected a whole number above 0"),
         (["--workers", "-1"], "expected"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_options_that_cannot_be_are_explained(source, tmp_path, capsys, options, said):
     with pytest.raises(SystemExit, match="2"):
@@ -153,7 +154,7 @@ def test_options_that_cannot_be_are_explained(source, tmp_path, capsys, options,
         (["--queries", "registers"], "a model without"),
         (["--image-size", "0"], "--image-size"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_the_model_does_not_have_is_an_error(source, tmp_path, caplog, options, said):
     assert run(source, "-o", tmp_path / "out", *options) == 2

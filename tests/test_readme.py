@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import dinov2_attn
+from extracting import draw
 from strategies import noise, randomise
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,19 @@ def test_its_python_runs_as_it_stands(names):
             exec(block, names)
     assert names["cls"].shape == (2, 6, 1, 46)
     assert names["maps"].weights[0].shape == (2, 46, 46)
+
+
+def test_what_it_reads_out_of_an_extraction_is_there(names, tmp_path):
+    exec(BLOCKS[0], names)
+    draw(tmp_path / "photos" / "a.png", (70, 126), 0)
+    dinov2_attn.extract(names["model"], "photos", "out")
+    reading, asking = (block for block in BLOCKS if '"out' in block)
+    exec(reading, names)
+    assert len(reading.partition("\n\n")[2].splitlines()) == 4
+    assert names["maps"].shape == (1, 6, 1, 5, 9)
+    (tmp_path / "out").rename("before")
+    exec(asking, names)
+    assert names["maps"][0]["maps"].shape == (12, 1, 16, 16)
 
 
 def test_each_name_in_it_is_there():

@@ -14,7 +14,6 @@ from dinov2_attn.dataset.options import Options, stored_bytes
 from dinov2_attn.dataset.plan import Plan
 from dinov2_attn.dataset.run import decoded
 
-
 # Unreadable images that are named.
 NAMED = 20
 
