@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import warnings
 
 import numpy as np
@@ -18,11 +19,14 @@ import dinov2_attn
 from dinov2_attn import artifact_tokens, extract
 from dinov2_attn.dataset.buckets import WAITING, Buckets
 from dinov2_attn.dataset.decode import Picture
+from dinov2_attn.dataset.items import list_items
+from dinov2_attn.dataset.run import WORTH_A_WORKER, decoded
 from dinov2_attn.errors import (
     InvalidInput,
     NotGrafted,
     OutOfRange,
     SuspiciousArtifacts,
+    Unavailable,
     UnreadableFile,
     UnwritableOutput,
 )
@@ -411,6 +415,19 @@ def test_workers_make_the_same_bytes(model, tmp_path):
     for workers in (0, 2):
         extract(model, folder, tmp_path / str(workers), shard_size=50, workers=workers)
     assert files_of(tmp_path / "0") == files_of(tmp_path / "2")
+
+
+class Dying:
+    """Decodes until its process is gone, as one is that the system finds too large."""
+
+    def __getitem__(self, numbered):
+        os._exit(1)
+
+
+def test_a_worker_that_dies_is_an_error(tmp_path):
+    items = enumerate(list_items([draw(tmp_path / "a.png", (4, 4), 0)] * WORTH_A_WORKER))
+    with pytest.raises(Unavailable, match="try fewer workers"):
+        list(decoded(Dying(), items, WORTH_A_WORKER, workers=1))
 
 
 def test_images_that_fit_alone_run_alone(model, images, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def run(*arguments):
 def test_a_folder_comes_out(source, tmp_path, capsys):
     assert run(source, "-o", tmp_path / "out") == 0
     said = capsys.readouterr()
-    assert "4 images, 0 of them unreadable, in 1 shards" in said.out
+    assert "4 images, 0 of them unreadable, in 1 shard;" in said.out
     assert "image/s" in said.err
     shapes = [tuple(maps.shape) for _, maps, _ in stored(tmp_path / "out")]
     assert shapes == [(1, 2, 1, 3, 3), (1, 2, 1, 3, 5), (1, 2, 1, 5, 3), (1, 2, 1, 3, 3)]

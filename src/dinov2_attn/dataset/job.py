@@ -42,12 +42,13 @@ class Summary:
     seconds: float
 
     def __str__(self) -> str:
-        there = f", {self.shards - self.written} of them there before" * (
-            self.written < self.shards
-        )
+        before = self.shards - self.written
         return (
             f"{self.images:,} images, {self.unreadable:,} of them unreadable, in {self.shards:,} "
-            f"shards{there}; this run: {self.seen:,} images, {self.bytes / 1e6:,.1f} MB in "
+            f"shard{'s' * (self.shards != 1)}"
+            + f", {before:,} of them there before"
+            * bool(before)
+            + f"; this run: {self.seen:,} images, {self.bytes / 1e6:,.1f} MB in "
             f"{self.seconds:,.1f} s, {self.seen / max(self.seconds, 1e-9):,.1f} images/s"
         )
 
