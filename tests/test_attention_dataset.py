@@ -90,6 +90,15 @@ def test_other_bytes_are_noticed(out):
     assert AttentionDataset(out, verify=False)[5]["number"] == 5
 
 
+@pytest.mark.parametrize("text", ["{", '{"shard": 0}', "[]", "null", "\n"])
+def test_an_index_of_a_shard_that_is_none_is_made_again(model, out, tmp_path, text):
+    path = out / "shards" / "00005.jsonl"
+    whole = path.read_bytes()
+    path.write_text(text)
+    extract(model, tmp_path / "in", out, shard_size=1, layers=None, dtype="bfloat16")
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("length", [0, 7, 60, -1])
 def test_a_shard_cut_short_is_noticed_and_made_again(model, out, tmp_path, length):
     path = out / "shards" / "00005.safetensors"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import tarfile
 
 import pytest
@@ -95,6 +97,17 @@ def test_what_cannot_be_read_is_the_exit_status(source, tmp_path, strict, caplog
         assert "broken.png" in caplog.text
     else:
         assert [e["path"] for e in index_of(tmp_path / "out", "unreadable.jsonl")] == ["broken.png"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode, as above")
+def test_names_that_are_no_text_are_printed_all_the_same(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"no image")
+    for options in (["--dry-run"], []):
+        assert run(tmp_path / "in", "-o", tmp_path / "out", *options) == 1
+    assert r"caf\udce9.png" in capsys.readouterr().out
+    (entry,) = index_of(tmp_path / "out", "unreadable.jsonl")
+    assert os.fsencode(entry["path"]) == b"caf\xe9.png"
 
 
 def test_a_dry_run_names_twenty_that_cannot_be_read(tmp_path, capsys):

@@ -130,7 +130,8 @@ def run(args: argparse.Namespace) -> int:
             dry_run=args.dry_run,
         )
     if os.environ.get("RANK", "0") == "0":
-        print(done)
+        # A terminal may not take the bytes of every name.
+        print(str(done).encode("utf-8", "backslashreplace").decode())
     return 1 if done.unreadable else 0
 
 

@@ -69,11 +69,11 @@ def _is_finished(folder: Path, shard: int) -> bool:
     tensors, index = _paths(folder, shard)
     if not index.exists():
         return False
-    expected = {name for line in _lines(index) if "shard" in line for name in names(line)}
     try:
+        expected = {name for line in _lines(index) if "shard" in line for name in names(line)}
         with optional.safetensors().safe_open(tensors, "pt") as file:
             return set(file.keys()) == expected
-    except Exception:  # whatever the reader makes of it, it is to be written again
+    except Exception:  # whatever the readers make of it, it is to be written again
         return False
 
 
