@@ -86,7 +86,7 @@ def extraction(model: Any, folder: Path, size: int, workers: int, **options: Any
         return time.perf_counter() - begun
 
 
-# What is asked, and whether a reach is set for it: outliers are a second pass.
+# What is asked, and whether a reach is set for it.
 ASKED: dict[str, tuple[dict[str, Any], bool]] = {
     "last block, CLS row": ({}, True),
     "every block, CLS row": ({"layers": None}, False),

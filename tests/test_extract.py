@@ -157,6 +157,27 @@ def test_outliers_are_those_of_artifact_tokens(model, tmp_path):
         assert [(token["row"], token["col"]) for token in ours["tokens"]] == places
 
 
+@given(layers=st.sampled_from([1, None, [0], [-1, 1]]), queries=st.sampled_from(["cls", None]))
+def test_outliers_change_no_map(model, images, tmp_path_factory, layers, queries):
+    """They are found in the same pass, whose blocks are asked on the way."""
+    out = tmp_path_factory.mktemp("out")
+    for outliers in (False, True):
+        asked = {"layers": layers, "queries": queries, "outliers": outliers}
+        extract(model, images, out / str(outliers), **asked)
+    pairs = zip(stored(out / "False"), stored(out / "True"), strict=True)
+    for (_, maps, prefix), (entry, maps_too, prefix_too) in pairs:
+        assert torch.equal(maps, maps_too)
+        assert torch.equal(prefix, prefix_too)
+        assert entry["outliers"] is not None
+
+
+def test_a_query_that_is_not_there_is_a_reason_with_outliers_too(model, images, tmp_path):
+    plain = extract(model, images, tmp_path / "plain", queries=[7])
+    assert 0 < plain.unreadable < 12
+    done = extract(model, images, tmp_path / "out", queries=[7], outliers=True)
+    assert done.unreadable == plain.unreadable
+
+
 def test_the_image_size_is_that_of_the_other_commands(model, tmp_path):
     draw(tmp_path / "in" / "a.png", (30, 22), 0)
     for size in (8, (6, 10)):

@@ -68,7 +68,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help="resample all maps to one grid; sums stay what they are",
     )
     group.add_argument(
-        "--outliers", action="store_true", help="report artifact tokens; takes a second pass"
+        "--outliers", action="store_true", help="report artifact tokens, in the same pass"
     )
 
 

@@ -53,7 +53,7 @@ def extract(
     heads       ``None`` (each) or ``"mean"``
     dtype       of what is stored: ``"float32"``, ``"float16"``, ``"bfloat16"``
     grid        ``(H, W)``: resample all maps, so that they have one shape
-    outliers    report artifact tokens; costs a second forward pass
+    outliers    report artifact tokens, found in the same pass
     image_size  the short side, or (height, width); by default as it is, up to 518
     max_pixels  of an image; larger ones count as unreadable
     batch_size  images of one size that run together, by default up to 16

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinov2_attn.dataset.decode import Origin, Picture
 from dinov2_attn.dataset.options import DTYPES, Options
-from dinov2_attn.errors import InvalidInput, SuspiciousArtifacts
-from dinov2_attn.maps.artifacts import ArtifactTokens, artifact_tokens
-from dinov2_attn.maps.attention_maps import Grid
-from dinov2_attn.maps.look import attention_maps
+from dinov2_attn.errors import InvalidInput
+from dinov2_attn.maps.artifacts import ArtifactTokens, artifacts_on_the_way
+from dinov2_attn.maps.attention_maps import AttentionMaps, Grid
+from dinov2_attn.maps.look import attention_maps, grid_of
 from dinov2_attn.maps.resample import resample
+from dinov2_attn.queries import spell_out
 from dinov2_attn.show.images import normalise
+from dinov2_attn.surgery.grafts import weights_from
+from dinov2_attn.upstream.anatomy import count_registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +79,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _look(model: Any, pictures: list[Picture], options: Options) -> Seen:
     like = next(model.parameters())
     images = normalise(_on_device(pictures, like.device)).to(like.dtype)
-    rows, heads = options.rows, options.heads
-    maps = attention_maps(model, images, options.layers, queries=rows, heads=heads)
+    maps, artifacts = _maps(model, images, options)
     # One layer after the other behind the batch.
     patches = torch.stack(maps.maps(), dim=1)
     if options.grid is not None:
@@ -89,7 +90,7 @@ def _look(model: Any, pictures: list[Picture], options: Options) -> Seen:
         grid=maps.grid,  # type: ignore[arg-type]  # that of one batch
         maps=patches.to(dtype),
         prefix=torch.stack([w[..., : maps.prefix] for w in maps.weights], dim=1).to(dtype),
-        artifacts=_artifacts(model, images) if options.outliers else None,
+        artifacts=artifacts,
     )
 
 
@@ -101,8 +102,21 @@ def _on_device(pictures: list[Picture], device: torch.device) -> Tensor:
     return pixels.to(device, non_blocking=True)
 
 
-def _artifacts(model: Any, images: Tensor) -> ArtifactTokens:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SuspiciousArtifacts)  # the report says it
-        found: ArtifactTokens = artifact_tokens(model, images)
-    return found
+def _maps(
+    model: Any, images: Tensor, options: Options
+) -> tuple[AttentionMaps, ArtifactTokens | None]:
+    """Return the attention of ``images`` and, where asked for, the artifacts, in one pass."""
+    asked: dict[str, Any] = {"queries": options.rows, "heads": options.heads}
+    if not options.outliers:
+        return attention_maps(model, images, options.layers, **asked), None
+    registers = count_registers(model)
+    asked["queries"] = spell_out(options.rows, registers)
+    weights = {}
+
+    def visit(i: int, block: nn.Module, tokens: Tensor) -> None:
+        if i in options.layers:
+            weights[i] = weights_from(block, "return_attention", tokens, **asked)
+
+    artifacts = artifacts_on_the_way(model, images, visit)
+    each = tuple(weights[layer] for layer in options.layers)
+    return AttentionMaps(each, options.layers, grid_of(model, images), 1 + registers), artifacts

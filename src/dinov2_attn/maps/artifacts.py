@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -175,13 +175,39 @@ def artifact_tokens(
     return found if several else found[0]
 
 
-def _one(model: Any, images: Tensor, masks: Any, layers: list[int], rule: Rule) -> ArtifactTokens:
+# Shown the number of a block, the block and what it is given.
+Visit = Callable[[int, nn.Module, Tensor], None]
+
+
+@torch.no_grad()
+def artifacts_on_the_way(model: Any, images: Tensor, visit: Visit) -> ArtifactTokens:
+    """Return ``artifact_tokens`` of ``images``; every block is shown to ``visit`` before it runs.
+
+    So a second question to the same tokens takes no second pass. Nothing is warned of.
+    """
+    layers = _candidates(None, len(flat_blocks(model.blocks)))
+    with unrecorded():
+        return _one(model, images, None, layers, Rule(), visit)
+
+
+def _pass_by(*_: object) -> None:
+    """Let a block run that nobody asks anything of."""
+
+
+def _one(
+    model: Any,
+    images: Tensor,
+    masks: Any,
+    layers: list[int],
+    rule: Rule,
+    visit: Visit = _pass_by,
+) -> ArtifactTokens:
     grid, prefix = grid_of(model, images), 1 + count_registers(model)
     blocks = flat_blocks(model.blocks)
     last = model.prepare_tokens_with_masks(images, masks)
     best = torch.full((len(last),), -math.inf, device=last.device)
     kept, layer = last.new_zeros(1), torch.zeros_like(best, dtype=torch.int64)
-    for i, tokens in _outputs(blocks[: max(layers[-1] + 1, len(blocks) - 1)], last):
+    for i, tokens in _outputs(blocks[: max(layers[-1] + 1, len(blocks) - 1)], last, visit):
         if i in layers:
             norms = _norms(tokens[:, prefix:], grid)
             excess = rule.excess(norms)
@@ -191,6 +217,7 @@ def _one(model: Any, images: Tensor, masks: Any, layers: list[int], rule: Rule) 
             best = torch.maximum(excess, best)
         if i == len(blocks) - 2:
             last = tokens
+    visit(len(blocks) - 1, blocks[-1], last)
     from_cls, from_all = (
         received[:, prefix:].reshape(-1, *grid) for received in _received(blocks[-1], last)
     )
@@ -212,9 +239,10 @@ def _candidates(layer: int | None, depth: int) -> list[int]:
     return layers_to_take([layer], depth)
 
 
-def _outputs(blocks: list[nn.Module], tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _outputs(blocks: list[nn.Module], tokens: Tensor, visit: Visit) -> Iterator[tuple[int, Tensor]]:
     """Yield the number and the output of one block after the other, as in a forward pass."""
     for i, block in enumerate(blocks):
+        visit(i, block, tokens)
         tokens = block(tokens)
         yield i, tokens
 
