@@ -130,8 +130,8 @@ def test_a_dry_run_says_it_all_and_does_nothing(source, tmp_path, capsys):
     size = int(re.search(r"maps of 4 images, ([\d,]+) bytes", promised)[1].replace(",", ""))
 
     run(source, "-o", tmp_path / "out", "--shard-size", 2)
-    written = sum(maps.nbytes + prefix.nbytes for _, maps, prefix in stored(tmp_path / "out"))
-    assert size == written
+    numbers = sum(maps.numel() + prefix.numel() for _, maps, prefix in stored(tmp_path / "out"))
+    assert size == 4 * numbers
     (tmp_path / "out" / "shards" / "00001.jsonl").unlink()
     before = files_of(tmp_path / "out")
     capsys.readouterr()
