@@ -193,6 +193,14 @@ def test_tiles_of_half_precision_are_counted_in_float32(grafted, heads, largest)
     assert 2**15 < largest.size <= 2**16
 
 
+@torch.no_grad()
+def test_tiles_are_made_in_one_memory():
+    """Fresh memory costs as much as what is written into it."""
+    query, key = noise(2, 30, 4, seed=0), noise(2, 30, 4, seed=1)
+    tiles = [rows for _, rows, _ in module_of_rollout.Layer("mean", 0.5)._fused(query, key, 1.0)]
+    assert len({rows.untyped_storage().data_ptr() for rows in tiles}) == 1 < len(tiles)
+
+
 def test_the_last_block_runs_norm_and_projection_only(grafted):
     model, ran = PLAIN.build(grafted), []
     for name, module in model.named_modules():
