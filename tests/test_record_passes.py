@@ -202,14 +202,16 @@ def test_a_failing_pass_leaves_nothing_on_and_no_maps(models):
 
 
 def test_what_cannot_be_recorded_is_refused_at_once(models):
-    model = build(models)
+    model, holding = build(models), build(models)
+    holding.teacher = model
     cases = [
         (nn.Linear(2, 2), {}, dinov2_attn.InvalidInput, "one DINOv2 inside .*; found none"),
         ("model", {}, dinov2_attn.InvalidInput, "a model"),
         (nn.ModuleDict({"teacher": model, "student": build(models)}), {},
          dinov2_attn.InvalidInput, "found 2: teacher, student"),
+        (holding, {}, dinov2_attn.InvalidInput, "found 2: the model itself, teacher"),
         (model, {"n": 4}, dinov2_attn.OutOfRange, "between 0 and 3"),
-        (model, {"n": []}, dinov2_attn.InvalidInput, "at least one layer"),
+        (model, {"n": []}, dinov2_attn.InvalidInput, "expected at least one layer to record;"),
         (model, {"queries": "cs"}, dinov2_attn.InvalidInput, "cls"),
         (model, {"heads": "max"}, dinov2_attn.InvalidInput, "heads"),
         (model, {"reduce": "mean"}, dinov2_attn.InvalidInput, "reduce"),
