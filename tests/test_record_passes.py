@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,19 @@ def test_images_given_by_name_have_their_grid(models):
         for block in model.blocks:
             tokens = block(tokens)
     assert maps.grid == (2, 3)
+
+
+def test_a_grid_that_is_not_known_may_be_said(models):
+    """What the error advises is done, to a recording's pass: the recording is no dataclass."""
+    model = build(models)
+    tokens = model.prepare_tokens_with_masks(IMAGES)
+    with record(model) as maps:
+        for block in model.blocks:
+            tokens = block(tokens)
+    with pytest.raises(dinov2_attn.InvalidInput, match=r"dataclasses\.replace.*\.passes\[0\]"):
+        maps.maps()
+    said = dataclasses.replace(maps.passes[0], grid=(2, 3))
+    assert said.maps()[0].shape == (2, 2, N, 2, 3)
 
 
 def test_reduce_may_run_models_itself(models):
