@@ -117,9 +117,11 @@ def test_lists_get_features_and_attentions_too(models, case):
     masks = [case.masks, None]
     dicts = model.forward_features(images, masks, return_attention=True, queries="cls")
     outputs, attentions = model(images, masks, return_attention=True, queries="cls")
+    trained, _ = model(images, masks, is_training=True, return_attention=True)
     for i, (x, m) in enumerate(zip(images, masks, strict=True)):
         one = model.forward_features(x, m, return_attention=True, queries="cls")
-        assert torch.equal(dicts[i]["x_norm_clstoken"], one["x_norm_clstoken"])
+        for features in (dicts[i], trained[i]):
+            assert torch.equal(features["x_norm_clstoken"], one["x_norm_clstoken"])
         assert torch.equal(outputs[i], one["x_norm_clstoken"])
         for layer in range(case.depth):
             assert torch.equal(dicts[i]["attentions"][layer], one["attentions"][layer])

@@ -158,8 +158,8 @@ def test_a_file_gives_back_all_of_it(tmp_path_factory, models, case, queries, he
 
 
 def test_rows_of_one_memory_and_grids_that_are_not_known_are_kept_too(tmp_path):
-    memory = torch.rand(2, 1, 2, 1, 7)
-    maps = AttentionMaps((memory[0], memory[1].mT.mT), (3, 5), None, 1, None)
+    memory = torch.rand(2, 1, 2, 7, 7).mT
+    maps = AttentionMaps((memory[0], memory[1]), (3, 5), None, 1, None)
     maps.save(tmp_path / "a")
     again = AttentionMaps.load(tmp_path / "a")
     assert (again.grid, again.queries, again.layers) == (None, None, (3, 5))
@@ -209,10 +209,12 @@ def test_nothing_half_written_is_left(tmp_path):
     with pytest.raises(UnwritableOutput):
         maps.save(tmp_path / "missing" / "a")
     (tmp_path / "folder" / "in").mkdir(parents=True)
-    with pytest.raises(UnwritableOutput):
+    with pytest.raises(UnwritableOutput, match=r"/\.unfinished-[^/]+/maps' -> .*folder'"):
         maps.save(tmp_path / "folder")
     with pytest.raises(InvalidInput, match=r"before \.numpy"):
         maps.numpy().save(tmp_path / "b")
+    with pytest.raises(ValueError, match="shorter"):
+        dataclasses.replace(maps, layers=(4, 5)).save(tmp_path / "b")
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dinov2_attn
+import recordings
 import reference
 import upstreams
 from dinov2_attn.upstream import projection
@@ -118,6 +119,24 @@ def test_many_rows_make_keys_and_only_their_own_queries(layers):
     with Products() as products:
         module(tokens, return_attn=True)
     assert products.count == 2 * TOKENS * DIM * DIM + TOKENS * TOKENS * DIM + DIM
+
+
+@torch.no_grad()
+def test_whoever_asks_inside_a_recording_does_without_keys_too(grafted):
+    """What a recording sets on the projection listens to a pass, and is none of their business."""
+    model, counts = recordings.build(grafted), []
+    tokens = noise(1, TOKENS, 8, seed=0, dtype=torch.float64)
+
+    def ask(*_):
+        with Products() as products:
+            model.blocks[0].attn(tokens, return_attn=True, queries=0)
+        counts.append(products.count)
+
+    ask()
+    with dinov2_attn.record(model, [0], reduce=ask):
+        model(recordings.IMAGES)
+    alone, inside = counts
+    assert inside == alone < TOKENS * 8 * 8
 
 
 @torch.no_grad()

@@ -141,3 +141,20 @@ def test_what_is_set_aside_is_lent_once():
     assert [tuple(one.shape) for one in lent] == [(2, 5), (4,), (2, 5), (2, 5), (2, 5)]
     assert len({one.data_ptr() for one in lent}) == len(lent)
     assert aside.lend(like.double(), (4,)).dtype == torch.float64
+
+
+@torch.no_grad()
+def test_what_is_kept_of_all_layers_is_set_aside_with_the_first(grafted, monkeypatch):
+    case, made, seen = case_of(4), [], []
+    model, plain = case.build(grafted), memory.new_result
+
+    def watched(like, shape):
+        made.append(shape)
+        return plain(like, shape)
+
+    monkeypatch.setattr(memory, "new_result", watched)
+    model.blocks[0].register_forward_hook(lambda *_: seen.append(len(made)))
+    with dinov2_attn.record(model):
+        model(case.images)
+    assert seen == [4]
+    assert len(made) == 4

@@ -100,6 +100,17 @@ def test_a_model_that_contains_one_is_recorded(models, use, chunks):
     assert maps.grid == (2, 3)
 
 
+def test_blocks_and_projections_of_others_are_not_taken_for_its_own(models):
+    """Heads and decoders around a DINOv2 have children of the same names."""
+    inner = build(models)
+    model = Containing(inner, USES["classifier"])
+    model.blocks = nn.ModuleList()
+    inner.blocks[0].mlp.qkv = nn.Linear(8, 24)
+    with record(model) as maps:
+        model(IMAGES)
+    assert_all_close(maps.weights, inner.get_self_attention(IMAGES))
+
+
 @quiet
 @given(case=model_cases(), queries=queries, heads=heads)
 def test_a_nested_list_gives_lists(nested, case, queries, heads):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +33,13 @@ def test_every_pass_has_its_maps(models):
         expected = model.get_self_attention(images, 2, queries="cls")
         assert_all_close(one.weights, expected)
     assert [one.grid for one in maps.passes] == [(2, 3), (1, 3), (2, 3)]
-    with pytest.raises(dinov2_attn.NotRecorded, match=r"one recorded pass.*found 3.*\.passes"):
-        _ = maps.weights
-    with pytest.raises(AttributeError, match="nothing_like_that"):
+    for name in ("weights", "save"):
+        words = rf"one recorded pass, whose {name}.*found 3.*\.passes"
+        with pytest.raises(dinov2_attn.NotRecorded, match=words):
+            getattr(maps, name)
+    with pytest.raises(AttributeError, match="'Recording' object has no .* 'nothing_like_that'"):
         _ = maps.nothing_like_that
+    assert not hasattr(maps, "__dataclass_fields__")
     assert len(copy.deepcopy(maps).passes) == 3
     assert len(pickle.loads(pickle.dumps(maps)).passes) == 3
 
@@ -97,6 +101,19 @@ def test_images_given_by_name_have_their_grid(models):
     assert maps.grid == (2, 3)
 
 
+def test_a_grid_that_is_not_known_may_be_said(models):
+    """What the error advises is done, to a recording's pass: the recording is no dataclass."""
+    model = build(models)
+    tokens = model.prepare_tokens_with_masks(IMAGES)
+    with record(model) as maps:
+        for block in model.blocks:
+            tokens = block(tokens)
+    with pytest.raises(dinov2_attn.InvalidInput, match=r"dataclasses\.replace.*\.passes\[0\]"):
+        maps.maps()
+    said = dataclasses.replace(maps.passes[0], grid=(2, 3))
+    assert said.maps()[0].shape == (2, 2, N, 2, 3)
+
+
 def test_reduce_may_run_models_itself(models):
     model = build(models)
     with record(model, reduce=lambda layer, w: model(IMAGES)) as maps:
@@ -153,7 +170,9 @@ def test_nothing_recorded_is_an_error(models):
 
 
 @pytest.mark.parametrize("blocks", [[0], [1], [2]])
-@pytest.mark.parametrize("order", [[True, False], [False, True], [True, False, True]])
+@pytest.mark.parametrize(
+    "order", [[True, False], [False, True], [True, False, True], [False, False]]
+)
 def test_a_pass_without_some_layers_is_an_error(models, blocks, order):
     """As where a block was exported or scripted: something without a graft runs in its place."""
     model, caught = build(models), []
@@ -169,7 +188,7 @@ def test_a_pass_without_some_layers_is_an_error(models, blocks, order):
                         attention.forward = lambda x: x
                 model(IMAGES)
 
-    words = rf"layers 0, 1, 2; found {sum(order)} of them, and 1 without"
+    words = rf"layers 0, 1, 2; found {sum(order)} of them, and {order.count(False)} without"
     with pytest.raises(dinov2_attn.NotRecorded, match=words):
         run()
     assert len(caught[0].passes) == sum(order)
@@ -197,14 +216,17 @@ def test_a_failing_pass_leaves_nothing_on_and_no_maps(models):
 
 
 def test_what_cannot_be_recorded_is_refused_at_once(models):
-    model = build(models)
+    model, holding = build(models), build(models)
+    holding.teacher = model
     cases = [
         (nn.Linear(2, 2), {}, dinov2_attn.InvalidInput, "one DINOv2 inside .*; found none"),
         ("model", {}, dinov2_attn.InvalidInput, "a model"),
         (nn.ModuleDict({"teacher": model, "student": build(models)}), {},
          dinov2_attn.InvalidInput, "found 2: teacher, student"),
+        (holding, {}, dinov2_attn.InvalidInput, "found 2: the model itself, teacher"),
         (model, {"n": 4}, dinov2_attn.OutOfRange, "between 0 and 3"),
-        (model, {"n": []}, dinov2_attn.InvalidInput, "at least one layer"),
+        (model, {"n": []}, dinov2_attn.InvalidInput,
+         r"^expected at least one layer to record; found n=\[\]\. Leave n out for all\.$"),
         (model, {"queries": "cs"}, dinov2_attn.InvalidInput, "cls"),
         (model, {"heads": "max"}, dinov2_attn.InvalidInput, "heads"),
         (model, {"reduce": "mean"}, dinov2_attn.InvalidInput, "reduce"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dinov2_attn
 import reference
@@ -146,19 +149,21 @@ def test_hooks_and_adapters_at_qkv_count(models):
     assert (ours - plain).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("heads", FUSE)
-def test_no_matrix_is_made(models, heads, monkeypatch):
-    """The largest tensor behind the pass itself is one layer's projection, or one tile."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Largest(TorchDispatchMode):
+    """Watches the largest tensor that is made."""
 
-    class Largest(TorchDispatchMode):
-        size = 0
+    size = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.size = max(self.size, out.untyped_storage().nbytes())
-            return out
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.size = max(self.size, out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.fixture
+def largest(monkeypatch):
+    """The largest tensor behind the pass itself, where tiles have 64 KiB."""
 
     def watched(*args):
         with largest:
@@ -167,12 +172,57 @@ def test_no_matrix_is_made(models, heads, monkeypatch):
     largest, plain = Largest(), module_of_rollout._one
     monkeypatch.setattr(module_of_rollout, "_one", watched)
     monkeypatch.setattr(module_of_rollout, "TILE_BYTES", 2**16)
-    case = ModelCase(2, 0, 0, 2, (20, 20), 1, torch.float32, 0)
-    model = case.build(models)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    dinov2_attn.rollout(model, case.images, heads=heads)
+    return largest
+
+
+WIDE = ModelCase(2, 0, 0, 2, (20, 20), 1, torch.float32, 0)
+
+
+@pytest.mark.parametrize("heads", FUSE)
+def test_no_matrix_is_made(models, heads, largest):
+    """The largest tensor is one layer's projection, or one tile."""
+    model = WIDE.build(models).requires_grad_(False)
+    dinov2_attn.rollout(model, WIDE.images, heads=heads)
     assert 2**15 < largest.size <= 2**16 < 401**2 * 4
+
+
+@pytest.mark.parametrize("heads", FUSE)
+def test_tiles_of_half_precision_are_counted_in_float32(grafted, heads, largest):
+    model = WIDE.build(grafted).requires_grad_(False).bfloat16()
+    dinov2_attn.rollout(model, WIDE.images.bfloat16(), heads=heads)
+    assert 2**15 < largest.size <= 2**16
+
+
+@torch.no_grad()
+def test_tiles_are_made_in_one_memory():
+    """Fresh memory costs as much as what is written into it."""
+    query, key = noise(2, 30, 4, seed=0), noise(2, 30, 4, seed=1)
+    tiles = [rows for _, rows, _ in module_of_rollout.Layer("mean", 0.5)._fused(query, key, 1.0)]
+    assert len({rows.untyped_storage().data_ptr() for rows in tiles}) == 1 < len(tiles)
+
+
+def test_the_last_block_runs_norm_and_projection_only(grafted):
+    model, ran = PLAIN.build(grafted), []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    for n, last in ((None, 3), ([0, 2], 2)):
+        dinov2_attn.rollout(model, PLAIN.images, n)
+        of_last = [name for name in ran if name.startswith(f"blocks.{last}")]
+        parts = ("norm1", "attn.qkv", "attn")
+        assert of_last == [*(f"blocks.{last}.{part}" for part in parts), f"blocks.{last}"]
+        assert f"blocks.{last + 1}" not in ran
+        ran.clear()
+
+
+def test_the_tokens_of_the_first_block_are_not_kept(grafted):
+    """Images give them again, where a pass of a large batch has little memory left."""
+    model, kept = PLAIN.build(grafted), []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: kept.append(weakref.ref(args[0])))
+    alive = []
+    model.blocks[1].register_forward_pre_hook(lambda *_: alive.append(kept[0]() is not None))
+    dinov2_attn.rollout(model, PLAIN.images)
+    assert not any(alive)
+    assert alive
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,22 @@ def test_pieces_equal_the_whole(layers, case, size, data):
 
 
 @torch.no_grad()
+def test_a_piece_is_as_many_samples_as_fit(grafted, tiny):
+    """Their queries and keys together; one where not even that fits, or where there is none."""
+    module, tokens = grafted.attentions[0](12, num_heads=2), noise(5, 4, 12, seed=0)
+    one = 2 * tokens[0].numel() * tokens.element_size()
+    for size, count, expected in [
+        (2 * one, 5, [2, 2, 1]),
+        (2 * one - 1, 5, [1, 1, 1, 1, 1]),
+        (1, 1, [1]),
+        (1, 0, [0]),
+    ]:
+        tiny(size)
+        pieces = projection.Projection(module, tokens[:count]).pieces(slice(None))
+        assert [len(piece.query) for piece in pieces] == expected
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("adorn", ["hook", "pre-hook", "global hook", "subclass", "forward"])
 def test_whatever_else_sits_at_qkv_is_called_once_with_everything(layers, adorn, tiny):
     """Hooks, adapters and quantised layers see what upstream would show them."""

@@ -137,6 +137,14 @@ def test_signatures_show_what_is_added_and_keep_what_was_there(bare_layers):
     assert {parameter.kind for parameter in added} == {inspect.Parameter.KEYWORD_ONLY}
 
 
+@pytest.mark.parametrize("name", ["forward", "forward_features"])
+def test_signatures_of_a_model_show_what_is_added_too(bare_models, name):
+    cls = bare_models.cls("DinoVisionTransformer")
+    with dinov2_attn.install(bare_models.package):
+        shown = str(inspect.signature(getattr(cls, name)))
+    assert "return_attention=False, queries=None, heads=None" in shown
+
+
 def test_the_signature_of_an_override_that_hands_everything_on_shows_it_too(first):
     class Own(first.cls("MemEffAttention")):
         def forward(self, *args, **kwargs):

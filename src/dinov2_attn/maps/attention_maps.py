@@ -93,7 +93,8 @@ class AttentionMaps:
             raise InvalidInput(
                 "maps whose patch grid is known",
                 f"weights {shape} of tokens that came from no images of whole patches",
-                "Say dataclasses.replace(maps, grid=(h, w)) if you know it.",
+                "Say dataclasses.replace(maps, grid=(h, w)) if you know it; of a recording "
+                "say it of maps.passes[0].",
             )
         count = self.prefix + grid[0] * grid[1]
         if not shape or shape[-1] != count:

@@ -48,9 +48,8 @@ class Rule:
     def excess(self, norms: Tensor) -> Tensor:
         """Return how many times its threshold the most outstanding norm of each image is, (B,)."""
         greatest, thresholds = norms.flatten(1).amax(1), self.thresholds(norms)
-        # Nought above nought is nothing, anything else above it is beyond comparison.
-        ratios = torch.where(greatest > 0, greatest / thresholds, torch.zeros_like(greatest))
-        return ratios.nan_to_num(nan=0.0)
+        # Nought by nought is NaN, and nothing; anything else by nought is beyond comparison.
+        return (greatest / thresholds).nan_to_num()
 
 
 def median(values: Tensor) -> Tensor:
