@@ -78,7 +78,7 @@ class Projection:
             if group is not None:
                 query = _regroup(group, query, group.queries)
                 key = _regroup(group, key, group.keys)
-            yield Piece(slice(0, len(query)), query[:, :, rows], key, query.shape[-1])
+            yield Piece(slice(None), query[:, :, rows], key, query.shape[-1])
         elif group is None:
             yield from self._few_at_a_time(self._tokens, self._tokens, rows)
         else:
