@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn.tiles import is_compiling
+from dinov2_attn.tiles import is_compiling, is_transformed
 from dinov2_attn.upstream.flags import Forward
 
 # Runs the first function, a block's forward, and asks the second for the weights.
@@ -159,7 +159,8 @@ def unpacked() -> AbstractContextManager[object]:
 
     Checkpointing counts the tensors that a block saves, and its second run asks for nothing.
     """
-    if not torch.is_grad_enabled() or is_compiling():  # a graph has no such packing inside
+    # A graph and what torch.func differentiates have no such packing inside.
+    if not torch.is_grad_enabled() or is_transformed():
         return nullcontext()
     # Detached: a softmax saves its own result, which would hold itself alive through its graph.
     return torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved)
