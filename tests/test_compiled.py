@@ -116,6 +116,25 @@ def test_parts_compiled_before_install_are_never_half_asked(first, where):
 
 
 @asking
+def test_blocks_compiled_one_by_one_share_a_graph(models):
+    """As upstream's own do: PyTorch stops at the eighth, with an error where graphs are whole."""
+    model, backend = build(models, depth=4), Kept()
+    with torch.no_grad():
+        before, expected = model(IMAGES), model.get_self_attention(IMAGES)
+        for block in model.blocks:
+            block.compile(backend=backend, fullgraph=True)
+        for _ in range(2):
+            assert torch.equal(model(IMAGES), before)
+            output, attentions = model(IMAGES, return_attention=True)
+            assert torch.equal(output, before)
+            assert_all_close(attentions, expected)
+            features = model.forward_features(IMAGES, return_attention=True)
+            assert_all_close(features["attentions"], expected)
+            assert_all_close(model.get_self_attention(IMAGES), expected)
+    assert len(backend.nodes) == 3  # of features, of both, of weights
+
+
+@asking
 def test_a_recording_inside_of_what_is_compiled(grafted):
     """Right maps, where Dynamo leaves the graph for it, or a refusal."""
     model = build(grafted, depth=2)

@@ -111,16 +111,47 @@ def unrecorded() -> Iterator[tuple[Recorder, ...]]:
         TAP.recorders = before
 
 
+class Collected:
+    """What the blocks of a pass answered, in the order in which they ran, and which is running.
+
+    Dynamo guards a list by its length and what is asked for its ``id`` by that: a block that is
+    compiled by itself would be compiled anew for every other. So one answer points to the next.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._end = _Link(None)
+        self.running: nn.Module | None = None
+
+    def add(self, weights: Any) -> None:
+        """Put ``weights`` behind those that are there."""
+        link = _Link(weights)
+        self._end.behind = link
+        self._end = link
+
+    def all(self) -> tuple[Any, ...]:
+        """Return all weights that were added."""
+        found, link = [], self._start.behind
+        while link is not None:
+            found.append(link.weights)
+            link = link.behind
+        return tuple(found)
+
+
+class _Link:
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights
+        self.behind: _Link | None = None
+
+
 @contextmanager
-def attentions_of_pass(**selection: Any) -> Iterator[list[Any]]:
+def attentions_of_pass(**selection: Any) -> Iterator[Collected]:
     """Collect the attention of every block that runs inside, in the order in which they run.
 
     The weights come from the very tokens that a block is given, so features and weights
     belong together even where a pass draws random numbers. ``selection`` holds
     ``queries`` and ``heads``.
     """
-    running: set[int] = set()
-    caught: list[Any] = []
+    collected = Collected()
 
     def listen(
         original: Forward,
@@ -130,21 +161,22 @@ def attentions_of_pass(**selection: Any) -> Iterator[list[Any]]:
         kwargs: dict[str, Any],
     ) -> Any:
         # A grafted class calls its grafted base for the same block: listen to the first.
-        if id(block) in running:
+        outer = collected.running
+        if outer is block:
             return original(block, *args, **kwargs)
         # What the projection draws (LoRA's dropout) is then drawn again by the pass itself.
         with _same_draws(*args, *kwargs.values()) if block.training else nullcontext(), unpacked():
-            caught.append(weights_of(block, *args, **kwargs, **selection))
-        running.add(id(block))
+            collected.add(weights_of(block, *args, **kwargs, **selection))
+        collected.running = block
         try:
             return original(block, *args, **kwargs)
         finally:
-            running.discard(id(block))
+            collected.running = outer
 
     before, TAP.listener = TAP.listener, listen
     try:
         with SWITCH.held():
-            yield caught
+            yield collected
     finally:
         TAP.listener = before
 
