@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dinov2_attn.tiles import is_compiling, is_transformed
 from dinov2_attn.upstream.flags import Forward
+from dinov2_attn.upstream.projection import draws_nothing
 
 # Runs the first function, a block's forward, and asks the second for the weights.
 Listener = Callable[[Forward, Forward, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -165,7 +166,9 @@ def attentions_of_pass(**selection: Any) -> Iterator[Collected]:
         if outer is block:
             return original(block, *args, **kwargs)
         # What the projection draws (LoRA's dropout) is then drawn again by the pass itself.
-        with _same_draws(*args, *kwargs.values()) if block.training else nullcontext(), unpacked():
+        # Dynamo cannot follow that, so no graph may see it without need.
+        draws = block.training and not (is_compiling() and draws_nothing(block))
+        with _same_draws(*args, *kwargs.values()) if draws else nullcontext(), unpacked():
             collected.add(weights_of(block, *args, **kwargs, **selection))
         collected.running = block
         try:
