@@ -80,6 +80,10 @@ def read_photograph(
 def _open(path: Path, max_pixels: int) -> Image.Image:
     try:
         with _limit(max_pixels), Image.open(path) as image:
+            if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+                raise UnreadableFile(
+                    "an image of pixels", f"{path}, which is PostScript", "Convert it to PNG."
+                )
             if getattr(image, "is_animated", False):
                 log.info("%s has several frames or pages: the first is taken", path)
                 image.seek(0)
