@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import tempfile
@@ -216,6 +217,16 @@ def test_nothing_half_written_is_left(tmp_path):
     with pytest.raises(ValueError, match="shorter"):
         dataclasses.replace(maps, layers=(4, 5)).save(tmp_path / "b")
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here: a folder is no file either")
+def test_a_pipe_is_not_replaced(tmp_path):
+    """Nor is a device: root, as in a container, could take /dev/null from everybody."""
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(UnwritableOutput, match="not a file"):
+        whole(torch.rand(1, 2, 1, 7)).save(tmp_path / "a")
+    assert (tmp_path / "a").is_fifo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
 def test_without_safetensors_everything_but_files_works(tmp_path):

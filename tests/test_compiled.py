@@ -6,11 +6,13 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dinov2_attn
 from compiling import Graphs, asking, compiling
 from dinov2_attn import record
 from recordings import IMAGES, assert_all_close, build
+from tolerances import assert_close
 from unchanged import assert_equal, assert_unchanged, one_pass
 
 pytestmark = [*compiling, pytest.mark.usefixtures("fresh_dynamo")]
@@ -113,6 +115,50 @@ def test_parts_compiled_before_install_are_never_half_asked(first, where):
         with pytest.raises(dinov2_attn.NotRecorded), record(model):
             model(IMAGES)
         assert_equal(one_pass(model), before)
+
+
+@asking
+def test_a_model_in_training_answers_from_one_graph(models):
+    """As a model is that nobody called eval() on."""
+    model = build(models).train()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    output, attentions = compiled(IMAGES, return_attention=True)
+    assert_close(output, model(IMAGES))
+    assert_all_close(attentions, model.get_self_attention(IMAGES))
+
+
+@asking
+@pytest.mark.parametrize("where", ["norm1", "attn", "attn.qkv"])
+def test_what_draws_before_the_kernel_is_drawn_once(grafted, where):
+    model = build(grafted).train()
+    for block in model.blocks:
+        layer = block.get_submodule(where)
+        layer.register_forward_pre_hook(lambda _, args: F.dropout(args[0], 0.5))
+    torch.manual_seed(3)
+    before = model(IMAGES)
+    compiled = torch.compile(model, backend="eager")
+    torch.manual_seed(3)
+    output, _ = compiled(IMAGES, return_attention=True)
+    assert torch.equal(output, before)
+
+
+@asking
+def test_blocks_compiled_one_by_one_share_a_graph(models):
+    """As upstream's own do: PyTorch stops at the eighth, with an error where graphs are whole."""
+    model, backend = build(models, depth=4), Kept()
+    with torch.no_grad():
+        before, expected = model(IMAGES), model.get_self_attention(IMAGES)
+        for block in model.blocks:
+            block.compile(backend=backend, fullgraph=True)
+        for _ in range(2):
+            assert torch.equal(model(IMAGES), before)
+            output, attentions = model(IMAGES, return_attention=True)
+            assert torch.equal(output, before)
+            assert_all_close(attentions, expected)
+            features = model.forward_features(IMAGES, return_attention=True)
+            assert_all_close(features["attentions"], expected)
+            assert_all_close(model.get_self_attention(IMAGES), expected)
+    assert len(backend.nodes) == 3  # of features, of both, of weights
 
 
 @asking

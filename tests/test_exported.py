@@ -8,7 +8,7 @@ from torch import nn
 
 import dinov2_attn
 from compiling import asking, compiles
-from recordings import IMAGES, assert_all_close, build
+from recordings import IMAGES, Around, assert_all_close, build
 from tolerances import assert_close
 from unchanged import assert_unchanged
 
@@ -31,6 +31,15 @@ class Last(nn.Module):
 
     def forward(self, x):
         return self.inner.get_last_self_attention(x, queries="cls")
+
+
+class Both(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x, return_attention=True)
 
 
 def test_features_export_to_the_very_graph_of_upstream(first, strict):
@@ -56,6 +65,24 @@ def test_weights_export(grafted, strict):
         with torch.set_grad_enabled(grad):
             exported = torch.export.export(Last(model), (IMAGES,), strict=strict).module()
             assert_close(exported(other), model.get_last_self_attention(other, queries="cls"))
+
+
+def test_a_batch_of_any_size_stays_one(grafted, strict):
+    """What is asked exports for the batches that features export for."""
+    model, other = build(grafted, depth=2), IMAGES.repeat(3, 1, 1, 1)
+    some = {0: torch.export.Dim("batch", min=2, max=64)}
+
+    def export(module):
+        exported = torch.export.export(module, (IMAGES,), dynamic_shapes=(some,), strict=strict)
+        return exported.module()(other)
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert_close(export(Around(model)), model(other))
+            assert_close(export(Last(model)), model.get_last_self_attention(other, queries="cls"))
+            output, attentions = export(Both(model))
+            assert_close(output, model(other))
+            assert_all_close(attentions, model.get_self_attention(other))
 
 
 def test_an_exported_module_outlives_uninstall(first, strict):

@@ -226,6 +226,7 @@ ODD_TENSORS = {
     "sparse": lambda: WEIGHT.to_sparse(),
     "compressed rows": lambda: WEIGHT.to_sparse_csr(),
     "quantised": lambda: torch.quantize_per_tensor(WEIGHT, 0.1, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]),
     "without data": lambda: WEIGHT.to("meta"),
     "complex": lambda: WEIGHT.cfloat(),
     "of a terabyte": lambda: torch.ones(1).expand(2**40),

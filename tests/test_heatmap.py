@@ -275,6 +275,18 @@ def test_a_file_that_cannot_be_replaced_brings_the_others_back(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "c.png"}
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here: a folder is no file either")
+def test_a_pipe_is_not_replaced(tmp_path):
+    """Nor is a device: root, as in a container, could take /dev/null from everybody."""
+    (tmp_path / "a.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "c.png")
+    with pytest.raises(UnwritableOutput, match=r"not a file.*c\.png"):
+        write_new(tmp_path, "a.png", "b.png", "c.png")
+    assert (tmp_path / "a.png").is_symlink()
+    assert (tmp_path / "c.png").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("below", ["", "deep"])
 def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path, below):
     (tmp_path / "out").write_bytes(b"mine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from dinov2_attn.errors import InvalidInput, UnreadableFile
 from dinov2_attn.show.images import read_photograph
@@ -230,3 +231,18 @@ def test_what_is_no_image_is_unreadable(folder, name):
     (folder / "text.png").write_text("no pixels here")
     with pytest.raises(UnreadableFile, match=rf"found {folder / name}, which cannot be read"):
         read_photograph(folder / name, 14)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a program of two lines wants a shell")
+def test_postscript_is_not_run(folder, tmp_path, monkeypatch):
+    """Pillow goes by the content, and hands it to the Ghostscript that it finds."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\necho run >> {tmp_path}/log\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # where it keeps what it found
+    path = folder / "photograph.jpg"
+    Image.fromarray(noise(20, 20)).save(path, "EPS")
+    with pytest.raises(UnreadableFile, match=r"photograph\.jpg, which is PostScript"):
+        read_photograph(path, 14)
+    assert not (tmp_path / "log").exists()

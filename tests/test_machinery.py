@@ -116,6 +116,24 @@ def test_functional_call(first):
         assert not torch.equal(expected[0], model.get_self_attention(IMAGES)[0])
 
 
+def test_gradients_of_a_function(grafted):
+    """torch.func differentiates a pass that is asked as backward() does."""
+    model = build(grafted, depth=2)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        output, attentions = functional_call(
+            model, parameters, (SQUARE,), {"return_attention": True}
+        )
+        return output.square().sum() + sum(weights.square().sum() for weights in attentions)
+
+    loss(parameters).backward()
+    gradients = torch.func.grad(loss)(parameters)
+    for name, parameter in parameters.items():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert_close(gradients[name], expected)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_meta_tensors_have_the_shapes(first, grad):
     model, images = build(first).to("meta"), IMAGES.to("meta")

@@ -124,6 +124,14 @@ def test_what_is_no_file_is_said_to_be_so(tmp_path):
 # What is refused
 
 
+MEMORY = Path("/proc/self/mem")  # a file to all appearances, of which no byte can be read
+
+
+@pytest.mark.skipif(not MEMORY.is_file(), reason="Linux's: elsewhere all else is refused")
+def test_a_file_that_cannot_be_read_is_refused():
+    assert_refused(MEMORY, r"/proc/self/mem, which does not load \(OSError: .*Input/output error\)")
+
+
 def test_a_compressed_archive_is_not_unpacked(file):
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10**6))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import zipfile
 from xml.etree import ElementTree
 
 import pytest
 
 import dinov2_attn
+import fresh
 import upstreams
 from dinov2_attn import cli
 from dinov2_attn.upstream.eras import table as eras
@@ -185,6 +188,27 @@ def test_a_report_is_summed_up():
     assert found.verdict == "FAILED"
     assert found.reason == "test_b: two lines"
     assert found.left_out == {"registers": "no registers"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes are Linux's")
+def test_a_name_that_is_no_text_is_told_where_letters_are_few(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    with zipfile.ZipFile(fetch_wheel(upstreams.FIRST.wheel)) as wheel:
+        wheel.extractall(folder)
+    with (folder / ATTENTION).open("a", encoding="utf-8") as file:
+        file.write("\nraise RuntimeError('not here – ever')\n")
+    files = "--json", "all.json", "--junit", "all.xml"
+    done = fresh.python(
+        *("-m", "dinov2_attn", "verify", folder, *files), cwd=tmp_path, PYTHONIOENCODING="ascii"
+    )
+    assert done.returncode == 1
+    assert "caf\\udce9" in done.stdout
+    assert "not here \\u2013 ever" in done.stdout
+    (line,) = json.loads((tmp_path / "all.json").read_text())
+    assert os.fsencode(line["revision"]) == b"caf\xe9"
+    assert "not here – ever" in line["reason"]
+    suite = ElementTree.parse(tmp_path / "all.xml").find("testsuite")
+    assert suite.get("name") == "caf\\udce9"
 
 
 def test_a_suite_that_says_nothing_proves_nothing(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -25,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     _configure_log()
+    _configure_output()
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
@@ -63,3 +66,9 @@ def _configure_log() -> None:
     # logger. Nobody needs xFormers for a picture.
     logging.getLogger("dinov2").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="xFormers is")
+
+
+def _configure_output() -> None:
+    """Write what standard output has no letters for (paths may be no text) as Python spells it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

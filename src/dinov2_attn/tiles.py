@@ -37,11 +37,9 @@ def may_tile(tensor: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and type(tensor) in (Tensor, nn.Parameter)
-        and not is_compiling()
+        and not is_transformed()
         and torch._C._get_tracing_state() is None
-        # vmap, jvp and the like of torch.func, and tangents without it, which no_grad lets pass
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        and forward_ad._current_level < 0  # tangents without torch.func, which no_grad lets pass
     )
 
 
@@ -162,3 +160,8 @@ def is_compiling() -> bool:
         return bool(compiler.is_compiling())
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and bool(dynamo.is_compiling())
+
+
+def is_transformed() -> bool:
+    """Say whether Dynamo or a function transform (vmap, grad, … of torch.func) sees this call."""
+    return is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

@@ -119,7 +119,8 @@ def _write(file: str | None, form: Callable[[Iterable[Line]], str], lines: list[
         print(form(lines))
     elif file is not None:
         try:
-            Path(file).write_text(form(lines) + "\n", encoding="utf-8")
+            text = form(lines) + "\n"
+            Path(file).write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UnwritableOutput(
                 f"a file that can be written at {file}", str(error), "Name another."

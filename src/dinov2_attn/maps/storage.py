@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -22,6 +23,8 @@ def save(maps: AttentionMaps, path: Path) -> None:
     metadata = {key: json.dumps(value) for key, value in about.items()}
     content = optional.safetensors().torch.save(_named(maps), metadata)
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device: replacing takes it away
+            raise OSError(errno.EEXIST, "There is something that is not a file", str(path))
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
             unfinished = Path(folder) / "maps"
             unfinished.write_bytes(content)

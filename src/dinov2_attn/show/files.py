@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -53,9 +54,11 @@ def _move(source: Path, folder: Path, aside: Path) -> None:
     with ExitStack() as undo:
         for file in sorted(source.iterdir()):
             final = folder / file.name
-            if final.is_file():
+            if final.is_file() or final.is_symlink():
                 os.replace(final, aside / file.name)
                 undo.callback(os.replace, aside / file.name, final)
+            elif final.exists():  # a folder, a pipe or a device, which replacing would take away
+                raise OSError(errno.EEXIST, "There is something that is not a file", str(final))
             os.replace(file, final)
             undo.callback(final.unlink)
         undo.pop_all()

@@ -156,7 +156,13 @@ def _reported(path: Path, max_pixels: int | None) -> Iterator[None]:
 
 
 def _opened(path: Path, content: bytes | None) -> Image.Image:
-    return Image.open(path if content is None else _Content(content, path))
+    image = Image.open(path if content is None else _Content(content, path))
+    if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+        image.close()
+        raise UnreadableFile(
+            "an image of pixels", f"{path}, which is PostScript", "Convert it to PNG."
+        )
+    return image
 
 
 class _Content(io.BytesIO):

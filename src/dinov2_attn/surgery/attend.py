@@ -104,7 +104,7 @@ class _Question:
         if self.is_causal:
             causal_rows = torch.arange(length, device=first.query.device)[rows]
         shape = (batch, *shape_of_weights(first.query, first.key, self.heads)[1:])
-        if len(first.query) == batch and not may_tile(first.query):
+        if first.query.shape[0] == batch and not may_tile(first.query):
             return self._weigh(first, bias, causal_rows)
         out = self.new(first.query, shape)
         for piece in chain([first], pieces):

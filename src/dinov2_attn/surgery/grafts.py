@@ -21,16 +21,10 @@ from dinov2_attn.surgery.attend import attend, check_tokens
 from dinov2_attn.surgery.nesting import check_stochastic_depth
 from dinov2_attn.surgery.recording import run_recorded
 from dinov2_attn.surgery.tap import SWITCH, TAP, answer, ask
-from dinov2_attn.upstream.anatomy import Part
+from dinov2_attn.upstream.anatomy import BLOCK_CHILDREN, Part
 from dinov2_attn.upstream.contract import argument_names, name_of
 from dinov2_attn.upstream.flags import Forward
 from dinov2_attn.upstream.kernel import Kernel
-
-# The norm before the attention and the attention itself, by upstream's names.
-BLOCK_CHILDREN = {
-    Part.BLOCK: ("norm1", "attn"),
-    Part.CAUSAL_BLOCK: ("attention_norm", "attention"),
-}
 
 _MARK = "_dinov2_attn_keyword"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dinov2_attn.errors import Dinov2AttnError, IncompatibleUpstream, PatchedOnTop
 from dinov2_attn.surgery.fallback import graft_kernel
-from dinov2_attn.surgery.grafts import BLOCK_CHILDREN, graft_attention, graft_block
+from dinov2_attn.surgery.grafts import graft_attention, graft_block
 from dinov2_attn.surgery.ledger import Ledger
 from dinov2_attn.surgery.recognition import warn_of_drift
 from dinov2_attn.surgery.transformer import (
@@ -19,7 +19,7 @@ from dinov2_attn.surgery.transformer import (
     graft_prepare_tokens,
 )
 from dinov2_attn.upstream import contract, selfcheck
-from dinov2_attn.upstream.anatomy import Part, in_order
+from dinov2_attn.upstream.anatomy import BLOCK_CHILDREN, Part, in_order
 from dinov2_attn.upstream.flags import KERNEL, home_of_kernel
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dinov2_attn.errors import NotRecorded
 from dinov2_attn.surgery.tap import TAP, unpacked, unrecorded
-from dinov2_attn.tiles import is_compiling
+from dinov2_attn.tiles import is_compiling, is_transformed
 from dinov2_attn.upstream.contract import name_of
 from dinov2_attn.upstream.flags import Forward
 
@@ -35,7 +35,7 @@ def run_recorded(
     whoever takes weights may ask or run models meanwhile.
     """
     wanting = [recorder for recorder in TAP.recorders if recorder.wants(module)]
-    if wanting and _is_transformed():
+    if wanting and is_transformed():
         raise in_a_graph()
     with unrecorded():
         if not wanting or _is_recomputing():
@@ -108,10 +108,6 @@ class _Listening:
             self._taking = True
             self._take(projected)
             self._taking = False
-
-
-def _is_transformed() -> bool:
-    return is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_recomputing() -> bool:

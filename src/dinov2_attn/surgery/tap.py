@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn.tiles import is_compiling
+from dinov2_attn.tiles import is_compiling, is_transformed
 from dinov2_attn.upstream.flags import Forward
+from dinov2_attn.upstream.projection import draws_nothing
 
 # Runs the first function, a block's forward, and asks the second for the weights.
 Listener = Callable[[Forward, Forward, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -111,16 +112,47 @@ def unrecorded() -> Iterator[tuple[Recorder, ...]]:
         TAP.recorders = before
 
 
+class Collected:
+    """What the blocks of a pass answered, in the order in which they ran, and which is running.
+
+    Dynamo guards a list by its length and what is asked for its ``id`` by that: a block that is
+    compiled by itself would be compiled anew for every other. So one answer points to the next.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._end = _Link(None)
+        self.running: nn.Module | None = None
+
+    def add(self, weights: Any) -> None:
+        """Put ``weights`` behind those that are there."""
+        link = _Link(weights)
+        self._end.behind = link
+        self._end = link
+
+    def all(self) -> tuple[Any, ...]:
+        """Return all weights that were added."""
+        found, link = [], self._start.behind
+        while link is not None:
+            found.append(link.weights)
+            link = link.behind
+        return tuple(found)
+
+
+class _Link:
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights
+        self.behind: _Link | None = None
+
+
 @contextmanager
-def attentions_of_pass(**selection: Any) -> Iterator[list[Any]]:
+def attentions_of_pass(**selection: Any) -> Iterator[Collected]:
     """Collect the attention of every block that runs inside, in the order in which they run.
 
     The weights come from the very tokens that a block is given, so features and weights
     belong together even where a pass draws random numbers. ``selection`` holds
     ``queries`` and ``heads``.
     """
-    running: set[int] = set()
-    caught: list[Any] = []
+    collected = Collected()
 
     def listen(
         original: Forward,
@@ -130,21 +162,24 @@ def attentions_of_pass(**selection: Any) -> Iterator[list[Any]]:
         kwargs: dict[str, Any],
     ) -> Any:
         # A grafted class calls its grafted base for the same block: listen to the first.
-        if id(block) in running:
+        outer = collected.running
+        if outer is block:
             return original(block, *args, **kwargs)
         # What the projection draws (LoRA's dropout) is then drawn again by the pass itself.
-        with _same_draws(*args, *kwargs.values()) if block.training else nullcontext(), unpacked():
-            caught.append(weights_of(block, *args, **kwargs, **selection))
-        running.add(id(block))
+        # Dynamo cannot follow that, so no graph may see it without need.
+        draws = block.training and not (is_compiling() and draws_nothing(block))
+        with _same_draws(*args, *kwargs.values()) if draws else nullcontext(), unpacked():
+            collected.add(weights_of(block, *args, **kwargs, **selection))
+        collected.running = block
         try:
             return original(block, *args, **kwargs)
         finally:
-            running.discard(id(block))
+            collected.running = outer
 
     before, TAP.listener = TAP.listener, listen
     try:
         with SWITCH.held():
-            yield caught
+            yield collected
     finally:
         TAP.listener = before
 
@@ -159,7 +194,8 @@ def unpacked() -> AbstractContextManager[object]:
 
     Checkpointing counts the tensors that a block saves, and its second run asks for nothing.
     """
-    if not torch.is_grad_enabled() or is_compiling():  # a graph has no such packing inside
+    # A graph and what torch.func differentiates have no such packing inside.
+    if not torch.is_grad_enabled() or is_transformed():
         return nullcontext()
     # Detached: a softmax saves its own result, which would hold itself alive through its graph.
     return torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved)

@@ -239,8 +239,9 @@ def _one_pass(
     """Return upstream's own output and the attention of every block in the same pass."""
     if masks is not None:  # an override may take images only
         kwargs["masks"] = masks
-    with attentions_of_pass(**selection) as attentions:
+    with attentions_of_pass(**selection) as collected:
         output = original(model, x, **kwargs)
+    attentions = collected.all()
     depth = len(flat_blocks(model.blocks))
     if len(attentions) != depth:
         raise NotGrafted(
@@ -248,4 +249,4 @@ def _one_pass(
             f"that of {len(attentions)}",
             "Call dinov2_attn.install(model) with the live model, and do so before compiling it.",
         )
-    return output, tuple(attentions)
+    return output, attentions

@@ -31,6 +31,11 @@ ANATOMY = {
     Part.TRANSFORMER: {"blocks", "prepare_tokens_with_masks"},
 }
 
+# The norm before the attention and the attention itself, by upstream's names.
+BLOCK_CHILDREN = {
+    Part.BLOCK: ("norm1", "attn"),
+    Part.CAUSAL_BLOCK: ("attention_norm", "attention"),
+}
 
 # The methods that decide what attention a class computes, and on what.
 _CODE = frozenset({"forward", "forward_features", "prepare_tokens_with_masks"})

@@ -13,6 +13,7 @@ from torch.nn.modules import module as nn_module
 from dinov2_attn.biases import Group
 from dinov2_attn.queries import Rows
 from dinov2_attn.tiles import cut, may_tile
+from dinov2_attn.upstream.anatomy import BLOCK_CHILDREN
 
 # Queries and keys that are made at a time: beside the weights of a large batch they are nothing.
 TILE_BYTES = 2**20
@@ -103,6 +104,19 @@ class Projection:
         return _third(self._module, tokens, 0)[:, :, rows]
 
 
+def draws_nothing(block: nn.Module) -> bool:
+    """Say whether a plain norm and a plain product alone make queries and keys in ``block``."""
+    for names in BLOCK_CHILDREN.values():
+        norm, attention = map(block._modules.get, names)
+        if norm is not None and attention is not None and "qkv" in attention._modules:
+            return (
+                _is_plain(norm, nn.LayerNorm)
+                and not _acted_upon(attention)
+                and _is_plain(attention.qkv)
+            )
+    return False
+
+
 def _does_without_keys(query: Tensor, tokens: Tensor) -> bool:
     """Say whether it takes fewer multiplications to send queries through the keys' weights."""
     _, heads, rows, head_dim = query.shape
@@ -147,20 +161,24 @@ def _regroup(group: Group, tensor: Tensor, where: slice) -> Tensor:
     return group.split(tensor.transpose(1, 2), where).transpose(1, 2)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Say whether calling ``layer`` is the product with its weight, and nothing more."""
+def _is_plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Say whether calling ``layer`` is what PyTorch's ``kind`` does, and nothing more."""
+    return (
+        type(layer) is kind
+        and not _acted_upon(layer)
+        and type(layer.weight) in (Tensor, nn.Parameter)  # no quantised or sharded tensor
+    )
+
+
+def _acted_upon(layer: nn.Module) -> bool:
+    """Say whether a hook or an override changes what calling ``layer`` does."""
     hooks = (
         layer._forward_hooks,
         layer._forward_pre_hooks,
         nn_module._global_forward_hooks,
         nn_module._global_forward_pre_hooks,
     )
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in vars(layer)
-        and not any(map(_any_acts, hooks))
-        and type(layer.weight) in (Tensor, nn.Parameter)  # no quantised or sharded tensor
-    )
+    return "forward" in vars(layer) or any(map(_any_acts, hooks))
 
 
 def _any_acts(hooks: Mapping[int, object]) -> bool:

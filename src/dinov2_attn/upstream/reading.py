@@ -41,10 +41,14 @@ def read(path: str | Path) -> Checkpoint:
     ``Unavailable`` for safetensors without their library.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "a directory" if path.is_dir() else "nothing"
-        raise UnreadableFile(f"a checkpoint at {path}", found, "Name the .pth file itself.")
-    checkpoint = _read_safetensors(path) if _is_safetensors(path) else _read_saved(path)
+    try:
+        if not path.is_file():
+            found = "a directory" if path.is_dir() else "nothing"
+            raise UnreadableFile(f"a checkpoint at {path}", found, "Name the .pth file itself.")
+        reads = _read_safetensors if _is_safetensors(path) else _read_saved
+    except OSError as error:  # no permission, a disk that fails
+        raise _refused(path, error) from error
+    checkpoint = reads(path)
     if any(_is_shard(*item) for item in checkpoint.tensors.items()):
         raise _shard(path)
     return checkpoint
@@ -150,7 +154,7 @@ def _flatten(content: object) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     while waiting:
         path, value = waiting.pop()
         name = ".".join(path)
-        if isinstance(value, Tensor) and path:
+        if isinstance(value, Tensor) and path and not value.is_nested:  # which has no shape
             # A second of the same name stays visible, as one that nothing asks for.
             tensors[name if name not in tensors else f"{name} (again)"] = value
         elif _has_names(value) and len(path) < _DEEPEST and id(value) not in seen:

@@ -74,7 +74,6 @@ def as_json(lines: Iterable[Line]) -> str:
             for line in lines
         ],
         indent=1,
-        ensure_ascii=False,
     )
 
 
