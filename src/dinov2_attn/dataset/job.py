@@ -69,8 +69,8 @@ class Job:
 
     def run(self) -> Summary:
         """Write what is not there yet, and the index when all is."""
-        begun = time.perf_counter()
-        with ranks() as group, ExitStack() as held:
+        begun, group = time.perf_counter(), ranks()
+        with ExitStack() as held:
             made, pending = group.on_first(lambda: self._begin(held))
             own = pending[group.rank :: group.world]
             bar = self._bar(group, made.count(own))
@@ -89,10 +89,10 @@ class Job:
 
     def preview(self) -> Preview:
         """Say what ``run`` would do."""
-        with ranks() as group:
-            bar = partial(self._bar, group)
-            look = partial(preview, self.model, options=self.options, folder=self.folder)
-            return group.on_first(lambda: look(self._plan(), workers=self.workers, new_bar=bar))
+        group = ranks()
+        bar = partial(self._bar, group)
+        look = partial(preview, self.model, options=self.options, folder=self.folder)
+        return group.on_first(lambda: look(self._plan(), workers=self.workers, new_bar=bar))
 
     def _plan(self) -> Plan:
         return plan(self.model, list_items(self.sources), self.options, self.name, self.random)

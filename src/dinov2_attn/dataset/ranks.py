@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -46,20 +45,20 @@ class Ranks:
         return [_opened(outcome) for outcome in outcomes]
 
 
-@contextmanager
-def ranks() -> Iterator[Ranks]:
-    """Join the processes that torchrun started, if it did, or a group that is there already."""
-    if dist.is_available() and dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size())
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+def ranks() -> Ranks:
+    """Join the processes that torchrun started, if it did, or a group that is there already.
+
+    The group is left to the end of the process: in torch 2.0 gloo hangs, more often than not,
+    where three processes take one down.
+    """
+    if not dist.is_available():
+        return Ranks(0, 1)
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+            return Ranks(0, 1)
         # Gloo: nothing but a few words is exchanged.
         dist.init_process_group("gloo", timeout=PATIENCE)
-        try:
-            yield Ranks(dist.get_rank(), dist.get_world_size())
-        finally:
-            dist.destroy_process_group()
-    else:
-        yield Ranks(0, 1)
+    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def _outcome(act: Callable[[], T]) -> tuple[T | None, Dinov2AttnError | None]:
