@@ -151,6 +151,16 @@ def test_a_tar_that_was_cut_short_is_an_error_or_a_short_image(tmp_path):
         assert [item.path for item in found] == [item.path for item in items][: len(found)]
 
 
+def test_a_second_name_of_an_image_in_a_tar_is_an_image(tmp_path):
+    """Tar stores the bytes of hard links once, whoever makes it."""
+    folder = photographs(tmp_path / "in", 2)
+    os.link(folder / "000.png", folder / "twin.png")
+    items = list_items([tar_of(folder, tmp_path / "t.tar")])
+    assert sorted(item.path for item in items) == ["./000.png", "./b/001.png", "./twin.png"]
+    for item in items:
+        assert item.read() == (folder / item.path).read_bytes()
+
+
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
 def test_compressed_tars_are_refused_with_a_way_out(tmp_path, mode):
     tar = tar_of(photographs(tmp_path / "in", 3), tmp_path / f"t.tar.{mode}", f"w:{mode}")

@@ -145,10 +145,17 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\x03
 
 def _in_tar(source: Path, name: str) -> Iterator[Item]:
     """Yield the images of a tar by their places: nothing is unpacked."""
+    places: dict[str, tuple[int, int]] = {}
     with tarfile.open(source, "r:") as tar:
         for member in tar:
-            if member.isreg() and not member.issparse() and _is_image(Path(member.name).name):
-                yield Item(name, member.name, str(source), (member.offset_data, member.size))
+            if member.isreg() and not member.issparse():
+                places[member.name] = member.offset_data, member.size
+            elif member.islnk() and member.linkname in places:  # a second name of one before
+                places[member.name] = places[member.linkname]
+            else:
+                continue
+            if _is_image(Path(member.name).name):
+                yield Item(name, member.name, str(source), places[member.name])
 
 
 def _in_list(source: Path, name: str) -> Iterator[Item]:
