@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dinov2_attn.dataset.decode import Decoder, Measurer
 from dinov2_attn.dataset.items import list_items
 from dinov2_attn.errors import InvalidInput, UnreadableFile
 from extracting import draw, photographs
@@ -189,6 +190,24 @@ def test_what_is_no_source_is_an_error(tmp_path, make, error, match):
     make(tmp_path / "source")
     with pytest.raises(error, match=match):
         list_items([tmp_path / "source"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["list", "a.png"])
+def test_a_pipe_is_no_source(tmp_path, name):
+    """It can be read once, and a look at its first bytes would take them from the list."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InvalidInput, match="neither. Write a list into a file first"):
+        list_items([tmp_path / name])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("decoder", [Decoder, Measurer])
+def test_a_pipe_among_images_is_not_waited_for(tmp_path, decoder):
+    os.mkfifo(tmp_path / "pipe.png")
+    (item,) = list_items([tmp_path])
+    refused = decoder(2, None, None)[0, item]
+    assert "found pipe.png, which is a pipe, a device or a folder" in refused.reason
 
 
 def test_no_source_is_an_error():

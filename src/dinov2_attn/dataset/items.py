@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,15 @@ class Item:
     path: str
     file: str
     place: tuple[int, int] | None = None
+
+    def check(self) -> None:
+        """Raise ``UnreadableFile`` for what is there but no file: a pipe is waited for forever."""
+        if os.path.exists(self.file) and not os.path.isfile(self.file):
+            raise UnreadableFile(
+                "a file that can be read",
+                f"{self.path}, which is a pipe, a device or a folder",
+                "Leave it out of the source.",
+            )
 
     def read(self) -> bytes:
         """Return the bytes of the image. Raises ``UnreadableFile``."""
@@ -88,8 +98,13 @@ def _items_of(source: Path) -> Iterator[Item]:
             for path in _walk(source, frozenset()):
                 inside = path.relative_to(source).as_posix()
                 yield Item(name, inside, str(path))
+        elif not stat.S_ISREG(source.stat().st_mode):
+            raise InvalidInput(
+                "a folder or a file",
+                f"{source}, which is neither",
+                "Write a list into a file first: a pipe can be read only once.",
+            )
         elif _is_image(source.name):
-            source.stat()
             yield Item(name, name, str(source))
         elif _is_tar(source):
             yield from _in_tar(source, name)
