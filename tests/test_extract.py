@@ -328,6 +328,8 @@ def test_a_file_in_place_of_the_folder(model, images, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(UnwritableOutput, match="FileExistsError"):
         extract(model, images, tmp_path / "out")
+    with pytest.raises(UnwritableOutput, match="NotADirectoryError"):
+        extract(model, images, tmp_path / "out", dry_run=True)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 0}', "\0"])
