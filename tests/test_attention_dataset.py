@@ -116,6 +116,13 @@ def test_an_extraction_that_is_not_finished_says_how_to_go_on(out):
         AttentionDataset(out)
 
 
+@pytest.mark.parametrize("text", ["{", "[]\n", '{"number": 0}\n', "\n"])
+def test_an_index_that_was_spoilt_says_what_to_do(out, text):
+    (out / "index.jsonl").write_text(text)
+    with pytest.raises(UnreadableFile, match="index.jsonl.*run the extraction again"):
+        AttentionDataset(out)[0]
+
+
 def test_a_folder_that_is_none(tmp_path):
     with pytest.raises(UnreadableFile, match="expected an extraction"):
         AttentionDataset(tmp_path)

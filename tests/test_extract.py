@@ -328,6 +328,8 @@ def test_a_file_in_place_of_the_folder(model, images, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(UnwritableOutput, match="FileExistsError"):
         extract(model, images, tmp_path / "out")
+    with pytest.raises(UnwritableOutput, match="NotADirectoryError"):
+        extract(model, images, tmp_path / "out", dry_run=True)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 0}', "\0"])
@@ -365,6 +367,16 @@ def test_random_weights_are_said_to_be_random(model, images, tmp_path):
         ({"grid": (3, 2.5)}, InvalidInput, "whole numbers"),
         ({"batch_size": 0}, InvalidInput, "batch_size of at least 1"),
         ({"shard_size": -1}, InvalidInput, "shard_size of at least 1"),
+        ({"max_pixels": 0}, InvalidInput, "max_pixels of at least 1"),
+        ({"max_pixels": 2.5}, InvalidInput, "max_pixels as whole numbers"),
+        ({"image_size": 0}, InvalidInput, "image_size of at least 1"),
+        ({"image_size": (8, -8)}, InvalidInput, "image_size as"),
+        ({"image_size": (8,)}, InvalidInput, "image_size as"),
+        ({"image_size": "8"}, InvalidInput, "whole numbers"),
+        ({"image_size": 8.5}, InvalidInput, "whole numbers"),
+        ({"grid": 3}, InvalidInput, "grid as"),
+        ({"workers": -1}, InvalidInput, "workers of at least 0"),
+        ({"workers": None}, InvalidInput, "workers as whole numbers"),
     ],
     ids=str,
 )
@@ -374,6 +386,21 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
     with pytest.raises(error, match=match):
         extract(model, images, tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_may_be_those_of_numpy(model, images, tmp_path):
+    names = ("layers", "queries", "image_size", "max_pixels", "batch_size", "shard_size")
+    asked = dict.fromkeys(names, 2) | {"image_size": 8, "max_pixels": 100}
+    asked |= {"grid": (2, 2)}
+    extract(model, images, tmp_path / "python", **asked)
+    asked = {name: np.array(value)[()] for name, value in asked.items()}
+    extract(model, images, tmp_path / "numpy", **asked)
+    assert files_of(tmp_path / "python") == files_of(tmp_path / "numpy")
+
+
+def test_a_size_of_less_than_one_patch_is_a_reason(model, images, tmp_path):
+    done = extract(model, images, tmp_path, image_size=1, queries="patches")
+    assert done.unreadable == done.images
 
 
 def test_a_source_that_is_not_there_leaves_no_folder(model, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dinov2_attn.dataset.decode import Decoder, Measurer
 from dinov2_attn.dataset.items import list_items
 from dinov2_attn.errors import InvalidInput, UnreadableFile
 from extracting import draw, photographs
@@ -151,6 +152,16 @@ def test_a_tar_that_was_cut_short_is_an_error_or_a_short_image(tmp_path):
         assert [item.path for item in found] == [item.path for item in items][: len(found)]
 
 
+def test_a_second_name_of_an_image_in_a_tar_is_an_image(tmp_path):
+    """Tar stores the bytes of hard links once, whoever makes it."""
+    folder = photographs(tmp_path / "in", 2)
+    os.link(folder / "000.png", folder / "twin.png")
+    items = list_items([tar_of(folder, tmp_path / "t.tar")])
+    assert sorted(item.path for item in items) == ["./000.png", "./b/001.png", "./twin.png"]
+    for item in items:
+        assert item.read() == (folder / item.path).read_bytes()
+
+
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
 def test_compressed_tars_are_refused_with_a_way_out(tmp_path, mode):
     tar = tar_of(photographs(tmp_path / "in", 3), tmp_path / f"t.tar.{mode}", f"w:{mode}")
@@ -179,6 +190,24 @@ def test_what_is_no_source_is_an_error(tmp_path, make, error, match):
     make(tmp_path / "source")
     with pytest.raises(error, match=match):
         list_items([tmp_path / "source"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["list", "a.png"])
+def test_a_pipe_is_no_source(tmp_path, name):
+    """It can be read once, and a look at its first bytes would take them from the list."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InvalidInput, match="neither. Write a list into a file first"):
+        list_items([tmp_path / name])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("decoder", [Decoder, Measurer])
+def test_a_pipe_among_images_is_not_waited_for(tmp_path, decoder):
+    os.mkfifo(tmp_path / "pipe.png")
+    (item,) = list_items([tmp_path])
+    refused = decoder(2, None, None)[0, item]
+    assert "found pipe.png, which is a pipe, a device or a folder" in refused.reason
 
 
 def test_no_source_is_an_error():

@@ -91,6 +91,7 @@ class Measurer:
 
 def _or_refused(decode: Callable[[int, Item], Any], number: int, item: Item) -> Any:
     try:
+        item.check()
         return decode(number, item)
     except Dinov2AttnError as error:
         return Refused(number, item, str(error))

@@ -78,7 +78,7 @@ def extract(
     """
     optional.require("torchvision", "PIL", "tqdm", "safetensors", "filelock")
     from dinov2_attn.dataset.job import Job
-    from dinov2_attn.dataset.options import check_options
+    from dinov2_attn.dataset.options import at_least, check_options
 
     check_grafted(model)
     if model.training:
@@ -96,6 +96,7 @@ def extract(
         batch_size=batch_size,
         shard_size=shard_size,
     )
+    workers = at_least(0, workers, "workers")
     sources = [source] if isinstance(source, str | Path) else source
     job = Job(model, sources, Path(out), options, workers, strict, progress, name, random)
     return job.preview() if dry_run else job.run()

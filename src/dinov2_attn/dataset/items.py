@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,15 @@ class Item:
     path: str
     file: str
     place: tuple[int, int] | None = None
+
+    def check(self) -> None:
+        """Raise ``UnreadableFile`` for what is there but no file: a pipe is waited for forever."""
+        if os.path.exists(self.file) and not os.path.isfile(self.file):
+            raise UnreadableFile(
+                "a file that can be read",
+                f"{self.path}, which is a pipe, a device or a folder",
+                "Leave it out of the source.",
+            )
 
     def read(self) -> bytes:
         """Return the bytes of the image. Raises ``UnreadableFile``."""
@@ -88,8 +98,13 @@ def _items_of(source: Path) -> Iterator[Item]:
             for path in _walk(source, frozenset()):
                 inside = path.relative_to(source).as_posix()
                 yield Item(name, inside, str(path))
+        elif not stat.S_ISREG(source.stat().st_mode):
+            raise InvalidInput(
+                "a folder or a file",
+                f"{source}, which is neither",
+                "Write a list into a file first: a pipe can be read only once.",
+            )
         elif _is_image(source.name):
-            source.stat()
             yield Item(name, name, str(source))
         elif _is_tar(source):
             yield from _in_tar(source, name)
@@ -145,10 +160,17 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\x03
 
 def _in_tar(source: Path, name: str) -> Iterator[Item]:
     """Yield the images of a tar by their places: nothing is unpacked."""
+    places: dict[str, tuple[int, int]] = {}
     with tarfile.open(source, "r:") as tar:
         for member in tar:
-            if member.isreg() and not member.issparse() and _is_image(Path(member.name).name):
-                yield Item(name, member.name, str(source), (member.offset_data, member.size))
+            if member.isreg() and not member.issparse():
+                places[member.name] = member.offset_data, member.size
+            elif member.islnk() and member.linkname in places:  # a second name of one before
+                places[member.name] = places[member.linkname]
+            else:
+                continue
+            if _is_image(Path(member.name).name):
+                yield Item(name, member.name, str(source), places[member.name])
 
 
 def _in_list(source: Path, name: str) -> Iterator[Item]:

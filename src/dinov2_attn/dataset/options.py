@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +55,8 @@ def check_options(
     heads: Heads,
     dtype: str,
     grid: Sequence[int] | None,
+    image_size: ImageSize,
+    max_pixels: int | None,
     batch_size: int | None,
     shard_size: int | None,
     **others: Any,
@@ -71,7 +73,9 @@ def check_options(
         queries=_named(queries, count_registers(model)),
         heads=heads,
         dtype=dtype,
-        grid=None if grid is None else _grid(grid),
+        grid=None if grid is None else _sides("grid", grid),
+        image_size=_image_size(image_size),
+        max_pixels=None if max_pixels is None else at_least(1, max_pixels, "max_pixels"),
         batch_size=1,
         shard_size=1,
         **others,
@@ -108,7 +112,8 @@ def _bytes_of_one(model: Any, options: Options) -> tuple[int, int]:
     height, width = (side // patch for side, patch in zip(sides, patch_size(model), strict=True))
     columns = 1 + count_registers(model) + height * width
     weights = 4 * rows_of(model, options, (height, width)) * columns
-    return weights, max(1, stored_bytes(model, options, (height, width)))
+    # With sides of less than a patch there may be nothing, and nothing to divide by.
+    return max(1, weights), max(1, stored_bytes(model, options, (height, width)))
 
 
 def _named(queries: Queries, registers: int) -> str | tuple[int, ...]:
@@ -136,16 +141,27 @@ def _named(queries: Queries, registers: int) -> str | tuple[int, ...]:
     return positions
 
 
-def _grid(grid: Sequence[int]) -> Grid:
-    lengths = tuple(whole_number(length, "the sides of grid") for length in grid)
+def _image_size(size: ImageSize) -> ImageSize:
+    if isinstance(size, Iterable):
+        return _sides("image_size", size)
+    return None if size is None else at_least(1, size, "image_size")
+
+
+def _sides(name: str, sides: Iterable[int]) -> Grid:
+    several = sides if isinstance(sides, Iterable) else [sides]
+    lengths = tuple(whole_number(length, f"the sides of {name}") for length in several)
     if len(lengths) != 2 or min(lengths) < 1:
-        raise InvalidInput("grid as (height, width), 1 at least", repr(grid), "Try (16, 16).")
+        raise InvalidInput(f"{name} as (height, width), 1 at least", repr(sides), "Try (16, 16).")
     return lengths
 
 
 def _count(name: str, given: int | None, fitting: int, most: int) -> int:
-    if given is None:
-        return max(1, min(fitting, most))
-    if whole_number(given, name) < 1:
-        raise InvalidInput(f"{name} of at least 1", str(given), "Leave it out for the default.")
-    return given
+    return max(1, min(fitting, most)) if given is None else at_least(1, given, name)
+
+
+def at_least(least: int, number: int, name: str) -> int:
+    """Return ``number`` as an int; raise ``InvalidInput`` below ``least``, by its ``name``."""
+    found = whole_number(number, name)
+    if found < least:
+        raise InvalidInput(f"{name} of at least {least}", str(found), "Leave it out.")
+    return found

@@ -12,7 +12,7 @@ from dinov2_attn.dataset import shards
 from dinov2_attn.dataset.decode import Measurer, Refused
 from dinov2_attn.dataset.options import Options, stored_bytes
 from dinov2_attn.dataset.plan import Plan
-from dinov2_attn.dataset.run import decoded
+from dinov2_attn.dataset.run import decoded, writing_to
 
 # Unreadable images that are named.
 NAMED = 20
@@ -58,8 +58,9 @@ def preview(
     new_bar: Callable[[int], Any],
 ) -> Preview:
     """Return what running the plan ``made`` into ``folder`` would do; nothing is written."""
-    if folder.exists():
-        shards.check(folder, made)
+    with writing_to(folder):
+        if folder.exists():
+            shards.check(folder, made)
     done = shards.finished(folder, made.shards)
     rest = sorted(set(range(made.shards)) - set(done))
     size = made.about["model"]["patch_size"][0]

@@ -66,8 +66,15 @@ class AttentionDataset(Dataset[dict[str, Any]]):
             raise OutOfRange(f"an image from 0 to {len(self) - 1}", str(i), "len() counts them.")
         with (self._folder / layout.INDEX).open("rb") as file:
             file.seek(self._starts[position])
-            entry: dict[str, Any] = json.loads(file.readline())
-        return entry
+            line = file.readline()
+        try:
+            entry: dict[str, Any] = json.loads(line)
+            if {"number", "path", "shard", "checksum"} <= entry.keys():
+                return entry
+            reason = "no line of an image"
+        except (ValueError, AttributeError) as error:  # no JSON, or no object
+            reason = f"{type(error).__name__}: {error}"
+        raise self._wrong(f"{layout.INDEX} that cannot be read at image {position} ({reason})")
 
     def unreadable(self) -> list[dict[str, Any]]:
         """Return number, source, path and reason of each image without maps."""
