@@ -9,6 +9,7 @@ import pytest
 
 import dinov2_attn
 import upstreams
+from dinov2_attn.surgery.ledger import Graft, Ledger
 from dinov2_attn.surgery.targets import UPSTREAM_MODULES
 from expected import METHODS
 from strategies import noise
@@ -167,3 +168,26 @@ def test_classes_from_before_a_reload_are_found_by_a_later_installation():
             assert is_grafted(old)
             assert asks(load())
         assert not is_grafted(old)
+
+
+def test_at_no_moment_is_a_question_passed_on_and_its_answer_dropped(monkeypatch):
+    """Another thread may ask between any two grafts: upstream's own forward would drop them."""
+    cls, moments = load().DinoVisionTransformer, []
+
+    def look(act):
+        def watched(*args, **kwargs):
+            result = act(*args, **kwargs)
+            moments.append([hasattr(vars(cls)[name], "__wrapped__") for name in FORWARDS])
+            return result
+
+        return watched
+
+    monkeypatch.setattr(Ledger, "set", look(Ledger.set))
+    monkeypatch.setattr(Graft, "undo", look(Graft.undo))
+    dinov2_attn.install().uninstall()
+    assert [False, False] in moments
+    assert [True, True] in moments
+    assert [False, True] not in moments  # of forward and forward_features
+
+
+FORWARDS = ("forward", "forward_features")

@@ -102,7 +102,7 @@ class Ledger:
 
     def roll_back(self, before: list[Graft]) -> None:
         """Undo what an operation has just set, and hold the grafts ``before`` it again."""
-        for graft in self:
+        for graft in reversed(list(self)):
             if graft not in before:
                 graft.undo()
         self._grafts = list(before)
@@ -125,7 +125,7 @@ class Ledger:
     def _undo(self, leaving: list[Graft]) -> None:
         """Undo all of it or, where somebody patched on top, nothing."""
         _refuse_if_covered([g for g in leaving if not (g.in_force or g.is_undone)])
-        for graft in list(leaving):
+        for graft in reversed(list(leaving)):
             if graft.in_force:
                 graft.undo()
             self._grafts.remove(graft)

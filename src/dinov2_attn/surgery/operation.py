@@ -134,10 +134,12 @@ def _graft_kernels(ledger: Ledger, target: Hashable, classes: list[type]) -> Non
             ledger.set(home, KERNEL, graft_kernel(home[KERNEL]), target)
 
 
+# What calls another comes first, and goes last: upstream's own forward would pass a question on to
+# forward_features and drop its answer.
 _FORWARDS = {
-    "prepare_tokens_with_masks": graft_prepare_tokens,
-    "forward_features": graft_forward_features,
     "forward": graft_forward,
+    "forward_features": graft_forward_features,
+    "prepare_tokens_with_masks": graft_prepare_tokens,
 }
 
 _Step = Callable[[Ledger, Hashable, type, Part, dict[str, Any]], None]
