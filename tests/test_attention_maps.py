@@ -210,7 +210,7 @@ def test_nothing_half_written_is_left(tmp_path):
     with pytest.raises(UnwritableOutput):
         maps.save(tmp_path / "missing" / "a")
     (tmp_path / "folder" / "in").mkdir(parents=True)
-    with pytest.raises(UnwritableOutput, match=r"/\.unfinished-[^/]+/maps' -> .*folder'"):
+    with pytest.raises(UnwritableOutput, match=r"not a file: .*folder'"):
         maps.save(tmp_path / "folder")
     with pytest.raises(InvalidInput, match=r"before \.numpy"):
         maps.numpy().save(tmp_path / "b")

@@ -263,6 +263,31 @@ def test_more_pixels_than_allowed_are_a_reason(model, images, tmp_path):
     assert done.unreadable == sum(math.prod(SIZES[i % len(SIZES)]) > 36 for i in range(12))
 
 
+def test_what_was_mended_since_is_read_when_it_is_tried_again(model, spoilt, tmp_path):
+    extract(model, spoilt, tmp_path / "out", shard_size=3)
+    before = files_of(tmp_path / "out")
+    draw(spoilt / "broken.jpg", (6, 6), 3)
+    assert extract(model, spoilt, tmp_path / "out", shard_size=3).seen == 0
+    assert files_of(tmp_path / "out") == before
+
+    bad = {e["number"] // 3 for e in index_of(tmp_path / "out", "unreadable.jsonl")}
+    promised = extract(model, spoilt, tmp_path / "out", shard_size=3, retry=True, dry_run=True)
+    assert promised.finished == 4 - len(bad)
+    done = extract(model, spoilt, tmp_path / "out", shard_size=3, retry=True)
+    assert (done.written, done.unreadable) == (len(bad), 3)
+    extract(model, spoilt, tmp_path / "anew", shard_size=3)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "anew")
+
+
+def test_a_dry_run_knows_what_small_images_lack(model, images, tmp_path):
+    promised = extract(model, images, tmp_path / "out", queries=[0, 7], dry_run=True)
+    done = extract(model, images, tmp_path / "out", queries=[0, 7])
+    assert len(promised.unreadable) == done.unreadable > 0
+    assert "expected a query between" in promised.unreadable[0].reason
+    numbers = sum(m.numel() + p.numel() for _, m, p in stored(tmp_path / "out"))
+    assert promised.bytes == 4 * numbers
+
+
 # Into which folder
 
 

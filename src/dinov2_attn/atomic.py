@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield where to write a file that takes the place of ``path`` when the block ends well.
 
     It is on the disk before it is there, so that no crash of the machine leaves an empty one.
+    Raises ``OSError``, for a pipe or a device at ``path`` too, which would be taken away.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "There is something that is not a file", str(path))
     # Beside the destination, so that the move is one rename.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
         unfinished = Path(folder) / path.name

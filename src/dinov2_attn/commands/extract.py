@@ -91,6 +91,9 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--strict", action="store_true", help="stop at an image that cannot be read")
     group.add_argument(
+        "--retry", action="store_true", help="try again what an earlier run could not read"
+    )
+    group.add_argument(
         "--dry-run", action="store_true", help="say what would be written and passed over"
     )
 
@@ -124,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
             shard_size=args.shard_size,
             workers=_workers() if args.workers is None else args.workers,
             strict=args.strict,
+            retry=args.retry,
             progress=True,
             name=loaded.name,
             random=loaded.random,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dinov2_attn.dataset.items import Item
 from dinov2_attn.errors import Dinov2AttnError
-from dinov2_attn.show.images import ImageSize, fit, fitted_size, open_upright, upright_size
+from dinov2_attn.show.images import ImageSize, fit, fitted_size, open_upright, stored_size
 
 Size = tuple[int, int]
 
@@ -84,7 +84,7 @@ class Measurer:
 
     def _measure(self, _: int, item: Item) -> Size:
         path = Path(item.file if item.place is None else item.path)
-        size = upright_size(path, self.max_pixels, None if item.place is None else item.read())
+        size = stored_size(path, self.max_pixels, None if item.place is None else item.read())
         height, width = fitted_size(size, self.patch_size, self.image_size, path)
         return height // self.patch_size, width // self.patch_size
 

@@ -38,6 +38,7 @@ def extract(
     shard_size: int | None = None,
     workers: int = 0,
     strict: bool = False,
+    retry: bool = False,
     progress: bool = False,
     name: str | None = None,
     random: bool = False,
@@ -61,6 +62,7 @@ def extract(
     workers     processes that decode, at most one for 64 images; they are started anew, so that
                 scripts need their ``__main__`` guarded
     strict      stop at an image that cannot be read, in place of listing it
+    retry       try again what an earlier run could not read; its shards are written anew
     progress    show a bar with rate and time left
     name        what the model is called in ``extraction.json``
     random      whether its weights are random, which is written beside the maps
@@ -98,5 +100,5 @@ def extract(
     )
     workers = at_least(0, workers, "workers")
     sources = [source] if isinstance(source, str | Path) else source
-    job = Job(model, sources, Path(out), options, workers, strict, progress, name, random)
+    job = Job(model, sources, Path(out), options, workers, strict, retry, progress, name, random)
     return job.preview() if dry_run else job.run()

@@ -63,6 +63,7 @@ class Job:
     options: Options
     workers: int
     strict: bool
+    retry: bool
     progress: bool
     name: str | None
     random: bool
@@ -91,8 +92,16 @@ class Job:
         """Say what ``run`` would do."""
         group = ranks()
         bar = partial(self._bar, group)
-        look = partial(preview, self.model, options=self.options, folder=self.folder)
-        return group.on_first(lambda: look(self._plan(), workers=self.workers, new_bar=bar))
+
+        def look() -> Preview:
+            made = self._plan()
+            with writing_to(self.folder):
+                if self.folder.exists():
+                    shards.check(self.folder, made)
+            done = self._done(made)
+            return preview(self.model, made, self.options, self.folder, done, self.workers, bar)
+
+        return group.on_first(look)
 
     def _plan(self) -> Plan:
         return plan(self.model, list_items(self.sources), self.options, self.name, self.random)
@@ -104,11 +113,18 @@ class Job:
             held.enter_context(_alone(self.folder))
             shards.check(self.folder, made)
             shards.prepare(self.folder, made)
-        done = shards.finished(self.folder, made.shards)
+        done = self._done(made)
         if self.strict:
             found = (line for shard in done for line in shards.refusals(self.folder, shard))
             refuse(*(line["reason"] for line in found))
         return made, sorted(set(range(made.shards)) - set(done))
+
+    def _done(self, made: Plan) -> list[int]:
+        """Return the shards that are finished, and not to be tried again."""
+        done = shards.finished(self.folder, made.shards)
+        if self.retry:
+            done = [shard for shard in done if not shards.refusals(self.folder, shard)]
+        return done
 
     def _end(self, made: Plan) -> int:
         with writing_to(self.folder):

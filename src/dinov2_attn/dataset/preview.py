@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
-from dinov2_attn.dataset import shards
 from dinov2_attn.dataset.decode import Measurer, Refused
 from dinov2_attn.dataset.options import Options, stored_bytes
 from dinov2_attn.dataset.plan import Plan
-from dinov2_attn.dataset.run import decoded, writing_to
+from dinov2_attn.dataset.run import decoded
+from dinov2_attn.errors import OutOfRange
+from dinov2_attn.maps.attention_maps import Grid
+from dinov2_attn.queries import place
 
 # Unreadable images that are named.
 NAMED = 20
@@ -54,24 +58,24 @@ def preview(
     made: Plan,
     options: Options,
     folder: Path,
+    done: list[int],
     workers: int,
     new_bar: Callable[[int], Any],
 ) -> Preview:
-    """Return what running the plan ``made`` into ``folder`` would do; nothing is written."""
-    with writing_to(folder):
-        if folder.exists():
-            shards.check(folder, made)
-    done = shards.finished(folder, made.shards)
+    """Return what running the plan ``made`` would do, ``done`` being its finished shards."""
     rest = sorted(set(range(made.shards)) - set(done))
     size = made.about["model"]["patch_size"][0]
     measurer = Measurer(size, options.image_size, options.max_pixels)
-    numbered = (item for shard in rest for item in made.numbered(shard))
+    numbered, again = tee(item for shard in rest for item in made.numbered(shard))
     refused, total = [], 0
     with new_bar(made.count(rest)) as bar:
-        for found in decoded(measurer, numbered, made.count(rest), workers):
+        measured = decoded(measurer, numbered, made.count(rest), workers)
+        for (number, item), found in zip(again, measured, strict=True):
             bar.update()
             if isinstance(found, Refused):
                 refused.append(found)
+            elif reason := _lacks(found, made, options):
+                refused.append(Refused(number, item, reason))
             else:
                 total += stored_bytes(model, options, found)
     return Preview(
@@ -83,6 +87,16 @@ def preview(
         bytes=total,
         free=shutil.disk_usage(_existing(folder)).free,
     )
+
+
+def _lacks(grid: Grid, made: Plan, options: Options) -> str | None:
+    """Return what is wrong with queries that images of ``grid`` do not have."""
+    try:
+        if isinstance(options.queries, tuple):
+            place(options.queries, made.about["model"]["prefix"] + math.prod(grid))
+    except OutOfRange as error:
+        return str(error)
+    return None
 
 
 def _existing(folder: Path) -> Path:

@@ -104,7 +104,7 @@ def refuse(*reasons: str) -> None:
         raise UnreadableFile(
             "images that can all be read, since the run is strict",
             reasons[0],
-            "Mend the image and name another output folder, or run without --strict.",
+            "Mend the image and run with --retry, or run without --strict.",
         )
 
 

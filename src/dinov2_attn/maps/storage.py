@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn import optional
+from dinov2_attn.atomic import replacing
 from dinov2_attn.errors import InvalidInput, UnreadableFile, UnwritableOutput
 from dinov2_attn.maps.attention_maps import AttentionMaps
 
@@ -23,12 +21,8 @@ def save(maps: AttentionMaps, path: Path) -> None:
     metadata = {key: json.dumps(value) for key, value in about.items()}
     content = optional.safetensors().torch.save(_named(maps), metadata)
     try:
-        if path.exists() and not path.is_file():  # a pipe or a device: replacing takes it away
-            raise OSError(errno.EEXIST, "There is something that is not a file", str(path))
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
-            unfinished = Path(folder) / "maps"
+        with replacing(path) as unfinished:
             unfinished.write_bytes(content)
-            os.replace(unfinished, path)
     except OSError as error:
         raise UnwritableOutput(
             f"a file that can be written at {path}",

@@ -35,8 +35,6 @@ MOST_PIXELS = 100_000_000
 # fourth power of an image's side.
 LARGEST_SHORT_SIDE = 518
 
-EXIF_ORIENTATION = 0x0112
-
 ImageSize = int | tuple[int, int] | None
 
 
@@ -98,15 +96,15 @@ def open_upright(
         return _in_rgb(upright)
 
 
-def upright_size(
+def stored_size(
     path: Path, max_pixels: int | None = None, content: bytes | None = None
 ) -> tuple[int, int]:
-    """Return height and width of what ``open_upright`` reads, by the header alone."""
+    """Return height and width of the image at ``path``, by its header, as it is stored.
+
+    Where it lies on its side the two change places in what ``open_upright`` reads.
+    """
     with _reported(path, max_pixels), _opened(path, content) as image:
-        width, height = image.size
-        # From the fifth on, orientations lie on their side.
-        on_its_side = image.getexif().get(EXIF_ORIENTATION, 1) in range(5, 9)
-        return (width, height) if on_its_side else (height, width)
+        return image.height, image.width
 
 
 def fit(image: Image.Image, patch_size: int, size: ImageSize, path: Path) -> Image.Image:

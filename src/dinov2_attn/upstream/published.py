@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from http.client import HTTPException
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from dinov2_attn.atomic import replacing
 from dinov2_attn.errors import Unavailable, UnreadableFile
 from dinov2_attn.upstream.checkpoints import load_checkpoint
 from dinov2_attn.upstream.network import brief
@@ -55,12 +54,10 @@ def _fill_and_keep(model: nn.Module, url: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # torch.hub takes a broken line for the end of the file.
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            file = Path(folder) / path.name
+        with replacing(path) as file:
             with brief():
                 torch.hub.download_url_to_file(url, str(file))
             load_checkpoint(model, file)
-            os.replace(file, path)
     except UnreadableFile as error:
         expected, found, _ = error.args
         raise UnreadableFile(
