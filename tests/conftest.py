@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -81,6 +82,14 @@ def first():
     dinov2_attn.uninstall()
     yield upstreams.FIRST
     dinov2_attn.uninstall()
+
+
+@pytest.fixture
+def with_registers(monkeypatch):
+    """A fork with registers in the place of upstream's first revision, which has none."""
+    upstreams.FIRST.module(upstreams.FIRST.model)
+    fork = upstreams.DEPTH_ANYTHING.module("depth_anything_v2.dinov2")
+    monkeypatch.setattr(sys.modules["dinov2.models"], "vision_transformer", fork)
 
 
 @pytest.fixture
