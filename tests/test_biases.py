@@ -154,6 +154,18 @@ def test_blocks_of_unequal_sides_keep_to_their_keys(nested, lens, seed):
             row, column = row + n, column + m
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_block_may_see_no_key_at_all(nested, grad):
+    module, together = module_of(nested), tokens_of(4)
+    bias = masks().BlockDiagonalMask.from_seqlens([2, 2], [0, 4])
+    with torch.set_grad_enabled(grad):
+        weights = module(together, attn_bias=bias, return_attn=True)
+        row = module(together, attn_bias=bias, return_attn=True, queries=[0], heads="mean")
+    assert [ours.shape for ours in weights] == [(1, 3, 2, 0), (1, 3, 2, 4)]
+    assert [ours.shape for ours in row] == [(1, 1, 0), (1, 1, 4)]
+    assert_close(weights[1], reference.weights(module, together)[:, :, 2:])
+
+
 def test_keys_with_gaps_are_answered_by_one_matrix(nested):
     """Padded keys leave holes between the blocks: materialize knows, so it is asked."""
     attn_bias = masks()
