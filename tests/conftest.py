@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import Phase, settings
 import dinov2_attn
 import upstreams
 import xformers_here as xformers
+from dinov2_attn.upstream import source
 
 # Upstream decides at import. Most tests run as on a machine without xFormers, where a CPU can
 # compare with ungrafted upstream; those of `nested` see the real one (test_nested and others).
@@ -84,6 +86,14 @@ def first():
 
 
 @pytest.fixture
+def with_registers(monkeypatch):
+    """A fork with registers in the place of upstream's first revision, which has none."""
+    upstreams.FIRST.module(upstreams.FIRST.model)
+    fork = upstreams.DEPTH_ANYTHING.module("depth_anything_v2.dinov2")
+    monkeypatch.setattr(sys.modules["dinov2.models"], "vision_transformer", fork)
+
+
+@pytest.fixture
 def fresh_dynamo():
     """Dynamo without graphs of other tests: it counts them for each code object."""
     torch._dynamo.reset()
@@ -101,6 +111,13 @@ CALLED_FOR_ALL = {
     "dinov2_attn.surgery.transformer.x_graft_prepare_tokens",
 }
 
+# And these in fresh processes, where mutmut sees nobody call them.
+CALLED_BY_TEST_SOURCE = {
+    f"dinov2_attn.upstream.source.x_{name}"
+    for name, function in vars(source).items()
+    if getattr(function, "__module__", "") == source.__name__
+}
+
 
 def pytest_runtest_setup(item):
     """Count them for each test, where mutmut is about to note who calls what."""
@@ -108,6 +125,10 @@ def pytest_runtest_setup(item):
         return
     from mutmut.stats import record_trampoline_hit
 
+    called = set()
     if {"layers", "models", "nested", "grafted"} & set(item.fixturenames):
-        for name in CALLED_FOR_ALL:
-            record_trampoline_hit(name)
+        called |= CALLED_FOR_ALL
+    if item.path.name == "test_source.py":
+        called |= CALLED_BY_TEST_SOURCE
+    for name in called:
+        record_trampoline_hit(name)

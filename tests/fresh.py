@@ -19,6 +19,8 @@ OFFLINE = {
 
 def python(*arguments, cwd, **environment):
     """Run ``python *arguments`` in ``cwd`` and return the completed process."""
+    if os.environ.get("MUTANT_UNDER_TEST") == "stats":  # which mutmut takes in its own process
+        environment["MUTANT_UNDER_TEST"] = ""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,

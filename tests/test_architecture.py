@@ -105,6 +105,7 @@ def test_a_published_architecture_is_known_by_name():
         k: v.shape for k, v in model.state_dict().items()
     }
     assert str(again) == str(model)
+    assert torch.equal(again.blocks[0].ls1.gamma, model.blocks[0].ls1.gamma)
 
 
 def test_the_larger_ones_are_known_by_name():
@@ -124,9 +125,7 @@ def test_others_are_called_by_their_dimensions():
     assert str(replace(SMALL, registers=1)) == "ViT-64x2/2, 1 register"
 
 
-def test_registers_come_with_the_published_interpolation():
-    if not upstreams.FIRST.has_registers:
-        pytest.skip("upstream's first revision has none: the error is tested instead, in test_cli")
+def test_registers_come_with_the_published_interpolation(with_registers):
     model = build_like(replace(SMALL, registers=2))
     assert model.register_tokens.shape == (1, 2, 64)
     assert (model.interpolate_antialias, model.interpolate_offset) == (True, 0.0)

@@ -48,18 +48,39 @@ class Slope:
         return -(steps * (places[:, None] - places).abs()).expand(shape)
 
 
+def starts_of(lens):
+    return SimpleNamespace(seqstart_py=[sum(lens[:i]) for i in range(len(lens) + 1)])
+
+
 class OwnBlocks:
     """Somebody's own blocks: no private method of xFormers', no ``k_seqinfo``."""
 
     def __init__(self, lens):
-        starts = [sum(lens[:i]) for i in range(len(lens) + 1)]
-        self.q_seqinfo = SimpleNamespace(seqstart_py=starts)
+        self.q_seqinfo = starts_of(lens)
 
     def materialize(self, shape, dtype=torch.float32, device="cpu"):
+        assert shape[-2:] == (self.q_seqinfo.seqstart_py[-1],) * 2 == shape
         inner = torch.tensor(self.q_seqinfo.seqstart_py[1:-1])
         owner = torch.bucketize(torch.arange(shape[-1]), inner, right=True)
         same = owner[:, None] == owner
         return torch.zeros(shape, dtype=dtype).masked_fill(~same, float("-inf"))
+
+
+class OwnMasks(OwnBlocks):
+    """Blocks that can be made one by one, and all at once only at the price of a matrix."""
+
+    def _create_block_mask(self, shape, dtype, device):
+        return torch.full(shape, 1 / 3, dtype=dtype, device=device)
+
+    def materialize(self, shape, dtype, device):
+        raise AssertionError("the whole matrix is not needed")
+
+
+class Third:
+    """As exact as the dtype that it is asked for."""
+
+    def materialize(self, shape, dtype=torch.float32, device="cpu"):
+        return torch.full(shape, 1 / 3, dtype=dtype, device=device)
 
 
 DENSE = {
@@ -70,6 +91,7 @@ DENSE = {
     "own": lambda m, n: Slope(),
     "tensor": lambda m, n: noise(2, 3, n, n, seed=2),
     "tensor for every head": lambda m, n: noise(1, 1, n, n, seed=3),
+    "matrix": lambda m, n: noise(n, n, seed=3),
     "tensor for keys": lambda m, n: noise(1, 1, 1, n, seed=3),
     "booleans": lambda m, n: (noise(2, 1, n, n, seed=4) > 0) | torch.eye(n).bool(),
 }
@@ -132,6 +154,18 @@ def test_blocks_of_unequal_sides_keep_to_their_keys(nested, lens, seed):
             row, column = row + n, column + m
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_block_may_see_no_key_at_all(nested, grad):
+    module, together = module_of(nested), tokens_of(4)
+    bias = masks().BlockDiagonalMask.from_seqlens([2, 2], [0, 4])
+    with torch.set_grad_enabled(grad):
+        weights = module(together, attn_bias=bias, return_attn=True)
+        row = module(together, attn_bias=bias, return_attn=True, queries=[0], heads="mean")
+    assert [ours.shape for ours in weights] == [(1, 3, 2, 0), (1, 3, 2, 4)]
+    assert [ours.shape for ours in row] == [(1, 1, 0), (1, 1, 4)]
+    assert_close(weights[1], reference.weights(module, together)[:, :, 2:])
+
+
 def test_keys_with_gaps_are_answered_by_one_matrix(nested):
     """Padded keys leave holes between the blocks: materialize knows, so it is asked."""
     attn_bias = masks()
@@ -146,6 +180,35 @@ def test_keys_with_gaps_are_answered_by_one_matrix(nested):
     with np.errstate(invalid="ignore"):
         expected = reference.weights(module, tokens, bias=added)
     assert_close(weights[:, :, rows], expected[:, :, rows])
+
+
+def test_a_bias_is_made_where_and_as_exactly_as_the_scores_are():
+    shape, cpu = (2, 3, 4, 4), torch.device("cpu")
+    third = torch.full(shape, 1 / 3, dtype=torch.float64)
+    assert torch.equal(biases.dense(Third(), shape, cpu, torch.float64), third)
+    assert biases.dense(Third(), shape, torch.device("meta"), torch.float64).is_meta
+    assert biases.dense(third, shape, cpu, torch.float32).dtype == torch.float32
+    assert biases.dense(third > 0, shape, cpu, torch.float32).dtype == torch.bool
+
+
+def test_a_block_is_made_alone_where_its_class_can():
+    bias = OwnMasks([2, 3])
+    found = biases.groups(bias, tokens_of(5), torch.float64)
+    for group, length in zip(found, (2, 3), strict=True):
+        assert torch.equal(group.mask, torch.full((length, length), 1 / 3, dtype=torch.float64))
+
+
+def test_what_is_inside_of_blocks_is_as_exact_as_the_scores(monkeypatch):
+    bias = OwnBlocks([2, 3])
+    monkeypatch.setattr(bias, "materialize", Third().materialize, raising=False)
+    for group in biases.groups(bias, tokens_of(5), torch.float64):
+        assert (group.mask == 1 / 3).all()
+
+
+def test_blocks_that_do_not_say_where_they_start_are_one_matrix():
+    bias = Slope()
+    bias.q_seqinfo = SimpleNamespace()
+    assert not biases.is_block_diagonal(bias)
 
 
 # What is refused
@@ -172,7 +235,7 @@ def test_a_bias_that_does_not_fit_is_refused_with_both_numbers(nested):
         module(tokens, attn_bias=torch.zeros(2, 3, 4, 4), return_attn=True)
 
 
-@pytest.mark.parametrize("sizes", [[1], [1, 2], [2, 0]])
+@pytest.mark.parametrize("sizes", [[], [1], [1, 2], [2, 0]])
 def test_batch_sizes_that_do_not_add_up_are_refused(nested, sizes):
     blocks = masks().BlockDiagonalMask.from_seqlens([2, 2])
     blocks._batch_sizes = sizes
@@ -180,11 +243,26 @@ def test_batch_sizes_that_do_not_add_up_are_refused(nested, sizes):
         module_of(nested)(torch.zeros(1, 4, 24).double(), attn_bias=blocks, return_attn=True)
 
 
-def test_blocks_of_one_group_must_be_alike(nested):
-    blocks = masks().BlockDiagonalMask.from_seqlens([1, 3])
+@pytest.mark.parametrize(
+    ("queries", "keys", "found"),
+    [
+        ([1, 3], [1, 3], r"lengths \[1, 3\]\. Leave"),
+        ([1, 3], [2, 2], r"lengths \[1, 3\], of keys \[2, 2\]\. Leave"),
+        ([2, 2], [1, 3], r"lengths \[2, 2\], of keys \[1, 3\]\. Leave"),
+    ],
+)
+def test_blocks_of_one_group_must_be_alike(nested, queries, keys, found):
+    blocks = masks().BlockDiagonalMask.from_seqlens(queries, keys)
     blocks._batch_sizes = [2]
-    with pytest.raises(dinov2_attn.InvalidInput, match=r"group 0 .* found lengths \[1, 3\]"):
+    with pytest.raises(dinov2_attn.InvalidInput, match=rf"group 0 .*; found {found}"):
         module_of(nested)(torch.zeros(1, 4, 24).double(), attn_bias=blocks, return_attn=True)
+
+
+def test_blocks_of_queries_without_keys_are_refused(nested):
+    blocks = OwnBlocks([2, 2])
+    blocks.k_seqinfo = starts_of([4])
+    with pytest.raises(dinov2_attn.InvalidInput, match=r"blocks of keys as of queries.*1 and 2\."):
+        module_of(nested)(tokens_of(4), attn_bias=blocks, return_attn=True)
 
 
 def test_a_class_without_xformers_takes_tensors_only(nested):

@@ -15,7 +15,9 @@ from torch import nn
 import saved
 import upstreams
 from dinov2_attn import InvalidInput, UnreadableFile, load_checkpoint
+from dinov2_attn.upstream.checkpoints import fill
 from dinov2_attn.upstream.layouts import WRAPPERS, plain
+from dinov2_attn.upstream.reading import read
 from fresh import python
 from saved import OPTIMIZER
 from strategies import ModelCase, model_cases, noise, randomise
@@ -381,7 +383,8 @@ def test_positions_are_resized_when_asked_as_upstream_does_in_a_pass(
     images = noise(2, 3, side * case.patch, side * case.patch, seed=case.seed, dtype=case.dtype)
     if side != 4:
         sizes = rf"pos_embed \(1, 17, {4 * case.heads}\) for \(1, {side**2 + 1}, "
-        message = rf"1 of another square of patches: {sizes}.*interpolate_pos_embed=True"
+        asks = r"\. Have it resized with load_checkpoint\(…, interpolate_pos_embed=True\)\.$"
+        message = rf"1 of another square of patches: {sizes}.*{asks}"
         assert_refused(loaded, file, message)
     load_checkpoint(loaded, file, interpolate_pos_embed=True)
     with torch.no_grad():
@@ -440,6 +443,12 @@ def test_positions_that_are_no_square_are_of_another_shape(model, file, position
         if positions == 2:
             continue  # a square of one patch
         assert_refused(model, file, message, interpolate_pos_embed=asked)
+
+
+def test_a_file_that_was_read_before_is_not_resized_unasked_either(model, file):
+    torch.save({**model.state_dict(), "pos_embed": torch.zeros(1, 10, 4)}, file)
+    with pytest.raises(UnreadableFile, match="1 of another square of patches"):
+        fill(model, read(file))
 
 
 def test_asked_to_resize_all_else_is_as_strict(model, file):

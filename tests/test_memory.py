@@ -120,6 +120,13 @@ def test_memory_that_is_lent_again_is_not_fresh():
     assert (kept == 7).all()
 
 
+def test_what_shares_no_memory_is_lent_anew():
+    """The empty has none, and a device's cannot be looked into."""
+    scratch, like = Scratch(), torch.zeros(1)
+    assert scratch.lend(like, (0, 3)).shape == (0, 3)
+    assert scratch.lend(like.to("meta"), (3, 2**22)).is_meta
+
+
 def test_weights_outlive_the_recording(models):
     case = case_of(2)
     model = case.build(models)
@@ -158,3 +165,13 @@ def test_what_is_kept_of_all_layers_is_set_aside_with_the_first(grafted, monkeyp
         model(case.images)
     assert seen == [4]
     assert len(made) == 4
+
+
+def test_as_much_is_set_aside_as_there_are_layers(monkeypatch):
+    made, new_result = [], memory.new_result
+    monkeypatch.setattr(
+        memory, "new_result", lambda like, shape: made.append(shape) or new_result(like, shape)
+    )
+    aside = SetAside(3)
+    lent = [aside.lend(torch.zeros(1), (2, 5)) for _ in range(3)]
+    assert len(made) == len(lent)

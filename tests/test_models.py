@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import tarfile
+import tempfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
@@ -24,13 +25,6 @@ from fresh import OFFLINE, python
 @pytest.fixture(scope="module", autouse=True)
 def _imported():
     upstreams.FIRST.module("dinov2.models.vision_transformer")
-
-
-@pytest.fixture
-def with_registers(monkeypatch):
-    """A fork with registers in the place of upstream's first revision, which has none."""
-    fork = upstreams.DEPTH_ANYTHING.module("depth_anything_v2.dinov2")
-    monkeypatch.setattr(sys.modules["dinov2.models"], "vision_transformer", fork)
 
 
 @pytest.fixture
@@ -95,8 +89,16 @@ def test_a_revision_without_registers_names_the_way_out():
 
 
 def test_an_unknown_architecture_lists_the_known():
-    with pytest.raises(InvalidInput, match=r"vit_small, .*found 'vit_tiny'"):
+    with pytest.raises(InvalidInput, match=r"vit_small, .*found 'vit_tiny'\. Name one\.$"):
         build("vit_tiny")
+
+
+def test_a_patch_is_a_pixel_at_least_and_the_image_at_most():
+    for patch_size in (1, 4):
+        assert build("vit_small", patch_size=patch_size, img_size=4).patch_size == patch_size
+    for patch_size in (0, 5):
+        with pytest.raises(InvalidInput, match=rf"size from 1 to 4, .*; found {patch_size}\. The"):
+            build("vit_small", patch_size=patch_size, img_size=4)
 
 
 # Weights
@@ -297,6 +299,20 @@ def test_a_download_is_kept_once_the_model_is_filled_with_it(linear, tmp_path, s
         load_pretrained(linear, "vit_small", patch_size=14, registers=False)
         assert torch.equal(linear.weight, ones["weight"])
         assert [file.read_bytes() for file in cache.iterdir()] == [whole]
+
+
+def test_a_download_is_finished_beside_its_place(linear, tmp_path, server, monkeypatch, caplog):
+    """Elsewhere may be another disk, from which nothing is moved in one step."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    buffer = io.BytesIO()
+    torch.save(linear.state_dict(), buffer)
+    server.update(announced=len(buffer.getvalue()), content=buffer.getvalue())
+    caplog.set_level("INFO", "dinov2_attn")
+    load_pretrained(linear, "vit_large", patch_size=14, registers=True)
+    (file,) = (tmp_path / "hub" / "checkpoints").iterdir()
+    assert file.name == "dinov2_vitl14_reg4_pretrain.pth"
+    assert caplog.messages[0] == f"downloading {published.PUBLISHED_AT}/dinov2_vitl14/{file.name}"
 
 
 def test_another_patch_size_has_no_published_weights(linear):

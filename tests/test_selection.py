@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dinov2_attn
-from dinov2_attn.queries import place, spell_out
+from dinov2_attn.queries import place, positions, spell_out
 from strategies import AttentionCase, attention_cases, model_cases
 from tolerances import assert_close
 
@@ -88,6 +88,14 @@ def test_any_whole_number_keeps_the_dimension(queries):
 
 @pytest.mark.parametrize(
     ("queries", "expected"),
+    [(None, (0, 1, 2, 3)), ("cls", (0,)), (-1, (3,)), (slice(1, 3), (1, 2)), ([2, 0], (2, 0))],
+)
+def test_positions_are_counted_from_the_first_token(queries, expected):
+    assert positions(queries, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("queries", "expected"),
     [
         (5, r"between -5 and 4, there being 5 tokens; found 5"),
         (-6, r"found -6"),
@@ -110,6 +118,7 @@ def test_a_query_that_cannot_be_says_what_can(queries, expected):
 
 
 def test_words_are_spelled_out_for_any_number_of_registers():
+    assert spell_out("cls", 4) == place("cls", 5) == slice(0, 1)
     assert spell_out("registers", 0) == slice(1, 1)
     assert spell_out("patches", 4) == slice(5, None)
     assert spell_out([3], 4) == [3]

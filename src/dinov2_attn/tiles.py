@@ -112,10 +112,11 @@ def _like(query: Tensor, tile: Tensor, length: int) -> Tensor:
 def _product_into(scores: Tensor, query: Tensor, key: Tensor) -> None:
     # The rows of all heads that share a key make one product.
     units = len(key) * key.shape[1]
+    lines = query.shape[:3].numel() // units
     # A view, or else it would not be written: a piece is whole in every dimension behind the
     # first that it cuts.
-    out = scores.view(units, -1, key.shape[2])
-    query, key = query.reshape(units, -1, key.shape[3]), key.flatten(0, 1)
+    out = scores.view(units, lines, key.shape[2])
+    query, key = query.reshape(units, lines, key.shape[3]), key.flatten(0, 1)
     torch.bmm(query, key.transpose(-2, -1), out=out)
 
 

@@ -44,7 +44,7 @@ class Repository:
 
     def fingerprint(self, commit: str, folders: Sequence[str]) -> str:
         """Return what is the same for commits with the same content of ``folders``."""
-        return self._ask("ls-tree", "-r", commit, "--", *folders)
+        return self._ask("ls-tree", commit, "--", *folders)
 
     def read(self, commit: str, path: str) -> str | None:
         """Return the text of a file, ``None`` where the commit has none."""
@@ -53,21 +53,32 @@ class Repository:
         return self._ask("show", f"{commit}:{path}")
 
     def unpack(self, commit: str, destination: Path) -> None:
-        """Write the files of ``commit`` below ``destination``."""
+        """Write the files of ``commit`` below ``destination``.
+
+        Raises ``Unavailable`` where one of them is a link that leads elsewhere.
+        """
         archive = _run(["-C", self.folder, "archive", commit])
         with tarfile.open(fileobj=BytesIO(archive)) as tar:
-            if hasattr(tarfile, "data_filter"):  # newer Pythons, and security releases of older
-                tar.extractall(destination, filter="data")
-            else:
+            if not hasattr(tarfile, "data_filter"):  # older Pythons, without security releases
                 tar.extractall(destination)
+                return
+            try:
+                tar.extractall(destination, filter="data")
+            except tarfile.FilterError as error:
+                raise Unavailable(
+                    "a commit whose files stay below its folder",
+                    f"{commit}, where {error}",
+                    "Check it out, look at it, and name that folder.",
+                ) from error
 
     def _ask(self, *arguments: str) -> str:
         return _run(["-C", self.folder, *arguments]).decode()
 
 
-def is_repository(path: Path) -> bool:
-    """Say whether ``path`` is a working tree or a bare repository itself."""
-    return (path / ".git").exists() or ((path / "HEAD").is_file() and (path / "objects").is_dir())
+def is_bare(path: Path) -> bool:
+    """Say whether ``path`` is a bare repository, and no working tree."""
+    working = (path / ".git").exists()
+    return not working and (path / "HEAD").is_file() and (path / "objects").is_dir()
 
 
 def _run(arguments: list[str]) -> bytes:

@@ -158,11 +158,12 @@ def _require_no_other(entry: Path) -> None:
     imported = sys.modules.get("dinov2")
     if imported is None:
         return
-    init = Path(imported.__file__ or "").resolve()
-    if init != (entry / "dinov2" / "__init__.py").resolve():
+    # A folder without __init__.py is imported too, and is no file.
+    found = Path(imported.__file__ or next(iter(imported.__path__))).resolve()
+    if found != (entry / "dinov2" / "__init__.py").resolve():
         raise Unavailable(
             f"dinov2 of {entry}",
-            f"this process has imported {init} already",
+            f"this process has imported {found} already",
             "Choose before dinov2 is imported, in a new process.",
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dinov2_attn.errors import InvalidInput, Unavailable
 from dinov2_attn.surgery.targets import UPSTREAM
-from dinov2_attn.upstream.git import Repository, is_repository
+from dinov2_attn.upstream.git import Repository, is_bare
 from dinov2_attn.upstream.wheel import download
 
 # What a run of the suite depends on; the rest of a checkout is training and evaluation.
@@ -45,7 +45,7 @@ def find(source: str, package: str | None, scratch: Path) -> list[Revision]:
     if source.startswith(PYPI):
         return _on_pypi(source.removeprefix(PYPI), package, scratch)
     path = Path(source).expanduser()
-    if path.exists() and not _is_bare(path):
+    if path.exists() and not is_bare(path):
         return _at_path(path, path.resolve().name, package, scratch)
     address, revision = _split(source)
     repository = Repository.at(address, scratch)
@@ -59,10 +59,6 @@ def _split(source: str) -> tuple[str, str]:
     address, at, revision = source.rpartition("@")
     # git@host:owner/name has an @ of its own.
     return (address, revision) if at and ":" not in revision else (source, "HEAD")
-
-
-def _is_bare(path: Path) -> bool:
-    return is_repository(path) and not (path / ".git").exists()
 
 
 def _commit(repository: Repository, commit: str, package: str, scratch: Path) -> Revision:
