@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,27 @@ ASKED: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-def rows(model: Any, size: int, counts: tuple[int, int], workers: int, rounds: int) -> list[Any]:
-    """Measure all of ``ASKED``, each round of it beside a round of the loop."""
-    few, many = counts
+@dataclass(frozen=True)
+class Plan:
+    """A size of images, how many of them first and in all, how often, and what is asked."""
+
+    size: int
+    counts: tuple[int, int]
+    rounds: int
+    asked: tuple[str, ...]
+
+
+# No fewer at first than a worker is started for.
+FULL = (
+    Plan(224, (64, 256), 3, tuple(ASKED)),
+    Plan(518, (64, 96), 3, tuple(ASKED)[:1]),
+)
+QUICK = (Plan(224, (64, 128), 1, tuple(ASKED)),)
+
+
+def rows(model: Any, plan: Plan, workers: int) -> list[Any]:
+    """Measure what is asked, each round of it beside a round of the loop."""
+    size, (few, many) = plan.size, plan.counts
     device = str(next(model.parameters()).device)
     found = []
     with tempfile.TemporaryDirectory() as few_in, tempfile.TemporaryDirectory() as many_in:
@@ -105,9 +124,10 @@ def rows(model: Any, size: int, counts: tuple[int, int], workers: int, rounds: i
         images = {len(p): p for p in (batches(short, size, device), batches(whole, size, device))}
         loops = [images[key] for key in sorted(images)]
         loop(model, loops[0])
-        for what, (options, has_reach) in ASKED.items():
+        for what in plan.asked:
+            options, has_reach = ASKED[what]
             ratios, starts, rates = [], [], []
-            for _ in range(rounds):
+            for _ in range(plan.rounds):
                 base = loop(model, loops[1]) - loop(model, loops[0])
                 first = extraction(model, short, size, workers, **options)
                 beyond = extraction(model, whole, size, workers, **options) - first
@@ -157,17 +177,15 @@ def main() -> None:
     dinov2_attn.install()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build("vit_small").to(device)
-    plans = (
-        ((224, (64, 128), 1),) if arguments.quick else ((224, (128, 384), 5), (518, (64, 128), 3))
-    )
-    found = []
-    for size, counts, rounds in plans:
-        found += rows(model, size, counts, arguments.workers, rounds)
+    plans = QUICK if arguments.quick else FULL
+    found = [row for plan in plans for row in rows(model, plan, arguments.workers)]
     text = (
         f"{table(found)}\n\n{machine()}, {arguments.workers} workers, ViT-S/14 in float32, batches "
         f"of up to {BATCH}, JPEG files of {', '.join(f'{h} × {w}' for h, w in SIZES)}; the short "
         "side resized to what the table says.\nRates are those of the images beyond the first "
-        "ones, medians of " + ", ".join(f"{r} rounds at {s}" for s, _, r in plans) + "; the loop "
+        "ones, medians of "
+        + ", ".join(f"{plan.rounds} rounds at {plan.size}" for plan in plans)
+        + "; the loop "
         "is timed in each round, right before.\n"
     )
     print(text)
