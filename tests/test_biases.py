@@ -192,8 +192,9 @@ def test_a_bias_is_made_where_and_as_exactly_as_the_scores_are():
 
 
 def test_a_block_is_made_alone_where_its_class_can():
-    bias = OwnMasks([2, 3])
-    found = biases.groups(bias, tokens_of(5), torch.float64)
+    tokens = tokens_of(5)
+    with torch.device("meta"):  # where nobody asked for it to be
+        found = biases.groups(OwnMasks([2, 3]), tokens, torch.float64)
     for group, length in zip(found, (2, 3), strict=True):
         assert torch.equal(group.mask, torch.full((length, length), 1 / 3, dtype=torch.float64))
 
@@ -205,10 +206,12 @@ def test_what_is_inside_of_blocks_is_as_exact_as_the_scores(monkeypatch):
         assert (group.mask == 1 / 3).all()
 
 
-def test_blocks_that_do_not_say_where_they_start_are_one_matrix():
-    bias = Slope()
+def test_blocks_that_do_not_say_where_they_start_or_are_paged_are_one_matrix():
+    bias, paged = Slope(), OwnBlocks([2, 2])
     bias.q_seqinfo = SimpleNamespace()
-    assert not biases.is_block_diagonal(bias)
+    assert biases.is_block_diagonal(paged)
+    paged.block_tables = torch.zeros(1, 1)
+    assert not any(map(biases.is_block_diagonal, (bias, paged)))
 
 
 # What is refused

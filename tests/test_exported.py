@@ -8,6 +8,7 @@ from torch import nn
 
 import dinov2_attn
 from compiling import asking, compiles
+from dinov2_attn.tiles import is_compiling
 from recordings import IMAGES, Around, assert_all_close, build
 from tolerances import assert_close
 from unchanged import assert_unchanged
@@ -40,6 +41,17 @@ class Both(nn.Module):
 
     def forward(self, x):
         return self.inner(x, return_attention=True)
+
+
+class Told(nn.Module):
+    def forward(self, x):
+        return x + 1 if is_compiling() else x
+
+
+def test_code_that_is_exported_is_told_so(strict):
+    exported = torch.export.export(Told(), (IMAGES,), strict=strict).module()
+    assert torch.equal(exported(IMAGES), IMAGES + 1)
+    assert not is_compiling()
 
 
 def test_features_export_to_the_very_graph_of_upstream(first, strict):

@@ -101,13 +101,26 @@ def test_sizes_that_no_longer_come_are_let_go():
 def test_fresh_is_what_was_never_written(monkeypatch):
     monkeypatch.undo()
     # No allocator's: its memory may have been written for somebody else.
-    result = torch.frombuffer(mmap.mmap(-1, 2**24), dtype=torch.float32).view(4, -1)
+    # What lies behind is never written here.
+    result = torch.frombuffer(mmap.mmap(-1, 2**25), dtype=torch.float32)[: 2**22].view(4, -1)
     assert is_fresh(result)
     result.zero_()
     assert not is_fresh(result)
     assert not is_fresh(result[2:])
     assert is_fresh(torch.zeros(4))  # too small to matter
     assert is_fresh(result.to("meta"))
+
+
+def test_huge_pages_are_asked_for_where_no_page_is_shared(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "_of_libc", lambda name: lambda *what: asked.append((name, *what)))
+    result = memory.new_result(torch.zeros(1), (2**21,))
+    ((name, start, length, advice),) = asked
+    assert (name, advice) == ("madvise", 14)
+    assert start % mmap.PAGESIZE == length % mmap.PAGESIZE == 0
+    end = result.data_ptr() + 2**23
+    assert 0 <= start - result.data_ptr() < mmap.PAGESIZE
+    assert 0 <= end - (start + length) < mmap.PAGESIZE
 
 
 def test_memory_that_is_lent_again_is_not_fresh():

@@ -154,6 +154,72 @@ def test_no_second_matrix_is_made(dtype, heads, tiny):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("fresh", "products"), [(True, 1), (False, 4)])
+def test_scores_that_become_the_result_are_cut_into_fewer_pieces(fresh, products, monkeypatch):
+    """Others stay in the cache: a tile for each head here, where one piece holds all."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        products = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.products += func is torch.ops.aten.bmm.out
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(tiles, "TILE_BYTES", 2**14)
+    monkeypatch.setattr(tiles, "PIECE_BYTES", 2**16)
+    monkeypatch.setattr(tiles, "is_fresh", lambda result: fresh)
+    query = noise(1, 4, 64, 8, seed=0)
+    with Count() as count:
+        attention.attention_weights(query, query, 0.25)
+    assert count.products == products
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "together", "sizes"),
+    [
+        ((4, 1, 1), 2, False, [(2, 1, 1)] * 2),
+        ((1, 4, 1), 2, False, [(1, 2, 1)] * 2),
+        ((1, 3, 5), 4, False, [(1, 1, 4), (1, 1, 1)] * 3),
+        ((1, 3, 5), 6, True, [(1, 3, 2), (1, 3, 2), (1, 3, 1)]),
+        ((2, 3, 5), 1, True, [(1, 3, 1)] * 10),
+        ((2, 3, 5), 99, False, [(2, 3, 5)]),
+        ((0, 3, 5), 99, False, []),
+    ],
+)
+def test_pieces_are_whole_samples_else_heads_else_rows(shape, rows, together, sizes):
+    pieces = tiles._pieces(shape, rows, together=together)
+    assert [tuple(cut.stop - cut.start for cut in piece) for piece in pieces] == sizes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fresh", [True, False])
+def test_heads_that_share_their_keys_are_cut_too(fresh, tiny, monkeypatch):
+    monkeypatch.setattr(tiles, "is_fresh", lambda result: fresh)
+    query, key = noise(2, 3, 5, 4, seed=0), noise(2, 1, 6, 4, seed=1)
+    whole = (query.double() * 0.5 @ key.double().mT).softmax(-1)
+    for rows in range(1, 31):
+        tiny(rows * 6 * 4)
+        assert_close(attention.attention_weights(query, key, 0.5), whole)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor of the CPU that says it lies on a device which is not here."""
+
+    @property
+    def device(self):
+        return torch.device("mps")
+
+
+@torch.no_grad()
+def test_other_devices_take_the_softmax_of_the_same_rows():
+    """Their kernels are not known to read all of a row before they write any of it."""
+    scores, out = noise(2, 3, 4, 5, seed=0), torch.empty(2, 3, 4, 5)
+    tiles._softmax_into(out, scores.as_subclass(Elsewhere), biased=False)
+    assert_close(out, scores.double().softmax(-1))
+
+
+@torch.no_grad()
 def test_a_result_on_huge_pages_is_like_any_other():
     """Large enough that its pages are asked for; what is refused is passed over."""
     query = noise(1, 2, 1500, 8, seed=0)
