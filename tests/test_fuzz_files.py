@@ -234,6 +234,10 @@ ODD_TENSORS = {
     "a number": lambda: torch.tensor(1.0),
 }
 ODD_DTYPES = ("int64", "uint8", "bool", "bits8", "float4_e2m1fn_x2", "float8_e5m2")
+try:
+    bytes_of(ODD_TENSORS["nested"]())
+except Exception:  # torch 2.0 cannot save one, so that no file has one
+    del ODD_TENSORS["nested"]
 for _name in ODD_DTYPES:
     if hasattr(torch, _name):
         ODD_TENSORS[_name] = lambda name=_name: torch.empty(2, 3, dtype=getattr(torch, name))
