@@ -16,9 +16,9 @@ def resample(maps: Tensor, grid: Grid) -> Tensor:
     grid a map is what it was.
     """
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    rows, columns = (
-        _shares(old, new).to(maps) for old, new in zip(maps.shape[-2:], grid, strict=True)
-    )
+    height, width = grid
+    rows = _shares(maps.shape[-2], height).to(maps)
+    columns = _shares(maps.shape[-1], width).to(maps)
     return rows @ maps @ columns.T
 
 
