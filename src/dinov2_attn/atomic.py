@@ -13,6 +13,12 @@ from pathlib import Path
 UNFINISHED = ".unfinished-"
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise ``OSError`` for a folder, a pipe or a device, which replacing would take away."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "There is something that is not a file", str(path))
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield where to write a file that takes the place of ``path`` when the block ends well.
@@ -20,8 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
     It is on the disk before it is there, so that no crash of the machine leaves an empty one.
     Raises ``OSError``, for a pipe or a device at ``path`` too, which would be taken away.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EEXIST, "There is something that is not a file", str(path))
+    check_replaceable(path)
     # Beside the destination, so that the move is one rename.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
         unfinished = Path(folder) / path.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -12,8 +11,6 @@ from typing import Any
 from dinov2_attn.commands.loading import add_options, load_model
 from dinov2_attn.commands.photographs import add_image_size, image_size, require_libraries
 from dinov2_attn.commands.values import blocks, positive, whole
-
-log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Store the attention maps of every image of SOURCE: a folder, an uncompressed tar (a shard of
@@ -134,8 +131,7 @@ def run(args: argparse.Namespace) -> int:
             dry_run=args.dry_run,
         )
     if os.environ.get("RANK", "0") == "0":
-        # A terminal may not take the bytes of every name.
-        print(str(done).encode("utf-8", "backslashreplace").decode())
+        print(done)
     return 1 if done.unreadable else 0
 
 

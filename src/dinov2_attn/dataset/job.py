@@ -117,7 +117,7 @@ class Job:
         if self.strict:
             found = (line for shard in done for line in shards.refusals(self.folder, shard))
             refuse(*(line["reason"] for line in found))
-        return made, sorted(set(range(made.shards)) - set(done))
+        return made, made.others(done)
 
     def _done(self, made: Plan) -> list[int]:
         """Return the shards that are finished, and not to be tried again."""

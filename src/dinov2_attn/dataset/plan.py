@@ -42,6 +42,10 @@ class Plan:
         start = shard * self.shard_size
         return enumerate(self.items[start : start + self.shard_size], start)
 
+    def others(self, shards: Sequence[int]) -> list[int]:
+        """Return all shards but these."""
+        return sorted(set(range(self.shards)) - set(shards))
+
     def count(self, shards: Sequence[int]) -> int:
         """Return how many images these shards have."""
         starts = (shard * self.shard_size for shard in shards)

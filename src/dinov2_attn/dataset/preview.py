@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import tee
@@ -63,11 +64,12 @@ def preview(
     new_bar: Callable[[int], Any],
 ) -> Preview:
     """Return what running the plan ``made`` would do, ``done`` being its finished shards."""
-    rest = sorted(set(range(made.shards)) - set(done))
+    rest = made.others(done)
     size = made.about["model"]["patch_size"][0]
     measurer = Measurer(size, options.image_size, options.max_pixels)
     numbered, again = tee(item for shard in rest for item in made.numbered(shard))
-    refused, total = [], 0
+    refused: list[Refused] = []
+    grids: Counter[Grid] = Counter()
     with new_bar(made.count(rest)) as bar:
         measured = decoded(measurer, numbered, made.count(rest), workers)
         for (number, item), found in zip(again, measured, strict=True):
@@ -77,14 +79,15 @@ def preview(
             elif reason := _lacks(found, made, options):
                 refused.append(Refused(number, item, reason))
             else:
-                total += stored_bytes(model, options, found)
+                height, width = found  # which torch has made a list of
+                grids[height, width] += 1
     return Preview(
         images=len(made.items),
         shards=made.shards,
         finished=len(done),
         passed_over=made.count(done),
         unreadable=tuple(refused),
-        bytes=total,
+        bytes=sum(n * stored_bytes(model, options, grid) for grid, n in grids.items()),
         free=shutil.disk_usage(_existing(folder)).free,
     )
 

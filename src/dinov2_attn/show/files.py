@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from dinov2_attn.atomic import UNFINISHED, check_replaceable
 from dinov2_attn.errors import UnwritableOutput
 
 
@@ -26,7 +26,7 @@ def together(folder: Path) -> Iterator[Path]:
         with ExitStack() as undo:
             _make(folder, undo)
             # Inside of the folder, which alone is sure to be on the same file system.
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as temporary:
+            with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as temporary:
                 new, old = Path(temporary, "new"), Path(temporary, "old")
                 new.mkdir()
                 old.mkdir()
@@ -57,8 +57,8 @@ def _move(source: Path, folder: Path, aside: Path) -> None:
             if final.is_file() or final.is_symlink():
                 os.replace(final, aside / file.name)
                 undo.callback(os.replace, aside / file.name, final)
-            elif final.exists():  # a folder, a pipe or a device, which replacing would take away
-                raise OSError(errno.EEXIST, "There is something that is not a file", str(final))
+            else:
+                check_replaceable(final)
             os.replace(file, final)
             undo.callback(final.unlink)
         undo.pop_all()
