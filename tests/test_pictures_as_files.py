@@ -18,7 +18,7 @@ from dinov2_attn.cli import main
 from dinov2_attn.conformance.planted import HEAD
 from dinov2_attn.errors import InvalidInput, OutOfRange, Unavailable, UnwritableOutput
 from dinov2_attn.show.banner import NO_MEANING
-from dinov2_attn.show.images import DEVIATION, MEAN
+from dinov2_attn.show.reading import DEVIATION, MEAN
 from dinov2_attn.show.saving import FRAME_DPI, pixels_of
 from dinov2_attn.upstream.models import build
 from pictured import artifacts_at, caption_of, maps_on, photograph_on
