@@ -172,7 +172,7 @@ def heatmap(*arguments):
 
 def pictures_in(folder):
     """The files beside DINO v1's."""
-    plain = ("attn-", "mask_", "overlay-mean", "img.png", "attention.npy")
+    plain = ("attn-", "mask_", "overlay-mean", "img.png", "attention.npy", "image.json")
     return {path.name for path in folder.iterdir() if not path.name.startswith(plain)}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,24 +116,24 @@ def _of_image(
         return _of_array(_deep(upright, image, tags), path, reading)
     if wide and (reading.range is not None or _high_bytes(upright) < 64):
         values = _sixteen_bits(image, path, content, max_pixels)
-        return _of_array(Raw(_turned(values, image), (0, 65535), True), path, reading)
+        return _scaled(Raw(_turned(values, image), (0, 65535), True), path, reading, image.mode)
     pixels = in_channels(upright, reading.channels, path)
     return _scaled(Raw(pixels, (0, 255)), path, reading)
 
 
 def _of_array(found: Raw | npt.NDArray[Any], path: Path, reading: Reading) -> Decoded:
     raw = found if isinstance(found, Raw) else _raw(found)
-    if raw.values.ndim == 3 and raw.values.shape[2] != reading.channels:
-        _check_channels(raw.values.shape, path, reading.channels)
+    _check_channels(raw.values.shape, path, reading.channels)
     return _scaled(raw, path, reading)
 
 
-def _scaled(raw: Raw, path: Path, reading: Reading) -> Decoded:
+def _scaled(raw: Raw, path: Path, reading: Reading, mode: str | None = None) -> Decoded:
+    """Return ``raw`` in the channels of ``reading``; ``mode`` is Pillow's word for its own."""
     pixels, ends, doubt = in_eight_bits(raw, reading.range, str(path))
     if pixels.ndim == 2:
         pixels = pixels[..., np.newaxis]
     if pixels.shape[2] != reading.channels:
-        pixels = in_channels(_image_of(pixels), reading.channels, path)
+        pixels = in_channels(_image_of(pixels, mode), reading.channels, path)
     return Decoded(pixels, ends, doubt)
 
 
@@ -172,14 +174,16 @@ def shown(pixels: Bytes) -> Bytes:
 
 def _check_channels(shape: tuple[int, ...], path: Path, channels: int) -> None:
     """Raise ``InvalidInput`` unless an array of this shape can be shown in so many channels."""
-    if shape[0] == channels or (channels in (1, 3) and shape[0] in (1, 3) and shape[2] > 4):
+    found = shape[2] if len(shape) == 3 else 1
+    if found == channels or {found, channels} == {1, 3}:
+        return
+    if len(shape) == 3 and found > shape[0] in (1, 3, channels):
         raise InvalidInput(
             f"channels last: (H, W, {channels})",
             f"{path} of shape {shape}",
             "Save array.transpose(1, 2, 0).",
         )
-    if channels not in (1, 3) or shape[2] > 4:
-        raise _other_channels(path, shape[2], channels)
+    raise _other_channels(path, found, channels)
 
 
 def _other_channels(path: Path, found: int, channels: int) -> InvalidInput:
@@ -202,9 +206,15 @@ def _in_rgb(image: Image.Image) -> Image.Image:
 _TRANSPARENT = {"LA", "PA", "RGBA", "RGBa"}
 
 
-def _image_of(pixels: Bytes) -> Image.Image:
-    """Return 1 to 4 channels as an image: grey, grey and alpha, RGB, RGB and alpha."""
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+def _image_of(pixels: Bytes, mode: str | None) -> Image.Image:
+    """Return channels as an image: without a ``mode`` grey, grey and alpha, RGB, or RGB and alpha.
+
+    Pillow opens grey and alpha of 16 bits as RGB and alpha.
+    """
+    if mode is None or pixels.shape[2] < 3:
+        mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[pixels.shape[2]]
+    height, width = pixels.shape[:2]
+    return Image.frombytes(mode, (width, height), np.ascontiguousarray(pixels).tobytes())
 
 
 def _are_channels(image: Image.Image, channels: int) -> bool:
@@ -288,20 +298,28 @@ def _sixteen_bits(
     if image.format == "TIFF":
         return read_tiff(path, content, max_pixels)
     if image.format == "PNG":
-        from torchvision.io import ImageReadMode, decode_png
-
         data = path.read_bytes() if content is None else content
-        values = decode_png(
-            torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED
-        )
-        if values.dtype != torch.uint8:
-            colours: npt.NDArray[np.uint16] = values.permute(1, 2, 0).numpy().astype(np.uint16)
+        if (colours := _png_colours(data)) is not None:
             return colours
     raise UnreadableFile(
         "an image of 8 bits in colour, or a TIFF or PNG of 16",
         f"{path} of 16 bits, of which the upper 8 are read here",
         "Scale it to 0…65535, or save it as TIFF.",
     )
+
+
+def _png_colours(data: bytes) -> npt.NDArray[np.uint16] | None:
+    """Return the colours of a PNG of 16 bits, or ``None`` where torchvision has no decoder."""
+    with contextlib.suppress(ImportError, RuntimeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they will move to another package one day
+        from torchvision.io import ImageReadMode, decode_png
+
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        values = decode_png(encoded, ImageReadMode.UNCHANGED)
+        if values.dtype != torch.uint8:
+            colours: npt.NDArray[np.uint16] = values.permute(1, 2, 0).numpy().astype(np.uint16)
+            return colours
+    return None
 
 
 def _turned(values: npt.NDArray[Any], image: Image.Image) -> npt.NDArray[Any]:
