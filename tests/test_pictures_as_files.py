@@ -18,7 +18,7 @@ from dinov2_attn.cli import main
 from dinov2_attn.conformance.planted import HEAD
 from dinov2_attn.errors import InvalidInput, OutOfRange, Unavailable, UnwritableOutput
 from dinov2_attn.show.banner import NO_MEANING
-from dinov2_attn.show.images import DEVIATION, MEAN
+from dinov2_attn.show.reading import DEVIATION, MEAN
 from dinov2_attn.show.saving import FRAME_DPI, pixels_of
 from dinov2_attn.upstream.models import build
 from pictured import artifacts_at, caption_of, maps_on, photograph_on
@@ -172,7 +172,7 @@ def heatmap(*arguments):
 
 def pictures_in(folder):
     """The files beside DINO v1's."""
-    plain = ("attn-", "mask_", "overlay-mean", "img.png", "attention.npy")
+    plain = ("attn-", "mask_", "overlay-mean", "img.png", "attention.npy", "image.json")
     return {path.name for path in folder.iterdir() if not path.name.startswith(plain)}
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from dinov2_attn import __version__
 from dinov2_attn.commands import demo, doctor, explore, extract, heatmap, verify
-from dinov2_attn.errors import Dinov2AttnError
+from dinov2_attn.errors import Dinov2AttnError, SuspiciousRange
 
 PROGRAM = "dinov2-attn"
 COMMANDS = (demo, heatmap, explore, extract, verify, doctor)
@@ -30,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _configure_output()
     run: Callable[[argparse.Namespace], int] = args.run
     try:
-        return run(args)
+        with _warnings_as_lines():
+            return run(args)
     except Dinov2AttnError as error:
         log.error("%s", error)
         return 2
@@ -66,6 +69,23 @@ def _configure_log() -> None:
     # logger. Nobody needs xFormers for a picture.
     logging.getLogger("dinov2").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="xFormers is")
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Log what is doubtful about an image as a line of its own, each time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SuspiciousRange)
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, SuspiciousRange):
+                log.warning("%s", message)
+            else:
+                show(message, category, *rest, **more)
+
+        warnings.showwarning = tell
+        yield
 
 
 def _configure_output() -> None:

@@ -68,3 +68,7 @@ class UpstreamDrift(UserWarning):
 
 class SuspiciousArtifacts(UserWarning):
     """So many patches have outlying norms that something else than artifacts is going on."""
+
+
+class SuspiciousRange(UserWarning):
+    """An image uses so little of the range of its format that the format may not tell it."""

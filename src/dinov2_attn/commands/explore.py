@@ -11,7 +11,9 @@ from dinov2_attn.commands.loading import add_options, load_model
 from dinov2_attn.commands.photographs import (
     add_image_size,
     add_sample,
+    check_reading,
     image_size,
+    read,
     require_libraries,
     sample,
 )
@@ -61,15 +63,15 @@ def run(args: argparse.Namespace) -> int:
     named = [args.image] if args.image else []
     image = _only([*named, *swallowed, *([sample()] if args.sample else [])])
     loaded = load_model(args)
+    check_reading(loaded.model, args)
 
     from dinov2_attn.show.banner import NO_MEANING
-    from dinov2_attn.show.images import read_photograph
     from dinov2_attn.show.page.look import explore
 
     written = explore(
         args.output,
         loaded.model,
-        read_photograph(image, loaded.model.patch_size, size, args.max_pixels),
+        read(loaded.model, image, size, args),
         args.layers,
         heads="mean" if args.heads == "mean" else None,
         title=image.name,

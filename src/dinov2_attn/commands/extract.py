@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_attn.commands.loading import add_options, load_model
-from dinov2_attn.commands.photographs import add_image_size, image_size, require_libraries
+from dinov2_attn.commands.photographs import (
+    add_image_size,
+    check_reading,
+    image_size,
+    require_libraries,
+)
 from dinov2_attn.commands.values import blocks, positive, whole
 
 DESCRIPTION = """\
@@ -102,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     loaded = load_model(args)
+    check_reading(loaded.model, args)
 
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -120,6 +126,9 @@ def run(args: argparse.Namespace) -> int:
             outliers=args.outliers,
             image_size=size,
             max_pixels=args.max_pixels,
+            range=args.range,
+            mean=args.mean,
+            std=args.std,
             batch_size=args.batch_size,
             shard_size=args.shard_size,
             workers=_workers() if args.workers is None else args.workers,

@@ -13,7 +13,9 @@ from dinov2_attn.commands.loading import Loaded, add_options, load_model
 from dinov2_attn.commands.photographs import (
     add_image_size,
     add_sample,
+    check_reading,
     image_size,
+    read,
     require_libraries,
     sample,
 )
@@ -29,7 +31,8 @@ Write the attention of the CLS token in the last block as pictures. heads: the p
 mean and every head on one scale; overlay: the mean over the photograph; both with a caption that
 names model, layer, head, query, the share of CLS and registers, and artifact tokens. Beside them
 DINO v1's files: img.png, attn-head{j}.png and, with --threshold, mask_th{t}_head{j}.png (and
-masks); attn-mean.png, overlay-mean.png and attention.npy (heads, h, w). One image goes straight
+masks); attn-mean.png, overlay-mean.png and attention.npy (heads, h, w), with
+image.json (how the image was read: size, range, mean, std). One image goes straight
 into DIR, several go into a folder each.
 """
 
@@ -60,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInput("an image", "none", "Name one, or try --sample.")
     loaded = load_model(args)
     pictures.check(args, loaded)
+    check_reading(loaded.model, args)
     failed = 0
     with logging_redirect_tqdm():
         jobs = zip(images, _folders(args.output, images), strict=True)
@@ -75,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
 def _draw(
     loaded: Loaded, image: Path, folder: Path, size: ImageSize, args: argparse.Namespace
 ) -> None:
-    from dinov2_attn.show.images import read_photograph
-
-    photograph = read_photograph(image, loaded.model.patch_size, size, args.max_pixels)
+    photograph = read(loaded.model, image, size, args)
     pictures.write(loaded, photograph, str(image), folder, args)
 
 

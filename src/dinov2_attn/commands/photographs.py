@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dinov2_attn import optional
-from dinov2_attn.commands.values import positive
+from dinov2_attn.commands.values import numbers, positive, value_range
 from dinov2_attn.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from dinov2_attn.show.images import ImageSize
+    from dinov2_attn.show.images import ImageSize, Photograph
+
+log = logging.getLogger(__name__)
 
 
 def add_sample(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +26,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_size(parser: argparse.ArgumentParser) -> None:
-    """Add ``--image-size`` and ``--max-pixels`` to ``parser``."""
+    """Add to ``parser`` how photographs are sized, scaled and normalised."""
     parser.add_argument(
         "--image-size",
         nargs="+",
@@ -37,6 +40,57 @@ def add_image_size(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="refuse larger images before they are decoded; default: 100 million",
     )
+    parser.add_argument(
+        "--range",
+        type=value_range,
+        metavar="LOW,HIGH",
+        help="the values that become 0 and 1, such as 0,4095 (--range=-1,1 where it is negative), "
+        "or auto for the least and the greatest of each image; default: those of the format",
+    )
+    parser.add_argument(
+        "--mean",
+        type=numbers,
+        metavar="M,…",
+        help="subtracted from values of 0 to 1, one number or one for each channel; default: "
+        "0.485,0.456,0.406 (ImageNet's), or for other than 3 channels 0.449",
+    )
+    parser.add_argument(
+        "--std",
+        type=numbers,
+        metavar="S,…",
+        help="what they are divided by; default: 0.229,0.224,0.225, or 0.226",
+    )
+
+
+def read(model: Any, image: Path, size: ImageSize, args: argparse.Namespace) -> Photograph:
+    """Read ``image`` as ``model`` and the options of ``add_image_size`` want it."""
+    from dinov2_attn.show.images import read_photograph
+    from dinov2_attn.surgery.inputs import input_channels
+
+    return read_photograph(
+        image,
+        model.patch_size,
+        size,
+        args.max_pixels,
+        channels=input_channels(model),
+        range=args.range,
+        mean=args.mean,
+        std=args.std,
+    )
+
+
+def check_reading(model: Any, args: argparse.Namespace) -> None:
+    """Raise what no image can mend: a mean of other channels. Say what is assumed."""
+    from dinov2_attn.show.reading import reading_for
+    from dinov2_attn.surgery.inputs import input_channels
+
+    channels = input_channels(model)
+    reading = reading_for(channels, args.range, args.mean, args.std)
+    if channels != 3 and None in (args.mean, args.std):
+        log.warning(
+            "the model takes %d channel%s: %s. Give those it was trained with by --mean and --std",
+            *(channels, "s" * (channels != 1), reading),
+        )
 
 
 def require_libraries() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentTypeError
 
 from dinov2_attn.errors import InvalidInput
@@ -31,6 +32,34 @@ def above_zero(text: str) -> float:
     if not 0 < value < float("inf"):
         raise ArgumentTypeError(f"expected a number above 0; found {text!r}. Try 25.")
     return value
+
+
+def numbers(text: str) -> list[float]:
+    """Read finite numbers with commas between them."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(map(math.isfinite, values)):
+        raise ArgumentTypeError(
+            f"expected numbers with commas between them; found {text!r}. Try 0.5 or 0.5,0.5,0.5."
+        )
+    return values
+
+
+def value_range(text: str) -> tuple[float, float] | str:
+    """Read LOW,HIGH or auto."""
+    if text == "auto":
+        return text
+    try:
+        ends = numbers(text)
+    except ArgumentTypeError:
+        ends = []
+    if len(ends) != 2 or not ends[0] < ends[1]:
+        raise ArgumentTypeError(
+            f"expected LOW,HIGH with LOW below HIGH, or auto; found {text!r}. Try 0,4095."
+        )
+    return ends[0], ends[1]
 
 
 def blocks(text: str) -> list[int]:

@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from dinov2_attn.dataset.items import Item
 from dinov2_attn.errors import Dinov2AttnError
-from dinov2_attn.show.images import ImageSize, fit, fitted_size, open_upright, stored_size
+from dinov2_attn.show.decoding import decode, stored_size
+from dinov2_attn.show.images import ImageSize, fit, fitted_size
+from dinov2_attn.show.reading import IMAGENET, Reading
 
 Size = tuple[int, int]
 
@@ -30,10 +32,11 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image cropped to whole patches: uint8 ``(H, W, 3)``."""
+    """An image cropped to whole patches: uint8 ``(H, W, C)``, and what is doubtful about them."""
 
     origin: Origin
     pixels: npt.NDArray[np.uint8]
+    doubt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Decoder:
     patch_size: int
     image_size: ImageSize
     max_pixels: int | None
+    reading: Reading = IMAGENET
 
     def __getitem__(self, numbered: tuple[int, Item]) -> Picture | Refused:
         """Return the picture of an item, or why there is none."""
@@ -63,10 +67,11 @@ class Decoder:
 
     def _decode(self, number: int, item: Item) -> Picture:
         content, path = item.read(), Path(item.path)
-        image = open_upright(path, self.max_pixels, content)
-        size = image.height, image.width
-        pixels = np.array(fit(image, self.patch_size, self.image_size, path))
-        return Picture(Origin(number, item, hashlib.sha256(content).hexdigest(), size), pixels)
+        decoded = decode(path, self.reading, self.max_pixels, content)
+        size = decoded.pixels.shape[0], decoded.pixels.shape[1]
+        pixels = fit(decoded.pixels, self.patch_size, self.image_size, path)
+        origin = Origin(number, item, hashlib.sha256(content).hexdigest(), size)
+        return Picture(origin, pixels, decoded.doubt)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ def extract(
     outliers: bool = False,
     image_size: ImageSize = None,
     max_pixels: int | None = None,
+    range: Any = None,
+    mean: Any = None,
+    std: Any = None,
     batch_size: int | None = None,
     shard_size: int | None = None,
     workers: int = 0,
@@ -57,6 +60,10 @@ def extract(
     outliers    report artifact tokens, found in the same pass
     image_size  the short side, or (height, width); by default as it is, up to 518
     max_pixels  of an image; larger ones count as unreadable
+    range       ``(low, high)``, the values that become 0 and 1, ``"auto"`` for the least and the
+                greatest of each image; by default those of its format
+    mean, std   one number or one for each channel, of values from 0 to 1; by default ImageNet's,
+                or for other than 3 channels their averages, 0.449 and 0.226
     batch_size  images of one size that run together, by default up to 16
     shard_size  images in a shard, by default up to 1024 and about 128 MiB
     workers     processes that decode, at most one for 64 images; they are started anew, so that
@@ -95,6 +102,9 @@ def extract(
         outliers=outliers,
         image_size=image_size,
         max_pixels=max_pixels,
+        range=range,
+        mean=mean,
+        std=std,
         batch_size=batch_size,
         shard_size=shard_size,
     )

@@ -78,7 +78,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 @torch.inference_mode()
 def _look(model: Any, pictures: list[Picture], options: Options) -> Seen:
     like = next(model.parameters())
-    images = normalise(_on_device(pictures, like.device)).to(like.dtype)
+    images = normalise(_on_device(pictures, like.device), options.reading).to(like.dtype)
     maps, artifacts = _maps(model, images, options)
     # One layer after the other behind the batch.
     patches = torch.stack(maps.maps(), dim=1)

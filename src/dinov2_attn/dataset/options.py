@@ -15,7 +15,8 @@ from dinov2_attn.maps.attention_maps import Grid
 from dinov2_attn.maps.subject import attentions_of
 from dinov2_attn.queries import Queries, spell_out, whole_number
 from dinov2_attn.show.images import LARGEST_SHORT_SIDE, ImageSize
-from dinov2_attn.surgery.inputs import Layers, layers_to_take, patch_size
+from dinov2_attn.show.reading import IMAGENET, Reading, reading_for
+from dinov2_attn.surgery.inputs import Layers, input_channels, layers_to_take, patch_size
 from dinov2_attn.surgery.transformer import flat_blocks
 from dinov2_attn.upstream.anatomy import count_registers
 
@@ -40,6 +41,7 @@ class Options:
     max_pixels: int | None
     batch_size: int
     shard_size: int
+    reading: Reading = IMAGENET
 
     @property
     def rows(self) -> Queries:
@@ -59,6 +61,9 @@ def check_options(
     max_pixels: int | None,
     batch_size: int | None,
     shard_size: int | None,
+    range: Any = None,
+    mean: Any = None,
+    std: Any = None,
     **others: Any,
 ) -> Options:
     """Return the options for ``model``; raise ``InvalidInput`` and ``OutOfRange``."""
@@ -78,6 +83,7 @@ def check_options(
         max_pixels=None if max_pixels is None else at_least(1, max_pixels, "max_pixels"),
         batch_size=1,
         shard_size=1,
+        reading=reading_for(input_channels(model), range, mean, std),
         **others,
     )
     weights, stored = _bytes_of_one(model, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from dinov2_attn.errors import (
     UnreadableFile,
     UnwritableOutput,
 )
+from dinov2_attn.show.ranges import warn
 
 # Images that each worker decodes ahead.
 AHEAD = 4
@@ -44,11 +45,13 @@ class Run:
     workers: int
     strict: bool
     bar: Any
+    doubts: list[str] = field(default_factory=list)
 
     def __call__(self, own: Sequence[int]) -> int:
         """Write the shards ``own``; return their bytes."""
         size = self.plan.about["model"]["patch_size"][0]
-        decoder = Decoder(size, self.options.image_size, self.options.max_pixels)
+        options = self.options
+        decoder = Decoder(size, options.image_size, options.max_pixels, options.reading)
         numbered = (item for shard in own for item in self.plan.numbered(shard))
         decoding = decoded(decoder, numbered, self.plan.count(own), self.workers)
         done = 0
@@ -88,9 +91,16 @@ class Run:
             if isinstance(found, Refused):
                 self._pass_over(found, refused)
             else:
+                self._tell(found.doubt)
                 yield from buckets.add(found)
             self.bar.update()
         yield from buckets.rest()
+
+    def _tell(self, doubt: str | None) -> None:
+        """Warn of the first image whose range is doubtful; the others are likely as it is."""
+        if doubt is not None and not self.doubts:
+            warn(f"{doubt}. Others like it are not reported")
+            self.doubts.append(doubt)
 
     def _pass_over(self, one: Refused, refused: list[Refused]) -> None:
         if self.strict:

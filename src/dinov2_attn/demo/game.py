@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dinov2_attn.demo.scenes import PATCH, Grid, Scene, draw
-from dinov2_attn.show.images import DEVIATION, MEAN
+from dinov2_attn.show.reading import DEVIATION, MEAN
 
 BATCH = 64
 SIDES = (5, 13)  # of held-out grids, in patches; the end is excluded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,14 @@ def write(
 ) -> None:
     """Write ``img.png``, ``attention.npy`` and the ``pictures``, all of them or none.
 
-    A ``warning`` goes below every picture of a map. ``others`` are files by name, with what
-    writes them. Raises ``UnwritableOutput``.
+    ``image.json`` says how the photograph was read, if it was read from a file. A
+    ``warning`` goes below every picture of a map. ``others`` are files by name, with what writes
+    them. Raises ``UnwritableOutput``.
     """
     with together(folder) as unfinished:
         np.save(unfinished / "attention.npy", maps)
+        if about := photograph.about():
+            (unfinished / "image.json").write_text(json.dumps(about, indent=1) + "\n")
         Image.fromarray(photograph.picture).save(unfinished / "img.png")
         for name, pixels in pictures.items():
             picture = Image.fromarray(pixels)

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import threading
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from dinov2_attn.errors import InvalidInput, UnreadableFile
-
-log = logging.getLogger(__name__)
-
-# The mean and deviation of ImageNet's channels, with which every DINOv2 was trained.
-MEAN = (0.485, 0.456, 0.406)
-DEVIATION = (0.229, 0.224, 0.225)
-
-# An image of so many pixels takes 0.3 GB decoded and 1.2 GB as a tensor; its attention would
-# take petabytes.
-MOST_PIXELS = 100_000_000
+from dinov2_attn.errors import InvalidInput
+from dinov2_attn.show.decoding import decode, shown
+from dinov2_attn.show.opening import MOST_PIXELS
+from dinov2_attn.show.ranges import warn
+from dinov2_attn.show.reading import IMAGENET, Reading, reading_for
 
 # The published weights were trained up to here; the cost of attention grows with the
 # fourth power of an image's side.
@@ -42,11 +31,38 @@ ImageSize = int | tuple[int, int] | None
 class Photograph:
     """An image cropped to whole patches.
 
-    ``tensor``: float32 (3, H, W), normalised. ``picture``: uint8 (H, W, 3), as shown.
+    =======  ===================================================================
+    tensor   float32 ``(C, H, W)``, normalised
+    picture  uint8 ``(H, W, 3)``, as shown: other than 3 channels by the first in grey, or by
+             the first three
+    reading  how it was read, if it was read from a file
+    ends     the values of the file that became 0 and 1 before they were normalised
+    =======  ===================================================================
     """
 
     tensor: Tensor
     picture: npt.NDArray[np.uint8]
+    reading: Reading | None = None
+    ends: tuple[float, float] | None = None
+
+    def told(self) -> str:
+        """Return how it was read as a sentence; empty if not known."""
+        if self.reading is None or self.ends is None:
+            return ""
+        low, high = self.ends
+        return f"Image: {low:g} is black and {high:g} white; {self.reading}."
+
+    def about(self) -> dict[str, Any]:
+        """Return how it was read, for a file beside what is made of it; empty if not known."""
+        if self.reading is None or self.ends is None:
+            return {}
+        return {
+            "channels": self.reading.channels,
+            "size": list(self.tensor.shape[1:]),
+            "range": list(self.ends),
+            "mean": list(self.reading.mean),
+            "std": list(self.reading.std),
+        }
 
 
 def read_photograph(
@@ -54,66 +70,75 @@ def read_photograph(
     patch_size: int,
     image_size: ImageSize = None,
     max_pixels: int | None = None,
+    *,
+    channels: int = 3,
+    range: Any = None,
+    mean: Any = None,
+    std: Any = None,
 ) -> Photograph:
-    """Read the image at ``path``, resize it, crop it to whole patches.
+    """Read the image at ``path``, resize it, crop it to whole patches, normalise it.
 
-    It comes upright, in RGB: 16 bits per channel are scaled to 8, what is transparent shows
-    white, and of several frames or pages the first is taken, which the log says.
-    ``image_size`` is the length of the short side or an exact (height, width); without
-    it the image keeps its size up to a short side of 518. The crop takes away at the right
-    and at the bottom. Raises ``UnreadableFile`` if there is no complete image at ``path``
-    or one of numbers without a known range (32 bits, floating), ``InvalidInput`` if it has
-    more than ``max_pixels`` (100 million without it), which its header tells before anything
-    is decoded, or if not one patch fits in or it is beyond reason.
+    >>> read_photograph(path, 14, range=(0, 4095), mean=0.5, std=0.5).tensor
+
+    ==========  ================================================================
+    image_size  the length of the short side or an exact (height, width); without it the
+                image keeps its size up to a short side of 518
+    max_pixels  of an image, which its header tells before anything is decoded; 100 million
+    channels    of the model: 3 (RGB), 1 (grey), or those of the file
+    range       ``(low, high)``, the values that become 0 and 1, ``"auto"`` for the least and
+                the greatest, or ``None`` for those of the file's format
+    mean, std   one number or one for each channel, of values from 0 to 1; without them
+                ImageNet's, or for other than 3 channels their averages, 0.449 and 0.226
+    ==========  ================================================================
+
+    It comes upright; what is transparent shows white, unless alpha is a channel of the model.
+    Of several frames or pages the first is taken, which the log says, unless they are as many
+    as the model has channels. 8 bits are kept. The crop takes away at the right and at the bottom.
+
+    HEIC and JPEG XL need their plug-in for Pillow; TIFFs of other than 1, 3 or 4 channels need
+    tifffile; arrays ``(H, W)`` or ``(H, W, C)`` may be saved as .npy. Warns with
+    ``SuspiciousRange`` where 16 bits are not nearly used.
+
+    Raises ``UnreadableFile`` if there is no complete image at ``path``, or one of numbers
+    without a known range (32 bits, signed, floating) and no ``range``, or NaN; ``InvalidInput``
+    if it has too many pixels or other channels than the model, or if not one patch fits in.
     """
-    image = fit(open_upright(path, max_pixels), patch_size, image_size, path)
-    picture = np.array(image)
-    return Photograph(normalise(torch.from_numpy(picture)[None])[0], picture)
+    reading = reading_for(channels, range, mean, std)
+    decoded = decode(Path(path), reading, max_pixels)
+    warn(decoded.doubt)
+    pixels = fit(decoded.pixels, patch_size, image_size, path)
+    tensor = normalise(torch.from_numpy(pixels)[None], reading)[0]
+    return Photograph(tensor, shown(pixels), reading, decoded.ends)
 
 
-def normalise(pictures: Tensor) -> Tensor:
-    """Return uint8 ``(B, H, W, 3)`` as models want it: float32 ``(B, 3, H, W)``."""
+def normalise(pictures: Tensor, reading: Reading = IMAGENET) -> Tensor:
+    """Return uint8 ``(B, H, W, C)`` as models want it: float32 ``(B, C, H, W)``."""
     channels_first = pictures.permute(0, 3, 1, 2).contiguous()
-    normalised: Tensor = transforms.normalize(channels_first.float().div(255), MEAN, DEVIATION)
+    scaled = channels_first.float().div(255)
+    normalised: Tensor = transforms.normalize(scaled, reading.mean, reading.std)
     return normalised
 
 
-def open_upright(
-    path: Path, max_pixels: int | None = None, content: bytes | None = None
-) -> Image.Image:
-    """Read the image at ``path`` whole, upright and in RGB, as ``read_photograph`` does.
-
-    ``content`` is the file itself, where it is not at ``path``, which then only names it.
-    """
-    with _reported(path, max_pixels), _opened(path, content) as image:
-        if getattr(image, "is_animated", False):
-            log.info("%s has several frames or pages: the first is taken", path)
-            image.seek(0)
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            upright = _in_eight_bits(upright, image, path)
-        return _in_rgb(upright)
+def fit(
+    pixels: npt.NDArray[np.uint8], patch_size: int, size: ImageSize, path: Path
+) -> npt.NDArray[np.uint8]:
+    """Resize ``pixels`` (H, W, C) of the image ``path``, and crop them to whole patches."""
+    stored = pixels.shape[0], pixels.shape[1]
+    resized = _resized(stored, size)
+    height, width = fitted_size(stored, patch_size, size, path)
+    if resized != stored:
+        # Pillow weighs the first three of four channels by the fourth, were it given all.
+        whole = pixels.shape[2] == 3
+        planes = [pixels] if whole else [pixels[..., i] for i in range(pixels.shape[2])]
+        done = [_resize(plane, resized) for plane in planes]
+        pixels = done[0] if whole else np.stack(done, axis=-1)
+    return np.array(pixels[:height, :width])
 
 
-def stored_size(
-    path: Path, max_pixels: int | None = None, content: bytes | None = None
-) -> tuple[int, int]:
-    """Return height and width of the image at ``path``, by its header, as it is stored.
-
-    Where it lies on its side the two change places in what ``open_upright`` reads.
-    """
-    with _reported(path, max_pixels), _opened(path, content) as image:
-        return image.height, image.width
-
-
-def fit(image: Image.Image, patch_size: int, size: ImageSize, path: Path) -> Image.Image:
-    """Resize ``image``, called ``path``, and crop it to whole patches."""
-    resized = _resized((image.height, image.width), size)
-    height, width = fitted_size((image.height, image.width), patch_size, size, path)
+def _resize(plane: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
     # With one length torchvision would make its own of the other.
-    image = transforms.resize(image, list(resized), InterpolationMode.BICUBIC)
-    return image.crop((0, 0, width, height))
+    image = Image.fromarray(np.ascontiguousarray(plane))
+    return np.array(transforms.resize(image, list(size), InterpolationMode.BICUBIC))
 
 
 def fitted_size(
@@ -128,92 +153,6 @@ def fitted_size(
             "Enlarge it with --image-size.",
         )
     return height, width
-
-
-@contextlib.contextmanager
-def _reported(path: Path, max_pixels: int | None) -> Iterator[None]:
-    """Let Pillow read at most ``max_pixels``, and raise errors of ours for its own."""
-    most = max_pixels or MOST_PIXELS
-    try:
-        with _limit(most):
-            yield
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InvalidInput(
-            f"an image of at most {most:,} pixels",
-            f"{path} ({error})",
-            "Shrink it, or allow it with --max-pixels N.",
-        ) from error
-    except UnreadableFile:
-        raise
-    except Exception as error:  # Pillow's readers raise whatever foreign bytes provoke
-        raise UnreadableFile(
-            "a complete image file",
-            f"{path}, which cannot be read ({type(error).__name__}: {error})",
-            "Check the path and that an image viewer opens it.",
-        ) from error
-
-
-def _opened(path: Path, content: bytes | None) -> Image.Image:
-    image = Image.open(path if content is None else _Content(content, path))
-    if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
-        image.close()
-        raise UnreadableFile(
-            "an image of pixels", f"{path}, which is PostScript", "Convert it to PNG."
-        )
-    return image
-
-
-class _Content(io.BytesIO):
-    """The bytes of a file, called by its name in Pillow's errors, not by a place in memory."""
-
-    def __init__(self, content: bytes, path: Path) -> None:
-        super().__init__(content)
-        self._path = path
-
-    def __repr__(self) -> str:
-        return repr(str(self._path))
-
-
-# Pillow's limit is one for the process.
-_LIMIT = threading.Lock()
-
-
-@contextlib.contextmanager
-def _limit(pixels: int) -> Iterator[None]:
-    """Let Pillow refuse images of more ``pixels``, and those inside of a file, by their headers."""
-    with _LIMIT, warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
-
-
-def _in_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _TRANSPARENT or "transparency" in image.info:
-        # As viewers show it: below there may be any colour, black as a rule.
-        opaque = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(opaque, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-_TRANSPARENT = {"LA", "PA", "RGBA", "RGBa"}
-
-# Whose mode I is 16 bits deep, as Pillow's older versions open it.
-_SIXTEEN_BITS = {"PNG", "PPM"}
-
-
-def _in_eight_bits(upright: Image.Image, image: Image.Image, path: Path) -> Image.Image:
-    """Scale 0…65535 to 0…255, where Pillow would clip to white."""
-    if not (image.mode.startswith("I;16") or image.format in _SIXTEEN_BITS):
-        raise UnreadableFile(
-            "an image of 8 or 16 bits per channel",
-            f"{path} of Pillow's mode {image.mode}, whose values have no known range",
-            "Scale them to 0…255 and save it again.",
-        )
-    values = np.asarray(upright).astype(np.float32) / 257
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def _resized(size: tuple[int, int], wanted: ImageSize) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dinov2_attn.errors import InvalidInput
 from dinov2_attn.show.captions import (
     Outlying,
     holders,
@@ -23,6 +22,7 @@ from dinov2_attn.show.captions import (
 from dinov2_attn.show.colours import heaviest
 from dinov2_attn.show.looks import Head, Look, look
 from dinov2_attn.show.mosaic import Cells, Mosaic
+from dinov2_attn.show.pixels import as_pixels
 from dinov2_attn.show.sheet import POINTS, Sheet, draw_bar
 from dinov2_attn.show.style import GREY, Style, extend
 from dinov2_attn.show.text import FONT, POINTS_PER_INCH, percent, wrap
@@ -70,7 +70,8 @@ def plot(
     query      ``"cls"``, ``"register:2"``, a patch ``(row, column)``, or a position; a
                patch is framed in white
     sample     which image of the batch; of a list of batches ``(batch, image)``
-    image      a photograph ``(H, W, 3)`` or ``(H, W)`` to lay the map over
+    image      a photograph ``(H, W, 3)`` or ``(H, W)`` to lay the map over: integers of 0…255
+               or floats of 0…1
     artifacts  what ``artifact_tokens`` found in the same batch, treated as ``style`` says
     style      contrast, interpolation, outliers, alpha
     name       what the caption calls the model
@@ -98,7 +99,7 @@ def plot(
         thick = 1.5
     mosaic = Mosaic(ax, cells, style, thick)
     if image is not None:
-        mosaic.picture((0, 0), _pixels(image))
+        mosaic.picture((0, 0), as_pixels(image))
     alpha = 1.0 if image is None else style.alpha
     _map(mosaic, (0, 0), values, norm, style, outlying, alpha)
     mosaic.query((0, 0), seen.patch)
@@ -224,7 +225,7 @@ def plot_masks(
     _photograph(mosaic, places[0], image, seen, PLAIN, None)
     for place, head in zip(places[1:], heads, strict=True):
         kept = heaviest(seen.map(layer, head), share)
-        mosaic.picture(place, _pixels(image))
+        mosaic.picture(place, as_pixels(image))
         mosaic.cover(place, kept, STAIN)
         mosaic.query(place, seen.patch)
         mosaic.title(place, f"{_head_name(head)} · {percent(kept.mean())}", SMALL)
@@ -273,24 +274,11 @@ def _photograph(
     style: Style,
     outlying: Outlying | None,
 ) -> None:
-    mosaic.picture(place, _pixels(image))
+    mosaic.picture(place, as_pixels(image))
     if outlying is not None and style.outliers == "mark":
         mosaic.outlines(place, outlying.mask)
     mosaic.query(place, seen.patch)
     mosaic.title(place, "photograph", SMALL)
-
-
-def _pixels(image: Any) -> Any:
-    pixels = np.asarray(image)
-    if pixels.ndim == 2:
-        pixels = np.repeat(pixels[..., np.newaxis], 3, axis=2)
-    if pixels.ndim != 3 or pixels.shape[2] not in (3, 4) or 0 in pixels.shape:
-        raise InvalidInput(
-            "a photograph of shape (H, W, 3) or (H, W)",
-            f"{type(image).__name__} of shape {pixels.shape}",
-            "Put the channels last; read_photograph(...).picture is one.",
-        )
-    return pixels
 
 
 # Sizes

@@ -25,14 +25,15 @@ def check_images(model: Any, images: object, masks: object = None) -> None:
         raise InvalidInput(
             "images as a floating tensor of shape (B, C, H, W), or a list of such tensors",
             _describe(images),
-            "Add the batch dimension with images[None], or convert with images.float().",
+            _to_floating(images),
         )
-    channels = int(model.patch_embed.in_chans)
+    channels = input_channels(model)
     if images.shape[1] != channels:
         raise InvalidInput(
-            f"images with {channels} channels in dimension 1",
-            _describe(images),
-            "Convert to RGB and put the channels before height and width.",
+            f"images with {channels} channel{'s' * (channels != 1)} in dimension 1, as the model "
+            "takes",
+            f"{images.shape[1]}: {_describe(images)}",
+            _to_channels(images, channels),
         )
     height, width = patch_size(model)
     if images.shape[2] % height or images.shape[3] % width or 0 in images.shape[2:]:
@@ -43,6 +44,46 @@ def check_images(model: Any, images: object, masks: object = None) -> None:
         )
     if masks is not None:
         _check_masks(masks, images.shape[0], _count_patches(model, images))
+
+
+def input_channels(model: Any) -> int:
+    """Return how many channels the images of ``model`` have to have."""
+    return int(model.patch_embed.in_chans)
+
+
+def _to_floating(images: object) -> str:
+    """Say how to make what is no floating batch one, with the values that a model expects."""
+    if not isinstance(images, Tensor):
+        return "Convert with torch.as_tensor(...), scaled to 0…1 and normalised as in training."
+    batch = "images[None]" if images.ndim == 3 else "images"
+    if images.is_floating_point():
+        return f"Give {batch}." if images.ndim == 3 else "Reshape them to (B, C, H, W)."
+    greatest = _GREATEST.get(str(images.dtype).removeprefix("torch."), 255)
+    scaled = f"{batch}.float()" + (f" / {greatest}" if greatest > 1 else "")
+    if images.ndim == 4 and images.shape[1] != 3 and images.shape[-1] == 3:
+        scaled = scaled.replace("images", "images.permute(0, 3, 1, 2)", 1)
+    return (
+        f"Scale to 0…1, then normalise as in training, for Meta's models with "
+        f"torchvision.transforms.functional.normalize({scaled}, (0.485, 0.456, 0.406), "
+        "(0.229, 0.224, 0.225))."
+    )
+
+
+# What white is, by dtype; other integers are taken for values of 8 bits.
+_GREATEST = {"bool": 1, "uint16": 65535}
+
+
+def _to_channels(images: Tensor, channels: int) -> str:
+    """Say how to get the channels that a model takes out of ``images``."""
+    if images.shape[-1] == channels:
+        return "Put the channels before height and width: images.permute(0, 3, 1, 2)."
+    if images.shape[1] == 1 and channels == 3:
+        return "Repeat the grey channel: images.repeat(1, 3, 1, 1)."
+    if images.shape[1] == 4 and channels == 3:
+        return "Leave alpha out: images[:, :3]."
+    if images.shape[1] == 3 and channels == 1:
+        return "Convert to grey: images.mean(1, keepdim=True)."
+    return "Give the channels that the model was trained with, or load the model for these."
 
 
 def check_list(images: Sequence[object], masks: object) -> list[Any]:

@@ -33,7 +33,7 @@ are shown to four digits, in full in the page's data elements.</p>
 <p>Limits of the colours are those of patches; CLS and registers may lie beyond them. Shared limits
 are over all heads of the layer, for the chosen token and direction.</p>
 <p>Outliers {outliers}: patches whose norm stands out. Weights are never changed for them.</p>
-<p>Kept: {kept}.{left_out}</p>"""
+{read}<p>Kept: {kept}.{left_out}</p>"""
 
 _COMPUTED = (
     "The mean of heads is computed here from these numbers, and is off by no more than they."
@@ -141,6 +141,7 @@ def _numbers(frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables
         error=at_least(max(errors, default=0.0)),
         mean=_STORED if any("mean" in one for one in tables.values()) else _COMPUTED,
         outliers=escape(frame.outliers_found),
+        read=f"<p>{escape(frame.read)}</p>\n" if frame.read else "",
         kept=escape(describe(dict(kept), frame.shape)),
         left_out=escape(f" Left out: {lacking}.") if lacking else "",
     )

@@ -42,6 +42,7 @@ class Frame:
     warning   a line that stands out above everything; none if ``None``
     outliers  patches to mark, of which ``sample`` counts; ``None``: not looked for
     limit     the greatest size of the page in bytes
+    read      a sentence on how the image was read
     ========  ==================================================================
     """
 
@@ -53,10 +54,12 @@ class Frame:
     outliers: Outliers | None
     sample: int
     limit: int
+    read: str = ""
 
     def __post_init__(self) -> None:
         height, width = self.shape.grid
         wanted = self.picture.ndim == 3 and self.picture.dtype == np.uint8
+        wanted = wanted and self.picture.shape[2] == 3
         if not wanted or self.picture.shape[0] % height or self.picture.shape[1] % width:
             raise InvalidInput(
                 f"a picture, uint8 (H, W, 3), cropped to whole patches of a grid {self.shape.grid}",

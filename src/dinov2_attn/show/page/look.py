@@ -54,7 +54,10 @@ def explore(
     with looking_at(images):
         outliers = artifact_tokens(model, images)
         limit = bytes_in(max_mb)
-        frame = Frame(photograph.picture, shape, title, name, warning, outliers, 0, limit)
+        frame = Frame(
+            *(photograph.picture, shape, title, name, warning, outliers, 0, limit),
+            read=photograph.told(),
+        )
         kept = keep(frame, layers)
         tables = _tables(model, images, shape, heads, kept)
     return write(Path(path), frame, kept, tables)

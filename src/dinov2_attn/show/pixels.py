@@ -1,0 +1,75 @@
+"""Arrays that users give as photographs: checked as files are, so that none is shown wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dinov2_attn.errors import InvalidInput
+
+
+def as_pixels(image: Any) -> npt.NDArray[Any]:
+    """Return a photograph as matplotlib shows it: ``(H, W, 3)`` or ``(H, W, 4)``.
+
+    Taken are ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` and ``(H, W, 4)``, integers of 0…255,
+    floats of 0…1 or booleans, on any device. Raises ``InvalidInput`` for everything else, since
+    one array of floats may be of 0…255, of 12 bits or normalised.
+    """
+    pixels = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    if pixels.ndim == 2:
+        pixels = pixels[..., np.newaxis]
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
+        raise InvalidInput(
+            "a photograph of shape (H, W, 3) or (H, W)",
+            f"{type(image).__name__} of shape {np.shape(pixels)}",
+            _to_shape(pixels),
+        )
+    _check_values(pixels, type(image).__name__)
+    if pixels.dtype.kind in "iub":
+        pixels = pixels.astype(np.uint8) * (255 if pixels.dtype.kind == "b" else 1)
+    elif pixels.dtype.itemsize < 4:
+        pixels = pixels.astype(np.float32)
+    return pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
+
+
+def _check_values(pixels: npt.NDArray[Any], kind: str) -> None:
+    if pixels.dtype.kind not in "biuf":
+        raise InvalidInput("a photograph of numbers", f"{pixels.dtype}", "Convert to uint8.")
+    if not np.isfinite(pixels).all():
+        raise InvalidInput("a photograph of finite numbers", "NaN or infinity", "Replace them.")
+    floating = pixels.dtype.kind == "f"
+    least, greatest = pixels.min(), pixels.max()
+    if least >= 0 and greatest <= (1 if floating else 255):
+        return
+    raise InvalidInput(
+        f"a photograph of {'floats of 0…1' if floating else 'integers of 0…255'}",
+        f"{kind} of {pixels.dtype}, whose values run from {least:g} to {greatest:g}",
+        _to_range(float(least), float(greatest), floating),
+    )
+
+
+def _to_range(least: float, greatest: float, floating: bool) -> str:
+    if least < 0 and floating:
+        return (
+            "If it was normalised for the model, undo that: image * std + mean; or pass "
+            "read_photograph(...).picture."
+        )
+    if least < 0:
+        return "Scale it to 0…1 first: (image - image.min()) / (image.max() - image.min())."
+    white = next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if greatest < 2**bits), None)
+    if white is None:
+        return "Divide it by the value of white."
+    return f"Divide it by the value of white: image / {white} if that is {white}."
+
+
+def _to_shape(pixels: npt.NDArray[Any]) -> str:
+    if pixels.ndim == 4 and len(pixels) == 1:
+        return "Take one image of the batch: image[0], with its channels last."
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4):
+        return (
+            "Put the channels last: image.transpose(1, 2, 0) of an array, "
+            "image.permute(1, 2, 0) of a tensor."
+        )
+    return "Put the channels last; read_photograph(...).picture is one."

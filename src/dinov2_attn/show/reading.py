@@ -1,0 +1,108 @@
+"""How the numbers of an image become a model's input: channels, range, mean and deviation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dinov2_attn.errors import InvalidInput
+
+# The mean and deviation of ImageNet's channels, with which Meta trained every DINOv2.
+MEAN = (0.485, 0.456, 0.406)
+DEVIATION = (0.229, 0.224, 0.225)
+
+# Their averages, for a model with another number of channels.
+GREY_MEAN, GREY_DEVIATION = 0.449, 0.226
+
+# The values that become 0 and 1: given, those of each image ("auto"), or the file's own.
+Range = tuple[float, float] | str | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an image is read for one model.
+
+    ========  ==================================================================
+    channels  how many the model takes
+    range     ``(low, high)``: what becomes 0 and 1; ``"auto"``: the least and the
+              greatest value of each image; ``None``: the range of the file's format
+    mean      subtracted from each channel, which runs from 0 to 1
+    std       what each channel is divided by
+    ========  ==================================================================
+    """
+
+    channels: int = 3
+    range: Range = None
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = DEVIATION
+
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{v:g}" for v in each) for each in (self.mean, self.std))
+        return f"values of 0…1 are normalised with mean {mean} and standard deviation {std}"
+
+
+# Of images in RGB for Meta's models.
+IMAGENET = Reading()
+
+
+def reading_for(channels: int, range: Any = None, mean: Any = None, std: Any = None) -> Reading:
+    """Return how to read images for a model of so many ``channels``.
+
+    ``mean`` and ``std`` are one number or one for each channel. Without them they are those of
+    ImageNet; for other than 3 channels, the averages of those, 0.449 and 0.226. Raises
+    ``InvalidInput``.
+    """
+    means = _each("mean", mean, channels, MEAN, GREY_MEAN)
+    deviations = _each("std", std, channels, DEVIATION, GREY_DEVIATION)
+    if wrong := [value for value in means if not 0 <= value <= 1]:
+        raise _out_of_scale("mean between 0 and 1, as pixels are scaled to 0…1", wrong[0])
+    if wrong := [value for value in deviations if not 0 < value <= 1]:
+        raise _out_of_scale("std above 0 and up to 1, as pixels are scaled to 0…1", wrong[0])
+    return Reading(channels, check_range(range), means, deviations)
+
+
+def check_range(range: Any) -> Range:
+    """Return a range as ``(low, high)``, ``"auto"`` or ``None``; raise ``InvalidInput``."""
+    if range is None or (isinstance(range, str) and range == "auto"):
+        return range
+    ends = _numbers(range)
+    if ends is None or len(ends) != 2 or not ends[0] < ends[1]:
+        raise InvalidInput(
+            "range as (low, high) with low < high, or 'auto'", repr(range), "Try (0, 4095)."
+        )
+    return ends[0], ends[1]
+
+
+def _each(
+    name: str, given: Any, channels: int, imagenet: tuple[float, ...], grey: float
+) -> tuple[float, ...]:
+    if given is None:
+        return imagenet if channels == len(imagenet) else (grey,) * channels
+    numbers = _numbers(given)
+    if numbers is None or len(numbers) not in (1, channels):
+        wanted = "one number" if channels == 1 else f"one number, or {channels}"
+        raise InvalidInput(
+            f"{name} as {wanted}, the model taking {channels} channel{'s' * (channels != 1)}",
+            repr(given) if numbers is None else f"{len(numbers)} numbers",
+            f"Give {'it once' if channels == 1 else 'one for each channel, or one for all'}.",
+        )
+    return tuple(numbers) * (channels if len(numbers) == 1 else 1)
+
+
+def _numbers(given: Any) -> list[float] | None:
+    """Return finite numbers as a list, or ``None`` for what is none."""
+    if hasattr(given, "tolist"):  # an array or a tensor
+        given = given.tolist()
+    several = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    try:
+        numbers = [float(one) for one in several]
+    except (TypeError, ValueError):
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+def _out_of_scale(expected: str, found: float) -> InvalidInput:
+    advice = f"Divide by 255: {found / 255:.6g}." if 1 < found <= 255 else "Try 0.5."
+    return InvalidInput(expected, f"{found:g}", advice)
