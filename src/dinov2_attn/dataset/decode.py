@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2_attn.dataset.items import Item
-from dinov2_attn.errors import Dinov2AttnError
+from dinov2_attn.errors import Dinov2AttnError, UnreadableFile
 from dinov2_attn.show.images import ImageSize, fit, fitted_size, open_upright, stored_size
+from dinov2_attn.show.running import told
 
 Size = tuple[int, int]
 
@@ -38,11 +39,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Refused:
-    """An image that cannot be read, and why."""
+    """An image without maps, and why: ``"decode"`` or ``"pass"`` is the stage that failed."""
 
     number: int
     item: Item
     reason: str
+    stage: str = "decode"
 
 
 @dataclass(frozen=True)
@@ -95,3 +97,10 @@ def _or_refused(decode: Callable[[int, Item], Any], number: int, item: Item) -> 
         return decode(number, item)
     except Dinov2AttnError as error:
         return Refused(number, item, str(error))
+    except Exception as error:  # no memory for it, or what libraries raise
+        reason = UnreadableFile(
+            "an image that can be decoded",
+            f"{item.path} ({told(error)})",
+            "Check that an image viewer opens it.",
+        )
+        return Refused(number, item, str(reason))

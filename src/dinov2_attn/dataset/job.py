@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,12 +30,14 @@ from dinov2_attn.errors import UnwritableOutput
 class Summary:
     """What an extraction did.
 
-    ``images`` and ``shards`` are all of the source's, ``unreadable`` are those without maps;
+    ``images`` and ``shards`` are all of the source's, ``unreadable`` are those without maps,
+    of which ``failed`` could be decoded and failed in their pass through the model;
     ``seen`` images in ``written`` shards, of ``bytes`` bytes, are this run's, in ``seconds``.
     """
 
     images: int
     unreadable: int
+    failed: int
     shards: int
     seen: int
     written: int
@@ -44,10 +47,11 @@ class Summary:
     def __str__(self) -> str:
         before = self.shards - self.written
         return (
-            f"{self.images:,} images, {self.unreadable:,} of them unreadable, in {self.shards:,} "
-            f"shard{'s' * (self.shards != 1)}"
-            + f", {before:,} of them there before"
-            * bool(before)
+            f"{self.images:,} images, {self.unreadable:,} of them unreadable"
+            + f" ({self.failed:,} in {'its' if self.failed == 1 else 'their'} pass)"
+            * bool(self.failed)
+            + f", in {self.shards:,} shard{'s' * (self.shards != 1)}"
+            + f", {before:,} of them there before" * bool(before)
             + f"; this run: {self.seen:,} images, {self.bytes / 1e6:,.1f} MB in "
             f"{self.seconds:,.1f} s, {self.seen / max(self.seconds, 1e-9):,.1f} images/s"
         )
@@ -77,10 +81,11 @@ class Job:
             bar = self._bar(group, made.count(own))
             run = Run(self.model, made, self.options, self.folder, self.workers, self.strict, bar)
             written = group.on_each(lambda: run(own))
-            unreadable = group.on_first(lambda: self._end(made))
+            stages = group.on_first(lambda: self._end(made))
         return Summary(
             images=len(made.items),
-            unreadable=unreadable,
+            unreadable=sum(stages.values()),
+            failed=stages["pass"],
             shards=made.shards,
             seen=made.count(pending),
             written=len(pending),
@@ -115,8 +120,8 @@ class Job:
             shards.prepare(self.folder, made)
         done = self._done(made)
         if self.strict:
-            found = (line for shard in done for line in shards.refusals(self.folder, shard))
-            refuse(*(line["reason"] for line in found))
+            for line in (line for shard in done for line in shards.refusals(self.folder, shard)):
+                refuse(line["path"], line["reason"])
         return made, made.others(done)
 
     def _done(self, made: Plan) -> list[int]:
@@ -126,7 +131,7 @@ class Job:
             done = [shard for shard in done if not shards.refusals(self.folder, shard)]
         return done
 
-    def _end(self, made: Plan) -> int:
+    def _end(self, made: Plan) -> Counter[str]:
         with writing_to(self.folder):
             return shards.merge(self.folder, made.shards)
 

@@ -21,7 +21,6 @@ from dinov2_attn.dataset.options import Options
 from dinov2_attn.dataset.plan import Plan
 from dinov2_attn.errors import (
     Dinov2AttnError,
-    OutOfRange,
     Unavailable,
     UnreadableFile,
     UnwritableOutput,
@@ -72,11 +71,11 @@ class Run:
         seen: list[Seen] = []
         refused: list[Refused] = []
         for batch in self._batches(shard, pictures, refused):
-            try:
-                seen += look(self.model, batch, self.options)
-            except OutOfRange as error:  # a query that images of this size do not have
-                for origin in (picture.origin for picture in batch):
-                    self._pass_over(Refused(origin.number, origin.item, str(error)), refused)
+            for found in look(self.model, batch, self.options):
+                if isinstance(found, Refused):
+                    self._pass_over(found, refused)
+                else:
+                    seen.append(found)
         return seen, refused
 
     def _batches(
@@ -94,18 +93,17 @@ class Run:
 
     def _pass_over(self, one: Refused, refused: list[Refused]) -> None:
         if self.strict:
-            refuse(one.reason)
+            refuse(one.item.path, one.reason)
         refused.append(one)
 
 
-def refuse(*reasons: str) -> None:
-    """Raise ``UnreadableFile`` where a strict run has a reason to."""
-    if reasons:
-        raise UnreadableFile(
-            "images that can all be read, since the run is strict",
-            reasons[0],
-            "Mend the image and run with --retry, or run without --strict.",
-        )
+def refuse(path: str, reason: str) -> None:
+    """Raise ``UnreadableFile`` for the first image without maps of a strict run."""
+    raise UnreadableFile(
+        "images that can all be read and seen, since the run is strict",
+        (reason if path in reason else f"{path}: {reason}").rstrip("."),
+        "Mend the image and run with --retry, or run without --strict.",
+    )
 
 
 @contextlib.contextmanager
