@@ -19,6 +19,7 @@ from dinov2_attn.dataset import shards
 from dinov2_attn.dataset.items import list_items
 from dinov2_attn.dataset.layout import LOCK
 from dinov2_attn.dataset.options import Options
+from dinov2_attn.dataset.passed_over import Sieve, describe
 from dinov2_attn.dataset.plan import Plan, plan
 from dinov2_attn.dataset.preview import Preview, preview
 from dinov2_attn.dataset.ranks import Ranks, ranks
@@ -33,6 +34,7 @@ class Summary:
     ``images`` and ``shards`` are all of the source's, ``unreadable`` are those without maps,
     of which ``failed`` could be decoded and failed in their pass through the model;
     ``seen`` images in ``written`` shards, of ``bytes`` bytes, are this run's, in ``seconds``.
+    ``passed_over`` counts by suffix what lies beside the images.
     """
 
     images: int
@@ -43,18 +45,24 @@ class Summary:
     written: int
     bytes: int
     seconds: float
+    passed_over: dict[str, int]
 
     def __str__(self) -> str:
         before = self.shards - self.written
-        return (
-            f"{self.images:,} images, {self.unreadable:,} of them unreadable"
-            + f" ({self.failed:,} in {'its' if self.failed == 1 else 'their'} pass)"
-            * bool(self.failed)
-            + f", in {self.shards:,} shard{'s' * (self.shards != 1)}"
-            + f", {before:,} of them there before" * bool(before)
-            + f"; this run: {self.seen:,} images, {self.bytes / 1e6:,.1f} MB in "
-            f"{self.seconds:,.1f} s, {self.seen / max(self.seconds, 1e-9):,.1f} images/s"
-        )
+        shards = f"{self.shards:,} shard{'s' * (self.shards != 1)}"
+        parts = [
+            f"{self.images:,} images, {self.unreadable:,} of them unreadable{self._failed()}, "
+            f"in {shards}",
+            f", {before:,} of them there before" * bool(before),
+            f"; this run: {self.seen:,} images, {self.bytes / 1e6:,.1f} MB in "
+            f"{self.seconds:,.1f} s, {self.seen / max(self.seconds, 1e-9):,.1f} images/s",
+            f"\n{describe(self.passed_over)}" * bool(self.passed_over),
+        ]
+        return "".join(parts)
+
+    def _failed(self) -> str:
+        whose = "its pass" if self.failed == 1 else "their passes"
+        return f" ({self.failed:,} in {whose} through the model)" * bool(self.failed)
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class Job:
             written=len(pending),
             bytes=sum(written),
             seconds=time.perf_counter() - begun,
+            passed_over=made.passed_over,
         )
 
     def preview(self) -> Preview:
@@ -109,7 +118,10 @@ class Job:
         return group.on_first(look)
 
     def _plan(self) -> Plan:
-        return plan(self.model, list_items(self.sources), self.options, self.name, self.random)
+        sieve = Sieve()
+        items = list_items(self.sources, sieve)
+        passed_over = sieve.passed_over
+        return plan(self.model, items, self.options, self.name, self.random, passed_over)
 
     def _begin(self, held: ExitStack) -> tuple[Plan, list[int]]:
         """Take the folder for this run; return the plan and the shards that are to be written."""

@@ -26,11 +26,13 @@ class Plan:
     """All images in their order, cut into shards of ``shard_size``; the same for every run.
 
     ``about`` is what ``extraction.json`` says: everything that decides what shards hold.
+    ``passed_over`` counts by suffix what lies beside the images.
     """
 
     items: Sequence[Item]
     shard_size: int
     about: dict[str, Any]
+    passed_over: dict[str, int]
 
     @property
     def shards(self) -> int:
@@ -53,7 +55,12 @@ class Plan:
 
 
 def plan(
-    model: Any, items: Sequence[Item], options: Options, name: str | None, random: bool
+    model: Any,
+    items: Sequence[Item],
+    options: Options,
+    name: str | None,
+    random: bool,
+    passed_over: dict[str, int],
 ) -> Plan:
     """Return the plan for ``items``; ``name`` is what the model is called."""
     about = {
@@ -70,7 +77,8 @@ def plan(
         "source": {"images": len(items), "listing": _listing(items)},
     }
     # Through JSON, so that it equals what is read from a file.
-    return Plan(items, options.shard_size, json.loads(json.dumps(about)))
+    about = json.loads(json.dumps(about))
+    return Plan(items, options.shard_size, about, passed_over)
 
 
 def differences(mine: Any, theirs: Any, where: str = "") -> list[str]:
