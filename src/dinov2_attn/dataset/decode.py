@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from dinov2_attn.dataset.items import Item
+from dinov2_attn.dataset.item import Item
 from dinov2_attn.errors import Dinov2AttnError, UnreadableFile
 from dinov2_attn.show.images import ImageSize, fit, fitted_size, open_upright, stored_size
 from dinov2_attn.show.running import told
@@ -31,10 +32,22 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image cropped to whole patches: uint8 ``(H, W, 3)``."""
+    """An image of whole patches.
+
+    ``pixels``: uint8 ``(H, W, 3)``, to be normalised, or a tensor as the model takes it: floating
+    ``(C, H, W)``.
+    """
 
     origin: Origin
-    pixels: npt.NDArray[np.uint8]
+    pixels: npt.NDArray[np.uint8] | Tensor
+
+    @property
+    def sides(self) -> Size:
+        """Height and width."""
+        height, width = (
+            self.pixels.shape[-2:] if isinstance(self.pixels, Tensor) else self.pixels.shape[:2]
+        )
+        return height, width
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Decoder:
 
     def __getitem__(self, numbered: tuple[int, Item]) -> Picture | Refused:
         """Return the picture of an item, or why there is none."""
-        found: Picture | Refused = _or_refused(self._decode, *numbered)
+        found: Picture | Refused = or_refused(self._decode, *numbered)
         return found
 
     def _decode(self, number: int, item: Item) -> Picture:
@@ -81,7 +94,7 @@ class Measurer:
 
     def __getitem__(self, numbered: tuple[int, Item]) -> Size | Refused:
         """Return height and width in patches, or why there is no picture."""
-        found: Size | Refused = _or_refused(self._measure, *numbered)
+        found: Size | Refused = or_refused(self._measure, *numbered)
         return found
 
     def _measure(self, _: int, item: Item) -> Size:
@@ -91,7 +104,8 @@ class Measurer:
         return height // self.patch_size, width // self.patch_size
 
 
-def _or_refused(decode: Callable[[int, Item], Any], number: int, item: Item) -> Any:
+def or_refused(decode: Callable[[int, Item], Any], number: int, item: Item) -> Any:
+    """Return what ``decode`` makes of an item, or why there is nothing."""
     try:
         item.check()
         return decode(number, item)

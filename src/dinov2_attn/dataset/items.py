@@ -8,58 +8,15 @@ import os
 import stat
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from dinov2_attn.dataset.item import Item
 from dinov2_attn.dataset.layout import ABOUT
 from dinov2_attn.dataset.passed_over import LINKS, Sieve, describe, is_hidden
 from dinov2_attn.dataset.tars import is_tar, members
 from dinov2_attn.errors import InvalidInput, UnreadableFile
 from dinov2_attn.show.formats import plugin_for
 from dinov2_attn.show.images import stored_size
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image of a source.
-
-    ======  ====================================================================
-    source  the name of the folder, list or tar
-    path    the image's path in there, as a list has it, parts joined by ``/``
-    file    the file with its bytes: the image itself, or the tar
-    place   offset and length of the image in a tar
-    ======  ====================================================================
-    """
-
-    source: str
-    path: str
-    file: str
-    place: tuple[int, int] | None = None
-
-    def check(self) -> None:
-        """Raise ``UnreadableFile`` for what is there but no file: a pipe is waited for forever."""
-        if os.path.exists(self.file) and not os.path.isfile(self.file):
-            raise UnreadableFile(
-                "a file that can be read",
-                f"{self.path}, which is a pipe, a device or a folder",
-                "Leave it out of the source.",
-            )
-
-    def read(self) -> bytes:
-        """Return the bytes of the image. Raises ``UnreadableFile``."""
-        try:
-            with open(self.file, "rb") as file:
-                if self.place is None:
-                    return file.read()
-                file.seek(self.place[0])
-                return file.read(self.place[1])
-        except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
-            reason = getattr(error, "strerror", None) or error
-            raise UnreadableFile(
-                "a file that can be read",
-                f"{self.path} ({type(error).__name__}: {reason})",
-                "Check the path and who may read it.",
-            ) from error
 
 
 def list_items(sources: Sequence[str | Path], sieve: Sieve | None = None) -> list[Item]:

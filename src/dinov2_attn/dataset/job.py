@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,6 @@ import filelock
 from tqdm import tqdm
 
 from dinov2_attn.dataset import shards
-from dinov2_attn.dataset.items import list_items
 from dinov2_attn.dataset.layout import LOCK
 from dinov2_attn.dataset.options import Options
 from dinov2_attn.dataset.passed_over import Sieve, describe
@@ -24,6 +23,7 @@ from dinov2_attn.dataset.plan import Plan, plan
 from dinov2_attn.dataset.preview import Preview, preview
 from dinov2_attn.dataset.ranks import Ranks, ranks
 from dinov2_attn.dataset.run import Run, refuse, writing_to
+from dinov2_attn.dataset.sources import Source, wanted
 from dinov2_attn.errors import UnwritableOutput
 
 
@@ -70,7 +70,7 @@ class Job:
     """What ``extract`` was asked for."""
 
     model: Any
-    sources: Sequence[str | Path]
+    source: Source
     folder: Path
     options: Options
     workers: int
@@ -87,7 +87,16 @@ class Job:
             made, pending = group.on_first(lambda: self._begin(held))
             own = pending[group.rank :: group.world]
             bar = self._bar(group, made.count(own))
-            run = Run(self.model, made, self.options, self.folder, self.workers, self.strict, bar)
+            run = Run(
+                self.model,
+                made,
+                self.options,
+                self.source.decoder(wanted(self.model, self.options)),
+                self.folder,
+                self.workers,
+                self.strict,
+                bar,
+            )
             written = group.on_each(lambda: run(own))
             stages = group.on_first(lambda: self._end(made))
         return Summary(
@@ -113,15 +122,25 @@ class Job:
                 if self.folder.exists():
                     shards.check(self.folder, made)
             done = self._done(made)
-            return preview(self.model, made, self.options, self.folder, done, self.workers, bar)
+            measurer = self.source.measurer(wanted(self.model, self.options))
+            rest = (self.folder, done, self.workers, bar)
+            return preview(self.model, made, self.options, measurer, *rest)
 
         return group.on_first(look)
 
     def _plan(self) -> Plan:
         sieve = Sieve()
-        items = list_items(self.sources, sieve)
-        passed_over = sieve.passed_over
-        return plan(self.model, items, self.options, self.name, self.random, passed_over)
+        items = self.source.items(sieve)
+        self.source.check(items, wanted(self.model, self.options))
+        return plan(
+            self.model,
+            items,
+            self.options,
+            self.name,
+            self.random,
+            sieve.passed_over,
+            self.source.transform,
+        )
 
     def _begin(self, held: ExitStack) -> tuple[Plan, list[int]]:
         """Take the folder for this run; return the plan and the shards that are to be written."""

@@ -75,7 +75,7 @@ def _seen_or_refused(model: Any, pictures: list[Picture], options: Options) -> S
     except (Dinov2AttnError, Warning):
         raise
     except Exception as error:  # upstream's code and hooks of the user's raise what they like
-        height, width, _ = pictures[0].pixels.shape
+        height, width = pictures[0].sides
         found = f"{pictures[0].origin.item.path}, of which it sees {height} × {width} pixels"
         smaller = "Give a smaller image size, or pass over large ones: --max-pixels."
         return _refused(pictures[0], cannot_run(error, found, smaller))
@@ -88,7 +88,7 @@ def _refused(picture: Picture, error: InvalidInput) -> Refused:
 @torch.inference_mode()
 def _look(model: Any, pictures: list[Picture], options: Options) -> Seen:
     like = next(model.parameters())
-    images = normalise(_on_device(pictures, like.device)).to(like.dtype)
+    images = _on_device(pictures, like.device).to(like.dtype)
     maps, artifacts = _maps(model, images, options)
     # One layer after the other behind the batch.
     patches = torch.stack(maps.maps(), dim=1)
@@ -105,11 +105,15 @@ def _look(model: Any, pictures: list[Picture], options: Options) -> Seen:
 
 
 def _on_device(pictures: list[Picture], device: torch.device) -> Tensor:
-    """Return the pixels of a batch, uint8 ``(B, H, W, 3)``: a quarter of what floats would be."""
+    """Return a batch ``(B, C, H, W)``, normalised unless it came as tensors."""
+    tensors = [one.pixels for one in pictures if isinstance(one.pixels, Tensor)]
+    if tensors:
+        return torch.stack(tensors).to(device)
+    # A quarter of what floats would be on their way to the device.
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
     if device.type == "cuda":
         pixels = pixels.pin_memory()  # from where the copy runs beside the kernels
-    return pixels.to(device, non_blocking=True)
+    return normalise(pixels.to(device, non_blocking=True))
 
 
 def _maps(

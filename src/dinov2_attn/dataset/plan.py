@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import dinov2_attn
-from dinov2_attn.dataset.items import Item
+from dinov2_attn.dataset.item import Item
 from dinov2_attn.dataset.options import Options
 from dinov2_attn.surgery.inputs import patch_size
 from dinov2_attn.upstream.anatomy import count_registers
@@ -61,8 +61,12 @@ def plan(
     name: str | None,
     random: bool,
     passed_over: dict[str, int],
+    transform: str | None = None,
 ) -> Plan:
-    """Return the plan for ``items``; ``name`` is what the model is called."""
+    """Return the plan for ``items``; ``name`` is what the model is called.
+
+    ``transform`` tells what is done to pictures before the model sees them.
+    """
     about = {
         "format": FORMAT,
         "model": {
@@ -74,7 +78,7 @@ def plan(
             "warning": NO_MEANING if random else None,
         },
         "options": asdict(options),
-        "source": {"images": len(items), "listing": _listing(items)},
+        "source": {"images": len(items), "listing": _listing(items), "transform": transform},
     }
     # Through JSON, so that it equals what is read from a file.
     about = json.loads(json.dumps(about))

@@ -11,7 +11,7 @@ from itertools import tee
 from pathlib import Path
 from typing import Any
 
-from dinov2_attn.dataset.decode import Measurer, Refused
+from dinov2_attn.dataset.decode import Refused
 from dinov2_attn.dataset.options import Options, stored_bytes
 from dinov2_attn.dataset.passed_over import describe
 from dinov2_attn.dataset.plan import Plan
@@ -63,6 +63,7 @@ def preview(
     model: Any,
     made: Plan,
     options: Options,
+    measurer: Any,
     folder: Path,
     done: list[int],
     workers: int,
@@ -70,8 +71,6 @@ def preview(
 ) -> Preview:
     """Return what running the plan ``made`` would do, ``done`` being its finished shards."""
     rest = made.others(done)
-    size = made.about["model"]["patch_size"][0]
-    measurer = Measurer(size, options.image_size, options.max_pixels)
     numbered, again = tee(item for shard in rest for item in made.numbered(shard))
     refused: list[Refused] = []
     grids: Counter[Grid] = Counter()

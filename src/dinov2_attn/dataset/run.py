@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from torch.utils.data import DataLoader
 
 from dinov2_attn.dataset import shards
 from dinov2_attn.dataset.buckets import Buckets
-from dinov2_attn.dataset.decode import Decoder, Measurer, Picture, Refused
-from dinov2_attn.dataset.items import Item
+from dinov2_attn.dataset.decode import Picture, Refused
+from dinov2_attn.dataset.item import Item
 from dinov2_attn.dataset.look import Seen, look
 from dinov2_attn.dataset.options import Options
+from dinov2_attn.dataset.pickled import can_be_sent
 from dinov2_attn.dataset.plan import Plan
 from dinov2_attn.errors import (
     Dinov2AttnError,
@@ -25,6 +27,8 @@ from dinov2_attn.errors import (
     UnreadableFile,
     UnwritableOutput,
 )
+
+log = logging.getLogger(__name__)
 
 # Images that each worker decodes ahead.
 AHEAD = 4
@@ -34,11 +38,15 @@ WORTH_A_WORKER = 64
 
 @dataclass(frozen=True)
 class Run:
-    """One process's way through its shards; ``bar`` is a tqdm, which images are counted on."""
+    """One process's way through its shards.
+
+    ``decoder`` makes pictures of items; ``bar`` is a tqdm, which images are counted on.
+    """
 
     model: Any
     plan: Plan
     options: Options
+    decoder: Any
     folder: Path
     workers: int
     strict: bool
@@ -46,10 +54,8 @@ class Run:
 
     def __call__(self, own: Sequence[int]) -> int:
         """Write the shards ``own``; return their bytes."""
-        size = self.plan.about["model"]["patch_size"][0]
-        decoder = Decoder(size, self.options.image_size, self.options.max_pixels)
         numbered = (item for shard in own for item in self.plan.numbered(shard))
-        decoding = decoded(decoder, numbered, self.plan.count(own), self.workers)
+        decoding = decoded(self.decoder, numbered, self.plan.count(own), self.workers)
         done = 0
         # One shard is written while the next is made; a third would be memory without need.
         writing: Future[int] | None = None
@@ -120,12 +126,15 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def decoded(
-    decoder: Decoder | Measurer, numbered: Iterable[tuple[int, Item]], count: int, workers: int
+    decoder: Any, numbered: Iterable[tuple[int, Item]], count: int, workers: int
 ) -> Generator[Any, None, None]:
     """Yield what ``decoder`` makes of ``count`` items, in their order, by up to ``workers``."""
     workers = min(workers, count // WORTH_A_WORKER)
+    if workers and not can_be_sent(decoder):
+        log.info("images are decoded in this process: its dataset or transform cannot be pickled")
+        workers = 0
     loader: DataLoader[Any] = DataLoader(
-        decoder,  # type: ignore[arg-type]  # whatever has keys is a dataset
+        decoder,
         sampler=numbered,
         batch_size=None,
         num_workers=workers,

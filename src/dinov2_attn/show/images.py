@@ -89,11 +89,16 @@ def open_upright(
         if getattr(image, "is_animated", False):
             log.info("%s has several frames or pages: the first is taken", path)
             image.seek(0)
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            upright = _in_eight_bits(upright, image, path)
-        return _in_rgb(upright)
+        return upright(image, path)
+
+
+def upright(image: Image.Image, path: Path) -> Image.Image:
+    """Return an open image, called ``path``, whole, upright and in RGB."""
+    image.load()
+    turned = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        turned = _in_eight_bits(turned, image, path)
+    return _in_rgb(turned)
 
 
 def stored_size(
@@ -204,7 +209,7 @@ _TRANSPARENT = {"LA", "PA", "RGBA", "RGBa"}
 _SIXTEEN_BITS = {"PNG", "PPM"}
 
 
-def _in_eight_bits(upright: Image.Image, image: Image.Image, path: Path) -> Image.Image:
+def _in_eight_bits(turned: Image.Image, image: Image.Image, path: Path) -> Image.Image:
     """Scale 0…65535 to 0…255, where Pillow would clip to white."""
     if not (image.mode.startswith("I;16") or image.format in _SIXTEEN_BITS):
         raise UnreadableFile(
@@ -212,7 +217,7 @@ def _in_eight_bits(upright: Image.Image, image: Image.Image, path: Path) -> Imag
             f"{path} of Pillow's mode {image.mode}, whose values have no known range",
             "Scale them to 0…255 and save it again.",
         )
-    values = np.asarray(upright).astype(np.float32) / 257
+    values = np.asarray(turned).astype(np.float32) / 257
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 

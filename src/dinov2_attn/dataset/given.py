@@ -1,0 +1,135 @@
+"""Decoding items whose pictures Python makes: those of a dataset, or files with a transform."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dinov2_attn.dataset.decode import Origin, Picture, Refused, Size, or_refused
+from dinov2_attn.dataset.item import Item
+from dinov2_attn.dataset.pictured import NoPicture, checked, digest, pictured, seeded
+from dinov2_attn.show.images import ImageSize, fit, open_upright
+
+# Items that are looked at before anything is written: if none has a picture, none will.
+FIRST = 3
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What pictures have to be for a model: whole patches, channels, a size if one is asked."""
+
+    patch_size: int
+    channels: int
+    image_size: ImageSize
+    max_pixels: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class GivenDecoder:
+    """Decodes numbered items, as ``Decoder`` does.
+
+    =========  ==================================================================
+    read       returns what an item holds, and the sha256 of its file if it has one
+    transform  makes another picture of the one in there
+    stays      whether ``read`` is not to be sent to other processes
+    =========  ==================================================================
+    """
+
+    read: Callable[[int, Item], tuple[Any, str | None]]
+    transform: Callable[[Any], Any] | None
+    wanted: Wanted
+    stays: bool = False
+
+    def __getitem__(self, numbered: tuple[int, Item]) -> Picture | Refused:
+        """Return the picture of an item, or why there is none."""
+        found: Picture | Refused = or_refused(self.decode, *numbered)
+        return found
+
+    def decode(self, number: int, item: Item) -> Picture:
+        """Return the picture of an item; raise whatever hinders it."""
+        most, name = self.wanted.max_pixels, item.path
+        with seeded(number):
+            found, sha256 = self.read(number, item)
+            before = picture = pictured(found, name, most)
+            origin = Origin(number, item, sha256 or digest(before), _sides(before))
+            if self.transform is not None:
+                # A transform may work in place, and the tensor is the user's.
+                given = before.clone() if isinstance(before, Tensor) else before
+                picture = pictured(self.transform(given), name, most)
+        return Picture(origin, self._fitted(picture, name))
+
+    def _fitted(self, picture: Tensor | Image.Image, name: str) -> Any:
+        wanted = self.wanted
+        if isinstance(picture, Image.Image):
+            return np.array(fit(picture, wanted.patch_size, wanted.image_size, Path(name)))
+        if wanted.image_size is not None:
+            raise NoPicture(
+                "images of Pillow's, since image_size was given",
+                f"{name}, a tensor",
+                "Leave image_size out, and resize in a transform.",
+            )
+        return checked(picture, name, wanted.patch_size, wanted.channels, wanted.max_pixels)
+
+
+@dataclass(frozen=True, eq=False)
+class ByDecoding:
+    """Measures numbered items, as ``Measurer`` does, by making their pictures."""
+
+    decoder: GivenDecoder
+
+    @property
+    def stays(self) -> bool:
+        """Whether items are not to be sent to other processes."""
+        return self.decoder.stays
+
+    def __getitem__(self, numbered: tuple[int, Item]) -> Size | Refused:
+        """Return height and width in patches, or why there is no picture."""
+        found = self.decoder[numbered]
+        if isinstance(found, Refused):
+            return found
+        height, width = found.sides
+        return height // self.decoder.wanted.patch_size, width // self.decoder.wanted.patch_size
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Reads the images of files, upright and in RGB."""
+
+    max_pixels: int | None
+
+    def __call__(self, _: int, item: Item) -> tuple[Image.Image, str]:
+        """Return the image in a file, and the file's sha256."""
+        content = item.read()
+        image = open_upright(Path(item.path), self.max_pixels, content)
+        return image, hashlib.sha256(content).hexdigest()
+
+
+def check_first(decoder: GivenDecoder, items: Sequence[Item]) -> None:
+    """Raise ``NoPicture`` if none of the first items has a picture of a kind that is known.
+
+    An item that fails otherwise is one that fails.
+    """
+    wrong: list[NoPicture] = []
+    for number, item in enumerate(items[:FIRST]):
+        try:
+            decoder.decode(number, item)
+        except NoPicture as error:
+            wrong.append(error)
+        except Exception:  # which the run lists
+            return
+    if len(wrong) == len(items[:FIRST]) > 0:
+        raise wrong[0]
+
+
+def _sides(picture: Tensor | Image.Image) -> Size:
+    if isinstance(picture, Image.Image):
+        return picture.height, picture.width
+    height, width = (1, 1, *picture.shape)[-2:]
+    return height, width
