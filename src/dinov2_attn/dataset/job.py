@@ -56,7 +56,7 @@ class Summary:
             f", {before:,} of them there before" * bool(before),
             f"; this run: {self.seen:,} images, {self.bytes / 1e6:,.1f} MB in "
             f"{self.seconds:,.1f} s, {self.seen / max(self.seconds, 1e-9):,.1f} images/s",
-            f"\n{describe(self.passed_over)}" * bool(self.passed_over),
+            f"; {describe(self.passed_over)}" * bool(self.passed_over),
         ]
         return "".join(parts)
 
