@@ -520,22 +520,16 @@ def test_images_that_fit_alone_run_alone(model, images, tmp_path, monkeypatch):
         assert_close(maps, weights[..., 1:].unflatten(-1, grid), size=1.0)
 
 
-def test_an_image_that_does_not_fit_alone_stops_the_run(model, images, tmp_path, monkeypatch):
+def test_an_image_that_does_not_fit_alone_is_passed_over(model, images, tmp_path, monkeypatch):
     def none(self, x, *args, **kwargs):
         raise MemoryError
 
     monkeypatch.setattr(type(model), "get_self_attention", none)
-    with pytest.raises(InvalidInput, match="pass over large ones: --max-pixels"):
-        extract(model, images, tmp_path)
-
-
-def test_another_error_of_the_model_is_no_matter_of_memory(model, images, tmp_path, monkeypatch):
-    def wrong(self, x, *args, **kwargs):
-        raise RuntimeError("something else")
-
-    monkeypatch.setattr(type(model), "get_self_attention", wrong)
-    with pytest.raises(RuntimeError, match="something else"):
-        extract(model, images, tmp_path)
+    done = extract(model, images, tmp_path)
+    assert done.images == done.unreadable == done.failed == 12
+    for line in index_of(tmp_path, "unreadable.jsonl"):
+        assert "(MemoryError). Give a smaller image size" in line["reason"]
+        assert line["reason"].endswith("pass over large ones: --max-pixels.")
 
 
 def test_defaults_keep_full_matrices_within_memory(grafted):

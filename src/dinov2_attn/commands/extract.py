@@ -19,10 +19,12 @@ from dinov2_attn.commands.values import blocks, positive, whole
 
 DESCRIPTION = """\
 Store the attention maps of every image of SOURCE: a folder, an uncompressed tar (a shard of
-WebDataset's, say), or a list with a path on each line; several may be named. OUT gets
-safetensors shards of maps, and index.jsonl with a line for each image. Killed and started
-again it goes on where it was stopped. `torchrun --nproc-per-node K -m dinov2_attn extract …`
-shares the work among K processes. Exit status: 1 where images could not be read.
+WebDataset's, say), a glob, or a list with a path on each line; several may be named. Images are
+what Pillow can decode; other files are counted by suffix. OUT gets safetensors shards of maps,
+index.jsonl with a line for each image, and unreadable.jsonl with a line for each that cannot be
+decoded or on which the model fails. Killed and started again it goes on where it was stopped.
+`torchrun --nproc-per-node K -m dinov2_attn extract …` shares the work among K processes.
+Exit status: 1 where images have no maps.
 """
 
 
@@ -91,9 +93,9 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that decode; default: one less than there are cores, up to 16",
     )
-    group.add_argument("--strict", action="store_true", help="stop at an image that cannot be read")
+    group.add_argument("--strict", action="store_true", help="stop at an image without maps")
     group.add_argument(
-        "--retry", action="store_true", help="try again what an earlier run could not read"
+        "--retry", action="store_true", help="try again what has no maps of an earlier run"
     )
     group.add_argument(
         "--dry-run", action="store_true", help="say what would be written and passed over"

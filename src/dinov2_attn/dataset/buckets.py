@@ -9,6 +9,9 @@ from dinov2_attn.dataset.decode import Picture
 # Batches' worth of pictures that may wait for others of their size.
 WAITING = 8
 
+# Shape and dtype, of which pictures of a batch have one.
+Kind = tuple[tuple[int, ...], str]
+
 
 class Buckets:
     """Pictures that wait for others of their size.
@@ -19,19 +22,19 @@ class Buckets:
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
-        self._waiting: dict[tuple[int, ...], list[Picture]] = {}
+        self._waiting: dict[Kind, list[Picture]] = {}
 
     def add(self, picture: Picture) -> Iterator[list[Picture]]:
         """Take a picture, and yield the batch that it fills, or the fullest of too many."""
-        shape = picture.pixels.shape
-        bucket = self._waiting.setdefault(shape, [])
+        kind = tuple(picture.pixels.shape), str(picture.pixels.dtype)
+        bucket = self._waiting.setdefault(kind, [])
         bucket.append(picture)
         if len(bucket) == self._batch_size:
-            yield self._waiting.pop(shape)
+            yield self._waiting.pop(kind)
         elif sum(map(len, self._waiting.values())) >= WAITING * self._batch_size:
             yield self._waiting.pop(max(self._waiting, key=lambda key: len(self._waiting[key])))
 
     def rest(self) -> Iterator[list[Picture]]:
         """Yield what is left, smallest pictures first."""
-        for shape in sorted(self._waiting):
-            yield self._waiting.pop(shape)
+        for kind in sorted(self._waiting):
+            yield self._waiting.pop(kind)

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from dinov2_attn.dataset.items import Item
-from dinov2_attn.errors import Dinov2AttnError
+from dinov2_attn.dataset.item import Item
+from dinov2_attn.errors import Dinov2AttnError, UnreadableFile
 from dinov2_attn.show.decoding import decode, stored_size
 from dinov2_attn.show.images import ImageSize, fit, fitted_size
 from dinov2_attn.show.reading import IMAGENET, Reading
+from dinov2_attn.show.running import told
 
 Size = tuple[int, int]
 
@@ -32,20 +34,33 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image cropped to whole patches: uint8 ``(H, W, C)``, and what is doubtful about them."""
+    """An image of whole patches.
+
+    ``pixels``: uint8 ``(H, W, C)``, to be normalised, or a tensor as the model takes it: floating
+    ``(C, H, W)``. ``doubt`` is what is doubtful about them.
+    """
 
     origin: Origin
-    pixels: npt.NDArray[np.uint8]
+    pixels: npt.NDArray[np.uint8] | Tensor
     doubt: str | None = None
+
+    @property
+    def sides(self) -> Size:
+        """Height and width."""
+        height, width = (
+            self.pixels.shape[-2:] if isinstance(self.pixels, Tensor) else self.pixels.shape[:2]
+        )
+        return height, width
 
 
 @dataclass(frozen=True)
 class Refused:
-    """An image that cannot be read, and why."""
+    """An image without maps, and why: ``"decode"`` or ``"pass"`` is the stage that failed."""
 
     number: int
     item: Item
     reason: str
+    stage: str = "decode"
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class Decoder:
 
     def __getitem__(self, numbered: tuple[int, Item]) -> Picture | Refused:
         """Return the picture of an item, or why there is none."""
-        found: Picture | Refused = _or_refused(self._decode, *numbered)
+        found: Picture | Refused = or_refused(self._decode, *numbered)
         return found
 
     def _decode(self, number: int, item: Item) -> Picture:
@@ -84,7 +99,7 @@ class Measurer:
 
     def __getitem__(self, numbered: tuple[int, Item]) -> Size | Refused:
         """Return height and width in patches, or why there is no picture."""
-        found: Size | Refused = _or_refused(self._measure, *numbered)
+        found: Size | Refused = or_refused(self._measure, *numbered)
         return found
 
     def _measure(self, _: int, item: Item) -> Size:
@@ -94,9 +109,17 @@ class Measurer:
         return height // self.patch_size, width // self.patch_size
 
 
-def _or_refused(decode: Callable[[int, Item], Any], number: int, item: Item) -> Any:
+def or_refused(decode: Callable[[int, Item], Any], number: int, item: Item) -> Any:
+    """Return what ``decode`` makes of an item, or why there is nothing."""
     try:
         item.check()
         return decode(number, item)
     except Dinov2AttnError as error:
         return Refused(number, item, str(error))
+    except Exception as error:  # no memory for it, or what libraries raise
+        reason = UnreadableFile(
+            "an image that can be decoded",
+            f"{item.path} ({told(error)})",
+            "Check that an image viewer opens it.",
+        )
+        return Refused(number, item, str(reason))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,10 @@ if TYPE_CHECKING:
     from dinov2_attn.dataset.preview import Preview
     from dinov2_attn.show.images import ImageSize
 
-Source = str | Path | Sequence[str | Path]
-
 
 def extract(
     model: Any,
-    source: Source,
+    source: Any,
     out: str | Path,
     *,
     layers: Layers = 1,
@@ -39,6 +37,7 @@ def extract(
     std: Any = None,
     batch_size: int | None = None,
     shard_size: int | None = None,
+    transform: Callable[[Any], Any] | None = None,
     workers: int = 0,
     strict: bool = False,
     retry: bool = False,
@@ -51,7 +50,9 @@ def extract(
 
     ==========  ======================================================================
     model       a grafted vision transformer in eval mode, on any device
-    source      a folder, a tar, a list of paths, an image, or several of these
+    source      a folder, a tar, a list of paths, an image, a glob, or several of these; or a
+                map-style dataset, or a list, of tensors or of Pillow's images, alone, first in a
+                tuple, or in a dict as "image" or "pixel_values"
     layers      the blocks, as ``n`` of ``get_self_attention``; the last one by default
     queries     the rows, as there; no slice
     heads       ``None`` (each) or ``"mean"``
@@ -66,10 +67,13 @@ def extract(
                 or for other than 3 channels their averages, 0.449 and 0.226
     batch_size  images of one size that run together, by default up to 16
     shard_size  images in a shard, by default up to 1024 and about 128 MiB
+    transform   makes of each picture (a file: Pillow's, upright, in RGB) a floating tensor
+                (C, H, W), which the model sees as it is, or another picture. Tensors of a
+                dataset are seen as they are too
     workers     processes that decode, at most one for 64 images; they are started anew, so that
                 scripts need their ``__main__`` guarded
-    strict      stop at an image that cannot be read, in place of listing it
-    retry       try again what an earlier run could not read; its shards are written anew
+    strict      stop at an image without maps, in place of listing it
+    retry       try again what has no maps of an earlier run; its shards are written again
     progress    show a bar with rate and time left
     name        what the model is called in ``extraction.json``
     random      whether its weights are random, which is written beside the maps
@@ -77,17 +81,22 @@ def extract(
     ==========  ======================================================================
 
     Shards appear whole, each with its index; run again after whatever stopped it, and what
-    is finished is passed over, with the very same bytes in the end. Processes that torchrun
+    is finished is passed over, with the same bytes in the end. An image that cannot be decoded,
+    or on which the model fails, is listed in ``unreadable.jsonl``; a batch that fails is seen
+    image by image, which depends on the images alone. What is random in a dataset or a transform
+    is drawn for each item from its number. Processes that torchrun
     starts share the shards; these are the same for any number of them. ``AttentionDataset``
     reads ``out``. Nothing is differentiated. Returns a ``Summary``.
 
     Raises ``InvalidInput`` where ``out`` is another extraction's, ``UnwritableOutput`` where it
     cannot be written or another run is writing there, ``UnreadableFile`` for a source that
-    cannot be read and, if ``strict``, an image, and ``NotGrafted``.
+    cannot be read and, if ``strict``, an image, ``Unavailable`` where the device works no more,
+    and ``NotGrafted``.
     """
     optional.require("torchvision", "PIL", "tqdm", "safetensors", "filelock")
     from dinov2_attn.dataset.job import Job
     from dinov2_attn.dataset.options import at_least, check_options
+    from dinov2_attn.dataset.sources import source_of
 
     check_grafted(model)
     if model.training:
@@ -109,6 +118,6 @@ def extract(
         shard_size=shard_size,
     )
     workers = at_least(0, workers, "workers")
-    sources = [source] if isinstance(source, str | Path) else source
-    job = Job(model, sources, Path(out), options, workers, strict, retry, progress, name, random)
+    given = source_of(source, transform)
+    job = Job(model, given, Path(out), options, workers, strict, retry, progress, name, random)
     return job.preview() if dry_run else job.run()

@@ -2,66 +2,24 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import os
 import stat
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from dinov2_attn.dataset.item import Item
+from dinov2_attn.dataset.layout import ABOUT
+from dinov2_attn.dataset.passed_over import LINKS, Sieve, describe, is_hidden
+from dinov2_attn.dataset.tars import is_tar, members
 from dinov2_attn.errors import InvalidInput, UnreadableFile
-
-# What counts as an image in a folder or a tar, where other files may lie beside it.
-EXTENSIONS = (
-    *(".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png"),
-    *(".ppm", ".tif", ".tiff", ".webp"),
-)
+from dinov2_attn.show.decoding import stored_size
+from dinov2_attn.show.formats import plugin_for
 
 
-@dataclass(frozen=True)
-class Item:
-    """One image of a source.
-
-    ======  ====================================================================
-    source  the name of the folder, list or tar
-    path    the image's path in there, as a list has it, parts joined by ``/``
-    file    the file with its bytes: the image itself, or the tar
-    place   offset and length of the image in a tar
-    ======  ====================================================================
-    """
-
-    source: str
-    path: str
-    file: str
-    place: tuple[int, int] | None = None
-
-    def check(self) -> None:
-        """Raise ``UnreadableFile`` for what is there but no file: a pipe is waited for forever."""
-        if os.path.exists(self.file) and not os.path.isfile(self.file):
-            raise UnreadableFile(
-                "a file that can be read",
-                f"{self.path}, which is a pipe, a device or a folder",
-                "Leave it out of the source.",
-            )
-
-    def read(self) -> bytes:
-        """Return the bytes of the image. Raises ``UnreadableFile``."""
-        try:
-            with open(self.file, "rb") as file:
-                if self.place is None:
-                    return file.read()
-                file.seek(self.place[0])
-                return file.read(self.place[1])
-        except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
-            reason = getattr(error, "strerror", None) or error
-            raise UnreadableFile(
-                "a file that can be read",
-                f"{self.path} ({type(error).__name__}: {reason})",
-                "Check the path and who may read it.",
-            ) from error
-
-
-def list_items(sources: Sequence[str | Path]) -> list[Item]:
+def list_items(sources: Sequence[str | Path], sieve: Sieve | None = None) -> list[Item]:
     """Return the images of all ``sources``, one after the other, in an order of their own.
 
     ========  ======================================================================
@@ -70,19 +28,22 @@ def list_items(sources: Sequence[str | Path]) -> list[Item]:
               dot is not looked at
     a tar     every image in it, in its order, WebDataset's shards among them
     an image  itself
+    a glob    what it matches, folders, tars and images, in the order of their paths
     a list    any other file: a path on each line, absolute or from the list's own folder
     ========  ======================================================================
 
-    Raises ``UnreadableFile`` for a source that cannot be read and ``InvalidInput`` for one
-    without images, or compressed.
+    What lies beside them is counted by ``sieve``. Raises ``UnreadableFile`` for a source that
+    cannot be read and ``InvalidInput`` for one without images, or compressed.
     """
+    sieve = sieve or Sieve()
     items: list[Item] = []
     for source in map(Path, sources):
-        found = list(_items_of(source))
+        found = list(_items_of(source, sieve))
         if not found:
+            passed_over = sieve.passed_over
             raise InvalidInput(
                 f"images in {source}",
-                f"none called {', '.join(EXTENSIONS)}",
+                "none called like one" + f" ({describe(passed_over)})" * bool(passed_over),
                 "Name a folder, a tar, or a list with a path on each line.",
             )
         items += found
@@ -91,23 +52,23 @@ def list_items(sources: Sequence[str | Path]) -> list[Item]:
     return items
 
 
-def _items_of(source: Path) -> Iterator[Item]:
+def _items_of(source: Path, sieve: Sieve) -> Iterator[Item]:
     name = Path(os.path.abspath(source)).name
     try:
-        if source.is_dir():
-            for path in _walk(source, frozenset()):
-                inside = path.relative_to(source).as_posix()
-                yield Item(name, inside, str(path))
+        if not os.path.lexists(source) and glob.has_magic(str(source)):
+            yield from _in_glob(source, sieve)
+        elif source.is_dir():
+            yield from _in_folder(source, name, sieve)
         elif not stat.S_ISREG(source.stat().st_mode):
             raise InvalidInput(
                 "a folder or a file",
                 f"{source}, which is neither",
                 "Write a list into a file first: a pipe can be read only once.",
             )
-        elif _is_image(source.name):
+        elif sieve.takes(source.name, counted=False):
             yield Item(name, name, str(source))
-        elif _is_tar(source):
-            yield from _in_tar(source, name)
+        elif is_tar(source):
+            yield from _in_tar(source, name, sieve)
         else:
             yield from _in_list(source, name)
     except InvalidInput:  # which is a ValueError
@@ -120,18 +81,25 @@ def _items_of(source: Path) -> Iterator[Item]:
         ) from error
 
 
-def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+def _in_folder(source: Path, name: str, sieve: Sieve) -> Iterator[Item]:
+    for path in _walk(source, frozenset(), sieve):
+        yield Item(name, path.relative_to(source).as_posix(), str(path))
+
+
+def _walk(folder: Path, above: frozenset[str], sieve: Sieve, ours: bool = False) -> Iterator[Path]:
     real = os.path.realpath(folder)
     if real in above:  # a link to a folder that it is in
         return
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
+    # What an extraction has written is nothing that was passed over.
+    ours = ours or any(entry.name == ABOUT for entry in found)
     for entry in found:
-        if entry.name.startswith("."):
+        if is_hidden(entry.name):
             continue
         if _is_folder(entry):
-            yield from _walk(folder / entry.name, above | {real})
-        elif _is_image(entry.name):
+            yield from _walk(folder / entry.name, above | {real}, sieve, ours)
+        elif sieve.takes(entry.name, counted=not ours):
             yield folder / entry.name
 
 
@@ -142,50 +110,64 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_tar(source: Path) -> bool:
-    with source.open("rb") as file:
-        start = file.read(512)
-    if start.startswith(_COMPRESSED):
-        raise InvalidInput(
-            "a tar in which every image can be read by itself",
-            f"{source}, which is compressed",
-            "Decompress it first: images gain nothing from compression.",
-        )
-    return source.suffix == ".tar" or start[257:262] == b"ustar"
+def _in_glob(pattern: Path, sieve: Sieve) -> Iterator[Item]:
+    """Yield what a glob matches, called by its path from the last folder without a pattern."""
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
+    root = Path(*fixed)
+    name = Path(os.path.abspath(root)).name
+    taken: set[str] = set()
+    for match in sorted(map(Path, glob.glob(str(pattern), recursive=True))):
+        for item in _matched(match, name, root, sieve):
+            if item.path not in taken or item.place is not None:
+                taken.add(item.path)
+                yield item
 
 
-# gzip, bzip2, xz, Zstandard, zip.
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
+def _matched(match: Path, name: str, root: Path, sieve: Sieve) -> Iterator[Item]:
+    if match.is_dir():
+        for path in _walk(match, frozenset(), sieve):
+            yield Item(name, path.relative_to(root).as_posix(), str(path))
+    elif match.suffix == ".tar":
+        yield from _in_tar(match, match.name, sieve)
+    elif sieve.takes(match.name):
+        yield Item(name, match.relative_to(root).as_posix(), str(match))
 
 
-def _in_tar(source: Path, name: str) -> Iterator[Item]:
-    """Yield the images of a tar by their places: nothing is unpacked."""
-    places: dict[str, tuple[int, int]] = {}
-    with tarfile.open(source, "r:") as tar:
-        for member in tar:
-            if member.isreg() and not member.issparse():
-                places[member.name] = member.offset_data, member.size
-            elif member.islnk() and member.linkname in places:  # a second name of one before
-                places[member.name] = places[member.linkname]
-            else:
-                continue
-            if _is_image(Path(member.name).name):
-                yield Item(name, member.name, str(source), places[member.name])
+def _in_tar(source: Path, name: str, sieve: Sieve) -> Iterator[Item]:
+    for path, place in members(source):
+        if place is None:
+            sieve.pass_over(LINKS)
+        elif sieve.takes(path):
+            yield Item(name, path, str(source), place)
 
 
 def _in_list(source: Path, name: str) -> Iterator[Item]:
-    # As paths are decoded: bytes that are no UTF-8 come back as they were.
-    text = source.read_bytes().decode("utf-8-sig", "surrogateescape")
-    if "\0" in text:
+    content = source.read_bytes()
+    if b"\0" in content or content.startswith((b"%!PS", b"%PDF")):
+        if _is_image(source):
+            yield Item(name, name, str(source))
+            return
+        package = plugin_for(content[:32]) or plugin_for(source)
         raise InvalidInput(
             "a folder, an uncompressed tar, an image, or a text with a path on each line",
-            f"{source}, which is none of these",
-            f"Images are called {', '.join(EXTENSIONS)}.",
+            f"{source}, which is none of these that can be read here",
+            f"Install its reader with `pip install {package}`."
+            if package
+            else "Images are files that Pillow opens, such as .jpg, .png, .tif or .webp.",
         )
+    # As paths are decoded: bytes that are no UTF-8 come back as they were.
+    text = content.decode("utf-8-sig", "surrogateescape")
     for line in text.split("\n"):
         if path := line.rstrip("\r"):
             yield Item(name, path, str(source.parent / path))
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+def _is_image(source: Path) -> bool:
+    """Return whether a file that is not called like an image is one."""
+    try:
+        stored_size(source)
+    except UnreadableFile:
+        return False
+    except InvalidInput:  # too large a one
+        return True
+    return True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +16,14 @@ import filelock
 from tqdm import tqdm
 
 from dinov2_attn.dataset import shards
-from dinov2_attn.dataset.items import list_items
 from dinov2_attn.dataset.layout import LOCK
 from dinov2_attn.dataset.options import Options
+from dinov2_attn.dataset.passed_over import Sieve, describe
 from dinov2_attn.dataset.plan import Plan, plan
 from dinov2_attn.dataset.preview import Preview, preview
 from dinov2_attn.dataset.ranks import Ranks, ranks
 from dinov2_attn.dataset.run import Run, refuse, writing_to
+from dinov2_attn.dataset.sources import Source, wanted
 from dinov2_attn.errors import UnwritableOutput
 
 
@@ -29,28 +31,38 @@ from dinov2_attn.errors import UnwritableOutput
 class Summary:
     """What an extraction did.
 
-    ``images`` and ``shards`` are all of the source's, ``unreadable`` are those without maps;
+    ``images`` and ``shards`` are all of the source's, ``unreadable`` are those without maps,
+    of which ``failed`` could be decoded and failed in their pass through the model;
     ``seen`` images in ``written`` shards, of ``bytes`` bytes, are this run's, in ``seconds``.
+    ``passed_over`` counts by suffix what lies beside the images.
     """
 
     images: int
     unreadable: int
+    failed: int
     shards: int
     seen: int
     written: int
     bytes: int
     seconds: float
+    passed_over: dict[str, int]
 
     def __str__(self) -> str:
         before = self.shards - self.written
-        return (
-            f"{self.images:,} images, {self.unreadable:,} of them unreadable, in {self.shards:,} "
-            f"shard{'s' * (self.shards != 1)}"
-            + f", {before:,} of them there before"
-            * bool(before)
-            + f"; this run: {self.seen:,} images, {self.bytes / 1e6:,.1f} MB in "
-            f"{self.seconds:,.1f} s, {self.seen / max(self.seconds, 1e-9):,.1f} images/s"
-        )
+        shards = f"{self.shards:,} shard{'s' * (self.shards != 1)}"
+        parts = [
+            f"{self.images:,} images, {self.unreadable:,} of them unreadable{self._failed()}, "
+            f"in {shards}",
+            f", {before:,} of them there before" * bool(before),
+            f"; this run: {self.seen:,} images, {self.bytes / 1e6:,.1f} MB in "
+            f"{self.seconds:,.1f} s, {self.seen / max(self.seconds, 1e-9):,.1f} images/s",
+            f"; {describe(self.passed_over)}" * bool(self.passed_over),
+        ]
+        return "".join(parts)
+
+    def _failed(self) -> str:
+        whose = "its pass" if self.failed == 1 else "their passes"
+        return f" ({self.failed:,} in {whose} through the model)" * bool(self.failed)
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Job:
     """What ``extract`` was asked for."""
 
     model: Any
-    sources: Sequence[str | Path]
+    source: Source
     folder: Path
     options: Options
     workers: int
@@ -75,17 +87,28 @@ class Job:
             made, pending = group.on_first(lambda: self._begin(held))
             own = pending[group.rank :: group.world]
             bar = self._bar(group, made.count(own))
-            run = Run(self.model, made, self.options, self.folder, self.workers, self.strict, bar)
+            run = Run(
+                self.model,
+                made,
+                self.options,
+                self.source.decoder(wanted(self.model, self.options)),
+                self.folder,
+                self.workers,
+                self.strict,
+                bar,
+            )
             written = group.on_each(lambda: run(own))
-            unreadable = group.on_first(lambda: self._end(made))
+            stages = group.on_first(lambda: self._end(made))
         return Summary(
             images=len(made.items),
-            unreadable=unreadable,
+            unreadable=sum(stages.values()),
+            failed=stages["pass"],
             shards=made.shards,
             seen=made.count(pending),
             written=len(pending),
             bytes=sum(written),
             seconds=time.perf_counter() - begun,
+            passed_over=made.passed_over,
         )
 
     def preview(self) -> Preview:
@@ -99,12 +122,25 @@ class Job:
                 if self.folder.exists():
                     shards.check(self.folder, made)
             done = self._done(made)
-            return preview(self.model, made, self.options, self.folder, done, self.workers, bar)
+            measurer = self.source.measurer(wanted(self.model, self.options))
+            rest = (self.folder, done, self.workers, bar)
+            return preview(self.model, made, self.options, measurer, *rest)
 
         return group.on_first(look)
 
     def _plan(self) -> Plan:
-        return plan(self.model, list_items(self.sources), self.options, self.name, self.random)
+        sieve = Sieve()
+        items = self.source.items(sieve)
+        self.source.check(items, wanted(self.model, self.options))
+        return plan(
+            self.model,
+            items,
+            self.options,
+            self.name,
+            self.random,
+            sieve.passed_over,
+            self.source.transform,
+        )
 
     def _begin(self, held: ExitStack) -> tuple[Plan, list[int]]:
         """Take the folder for this run; return the plan and the shards that are to be written."""
@@ -115,8 +151,8 @@ class Job:
             shards.prepare(self.folder, made)
         done = self._done(made)
         if self.strict:
-            found = (line for shard in done for line in shards.refusals(self.folder, shard))
-            refuse(*(line["reason"] for line in found))
+            for line in (line for shard in done for line in shards.refusals(self.folder, shard)):
+                refuse(line["path"], line["reason"])
         return made, made.others(done)
 
     def _done(self, made: Plan) -> list[int]:
@@ -126,7 +162,7 @@ class Job:
             done = [shard for shard in done if not shards.refusals(self.folder, shard)]
         return done
 
-    def _end(self, made: Plan) -> int:
+    def _end(self, made: Plan) -> Counter[str]:
         with writing_to(self.folder):
             return shards.merge(self.folder, made.shards)
 

@@ -6,7 +6,7 @@
     OUT/shards/00000.safetensors   tensors "N.maps" and "N.prefix" for image number N
     OUT/shards/00000.jsonl         a line for each of its images; there when the shard is done
     OUT/index.jsonl                all lines with maps, when every shard is done
-    OUT/unreadable.jsonl           all lines with a reason why there are none
+    OUT/unreadable.jsonl           all lines with the stage (decode, pass) that failed, and why
 """
 
 from __future__ import annotations

@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn.dataset.decode import Origin, Picture
+from dinov2_attn.dataset.decode import Origin, Picture, Refused
 from dinov2_attn.dataset.options import DTYPES, Options
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import Dinov2AttnError, InvalidInput
 from dinov2_attn.maps.artifacts import ArtifactTokens, artifacts_on_the_way
 from dinov2_attn.maps.attention_maps import AttentionMaps, Grid
 from dinov2_attn.maps.look import attention_maps, grid_of
 from dinov2_attn.maps.resample import resample
 from dinov2_attn.queries import spell_out
 from dinov2_attn.show.images import normalise
+from dinov2_attn.show.reading import Reading
+from dinov2_attn.show.running import cannot_run, check_alive
 from dinov2_attn.surgery.grafts import weights_from
 from dinov2_attn.upstream.anatomy import count_registers
 
@@ -44,41 +46,50 @@ class Seen:
     artifacts: ArtifactTokens | None
 
 
-def look(model: Any, pictures: list[Picture], options: Options) -> Iterator[Seen]:
+def look(model: Any, pictures: list[Picture], options: Options) -> Iterator[Seen | Refused]:
     """Yield what ``model`` looks at in ``pictures``, which are of one size.
 
-    They are seen together, or one by one where the device has no memory for that. Raises
-    ``InvalidInput`` where it has none for one, and what the model raises.
+    They are seen together or, where that fails, one by one: an image on which the model fails
+    by itself is refused with what it raised. Which images run together depends on the images
+    alone, so that a second run makes the same bytes. Raises what is about every image: errors
+    of ours such as ``NotGrafted``, and ``Unavailable`` where the device works no more.
     """
-    try:
-        yield _look(model, pictures, options)
+    seen = _seen_or_refused(model, pictures, options)
+    if isinstance(seen, Refused):
+        check_alive(next(model.parameters()).device)
+    if isinstance(seen, Seen) or len(pictures) == 1:
+        yield seen
         return
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        if len(pictures) == 1:
-            height, width, _ = pictures[0].pixels.shape
-            raise InvalidInput(
-                "images that the model can be run on here",
-                f"{pictures[0].origin.item.path}, of which it sees {height} × {width} pixels "
-                f"({str(error).partition(chr(10))[0]})",
-                "Give a smaller image size, or pass over large ones: --max-pixels.",
-            ) from error
     for picture in pictures:
         yield from look(model, [picture], options)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    # The CPU's allocator has no class of its own for it.
-    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or (
-        "can't allocate memory" in str(error)
-    )
+def _seen_or_refused(model: Any, pictures: list[Picture], options: Options) -> Seen | Refused:
+    """Return what ``model`` sees, or its error as one of the first picture.
+
+    The error itself would keep the tensors of the pass in memory.
+    """
+    try:
+        return _look(model, pictures, options)
+    except InvalidInput as error:
+        return _refused(pictures[0], error)
+    except (Dinov2AttnError, Warning):
+        raise
+    except Exception as error:  # upstream's code and hooks of the user's raise what they like
+        height, width = pictures[0].sides
+        found = f"{pictures[0].origin.item.path}, of which it sees {height} × {width} pixels"
+        smaller = "Give a smaller image size, or pass over large ones: --max-pixels."
+        return _refused(pictures[0], cannot_run(error, found, smaller))
+
+
+def _refused(picture: Picture, error: InvalidInput) -> Refused:
+    return Refused(picture.origin.number, picture.origin.item, str(error), "pass")
 
 
 @torch.inference_mode()
 def _look(model: Any, pictures: list[Picture], options: Options) -> Seen:
     like = next(model.parameters())
-    images = normalise(_on_device(pictures, like.device), options.reading).to(like.dtype)
+    images = _on_device(pictures, like.device, options.reading).to(like.dtype)
     maps, artifacts = _maps(model, images, options)
     # One layer after the other behind the batch.
     patches = torch.stack(maps.maps(), dim=1)
@@ -94,12 +105,16 @@ def _look(model: Any, pictures: list[Picture], options: Options) -> Seen:
     )
 
 
-def _on_device(pictures: list[Picture], device: torch.device) -> Tensor:
-    """Return the pixels of a batch, uint8 ``(B, H, W, 3)``: a quarter of what floats would be."""
+def _on_device(pictures: list[Picture], device: torch.device, reading: Reading) -> Tensor:
+    """Return a batch ``(B, C, H, W)``, normalised unless it came as tensors."""
+    tensors = [one.pixels for one in pictures if isinstance(one.pixels, Tensor)]
+    if tensors:
+        return torch.stack(tensors).to(device)
+    # A quarter of what floats would be on their way to the device.
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
     if device.type == "cuda":
         pixels = pixels.pin_memory()  # from where the copy runs beside the kernels
-    return pixels.to(device, non_blocking=True)
+    return normalise(pixels.to(device, non_blocking=True), reading)
 
 
 def _maps(

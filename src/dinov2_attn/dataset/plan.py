@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import dinov2_attn
-from dinov2_attn.dataset.items import Item
+from dinov2_attn.dataset.item import Item
 from dinov2_attn.dataset.options import Options
 from dinov2_attn.surgery.inputs import patch_size
 from dinov2_attn.upstream.anatomy import count_registers
@@ -26,11 +26,13 @@ class Plan:
     """All images in their order, cut into shards of ``shard_size``; the same for every run.
 
     ``about`` is what ``extraction.json`` says: everything that decides what shards hold.
+    ``passed_over`` counts by suffix what lies beside the images.
     """
 
     items: Sequence[Item]
     shard_size: int
     about: dict[str, Any]
+    passed_over: dict[str, int]
 
     @property
     def shards(self) -> int:
@@ -53,9 +55,18 @@ class Plan:
 
 
 def plan(
-    model: Any, items: Sequence[Item], options: Options, name: str | None, random: bool
+    model: Any,
+    items: Sequence[Item],
+    options: Options,
+    name: str | None,
+    random: bool,
+    passed_over: dict[str, int],
+    transform: str | None = None,
 ) -> Plan:
-    """Return the plan for ``items``; ``name`` is what the model is called."""
+    """Return the plan for ``items``; ``name`` is what the model is called.
+
+    ``transform`` tells what is done to pictures before the model sees them.
+    """
     about = {
         "format": FORMAT,
         "model": {
@@ -67,10 +78,11 @@ def plan(
             "warning": NO_MEANING if random else None,
         },
         "options": asdict(options),
-        "source": {"images": len(items), "listing": _listing(items)},
+        "source": {"images": len(items), "listing": _listing(items), "transform": transform},
     }
     # Through JSON, so that it equals what is read from a file.
-    return Plan(items, options.shard_size, json.loads(json.dumps(about)))
+    about = json.loads(json.dumps(about))
+    return Plan(items, options.shard_size, about, passed_over)
 
 
 def differences(mine: Any, theirs: Any, where: str = "") -> list[str]:

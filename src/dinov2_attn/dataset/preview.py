@@ -11,8 +11,9 @@ from itertools import tee
 from pathlib import Path
 from typing import Any
 
-from dinov2_attn.dataset.decode import Measurer, Refused
+from dinov2_attn.dataset.decode import Refused
 from dinov2_attn.dataset.options import Options, stored_bytes
+from dinov2_attn.dataset.passed_over import describe
 from dinov2_attn.dataset.plan import Plan
 from dinov2_attn.dataset.run import decoded
 from dinov2_attn.errors import OutOfRange
@@ -27,29 +28,33 @@ NAMED = 20
 class Preview:
     """What an extraction would do.
 
-    ``images`` in ``shards`` are the source's; those in ``finished`` shards would be passed
-    over, and so would be ``unreadable``, of which more may turn out when they are decoded.
-    ``bytes`` would be written for the others, of ``free`` ones.
+    ``images`` in ``shards`` are the source's; ``finished_images`` in ``finished`` shards would
+    be left as they are, and ``unreadable`` would have no maps, of which more may turn out when
+    they are decoded. ``bytes`` would be written for the others, of ``free`` ones.
+    ``passed_over`` counts by suffix what lies beside the images.
     """
 
     images: int
     shards: int
     finished: int
-    passed_over: int
+    finished_images: int
     unreadable: tuple[Refused, ...]
     bytes: int
     free: int
+    passed_over: dict[str, int]
 
     def __str__(self) -> str:
-        remaining = self.images - self.passed_over - len(self.unreadable)
+        remaining = self.images - self.finished_images - len(self.unreadable)
         lines = [
             f"{self.images:,} images in {self.shards:,} shards",
-            f"finished, to be passed over: {self.passed_over:,} images in {self.finished:,} shards",
+            f"finished, to be passed over: {self.finished_images:,} images in "
+            f"{self.finished:,} shards",
             f"unreadable by their headers: {len(self.unreadable):,}",
             *(f"  {one.item.path}: {one.reason}" for one in self.unreadable[:NAMED]),
             *[f"  and {len(self.unreadable) - NAMED:,} more"] * (len(self.unreadable) > NAMED),
             f"to be written: the maps of {remaining:,} images, {self.bytes:,} bytes and an index "
             f"(free: {self.free:,})",
+            *[describe(self.passed_over)] * bool(self.passed_over),
         ]
         return "\n".join(lines)
 
@@ -58,6 +63,7 @@ def preview(
     model: Any,
     made: Plan,
     options: Options,
+    measurer: Any,
     folder: Path,
     done: list[int],
     workers: int,
@@ -65,8 +71,6 @@ def preview(
 ) -> Preview:
     """Return what running the plan ``made`` would do, ``done`` being its finished shards."""
     rest = made.others(done)
-    size = made.about["model"]["patch_size"][0]
-    measurer = Measurer(size, options.image_size, options.max_pixels)
     numbered, again = tee(item for shard in rest for item in made.numbered(shard))
     refused: list[Refused] = []
     grids: Counter[Grid] = Counter()
@@ -85,10 +89,11 @@ def preview(
         images=len(made.items),
         shards=made.shards,
         finished=len(done),
-        passed_over=made.count(done),
+        finished_images=made.count(done),
         unreadable=tuple(refused),
         bytes=sum(n * stored_bytes(model, options, grid) for grid, n in grids.items()),
         free=shutil.disk_usage(_existing(folder)).free,
+        passed_over=made.passed_over,
     )
 
 

@@ -27,8 +27,8 @@ class AttentionDataset(Dataset[dict[str, Any]]):
     >>> maps[0]["path"]   # of the image
     >>> maps.entry(0)     # all that the index says of it
 
-    ``about`` is what decided the maps: the model, the options, the source. Images that could
-    not be read are not in it; ``unreadable()`` lists them. Shards are opened when they are
+    ``about`` is what decided the maps: the model, the options, the source. Images without maps
+    are not in it; ``unreadable()`` lists them. Shards are opened when they are
     first needed, in each worker of a ``DataLoader`` anew; with a ``grid`` all maps have one
     shape, and torch's own collation makes batches of them.
 
@@ -77,7 +77,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         raise self._wrong(f"{layout.INDEX} that cannot be read at image {position} ({reason})")
 
     def unreadable(self) -> list[dict[str, Any]]:
-        """Return number, source, path and reason of each image without maps."""
+        """Return number, source, path, stage and reason of each image without maps."""
         lines = (self._folder / layout.UNREADABLE).read_text().splitlines()
         return [json.loads(line) for line in lines]
 

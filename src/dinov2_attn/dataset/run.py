@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,19 +15,21 @@ from torch.utils.data import DataLoader
 
 from dinov2_attn.dataset import shards
 from dinov2_attn.dataset.buckets import Buckets
-from dinov2_attn.dataset.decode import Decoder, Measurer, Picture, Refused
-from dinov2_attn.dataset.items import Item
+from dinov2_attn.dataset.decode import Picture, Refused
+from dinov2_attn.dataset.item import Item
 from dinov2_attn.dataset.look import Seen, look
 from dinov2_attn.dataset.options import Options
+from dinov2_attn.dataset.pickled import can_be_sent
 from dinov2_attn.dataset.plan import Plan
 from dinov2_attn.errors import (
     Dinov2AttnError,
-    OutOfRange,
     Unavailable,
     UnreadableFile,
     UnwritableOutput,
 )
 from dinov2_attn.show.ranges import warn
+
+log = logging.getLogger(__name__)
 
 # Images that each worker decodes ahead.
 AHEAD = 4
@@ -36,11 +39,15 @@ WORTH_A_WORKER = 64
 
 @dataclass(frozen=True)
 class Run:
-    """One process's way through its shards; ``bar`` is a tqdm, which images are counted on."""
+    """One process's way through its shards.
+
+    ``decoder`` makes pictures of items; ``bar`` is a tqdm, which images are counted on.
+    """
 
     model: Any
     plan: Plan
     options: Options
+    decoder: Any
     folder: Path
     workers: int
     strict: bool
@@ -49,11 +56,8 @@ class Run:
 
     def __call__(self, own: Sequence[int]) -> int:
         """Write the shards ``own``; return their bytes."""
-        size = self.plan.about["model"]["patch_size"][0]
-        options = self.options
-        decoder = Decoder(size, options.image_size, options.max_pixels, options.reading)
         numbered = (item for shard in own for item in self.plan.numbered(shard))
-        decoding = decoded(decoder, numbered, self.plan.count(own), self.workers)
+        decoding = decoded(self.decoder, numbered, self.plan.count(own), self.workers)
         done = 0
         # One shard is written while the next is made; a third would be memory without need.
         writing: Future[int] | None = None
@@ -75,11 +79,11 @@ class Run:
         seen: list[Seen] = []
         refused: list[Refused] = []
         for batch in self._batches(shard, pictures, refused):
-            try:
-                seen += look(self.model, batch, self.options)
-            except OutOfRange as error:  # a query that images of this size do not have
-                for origin in (picture.origin for picture in batch):
-                    self._pass_over(Refused(origin.number, origin.item, str(error)), refused)
+            for found in look(self.model, batch, self.options):
+                if isinstance(found, Refused):
+                    self._pass_over(found, refused)
+                else:
+                    seen.append(found)
         return seen, refused
 
     def _batches(
@@ -104,18 +108,17 @@ class Run:
 
     def _pass_over(self, one: Refused, refused: list[Refused]) -> None:
         if self.strict:
-            refuse(one.reason)
+            refuse(one.item.path, one.reason)
         refused.append(one)
 
 
-def refuse(*reasons: str) -> None:
-    """Raise ``UnreadableFile`` where a strict run has a reason to."""
-    if reasons:
-        raise UnreadableFile(
-            "images that can all be read, since the run is strict",
-            reasons[0],
-            "Mend the image and run with --retry, or run without --strict.",
-        )
+def refuse(path: str, reason: str) -> None:
+    """Raise ``UnreadableFile`` for the first image without maps of a strict run."""
+    raise UnreadableFile(
+        "images that can all be read and seen, since the run is strict",
+        (reason if path in reason else f"{path}: {reason}").rstrip("."),
+        "Mend the image and run with --retry, or run without --strict.",
+    )
 
 
 @contextlib.contextmanager
@@ -132,12 +135,15 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def decoded(
-    decoder: Decoder | Measurer, numbered: Iterable[tuple[int, Item]], count: int, workers: int
+    decoder: Any, numbered: Iterable[tuple[int, Item]], count: int, workers: int
 ) -> Generator[Any, None, None]:
     """Yield what ``decoder`` makes of ``count`` items, in their order, by up to ``workers``."""
     workers = min(workers, count // WORTH_A_WORKER)
+    if workers and not can_be_sent(decoder):
+        log.info("images are decoded in this process: its dataset or transform cannot be pickled")
+        workers = 0
     loader: DataLoader[Any] = DataLoader(
-        decoder,  # type: ignore[arg-type]  # whatever has keys is a dataset
+        decoder,
         sampler=numbered,
         batch_size=None,
         num_workers=workers,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,12 @@ def write(folder: Path, shard: int, seen: list[Seen], refused: list[Refused]) ->
     return path.stat().st_size + index.stat().st_size
 
 
-def merge(folder: Path, shards: int) -> int:
-    """Put the lines of all shards into one index, unreadable images into a list; count these."""
-    count = 0
+def merge(folder: Path, shards: int) -> Counter[str]:
+    """Put the lines of all shards into one index, images without maps into a list.
+
+    Returns how many failed in each stage.
+    """
+    stages: Counter[str] = Counter()
     with (
         replacing(folder / INDEX) as index,
         replacing(folder / UNREADABLE) as unreadable,
@@ -106,14 +110,14 @@ def merge(folder: Path, shards: int) -> int:
     ):
         for shard in range(shards):
             for line in _paths(folder, shard)[1].read_text().splitlines(keepends=True):
-                readable = "shard" in json.loads(line)
-                (seen if readable else refused).write(line)
-                count += not readable
-    return count
+                entry = json.loads(line)
+                (seen if "shard" in entry else refused).write(line)
+                stages.update(() if "shard" in entry else (entry["stage"],))
+    return stages
 
 
 def refusals(folder: Path, shard: int) -> list[dict[str, Any]]:
-    """Return the entries of a finished shard's images that could not be read."""
+    """Return the entries of a finished shard's images without maps."""
     return [line for line in _lines(_paths(folder, shard)[1]) if "reason" in line]
 
 
@@ -143,6 +147,7 @@ def _refusal(refused: Refused) -> dict[str, Any]:
         "number": refused.number,
         "source": refused.item.source,
         "path": refused.item.path,
+        "stage": refused.stage,
         "reason": refused.reason,
     }
 

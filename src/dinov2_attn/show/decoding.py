@@ -71,6 +71,12 @@ def decode(
             return _of_image(image, path, content, reading, max_pixels)
 
 
+def decode_open(image: Image.Image, path: Path, reading: Reading = IMAGENET) -> Decoded:
+    """Make of an open image, called ``path``, what ``decode`` makes of a file."""
+    with reported(path, None):
+        return _of_image(image, path, b"", reading, None)
+
+
 def stored_size(
     path: Path, max_pixels: int | None = None, content: bytes | None = None
 ) -> tuple[int, int]:

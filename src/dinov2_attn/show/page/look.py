@@ -48,10 +48,11 @@ def explore(
     """
     check_grafted(model)
     device = next(model.parameters()).device
-    images = photograph.tensor[None].to(device)
+    images = photograph.tensor[None]
     layers = layers_to_take(n, len(flat_blocks(model.blocks)))
     shape = _shape(model, images, heads)
     with looking_at(images):
+        images = images.to(device)
         outliers = artifact_tokens(model, images)
         limit = bytes_in(max_mb)
         frame = Frame(
