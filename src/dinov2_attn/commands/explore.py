@@ -62,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
     image = _only([*named, *swallowed, *([sample()] if args.sample else [])])
     loaded = load_model(args)
 
-    from dinov2_attn.show.banner import NO_MEANING
     from dinov2_attn.show.images import read_photograph
     from dinov2_attn.show.page.look import explore
 
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         heads="mean" if args.heads == "mean" else None,
         title=image.name,
         name=loaded.name,
-        warning=NO_MEANING if loaded.random else None,
+        warning=loaded.warning,
         max_mb=args.max_mb,
     )
     log.info("%s, %.1f MB, keeps %s", args.output, written.size / 1e6, written.kept)

@@ -42,6 +42,7 @@ def extract(
     progress: bool = False,
     name: str | None = None,
     random: bool = False,
+    warning: str | None = None,
     dry_run: bool = False,
 ) -> Summary | Preview:
     """Store the attention maps of all images of ``source`` in the folder ``out``.
@@ -66,6 +67,7 @@ def extract(
     progress    show a bar with rate and time left
     name        what the model is called in ``extraction.json``
     random      whether its weights are random, which is written beside the maps
+    warning     another sentence about the model, written there too
     dry_run     write nothing, return a ``Preview`` of what would be written and passed over
     ==========  ======================================================================
 
@@ -81,6 +83,7 @@ def extract(
     optional.require("torchvision", "PIL", "tqdm", "safetensors", "filelock")
     from dinov2_attn.dataset.job import Job
     from dinov2_attn.dataset.options import at_least, check_options
+    from dinov2_attn.dataset.plan import NO_MEANING
 
     check_grafted(model)
     if model.training:
@@ -100,5 +103,6 @@ def extract(
     )
     workers = at_least(0, workers, "workers")
     sources = [source] if isinstance(source, str | Path) else source
-    job = Job(model, sources, Path(out), options, workers, strict, retry, progress, name, random)
+    warning = NO_MEANING if random else warning
+    job = Job(model, sources, Path(out), options, workers, strict, retry, progress, name, warning)
     return job.preview() if dry_run else job.run()

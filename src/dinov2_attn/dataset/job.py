@@ -66,7 +66,7 @@ class Job:
     retry: bool
     progress: bool
     name: str | None
-    random: bool
+    warning: str | None
 
     def run(self) -> Summary:
         """Write what is not there yet, and the index when all is."""
@@ -104,7 +104,7 @@ class Job:
         return group.on_first(look)
 
     def _plan(self) -> Plan:
-        return plan(self.model, list_items(self.sources), self.options, self.name, self.random)
+        return plan(self.model, list_items(self.sources), self.options, self.name, self.warning)
 
     def _begin(self, held: ExitStack) -> tuple[Plan, list[int]]:
         """Take the folder for this run; return the plan and the shards that are to be written."""

@@ -53,7 +53,7 @@ class Plan:
 
 
 def plan(
-    model: Any, items: Sequence[Item], options: Options, name: str | None, random: bool
+    model: Any, items: Sequence[Item], options: Options, name: str | None, warning: str | None
 ) -> Plan:
     """Return the plan for ``items``; ``name`` is what the model is called."""
     about = {
@@ -64,7 +64,7 @@ def plan(
             "prefix": 1 + count_registers(model),
             "weights": weights_digest(model),
             "code": _code(model),
-            "warning": NO_MEANING if random else None,
+            "warning": warning,
         },
         "options": asdict(options),
         "source": {"images": len(items), "listing": _listing(items)},
