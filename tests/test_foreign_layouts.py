@@ -259,10 +259,15 @@ def test_a_name_of_the_hub(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub", reason="it has the cache that is looked at")
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     message = r"some/model, which is no path.*`pip install huggingface_hub` and `hf download some/m"
     with pytest.raises(UnreadableFile, match=message):
         read("some/model")
+    model = sharp(transformers.Dinov2Model(of_transformers("Dinov2")))
+    cache = tmp_path / "models--some--model"
+    model.save_pretrained(cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    assert_attends_alike("some/model", attentions_of(model))
 
 
 # timm

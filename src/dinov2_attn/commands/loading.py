@@ -166,7 +166,8 @@ def _from_file(args: argparse.Namespace) -> Choice:
         fill(model, checkpoint, key=args.key)
         return model
 
-    return make, f"{architecture}, {Path(args.weights).name}", doubt(architecture)
+    assumed = f", heads assumed: {architecture.num_heads}" if architecture.heads_assumed else ""
+    return make, f"{architecture}, {Path(args.weights).name}{assumed}", doubt(architecture)
 
 
 def _require_agreement(args: argparse.Namespace, found: Architecture) -> None:

@@ -30,6 +30,10 @@ _PUBLISHED = {
 }
 
 
+# Features and blocks of larger transformers whose heads have not 64 features: ViT-H and others.
+_KNOWN = {(1280, 32): 16, (1408, 40): 16, (1664, 48): 16, (1152, 27): 16}
+
+
 def heads_of(
     checkpoint: Checkpoint, architecture: Architecture, asked: int | None = None
 ) -> Architecture:
@@ -41,15 +45,16 @@ def heads_of(
     heads = asked or said
     assumed = heads is None and not _is_published(architecture)
     if heads is None:
-        heads, rest = divmod(embed_dim, HEAD_DIM)
-        if rest:
+        heads = _KNOWN.get((embed_dim, architecture.depth), embed_dim // HEAD_DIM)
+        if (embed_dim, architecture.depth) not in _KNOWN and embed_dim % HEAD_DIM:
             raise InvalidInput(
                 "the number of heads, which weights do not tell",
                 f"{checkpoint.path} with {embed_dim} features, which are not {HEAD_DIM} for each",
                 f"Give it with --num-heads N: {candidates(embed_dim)}; or in a safetensors file's "
                 f"metadata as {{'{HEADS_KEY}': 'N'}}.",
             )
-        log.info("%d heads: %d features for each, as in every published model", heads, HEAD_DIM)
+        if not assumed:
+            log.info("%d heads: %d features for each, as published", heads, HEAD_DIM)
     if embed_dim % heads:
         raise InvalidInput(
             f"a number of heads that {embed_dim} features can be divided among",
@@ -67,8 +72,8 @@ def doubt(architecture: Architecture) -> str | None:
     if not architecture.heads_assumed:
         return None
     return (
-        f"HEADS ASSUMED: {architecture.num_heads}. Weights do not tell how many; with another "
-        f"number every map is another. Give --num-heads N: {candidates(architecture.embed_dim)}"
+        f"heads assumed: {architecture.num_heads}. Weights do not tell; with another number "
+        f"every map is another. Give --num-heads N: {candidates(architecture.embed_dim)}"
     )
 
 

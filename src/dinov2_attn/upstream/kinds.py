@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tarfile
 import zipfile
 from pathlib import Path
@@ -92,7 +93,8 @@ def distributed(folder: Path) -> UnreadableFile:
         CHECKPOINT,
         f"{folder}, a checkpoint in PyTorch's distributed format, in a folder of parts",
         "If you trust it (its .metadata is a pickle, which can run code), convert it: "
-        f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} NEW.pth",
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+        f"{shlex.quote(str(folder))} NEW.pth",
     )
 
 
