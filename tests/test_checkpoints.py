@@ -188,7 +188,8 @@ def test_a_parameter_that_is_missing_left_over_or_of_another_shape_is_named(
 ):
     model = case.build(models)
     state = dict(model.state_dict())
-    name = data.draw(st.sampled_from(sorted(state)))
+    # A mask token may be missing, see test_other_checkpoints.
+    name = data.draw(st.sampled_from(sorted(set(state) - {"mask_token"})))
     change = data.draw(st.sampled_from(["missing", "left over", "of another shape"]))
     tensor = state.pop(name)
     if change == "left over":
