@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import fractions
 import sys
 from dataclasses import replace
 
@@ -188,7 +188,8 @@ def test_a_parameter_that_is_missing_left_over_or_of_another_shape_is_named(
 ):
     model = case.build(models)
     state = dict(model.state_dict())
-    name = data.draw(st.sampled_from(sorted(state)))
+    # A mask token may be missing, see test_other_checkpoints.
+    name = data.draw(st.sampled_from(sorted(set(state) - {"mask_token"})))
     change = data.draw(st.sampled_from(["missing", "left over", "of another shape"]))
     tensor = state.pop(name)
     if change == "left over":
@@ -258,8 +259,9 @@ def test_for_a_layer_of_another_kind_the_files_model_is_proposed(model, file):
 
 def test_models_of_equal_right_are_an_error(model, file):
     state = model.state_dict()
-    torch.save({"model": state, "model_ema": dict(state)}, file)
-    assert_refused(model, file, r"one model, or of a teacher.*one in each of model, model_ema\.")
+    torch.save({"model": state, "other": dict(state)}, file)
+    message = r"one model, or of a teacher.*one in each of model, other\. Choose one: --key other"
+    assert_refused(model, file, message)
     torch.save({"a": {"teacher": state}, "b": {"teacher": dict(state)}}, file)
     assert_refused(model, file, r"one in each of a\.teacher, b\.teacher\.")
 
@@ -334,8 +336,8 @@ torch.save({{"model": {{"teacher.backbone._flat_param": shard}}}}, r"{file}")
 
 def test_code_beside_the_tensors_is_named(model, file):
     """Training scripts save their arguments along; which class it is says what to leave out."""
-    torch.save({"teacher": model.state_dict(), "args": argparse.Namespace(lr=1)}, file)
-    assert_refused(model, file, r"asks for argparse\.Namespace, which .* If you trust the file,")
+    torch.save({"teacher": model.state_dict(), "args": fractions.Fraction(1, 2)}, file)
+    assert_refused(model, file, r"holds an object of fractions\.Fraction, and reading it would run")
 
 
 def test_a_dict_that_holds_itself_has_an_end(model, file):

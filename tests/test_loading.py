@@ -63,7 +63,7 @@ def test_a_checkpoint_needs_nothing_else(model, file, caplog):
     state = loaded.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert loaded.model.num_heads == 2
-    assert loaded.name == "ViT-128x2/7, teacher_checkpoint.pth"
+    assert loaded.name == "ViT-128x2/7, teacher_checkpoint.pth, heads assumed: 2"
     assert not loaded.random
     assert "left out" in caplog.text
     assert "teacher.dino_head" in caplog.text
@@ -73,7 +73,7 @@ def test_names_for_captions(tmp_path):
     assert load("--random-weights").name == "ViT-S/14, random weights"
     assert load("--random-weights", "--patch-size", 16).name == "ViT-S/16, random weights"
     path = saved_small(tmp_path / "mine.pth", embed_dim=384, depth=12, patch_size=4, img_size=4)
-    assert load("--weights", path).name == "ViT-S/4, mine.pth"
+    assert load("--weights", path).name == "ViT-S/4, mine.pth, heads assumed: 6"
 
 
 def test_options_that_agree_are_welcome(file, tmp_path):
@@ -123,7 +123,7 @@ def test_a_checkpoint_with_registers(tmp_path, caplog):
     torch.save(state, tmp_path / "mine.pth")
     if upstreams.FIRST.has_registers:
         loaded = load("--weights", tmp_path / "mine.pth", "--registers")
-        assert loaded.name == "ViT-64x2/2, 4 registers, mine.pth"
+        assert loaded.name == "ViT-64x2/2, 4 registers, mine.pth, heads assumed: 1"
         assert loaded.model.interpolate_antialias is True
     else:
         with pytest.raises(Unavailable, match=r"with registers.*found one without.*--repo PATH"):
@@ -139,7 +139,7 @@ from dinov2_attn.cli import main
 main(["heatmap", "x.png", "-o", "out", "--weights", {str(file.with_name("broken.pth"))!r}])
 """
     result = python("-c", code, cwd=tmp_path, **OFFLINE, TORCH_HOME=tmp_path)
-    assert "which does not load" in result.stderr
+    assert "a file by torch.save that was cut short" in result.stderr
     assert "upstream's" not in result.stderr
 
 

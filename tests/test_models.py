@@ -160,14 +160,14 @@ def test_a_truncated_checkpoint_is_unreadable(linear, tmp_path, length):
     torch.save(linear.state_dict(), file)
     file.write_bytes(file.read_bytes()[:length])
     intact = untouched(linear)
-    with pytest.raises(UnreadableFile, match=r"complete file.*does not load.*save it again"):
+    with pytest.raises(UnreadableFile, match=r"found .*(cut short|empty|text).*Download it again"):
         load_checkpoint(linear, file)
     assert intact()
 
 
 def test_a_file_that_is_no_checkpoint_is_unreadable(linear, tmp_path):
     (tmp_path / "notes.txt").write_text("no tensors here")
-    with pytest.raises(UnreadableFile, match=r"complete file.*notes.txt, which does not load"):
+    with pytest.raises(UnreadableFile, match=r"notes.txt, text that begins with 'no tensors here'"):
         load_checkpoint(linear, tmp_path / "notes.txt")
 
 
@@ -183,7 +183,7 @@ class Code:
 
 def test_code_in_a_checkpoint_is_not_run(linear, tmp_path):
     torch.save(Code(tmp_path / "trace"), tmp_path / "weights.pth")
-    with pytest.raises(UnreadableFile, match=r"plain data only; found .*does not load"):
+    with pytest.raises(UnreadableFile, match=r"and plain data; found .*does not load"):
         load_checkpoint(linear, tmp_path / "weights.pth")
     assert not (tmp_path / "trace").exists()
 
@@ -217,7 +217,7 @@ def test_torchscript_in_a_checkpoint_is_not_run(linear, tmp_path):
     torch.jit.load(file)
     assert trace.exists(), "the archive would not have run anywhere"
     trace.unlink()
-    with pytest.raises(UnreadableFile, match=r"does not load \(ValueError: a TorchScript archive"):
+    with pytest.raises(UnreadableFile, match=r"found .*, a TorchScript archive, which holds"):
         load_checkpoint(linear, file)
     assert not trace.exists()
 
@@ -226,11 +226,15 @@ def test_a_tar_is_not_unpacked(linear, tmp_path):
     """What PyTorch 0.1 wrote; PyTorch before 2.6 takes it for a checkpoint still."""
     with tarfile.open(tmp_path / "weights.pth", "w") as tar:
         tar.add(__file__, "storages")
-    with pytest.raises(UnreadableFile, match=r"does not load \(ValueError: a tar"):
+    with pytest.raises(
+        UnreadableFile, match=r"found .*, a tar archive, which PyTorch would unpack"
+    ):
         load_checkpoint(linear, tmp_path / "weights.pth")
 
 
-@pytest.mark.parametrize(("name", "found"), [("", "a directory"), ("absent.pth", "nothing")])
+@pytest.mark.parametrize(
+    ("name", "found"), [("", "a directory with no file of weights"), ("absent.pth", "nothing")]
+)
 def test_a_path_without_a_file_is_unreadable(linear, tmp_path, name, found):
     with pytest.raises(UnreadableFile, match=rf"expected a checkpoint at .*; found {found}\. Name"):
         load_checkpoint(linear, tmp_path / name)

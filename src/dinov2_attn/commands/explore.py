@@ -65,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
     loaded = load_model(args)
     check_reading(loaded.model, args)
 
-    from dinov2_attn.show.banner import NO_MEANING
     from dinov2_attn.show.page.look import explore
 
     written = explore(
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         heads="mean" if args.heads == "mean" else None,
         title=image.name,
         name=loaded.name,
-        warning=NO_MEANING if loaded.random else None,
+        warning=loaded.warning,
         max_mb=args.max_mb,
     )
     log.info("%s, %.1f MB, keeps %s", args.output, written.size / 1e6, written.kept)

@@ -139,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
             progress=True,
             name=loaded.name,
             random=loaded.random,
+            warning=loaded.doubt,
             dry_run=args.dry_run,
         )
     if os.environ.get("RANK", "0") == "0":

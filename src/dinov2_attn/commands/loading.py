@@ -28,11 +28,22 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Loaded:
-    """A grafted model on its device, what captions call it, and whether it means nothing."""
+    """A grafted model on its device, what captions call it, and whether it means nothing.
+
+    ``doubt`` is a sentence about what was assumed of it.
+    """
 
     model: Any
     name: str
     random: bool
+    doubt: str | None = None
+
+    @property
+    def warning(self) -> str | None:
+        """What has to travel with each picture, if anything has."""
+        from dinov2_attn.show.banner import NO_MEANING
+
+        return NO_MEANING if self.random else self.doubt
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +53,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--weights",
         metavar="PATH",
-        help="a checkpoint, which says what model it is; default: the published weights",
+        help="a checkpoint, which says what model it is: a file by torch.save or safetensors, a "
+        "folder of Hugging Face's or timm's, or a name in Hugging Face's cache; default: the "
+        "published weights",
     )
     weights.add_argument(
         "--random-weights", action="store_true", help="a trial run: maps carry no meaning"
@@ -56,7 +69,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--num-heads",
         type=positive,
         metavar="N",
-        help="of --weights, where 64 features are not a head",
+        help="of --weights, which do not tell; default: what a config beside them says, else one "
+        "for each 64 features, which every picture of an unpublished model then says",
+    )
+    group.add_argument(
+        "--key",
+        metavar="NAME",
+        help="of several models in --weights, such as student or model_ema; default: the "
+        "teacher, then a moving average",
     )
     group.add_argument("--repo", metavar="PATH", help="a checkout of facebookresearch/dinov2")
     group.add_argument("--device", default="cpu", help="torch's name of it, default: cpu")
@@ -77,8 +97,10 @@ def load_model(args: argparse.Namespace) -> Loaded:
             "no checkpoint",
             "Leave it out: a name tells.",
         )
+    if args.key is not None and args.weights is None:
+        raise InvalidInput("--key together with --weights PATH", "no checkpoint", "Leave it out.")
     choose = _named if args.weights is None else _from_file
-    make, name = choose(args)
+    make, name, doubt = choose(args)
     if torch.device(args.device).type == "cpu":
         # xFormers has no kernel for it, and upstream would call one wherever xFormers imports.
         sys.modules.setdefault("xformers", None)  # type: ignore[arg-type]  # Python's own sign
@@ -87,7 +109,7 @@ def load_model(args: argparse.Namespace) -> Loaded:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
         model = make()
-    return Loaded(model.to(args.device), name, args.random_weights)
+    return Loaded(model.to(args.device), name, args.random_weights, doubt)
 
 
 def _obtain(repo: str | None) -> None:
@@ -98,8 +120,8 @@ def _obtain(repo: str | None) -> None:
     dinov2_attn.install()
 
 
-# How to make a model once upstream's code is there, and what captions call it.
-Choice = tuple[Callable[[], Any], str]
+# How to make a model once upstream's code is there, what captions call it, and a doubt about it.
+Choice = tuple[Callable[[], Any], str, str | None]
 
 
 def _named(args: argparse.Namespace) -> Choice:
@@ -117,20 +139,23 @@ def _named(args: argparse.Namespace) -> Choice:
         return model
 
     called = caption(PUBLISHED[arch][0], patch_size, 4 if args.registers else 0)
-    return make, f"{called}, {'random' if args.random_weights else 'published'} weights"
+    return make, f"{called}, {'random' if args.random_weights else 'published'} weights", None
 
 
 def _from_file(args: argparse.Namespace) -> Choice:
     """Choose the model whose weights are in a file. It is read first: that needs no network."""
     from dinov2_attn.upstream.architecture import infer
     from dinov2_attn.upstream.checkpoints import fill
+    from dinov2_attn.upstream.heads import doubt
     from dinov2_attn.upstream.reading import read
 
     checkpoint = read(args.weights)
-    architecture = infer(checkpoint, args.num_heads)
+    architecture = infer(checkpoint, args.num_heads, key=args.key)
     _require_agreement(args, architecture)
     log.info("%s: %s", args.weights, architecture)
-    if architecture.registers:
+    if doubt(architecture):
+        log.warning("%s: %s", args.weights, doubt(architecture))
+    if architecture.registers and architecture.interpolation is None:
         log.info(
             "positions are interpolated as in the published models with registers (antialias, "
             "no offset): weights do not tell"
@@ -138,10 +163,11 @@ def _from_file(args: argparse.Namespace) -> Choice:
 
     def make() -> Any:
         model = build_like(architecture)
-        fill(model, checkpoint)
+        fill(model, checkpoint, key=args.key)
         return model
 
-    return make, f"{architecture}, {Path(args.weights).name}"
+    assumed = f", heads assumed: {architecture.num_heads}" if architecture.heads_assumed else ""
+    return make, f"{architecture}, {Path(args.weights).name}{assumed}", doubt(architecture)
 
 
 def _require_agreement(args: argparse.Namespace, found: Architecture) -> None:

@@ -82,7 +82,6 @@ def write(
     float32 (heads, h, w).
     """
     from dinov2_attn.show import heatmap
-    from dinov2_attn.show.banner import NO_MEANING
 
     patch_size = loaded.model.patch_size
     height, width = (side // patch_size for side in photograph.picture.shape[:2])
@@ -98,7 +97,7 @@ def write(
         photograph,
         last,
         heatmap.draw(photograph, last, patch_size, args.threshold),
-        NO_MEANING if loaded.random else None,
+        loaded.warning,
         {
             name: write
             for query in _asked(args)
@@ -144,14 +143,12 @@ def _of_query(
     args: argparse.Namespace,
 ) -> Iterator[tuple[str, Writer]]:
     from dinov2_attn import show
-    from dinov2_attn.show.banner import NO_MEANING
     from dinov2_attn.show.saving import write_film
 
     # The bare names are CLS's, whatever else was asked in this or another run.
     suffix = "" if query == "cls" else f"-{file_name(query)}"
     style = show.Style(args.log, args.interpolation, args.outliers, args.alpha)
-    warning = NO_MEANING if loaded.random else None
-    about = {"query": query, "name": loaded.name, "warning": warning}
+    about = {"query": query, "name": loaded.name, "warning": loaded.warning}
     whole = {**about, "artifacts": artifacts, "style": style}
     image = {"image": photograph.picture}
 

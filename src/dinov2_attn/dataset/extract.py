@@ -44,6 +44,7 @@ def extract(
     progress: bool = False,
     name: str | None = None,
     random: bool = False,
+    warning: str | None = None,
     dry_run: bool = False,
 ) -> Summary | Preview:
     """Store the attention maps of all images of ``source`` in the folder ``out``.
@@ -77,6 +78,7 @@ def extract(
     progress    show a bar with rate and time left
     name        what the model is called in ``extraction.json``
     random      whether its weights are random, which is written beside the maps
+    warning     another sentence about the model, written there too
     dry_run     write nothing, return a ``Preview`` of what would be written and passed over
     ==========  ======================================================================
 
@@ -96,6 +98,7 @@ def extract(
     optional.require("torchvision", "PIL", "tqdm", "safetensors", "filelock")
     from dinov2_attn.dataset.job import Job
     from dinov2_attn.dataset.options import at_least, check_options
+    from dinov2_attn.dataset.plan import NO_MEANING
     from dinov2_attn.dataset.sources import source_of
 
     check_grafted(model)
@@ -119,5 +122,6 @@ def extract(
     )
     workers = at_least(0, workers, "workers")
     given = source_of(source, transform)
-    job = Job(model, given, Path(out), options, workers, strict, retry, progress, name, random)
+    warning = NO_MEANING if random else warning
+    job = Job(model, given, Path(out), options, workers, strict, retry, progress, name, warning)
     return job.preview() if dry_run else job.run()

@@ -78,7 +78,7 @@ class Job:
     retry: bool
     progress: bool
     name: str | None
-    random: bool
+    warning: str | None
 
     def run(self) -> Summary:
         """Write what is not there yet, and the index when all is."""
@@ -137,7 +137,7 @@ class Job:
             items,
             self.options,
             self.name,
-            self.random,
+            self.warning,
             sieve.passed_over,
             self.source.transform,
         )

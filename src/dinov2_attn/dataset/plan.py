@@ -59,7 +59,7 @@ def plan(
     items: Sequence[Item],
     options: Options,
     name: str | None,
-    random: bool,
+    warning: str | None,
     passed_over: dict[str, int],
     transform: str | None = None,
 ) -> Plan:
@@ -75,7 +75,7 @@ def plan(
             "prefix": 1 + count_registers(model),
             "weights": weights_digest(model),
             "code": _code(model),
-            "warning": NO_MEANING if random else None,
+            "warning": warning,
         },
         "options": asdict(options),
         "source": {"images": len(items), "listing": _listing(items), "transform": transform},

@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.upstream.folders import some
+from dinov2_attn.upstream.foreign import have_memory
+from dinov2_attn.upstream.heads import heads_of
 from dinov2_attn.upstream.layouts import ANCHORS, find_backbone
 from dinov2_attn.upstream.models import Architecture
-from dinov2_attn.upstream.reading import Checkpoint, some
+from dinov2_attn.upstream.reading import Checkpoint
 
 log = logging.getLogger(__name__)
 
 Weights = Mapping[str, Tensor]
 
-# In every published model; weights do not tell.
-HEAD_DIM = 64
 
-# A key of a safetensors file's metadata, whose value is a number as text.
-HEADS_KEY = "num_heads"
+def infer(
+    checkpoint: Checkpoint, heads: int | None = None, *, key: str | None = None
+) -> Architecture:
+    """Read the architecture of a checkpoint off its weights, and off what is said beside them.
 
-
-def infer(checkpoint: Checkpoint, heads: int | None = None) -> Architecture:
-    """Read the architecture of a checkpoint off its weights.
-
-    The number of heads is ``heads``, else what the file says (metadata of safetensors),
-    else one for every 64 features, as in every published model. Raises ``UnreadableFile``
-    if there is no vision transformer of upstream's kind and ``InvalidInput`` if the number
-    of heads is not known, cannot be or contradicts the file.
+    ``key`` chooses one of several models in it. The number of heads is ``heads``, else what
+    the file says (metadata of safetensors) or one beside it (``config.json``,
+    ``config.yaml``), else that of the published model of this shape. Of another shape it is
+    one for every 64 features, and ``heads_assumed``. Raises ``UnreadableFile`` if there is no
+    vision transformer of upstream's kind and ``InvalidInput`` if the number of heads is not
+    known, cannot be or contradicts the file.
     """
-    weights = find_backbone(checkpoint, ANCHORS).weights
+    weights = find_backbone(checkpoint, ANCHORS, key).weights
     try:
         architecture = _read(weights)
     except _NotUpstreams as error:
@@ -44,7 +44,30 @@ def infer(checkpoint: Checkpoint, heads: int | None = None) -> Architecture:
             "Name the file of the backbone, converted to upstream's names if it is another "
             "library's.",
         ) from error
-    return replace(architecture, num_heads=_heads(checkpoint, architecture.embed_dim, heads))
+    return heads_of(checkpoint, _as_stated(checkpoint, architecture), heads)
+
+
+def _as_stated(checkpoint: Checkpoint, architecture: Architecture) -> Architecture:
+    """Take over what weights do not tell and a file beside them does."""
+    stated = checkpoint.stated
+    if stated is None:
+        if "reg_token" in {name.rpartition(".")[2] for name in checkpoint.tensors}:
+            return replace(architecture, interpolation=(True, 0.0))  # timm's
+        return architecture
+    if not stated.is_of(architecture.embed_dim, architecture.depth):
+        log.info("%s is of another model than %s", stated.source, checkpoint.path)
+        return architecture
+    if stated.activation not in (None, "gelu") and architecture.ffn == "mlp":
+        raise UnreadableFile(
+            "a model with GELU, as upstream's classes have it",
+            f"{stated.source} with {stated.activation!r}",
+            "Load it with the code that it is of.",
+        )
+    return replace(
+        architecture,
+        eps=stated.eps or architecture.eps,
+        interpolation=stated.interpolation,
+    )
 
 
 def describe(weights: Weights) -> str:
@@ -60,7 +83,7 @@ class _NotUpstreams(Exception):
 
 
 def _read(weights: Weights) -> Architecture:
-    _expect(_have_memory(weights.values()), "with tensors that share their memory")
+    _expect(have_memory(weights.values()), "with tensors that share their memory")
     embed_dim, in_chans, patch_size, patch_width = _shape(weights, "patch_embed.proj.weight", 4)
     _expect(patch_size == patch_width, f"with patches of {patch_size} × {patch_width}")
     tokens = _shape(weights, "pos_embed", 3)[1]
@@ -77,7 +100,7 @@ def _read(weights: Weights) -> Architecture:
     return Architecture(
         embed_dim=embed_dim,
         depth=depth,
-        num_heads=max(1, embed_dim // HEAD_DIM),
+        num_heads=1,
         patch_size=patch_size,
         img_size=grid * patch_size,
         in_chans=in_chans,
@@ -130,55 +153,6 @@ def _shape(weights: Weights, key: str, dimensions: int) -> tuple[int, ...]:
     return shape
 
 
-def _have_memory(tensors: Collection[Tensor]) -> bool:
-    """Say whether there are numbers behind all of them: a view of one can have any shape."""
-    if any(tensor.layout != torch.strided or tensor.is_meta for tensor in tensors):
-        return False
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    memory = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(t.numel() * t.element_size() for t in tensors) <= sum(memory.values())
-
-
 def _expect(holds: bool, otherwise: str) -> None:
     if not holds:
         raise _NotUpstreams(otherwise)
-
-
-def _heads(checkpoint: Checkpoint, embed_dim: int, asked: int | None) -> int:
-    said = _said(checkpoint)
-    if asked is not None and said is not None and asked != said:
-        raise InvalidInput(
-            f"{asked} heads, as asked", f"{checkpoint.path} with {said}", "Leave out --num-heads."
-        )
-    heads = asked or said
-    if heads is None:
-        heads, rest = divmod(embed_dim, HEAD_DIM)
-        if rest:
-            raise InvalidInput(
-                "the number of heads, which weights do not tell",
-                f"{checkpoint.path} with {embed_dim} features, which are not {HEAD_DIM} for each",
-                "Give it with --num-heads N, or in a safetensors file's metadata as "
-                f"{{'{HEADS_KEY}': 'N'}}.",
-            )
-        log.info("%d heads: %d features for each, as in every published model", heads, HEAD_DIM)
-    if embed_dim % heads:
-        raise InvalidInput(
-            f"a number of heads that {embed_dim} features can be divided among",
-            f"{heads}",
-            "Give another with --num-heads N.",
-        )
-    return heads
-
-
-def _said(checkpoint: Checkpoint) -> int | None:
-    """Return the number of heads that a file states."""
-    text = checkpoint.metadata.get(HEADS_KEY)
-    if text is None:
-        return None
-    if not (text.isdecimal() and len(text) < 6 and int(text)):
-        raise UnreadableFile(
-            f"a whole number above 0 as {HEADS_KEY} in the file's metadata",
-            f"{checkpoint.path} with {text[:20]!r}",
-            "Save it again with the number of heads as text.",
-        )
-    return int(text)

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dinov2_attn.errors import UnreadableFile
-from dinov2_attn.upstream.reading import Checkpoint, some
+from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.upstream.folders import some
+from dinov2_attn.upstream.foreign import as_upstreams, is_dinov3, joined
+from dinov2_attn.upstream.reading import Checkpoint
 
 # What a module is called that holds the real one, in the names of its parameters.
 WRAPPERS = frozenset({
@@ -29,10 +31,15 @@ WRAPPERS = frozenset({
 # Every backbone has these, and nothing else does.
 ANCHORS = ("cls_token", "pos_embed", "patch_embed.proj.weight")
 
-# What upstream's training keeps beside a backbone.
-HEADS = frozenset({"dino_head", "ibot_head", "dino_loss", "ibot_patch_loss"})
+# What upstream's training keeps beside a backbone, and what others train on top of one: their
+# classifiers, poolers and decoders, none of which a block's attention depends on.
+_HEADS = re.compile(
+    r"dino_loss|ibot_patch_loss|(\w+_)?(heads?|fc|linear|classifiers?|pooler|attn_pool|projectors?|"
+    r"predictors?|decoder)(_\w+|\d+)?"
+)
 
-PREFERRED = "teacher"
+# Of several models, a teacher's is taken, then a moving average's.
+PREFERRED = (re.compile("teacher"), re.compile(r"(\w+_)?ema(_\w+)?"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,19 +68,24 @@ def plain(name: str) -> str:
     return re.sub(r"(^|\.)blocks\.\d+\.(\d+)(?=\.)", r"\1blocks.\2", kept)
 
 
-def find_backbone(checkpoint: Checkpoint, names: Collection[str]) -> Backbone:
+def find_backbone(
+    checkpoint: Checkpoint, names: Collection[str], key: str | None = None
+) -> Backbone:
     """Find the weights of a model whose parameters have the plain ``names``.
 
-    Of several the teacher's are taken, which is what upstream evaluates and publishes.
-    Raises ``UnreadableFile`` if it is not clear which, or if two tensors have one name.
+    Of several that of ``key`` is taken, else the teacher's, which is what upstream evaluates
+    and publishes, else that of a moving average (``model_ema``). Raises ``UnreadableFile`` if
+    it is not clear which, or if two tensors have one name, and ``InvalidInput`` for a ``key``
+    that the file does not have.
     """
     anchors = [name for name in ANCHORS if name in names] or list(names)
-    found = {name: plain(name) for name in checkpoint.tensors}
-    root = _choose(checkpoint, _roots(found.values(), anchors))
+    found = _names_in(checkpoint, names)
+    roots = _roots(found.values(), anchors)
+    root = _choose(checkpoint, roots) if key is None else _named(checkpoint, roots, key)
     inside, outside = {}, [plain(name) for name in checkpoint.others]
     for name, tensor in checkpoint.tensors.items():
         key = found[name].removeprefix(root)
-        is_head = key.partition(".")[0] in HEADS and key not in names
+        is_head = bool(roots) and key not in names and _HEADS.fullmatch(key.partition(".")[0])
         if is_head or not found[name].startswith(root):
             outside.append(found[name])
         elif key in inside:
@@ -81,7 +93,22 @@ def find_backbone(checkpoint: Checkpoint, names: Collection[str]) -> Backbone:
         else:
             inside[key] = tensor
     left_out = dict.fromkeys(_part_of(name, root) for name in outside)
-    return Backbone(root.removesuffix("."), inside, tuple(left_out))
+    stated = checkpoint.stated
+    weights = joined(inside, names, None if stated is None else stated.no_embed_class)
+    return Backbone(root.removesuffix("."), weights, tuple(left_out))
+
+
+def _names_in(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
+    """Return the plain name in upstream's words of each tensor; raise for DINOv3's."""
+    found = {name: plain(name) for name in checkpoint.tensors}
+    if "pos_embed" in names and is_dinov3(found.values()):
+        raise UnreadableFile(
+            "a checkpoint of DINOv2 or DINO",
+            f"{checkpoint.path}, a DINOv3 checkpoint, whose positions are rotations",
+            "Load it with the code that it is of: DINOv2's classes cannot hold it.",
+        )
+    upstreams = as_upstreams(found.values())
+    return {name: upstreams[key] for name, key in found.items()}
 
 
 def _roots(found: Collection[str], anchors: Sequence[str]) -> Mapping[str, int]:
@@ -97,15 +124,41 @@ def _roots(found: Collection[str], anchors: Sequence[str]) -> Mapping[str, int]:
 def _choose(checkpoint: Checkpoint, roots: Mapping[str, int]) -> str:
     if not roots:
         return ""
-    preferred = {root: n for root, n in roots.items() if PREFERRED in root.split(".")}
-    candidates = preferred or roots
+    candidates = roots
+    for pattern in reversed(PREFERRED):
+        candidates = {
+            root: n for root, n in roots.items() if any(map(pattern.fullmatch, root.split(".")))
+        } or candidates
     most = max(candidates.values())
     best = [root for root, n in candidates.items() if n == most]
     if len(best) > 1:
         raise UnreadableFile(
             "a checkpoint of one model, or of a teacher and others",
             f"{checkpoint.path} with one in each of {some([r.removesuffix('.') for r in best])}",
-            "Save the one that you want by itself, as a dict of names to tensors.",
+            f"Choose one: --key {best[-1].removesuffix('.')}, or load_checkpoint(…, key=…).",
+        )
+    return best[0]
+
+
+def _named(checkpoint: Checkpoint, roots: Mapping[str, int], key: str) -> str:
+    """Return the root that ``key`` is, or the one that is below it or has it as a part."""
+    asked = plain(f"{key}.").removesuffix(".")
+    whole = {root: root.removesuffix(".") for root in roots}
+    below = [root for root in roots if asked and root.startswith(f"{asked}.")]
+    parts = [root for root in roots if asked in whole[root].split(".")]
+    best = next(
+        (
+            found
+            for found in ([r for r in roots if whole[r] == asked], below, parts)
+            if len(found) == 1
+        ),
+        None,
+    )
+    if best is None:
+        raise InvalidInput(
+            f"a model in {checkpoint.path} by the name of {key!r}",
+            f"models at {', '.join(name or repr('') for name in whole.values()) or 'no name'}",
+            "Name one of them, or leave out the key.",
         )
     return best[0]
 

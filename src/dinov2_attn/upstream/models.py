@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dinov2_attn.errors import InvalidInput, Unavailable
+from dinov2_attn.upstream.stated import Interpolation
 
 # Importing torch takes seconds, and the names below are all that ``--help`` needs.
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Architecture:
 
     ``img_size`` is the side in pixels of the square that the positional embedding is for.
     ``hidden`` is the number of features inside of the FFN, whose kind is upstream's word.
+    ``interpolation`` is of the positional embedding, that of the published models if ``None``.
+    ``heads_assumed`` is whether nothing but custom says ``num_heads``.
     """
 
     embed_dim: int
@@ -48,6 +51,9 @@ class Architecture:
     qkv_bias: bool
     proj_bias: bool
     ffn_bias: bool
+    eps: float = 1e-6
+    interpolation: Interpolation | None = None
+    heads_assumed: bool = False
 
     def __str__(self) -> str:
         return caption(self.family, self.patch_size, self.registers)
@@ -104,6 +110,7 @@ def build_like(architecture: Architecture) -> nn.Module:
     As ``build``, from which it does not differ where ``build`` has a name for it.
     """
     from dinov2.models import vision_transformer
+    from torch.nn import LayerNorm
 
     model: nn.Module = vision_transformer.DinoVisionTransformer(
         img_size=architecture.img_size,
@@ -120,8 +127,11 @@ def build_like(architecture: Architecture) -> nn.Module:
         ffn_layer=architecture.ffn,
         block_chunks=0,
         block_fn=partial(vision_transformer.Block, attn_class=vision_transformer.MemEffAttention),
-        **_registers(vision_transformer, architecture.registers),
+        **_registers(vision_transformer, architecture.registers, architecture.interpolation),
     )
+    for module in model.modules():
+        if isinstance(module, LayerNorm):
+            module.eps = architecture.eps
     return model.eval()
 
 
@@ -133,14 +143,19 @@ def _mlp_ratio(architecture: Architecture) -> float:
     return (hidden + 0.5) / architecture.embed_dim
 
 
-def _registers(vision_transformer: ModuleType, number: int) -> dict[str, Any]:
-    if not number:
-        return {}
+def _registers(
+    vision_transformer: ModuleType, number: int, interpolation: Interpolation | None = None
+) -> dict[str, Any]:
     parameters = inspect.signature(vision_transformer.DinoVisionTransformer).parameters
+    chosen: dict[str, Any] = {}
+    if interpolation is not None and "interpolate_offset" in parameters:
+        chosen = dict(zip(INTERPOLATION_WITH_REGISTERS, interpolation, strict=True))
+    if not number:
+        return chosen
     if "num_register_tokens" not in parameters:
         raise Unavailable(
             "a revision of upstream with registers, of 2023-10-27 or later",
             f"one without, at {vision_transformer.__file__}",
             "Name a newer checkout with --repo PATH, or take a model without registers.",
         )
-    return {"num_register_tokens": number, **INTERPOLATION_WITH_REGISTERS}
+    return {"num_register_tokens": number, **INTERPOLATION_WITH_REGISTERS, **chosen}

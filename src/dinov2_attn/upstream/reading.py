@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import re
-import tarfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 
 from dinov2_attn import optional
-from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.upstream.folders import files_of, some
+from dinov2_attn.upstream.kinds import CHECKPOINT, SAVE_AGAIN, refuse_others
+from dinov2_attn.upstream.stated import Stated, beside
 
 # Training checkpoints nest two or three dicts; what is deeper is no name of a weight.
 _DEEPEST = 8
@@ -24,17 +28,19 @@ _DEEPEST = 8
 class Checkpoint:
     """What a file holds: tensors by their names, those of nested dicts joined by dots.
 
-    ``others`` names what is no tensor. ``metadata`` is that of a safetensors file.
+    ``others`` names what is no tensor. ``metadata`` is that of a safetensors file, and
+    ``stated`` what a file beside it says.
     """
 
-    path: Path
+    path: Path | str
     tensors: Mapping[str, Tensor]
     others: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    stated: Stated | None = None
 
 
 def read(path: str | Path) -> Checkpoint:
-    """Read a file by ``torch.save`` or a safetensors file, onto the CPU.
+    """Read a file by ``torch.save`` or a safetensors file, or a folder of them, onto the CPU.
 
     ``weights_only`` always, and never TorchScript, a tar or what unpacks to more than its
     size. Raises ``UnreadableFile`` if it is none or holds no tensor with a name, and
@@ -42,23 +48,47 @@ def read(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     try:
-        if not path.is_file():
-            found = "a directory" if path.is_dir() else "nothing"
-            raise UnreadableFile(f"a checkpoint at {path}", found, "Name the .pth file itself.")
-        reads = _read_safetensors if _is_safetensors(path) else _read_saved
+        files = files_of(path)
+        parts = [_read_file(file) for file in files]
+        stated = beside(files[0])
     except OSError as error:  # no permission, a disk that fails
         raise _refused(path, error) from error
-    checkpoint = reads(path)
+    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    others = tuple(name for part in parts for name in part.others)
+    return _whole(Checkpoint(path, tensors, others, parts[0].metadata, stated))
+
+
+def read_mapping(mapping: Mapping[str, object]) -> Checkpoint:
+    """Take what a checkpoint file holds, such as a state dict, in the place of the file."""
+    tensors, others = _flatten(dict(mapping))
+    if not tensors:
+        raise InvalidInput(
+            "a mapping of names to tensors, nested or not",
+            _describe(dict(mapping)),
+            "Pass model.state_dict().",
+        )
+    return _whole(Checkpoint("the mapping", tensors, others))
+
+
+def _whole(checkpoint: Checkpoint) -> Checkpoint:
     if any(_is_shard(*item) for item in checkpoint.tensors.items()):
-        raise _shard(path)
+        raise _shard(checkpoint.path)
     return checkpoint
+
+
+def _read_file(path: Path) -> Checkpoint:
+    if _is_safetensors(path):
+        return _read_safetensors(path)
+    refuse_others(path)
+    return _read_saved(path)
 
 
 def _read_saved(path: Path) -> Checkpoint:
     try:
         _check_unpacked(path)
         _refuse_what_runs(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with _namespaces():
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes at hand provoke
         raise _refused(path, error) from error
     tensors, others = _flatten(content)
@@ -71,20 +101,25 @@ def _read_saved(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, others)
 
 
+def _namespaces() -> contextlib.AbstractContextManager[object]:
+    """Let ``weights_only`` read ``argparse.Namespace``: DINO v1 saves its options along."""
+    allowed = getattr(torch.serialization, "safe_globals", None)  # torch 2.5 and later
+    return contextlib.nullcontext() if allowed is None else allowed([argparse.Namespace])
+
+
 def _refused(path: Path, error: Exception) -> UnreadableFile:
     text = str(error)
     if any(sign in text for sign in _SHARDS):
         return _shard(path)
-    reason = f"{type(error).__name__}: {text.partition(chr(10))[0]}"
-    next_step = "Download or save it again, as torch.save(model.state_dict(), path)."
+    # PyTorch's own words are not passed on: they advise to load without weights_only.
+    reason, next_step = type(error).__name__, f"Download it again. {SAVE_AGAIN}"
+    if isinstance(error, (OSError, zipfile.BadZipFile)):
+        reason = f"{reason}: {text.partition(chr(10))[0]}"
     if code := _CODE.search(text):
-        reason = f"it asks for {code[1]}, which weights_only does not run"
-        next_step = (
-            "If you trust the file, torch.load it with weights_only=False, once, and torch.save "
-            "the state dict that is in it."
-        )
+        reason = f"it holds an object of {code[1]}, and reading it would run code"
+        next_step = SAVE_AGAIN
     return UnreadableFile(
-        "a complete file by torch.save that holds tensors and plain data only",
+        f"{CHECKPOINT}, complete, of tensors and plain data",
         f"{path}, which does not load ({reason})",
         next_step,
     )
@@ -107,7 +142,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
         raise UnreadableFile(
             "a complete safetensors file",
             f"{path}, which does not load ({type(error).__name__}: {error})",
-            "Download or save it again.",
+            f"Download it again. {SAVE_AGAIN}",
         ) from error
 
 
@@ -130,18 +165,16 @@ def _check_unpacked(path: Path) -> None:
 
 
 def _refuse_what_runs(path: Path) -> None:
-    """Raise ``ValueError`` for the two formats whose code ``weights_only`` lets through.
+    """Raise ``ValueError`` for TorchScript, whose code ``weights_only`` lets through.
 
-    PyTorch before 2.6 hands a TorchScript archive on to ``torch.jit.load``, which runs its
-    ``__setstate__``, and unpacks the tar that PyTorch 0.1 wrote (CVE-2025-32434).
+    PyTorch before 2.6 hands it on to ``torch.jit.load``, which runs its ``__setstate__``, and
+    unpacks the tar that PyTorch 0.1 wrote (CVE-2025-32434), which ``refuse_others`` refuses.
     """
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     # PyTorch's reader and not Python's: a zip can be made in which the two see other files.
     if is_zip and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
         raise ValueError("a TorchScript archive, which holds code")
-    if tarfile.is_tarfile(path):
-        raise ValueError("a tar, which PyTorch would unpack")
 
 
 def _flatten(content: object) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -174,7 +207,7 @@ def _is_shard(name: str, tensor: Tensor) -> bool:
     return "_flat_param" in name or type(tensor).__module__.startswith("torch.distributed")
 
 
-def _shard(path: Path) -> UnreadableFile:
+def _shard(path: Path | str) -> UnreadableFile:
     return UnreadableFile(
         "a checkpoint with each parameter whole, under its own name",
         f"{path}, one process's shard of a model under FSDP (such as model_*.rank_*.pth)",
@@ -189,8 +222,3 @@ def _describe(content: object) -> str:
         keys = [str(key) for key in dict.keys(content)]
         return f"a dict of {some(keys)}" if keys else "an empty dict"
     return f"an object of type {type(content).__name__}"
-
-
-def some(names: list[str], shown: int = 5) -> str:
-    """Join the first of ``names`` by commas."""
-    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
