@@ -15,11 +15,14 @@ from dinov2_attn.upstream.anatomy import count_registers
 Layers = int | Sequence[int] | None
 
 
-def check_images(model: Any, images: object, masks: object = None) -> None:
-    """Raise ``InvalidInput`` unless ``images`` and ``masks`` are one batch ``model`` can take.
+def take_batch(model: Any, images: Any, masks: Any = None) -> tuple[Tensor, Tensor | None]:
+    """Return ``images`` and ``masks`` as ``model`` runs them, if they are one batch it can take.
 
     Images are ``(B, C, H, W)``, floating, with whole patches; masks ``(B, h·w)``,
-    boolean, true where a patch is replaced by the mask token, or ``None``.
+    boolean, true where a patch is replaced by the mask token, or ``None``. A
+    channel-adaptive model gets each channel as an image of its own, ``(B·C, 1, H, W)``, as
+    from its ``get_intermediate_layers``: channel ``c`` of image ``b`` is number
+    ``b * C + c``, and is masked like its image. Raises ``InvalidInput`` for anything else.
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
         raise InvalidInput(
@@ -27,12 +30,27 @@ def check_images(model: Any, images: object, masks: object = None) -> None:
             _describe(images),
             "Add the batch dimension with images[None], or convert with images.float().",
         )
+    channels = images.shape[1] if is_channel_adaptive(model) else 1
+    _check_size(model, images, channels)
+    if masks is not None:
+        _check_masks(masks, images.shape[0], _count_patches(model, images))
+        masks = masks.repeat_interleave(channels, 0) if channels > 1 else masks
+    return images.flatten(0, 1)[:, None] if channels > 1 else images, masks
+
+
+def is_channel_adaptive(model: Any) -> bool:
+    """Return whether ``model`` takes any number of channels, and runs each by itself."""
+    # Upstream's name for it. With three channels it could run nothing of the kind.
+    return bool(getattr(model, "bag_of_channels", False)) and model.patch_embed.in_chans == 1
+
+
+def _check_size(model: Any, images: Tensor, groups: int) -> None:
     channels = int(model.patch_embed.in_chans)
-    if images.shape[1] != channels:
+    if images.shape[1] != channels * groups or not groups:
         raise InvalidInput(
-            f"images with {channels} channels in dimension 1",
+            f"images with {channels} channel{'' if channels == 1 else 's'} in dimension 1",
             _describe(images),
-            "Convert to RGB and put the channels before height and width.",
+            _way_to_channels(channels, images),
         )
     height, width = patch_size(model)
     if images.shape[2] % height or images.shape[3] % width or 0 in images.shape[2:]:
@@ -41,8 +59,18 @@ def check_images(model: Any, images: object, masks: object = None) -> None:
             f"{images.shape[2]} × {images.shape[3]}",
             "Crop or resize the images to whole patches.",
         )
-    if masks is not None:
-        _check_masks(masks, images.shape[0], _count_patches(model, images))
+
+
+def _way_to_channels(channels: int, images: Tensor) -> str:
+    if images.shape[3] == channels:
+        return "Put the channels before height and width: images.movedim(-1, 1)."
+    if images.shape[1] == 1:
+        return f"Repeat the one channel: images.repeat(1, {channels}, 1, 1)."
+    if channels == 1:
+        return "Average the channels: images.mean(1, keepdim=True)."
+    if channels == 3 and images.shape[1] == 4:
+        return "Convert to RGB: images[:, :3] leaves out the fourth channel."
+    return f"Build the model with in_chans={images.shape[1]}, or pass the channels it was built for."
 
 
 def check_list(images: Sequence[object], masks: object) -> list[Any]:
@@ -92,7 +120,7 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
 
 
 def count_tokens(model: Any, images: Tensor) -> int:
-    """Return N = 1 + R + h·w for a batch of images that ``check_images`` has passed."""
+    """Return N = 1 + R + h·w for a batch of images that ``take_batch`` has passed."""
     return 1 + count_registers(model) + _count_patches(model, images)
 
 
