@@ -70,7 +70,9 @@ def _way_to_channels(channels: int, images: Tensor) -> str:
         return "Average the channels: images.mean(1, keepdim=True)."
     if channels == 3 and images.shape[1] == 4:
         return "Convert to RGB: images[:, :3] leaves out the fourth channel."
-    return f"Build the model with in_chans={images.shape[1]}, or pass the channels it was built for."
+    return (
+        f"Build the model with in_chans={images.shape[1]}, or pass the channels it was built for."
+    )
 
 
 def check_list(images: Sequence[object], masks: object) -> list[Any]:
