@@ -41,7 +41,7 @@ Tokens = Callable[[], Tensor]
 TILE_BYTES = 2**23
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rollout:
     """How much of every token has come into some tokens by way of all layers.
 

@@ -51,7 +51,7 @@ def attentions_of(transformer: Any, n: Layers) -> dict[nn.Module, int]:
 
 
 def other_attentions(transformer: Any, recorded: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
-    """Return the attention modules of ``transformer`` that are not ``recorded``, with their layer."""
+    """Return the attention modules of ``transformer`` not ``recorded``, with their layer."""
     found: dict[nn.Module, int] = {}
     for layer, block in enumerate(flat_blocks(transformer.blocks)):
         found.update(dict.fromkeys(filter(_is_attention, block.modules()), layer))
