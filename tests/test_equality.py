@@ -51,11 +51,13 @@ def of_one_pass(grafted, extracted):
 OTHERS = [None, 0, "text", (), [], {}, object()]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["AttentionMaps", "numpy", "ArtifactTokens", "Recording", "Rollout", "Status", "Handle"]
-    + ["Preview", "Summary", "AttentionDataset", "row"],
+KINDS = (
+    *("AttentionMaps", "numpy", "ArtifactTokens", "Recording", "Rollout", "Status", "Handle"),
+    *("Preview", "Summary", "AttentionDataset", "row"),
 )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_result_is_compared_without_an_error(grafted, extracted, kind):
     one, other = (of_one_pass(grafted, extracted)[kind] for _ in range(2))
     assert one == one  # noqa: PLR0124

@@ -108,7 +108,7 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
             raise OutOfRange(
                 f"n, the number of last blocks to take, between 0 and {depth}",
                 str(n),
-                "Pass a sequence, n=[3], to choose single blocks.",
+                f"Pass a sequence to choose single blocks: n=[{depth - 1}] is the last.",
             )
         return list(range(depth - n, depth))
     layers = [whole_number(i, "blocks") for i in n]

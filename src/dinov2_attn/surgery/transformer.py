@@ -250,6 +250,7 @@ def _one_pass(
         raise NotGrafted(
             f"the attention of {depth} blocks from one forward pass",
             f"that of {len(attentions)}",
-            "Call dinov2_attn.install(model) with the live model, and do so before compiling it.",
+            "Call dinov2_attn.install(model) with the live model, and do so before compiling it. "
+            "If its forward runs some of the blocks only, use record(model, [0, ...]) with those.",
         )
     return output, attentions
