@@ -107,7 +107,7 @@ class Row(dict[str, Any]):
 
     __eq__ = object.__eq__
     __ne__ = object.__ne__
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]  # a dict has none
 
 
 def _line_starts(folder: Path) -> array[int]:
