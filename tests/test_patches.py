@@ -145,8 +145,8 @@ def check_out(history, commit, tree):
 
 def test_the_patches_cover_the_history(history):
     covered = [commit for patch in PATCHES for commit in commits(history, patch)]
-    assert len(covered) == len(set(covered)) == 42
-    assert set(covered) == set(git("--git-dir", history, "rev-list", "b8931f7").decode().split())
+    assert len(covered) == len(set(covered)) == 50
+    assert set(covered) == set(git("--git-dir", history, "rev-list", "7764ea0").decode().split())
 
 
 @each_patch

@@ -9,8 +9,7 @@ From here on upstream's own models answer ``get_self_attention``,
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dinov2_attn.errors import (
     Dinov2AttnError,
@@ -29,6 +28,7 @@ from dinov2_attn.errors import (
     UnwritableOutput,
     UpstreamDrift,
 )
+from dinov2_attn.lazy import lazily
 from dinov2_attn.surgery.install import Handle, Status, install, status, uninstall
 
 if TYPE_CHECKING:
@@ -79,23 +79,19 @@ __all__ = [
 __version__ = "0.1.0"
 
 # What needs torch, which is imported with its first use.
-_LATER = {
-    "ArtifactTokens": "dinov2_attn.maps.artifacts",
-    "AttentionDataset": "dinov2_attn.dataset.read",
-    "AttentionMaps": "dinov2_attn.maps.attention_maps",
-    "Recording": "dinov2_attn.maps.record",
-    "artifact_tokens": "dinov2_attn.maps.artifacts",
-    "attention_maps": "dinov2_attn.maps.look",
-    "extract": "dinov2_attn.dataset.extract",
-    "load_checkpoint": "dinov2_attn.upstream.checkpoints",
-    "record": "dinov2_attn.maps.record",
-    "rollout": "dinov2_attn.maps.rollout",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name == "show":
-        return import_module("dinov2_attn.show")
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "ArtifactTokens": "dinov2_attn.maps.artifacts",
+        "AttentionDataset": "dinov2_attn.dataset.read",
+        "AttentionMaps": "dinov2_attn.maps.attention_maps",
+        "Recording": "dinov2_attn.maps.record",
+        "artifact_tokens": "dinov2_attn.maps.artifacts",
+        "attention_maps": "dinov2_attn.maps.look",
+        "extract": "dinov2_attn.dataset.extract",
+        "load_checkpoint": "dinov2_attn.upstream.checkpoints",
+        "record": "dinov2_attn.maps.record",
+        "rollout": "dinov2_attn.maps.rollout",
+        "show": "dinov2_attn.show",
+    },
+)

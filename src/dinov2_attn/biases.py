@@ -21,7 +21,7 @@ from dinov2_attn.tiles import is_compiling
 _Span = tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Consecutive blocks of equal size: one element of the list that was nested.
 

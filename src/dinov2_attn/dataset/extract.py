@@ -11,7 +11,7 @@ from dinov2_attn.attention import Heads
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.maps.look import check_grafted
 from dinov2_attn.queries import Queries
-from dinov2_attn.surgery.inputs import Layers
+from dinov2_attn.surgery.inputs import Layers, is_channel_adaptive
 
 if TYPE_CHECKING:
     from dinov2_attn.dataset.job import Summary
@@ -104,6 +104,12 @@ def extract(
     check_grafted(model)
     if model.training:
         raise InvalidInput("a model in eval mode", "one in training mode", "Call model.eval().")
+    if is_channel_adaptive(model):
+        raise InvalidInput(
+            "a model that sees the three channels of a photograph together",
+            "a channel-adaptive one, with maps of its own for each channel",
+            "Pass tensors of your channels (B, C, H, W) to attention_maps(model, images).",
+        )
     options = check_options(
         model,
         layers=layers,

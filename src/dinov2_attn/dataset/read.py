@@ -46,7 +46,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> Row:
         """Return maps, prefix, path and number of the image at ``i``."""
         entry = self.entry(i)
         name = entry["shard"]
@@ -57,7 +57,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
             raise self._wrong(f"{name} ({type(error).__name__}: {error})") from error
         if self._verify and layout.checksum(maps, prefix) != entry["checksum"]:
             raise self._wrong(f"other bytes for image {entry['number']} in {name}")
-        return {"maps": maps, "prefix": prefix, "path": entry["path"], "number": entry["number"]}
+        return Row(maps=maps, prefix=prefix, path=entry["path"], number=entry["number"])
 
     def entry(self, i: int) -> dict[str, Any]:
         """Return the line of the index at ``i``, from the end where it is negative."""
@@ -97,6 +97,17 @@ class AttentionDataset(Dataset[dict[str, Any]]):
             found,
             "Remove the shard, its .jsonl and index.jsonl, and run the extraction again.",
         )
+
+
+class Row(dict[str, Any]):
+    """An image of an extraction, or a batch of them, by name; equal to itself only.
+
+    Tensors have no single answer to whether they are equal.
+    """
+
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+    __hash__ = object.__hash__  # type: ignore[assignment]  # a dict has none
 
 
 def _line_starts(folder: Path) -> array[int]:

@@ -22,7 +22,7 @@ from dinov2_attn.maps.outliers import DEVIATIONS, FLOOR, Rule, median
 from dinov2_attn.maps.rollout import Layer
 from dinov2_attn.surgery.attend import Instead
 from dinov2_attn.surgery.grafts import weights_from
-from dinov2_attn.surgery.inputs import check_images, check_list, layers_to_take
+from dinov2_attn.surgery.inputs import check_list, layers_to_take, take_batch
 from dinov2_attn.surgery.tap import unrecorded
 from dinov2_attn.surgery.transformer import flat_blocks
 from dinov2_attn.upstream.anatomy import count_registers
@@ -166,9 +166,8 @@ def artifact_tokens(
     layers = _candidates(layer, len(flat_blocks(model.blocks)))
     several = isinstance(images, list | tuple)
     batches = list(images) if several else [images]
-    pairs = list(zip(batches, check_list(batches, masks) if several else [masks], strict=True))
-    for batch, mask in pairs:
-        check_images(model, batch, mask)
+    given = zip(batches, check_list(batches, masks) if several else [masks], strict=True)
+    pairs = [take_batch(model, batch, mask) for batch, mask in given]
     with unrecorded():
         found = [_one(model, batch, mask, layers, rule) for batch, mask in pairs]
     _warn(found)

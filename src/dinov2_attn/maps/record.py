@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from dinov2_attn.attention import Heads, check_heads
 from dinov2_attn.errors import InvalidInput, NotRecorded
 from dinov2_attn.maps.attention_maps import AttentionMaps, Grid
+from dinov2_attn.maps.course import Course, advice
 from dinov2_attn.maps.look import grid_of
-from dinov2_attn.maps.subject import attentions_of, transformer_in
+from dinov2_attn.maps.subject import attentions_of, other_attentions, transformer_in
 from dinov2_attn.memory import Scratch, SetAside
 from dinov2_attn.queries import Queries, positions, spell_out
 from dinov2_attn.surgery.inputs import Layers
 from dinov2_attn.surgery.recording import in_a_graph
 from dinov2_attn.surgery.tap import SWITCH, TAP
+from dinov2_attn.tiles import is_compiling
 from dinov2_attn.upstream.anatomy import count_registers
 
 Reduce = Callable[[int, Any], Any]
@@ -126,6 +128,8 @@ class _Recorder:
         self._transformer = transformer_in(model)
         self._prefix = 1 + count_registers(self._transformer)
         self._layers = attentions_of(self._transformer, n)
+        self._others = other_attentions(self._transformer, self._layers)
+        self._course = Course()
         self._queries = spell_out(queries, self._prefix - 1)
         self._selection = {
             "queries": self._queries,
@@ -136,23 +140,29 @@ class _Recorder:
         self._grids: list[Grid | None] = []
         self._kept: dict[int, Any] = {}
         self._whole, self._broken = 0, 0
+        # Of the pass that runs: whether images were seen, and whether no layer ran again too early.
+        self._begun, self._clean = False, True
         self.recording = Recording()
 
     def begin(self, model: nn.Module, images: Tensor | None) -> None:
         """Note the patch grid of ``images``; several before the first layer make a list."""
         if model is self._transformer:
-            if self._kept:
-                self._break_off()
+            self._end_pass()
+            self._begun = True
             self._grids.append(None if images is None else grid_of(model, images))
 
     def wants(self, attention: nn.Module) -> bool:
         """Say whether ``attention`` is that of a layer to record."""
+        if attention in self._others and not is_compiling():
+            self._course.ran(self._others[attention])
         return attention in self._layers
 
     def take(self, attention: nn.Module, weigh: Callable[..., Any]) -> None:
         """Keep the weights of a layer, or what is to be kept of them."""
         layer = self._layers[attention]
+        self._course.ran(layer)
         if layer in self._kept:
+            self._clean = False
             self._break_off()
         weights = weigh(**self._selection)
         grid, queries = self._grid_for(weights), self._queries_of(weights)
@@ -164,20 +174,33 @@ class _Recorder:
             self.recording.passes.append(maps)
             self._whole += 1
             self._grids, self._kept = [], {}
+            if self._clean and not self._begun:
+                self._course.end(whole=True)
 
     def check(self) -> None:
         """Raise ``NotRecorded`` unless there were passes, and each with all of its layers."""
-        if self._kept:
-            self._break_off()
+        self._end_pass()
         if self._broken or not self._whole:
-            layers = ", ".join(map(str, self._layers.values()))
+            layers = list(self._layers.values())
+            calls = self._course.calls(layers)
             raise NotRecorded(
-                f"forward passes inside record(...), each with the layers {layers}",
+                "forward passes inside record(...), each with the layers "
+                + ", ".join(map(str, layers)),
                 f"{self._whole} of them"
-                + (f", and {self._broken} without some of these layers" if self._broken else ""),
-                "Run the model inside the block, in the same thread, as an eager module (no "
+                + (f", and {self._broken} without some of these layers" if self._broken else "")
+                + (f": {self._course.describe(layers)}" if calls else ""),
+                advice(calls)
+                if calls
+                else "Run the model inside the block, in the same thread, as an eager module (no "
                 "exported, scripted or replicated one), and let exceptions leave the block.",
             )
+
+    def _end_pass(self) -> None:
+        whole = self._clean and not self._kept and self._whole > 0
+        if self._kept:
+            self._break_off()
+        self._course.end(whole=whole)
+        self._begun, self._clean = False, True
 
     def _break_off(self) -> None:
         self._broken += 1

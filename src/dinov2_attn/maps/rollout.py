@@ -24,10 +24,10 @@ from dinov2_attn.surgery.attend import Instead
 from dinov2_attn.surgery.grafts import weights_from
 from dinov2_attn.surgery.inputs import (
     Layers,
-    check_images,
     check_list,
     count_tokens,
     layers_to_take,
+    take_batch,
 )
 from dinov2_attn.surgery.transformer import flat_blocks
 from dinov2_attn.tiles import cut
@@ -41,7 +41,7 @@ Tokens = Callable[[], Tensor]
 TILE_BYTES = 2**23
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rollout:
     """How much of every token has come into some tokens by way of all layers.
 
@@ -115,9 +115,9 @@ def rollout(
         raise InvalidInput("at least one block to roll out over", f"n={n!r}", "Leave n out.")
     several = isinstance(images, list | tuple)
     batches = images if several else [images]
-    pairs = list(zip(batches, check_list(batches, masks) if several else [masks], strict=True))
-    for batch, mask in pairs:
-        check_images(model, batch, mask)
+    given = zip(batches, check_list(batches, masks) if several else [masks], strict=True)
+    pairs = [take_batch(model, batch, mask) for batch, mask in given]
+    for batch, _ in pairs:
         place(queries, count_tokens(model, batch))
     found = [
         _one(model, batch, layer, _inputs(model, blocks, wanted, batch, mask), queries)

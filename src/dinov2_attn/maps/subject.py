@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -47,6 +48,14 @@ def attentions_of(transformer: Any, n: Layers) -> dict[nn.Module, int]:
             "Weights of shared modules cannot be told apart.",
         )
     return modules
+
+
+def other_attentions(transformer: Any, recorded: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
+    """Return the attention modules of ``transformer`` not ``recorded``, with their layer."""
+    found: dict[nn.Module, int] = {}
+    for layer, block in enumerate(flat_blocks(transformer.blocks)):
+        found.update(dict.fromkeys(filter(_is_attention, block.modules()), layer))
+    return {module: layer for module, layer in found.items() if module not in recorded}
 
 
 # The first question of each is cheap, and no for almost every module.

@@ -8,8 +8,9 @@ What is named here needs ``dinov2-attn[viz]`` and is imported with its first use
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dinov2_attn.lazy import lazily
 
 if TYPE_CHECKING:
     from dinov2_attn.show.pictures import plot, plot_heads, plot_layers, plot_masks
@@ -18,18 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Style", "animate", "plot", "plot_heads", "plot_layers", "plot_masks", "save"]
 
-_LATER = {
-    "Style": "style",
-    "animate": "saving",
-    "plot": "pictures",
-    "plot_heads": "pictures",
-    "plot_layers": "pictures",
-    "plot_masks": "pictures",
-    "save": "saving",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(import_module(f"dinov2_attn.show.{_LATER[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "Style": "dinov2_attn.show.style",
+        "animate": "dinov2_attn.show.saving",
+        "plot": "dinov2_attn.show.pictures",
+        "plot_heads": "dinov2_attn.show.pictures",
+        "plot_layers": "dinov2_attn.show.pictures",
+        "plot_masks": "dinov2_attn.show.pictures",
+        "save": "dinov2_attn.show.saving",
+    },
+)

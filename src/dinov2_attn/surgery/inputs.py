@@ -15,11 +15,14 @@ from dinov2_attn.upstream.anatomy import count_registers
 Layers = int | Sequence[int] | None
 
 
-def check_images(model: Any, images: object, masks: object = None) -> None:
-    """Raise ``InvalidInput`` unless ``images`` and ``masks`` are one batch ``model`` can take.
+def take_batch(model: Any, images: Any, masks: Any = None) -> tuple[Tensor, Tensor | None]:
+    """Return ``images`` and ``masks`` as ``model`` runs them, if they are one batch it can take.
 
     Images are ``(B, C, H, W)``, floating, with whole patches; masks ``(B, h·w)``,
-    boolean, true where a patch is replaced by the mask token, or ``None``.
+    boolean, true where a patch is replaced by the mask token, or ``None``. A
+    channel-adaptive model gets each channel as an image of its own, ``(B·C, 1, H, W)``, as
+    from its ``get_intermediate_layers``: channel ``c`` of image ``b`` is number
+    ``b * C + c``, and is masked like its image. Raises ``InvalidInput`` for anything else.
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
         raise InvalidInput(
@@ -27,13 +30,28 @@ def check_images(model: Any, images: object, masks: object = None) -> None:
             _describe(images),
             _to_floating(images),
         )
+    channels = images.shape[1] if is_channel_adaptive(model) else 1
+    _check_size(model, images, channels)
+    if masks is not None:
+        _check_masks(masks, images.shape[0], _count_patches(model, images))
+        masks = masks.repeat_interleave(channels, 0) if channels > 1 else masks
+    return images.flatten(0, 1)[:, None] if channels > 1 else images, masks
+
+
+def is_channel_adaptive(model: Any) -> bool:
+    """Return whether ``model`` takes any number of channels, and runs each by itself."""
+    # Upstream's name for it. With three channels it could run nothing of the kind.
+    return bool(getattr(model, "bag_of_channels", False)) and model.patch_embed.in_chans == 1
+
+
+def _check_size(model: Any, images: Tensor, groups: int) -> None:
     channels = input_channels(model)
-    if images.shape[1] != channels:
+    if images.shape[1] != channels * groups or not groups:
         raise InvalidInput(
             f"images with {channels} channel{'s' * (channels != 1)} in dimension 1, as the model "
             "takes",
             f"{images.shape[1]}: {_describe(images)}",
-            _to_channels(images, channels),
+            _way_to_channels(channels, images),
         )
     height, width = patch_size(model)
     if images.shape[2] % height or images.shape[3] % width or 0 in images.shape[2:]:
@@ -42,8 +60,20 @@ def check_images(model: Any, images: object, masks: object = None) -> None:
             f"{images.shape[2]} × {images.shape[3]}",
             "Crop or resize the images to whole patches.",
         )
-    if masks is not None:
-        _check_masks(masks, images.shape[0], _count_patches(model, images))
+
+
+def _way_to_channels(channels: int, images: Tensor) -> str:
+    if images.shape[3] == channels:
+        return "Put the channels before height and width: images.movedim(-1, 1)."
+    if images.shape[1] == 1:
+        return f"Repeat the one channel: images.repeat(1, {channels}, 1, 1)."
+    if channels == 1:
+        return "Average the channels: images.mean(1, keepdim=True)."
+    if channels == 3 and images.shape[1] == 4:
+        return "Leave the fourth channel out: images[:, :3]."
+    return (
+        f"Build the model with in_chans={images.shape[1]}, or pass the channels it was built for."
+    )
 
 
 def input_channels(model: Any) -> int:
@@ -71,19 +101,6 @@ def _to_floating(images: object) -> str:
 
 # What white is, by dtype; other integers are taken for values of 8 bits.
 _GREATEST = {"bool": 1, "uint16": 65535}
-
-
-def _to_channels(images: Tensor, channels: int) -> str:
-    """Say how to get the channels that a model takes out of ``images``."""
-    if images.shape[-1] == channels:
-        return "Put the channels before height and width: images.permute(0, 3, 1, 2)."
-    if images.shape[1] == 1 and channels == 3:
-        return "Repeat the grey channel: images.repeat(1, 3, 1, 1)."
-    if images.shape[1] == 4 and channels == 3:
-        return "Leave alpha out: images[:, :3]."
-    if images.shape[1] == 3 and channels == 1:
-        return "Convert to grey: images.mean(1, keepdim=True)."
-    return "Give the channels that the model was trained with, or load the model for these."
 
 
 def check_list(images: Sequence[object], masks: object) -> list[Any]:
@@ -119,7 +136,7 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
             raise OutOfRange(
                 f"n, the number of last blocks to take, between 0 and {depth}",
                 str(n),
-                "Pass a sequence, n=[3], to choose single blocks.",
+                f"Pass a sequence to choose single blocks: n=[{depth - 1}] is the last.",
             )
         return list(range(depth - n, depth))
     layers = [whole_number(i, "blocks") for i in n]
@@ -133,7 +150,7 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
 
 
 def count_tokens(model: Any, images: Tensor) -> int:
-    """Return N = 1 + R + h·w for a batch of images that ``check_images`` has passed."""
+    """Return N = 1 + R + h·w for a batch of images that ``take_batch`` has passed."""
     return 1 + count_registers(model) + _count_patches(model, images)
 
 

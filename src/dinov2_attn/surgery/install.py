@@ -11,7 +11,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class Status:
     grafted: tuple[str, ...]
     covered: tuple[str, ...]
     pending: tuple[str, ...]
-    recognised: dict[str, str]
+    recognised: dict[str, str] = field(hash=False)
 
     def __str__(self) -> str:
         lines = [f"grafted: {name}" for name in self.grafted]

@@ -42,7 +42,7 @@ class Sighting:
 def recognise(ledger: Ledger, classes: Iterable[type]) -> str:
     """Say which revisions hold the code of ``classes``, all of them proved at install.
 
-    ``attention and blocks as in 12592a9 … b8931f7 (2025-06-11 … 2025-08-14), verified``;
+    ``attention and blocks as in 12592a9 … 7764ea0 (2025-06-11 … 2026-06-03), verified``;
     where upstream never had that code, what of it is like upstream's and what is not.
     """
     classes = list(classes)

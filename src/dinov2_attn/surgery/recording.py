@@ -78,8 +78,9 @@ def in_a_graph() -> NotRecorded:
         "a forward pass in eager mode inside record(...)",
         "one that torch.compile, torch.export or torch.func makes another function of, whose "
         "values end with it",
-        "Run the eager module (a compiled one keeps it as _orig_mod), or a compiled one under "
-        'torch.compiler.set_stance("force_eager").',
+        "Run the eager module: compiled._orig_mod(images), or compiled(images) under "
+        'torch.compiler.set_stance("force_eager"). Run exported and transformed models outside of '
+        "record(...).",
     )
 
 

@@ -14,10 +14,10 @@ from dinov2_attn.queries import Queries, place, spell_out
 from dinov2_attn.surgery.grafts import announce, weights_from
 from dinov2_attn.surgery.inputs import (
     Layers,
-    check_images,
     check_list,
     count_tokens,
     layers_to_take,
+    take_batch,
 )
 from dinov2_attn.surgery.nesting import can_nest, check_stochastic_depth
 from dinov2_attn.surgery.recording import prepare_recorded
@@ -51,7 +51,9 @@ def get_self_attention(
 
     ``N = 1 + R + h·w``: CLS, registers, patches row by row. Weights are those before
     dropout, in the dtype of the projection. Blocks behind the last one asked for do not
-    run, and of that one only norm and projection. Raises ``InvalidInput`` and
+    run, and of that one only norm and projection. A channel-adaptive model sees each
+    channel as an image of its own, and so ``B`` is ``B·C``: channel ``c`` of image ``b``
+    is number ``b * C + c``. Raises ``InvalidInput`` and
     ``OutOfRange`` for what cannot be, ``NotGrafted`` where a block's class is unknown.
     """
     if SWITCH.on and TAP.recorders:  # no ordinary pass: it may end early
@@ -64,8 +66,9 @@ def get_self_attention(
     pairs = _checked(self, x, masks, queries)
     running = blocks[: max(wanted, default=-1) + 1]
     if not isinstance(x, list | tuple):
-        return _walk(running, wanted, self.prepare_tokens_with_masks(x, masks), queries, heads)
-    if _nests(self, running, x):
+        ((images, mask),) = pairs
+        return _walk(running, wanted, self.prepare_tokens_with_masks(images, mask), queries, heads)
+    if _nests(self, running, [images for images, _ in pairs]):
         tokens = [self.prepare_tokens_with_masks(images, mask) for images, mask in pairs]
         return _walk(running, wanted, tokens, queries, heads)
     each = [
@@ -193,9 +196,9 @@ def _walk(
 def _checked(model: Any, x: Any, masks: Any, queries: Queries) -> list[tuple[Any, Any]]:
     """Return images and mask of each batch, refusing what cannot be before anything runs."""
     several = isinstance(x, list | tuple)
-    pairs = list(zip(x, check_list(x, masks), strict=True)) if several else [(x, masks)]
-    for images, mask in pairs:
-        check_images(model, images, mask)
+    pairs = zip(x, check_list(x, masks), strict=True) if several else [(x, masks)]
+    pairs = [take_batch(model, images, mask) for images, mask in pairs]
+    for images, _ in pairs:
         place(queries, count_tokens(model, images))
     return pairs
 
@@ -225,12 +228,12 @@ def _answer(
     pairs = _checked(model, x, masks, queries)
     selection = {"queries": queries, "heads": heads}
     if not isinstance(x, list | tuple):
-        return _one_pass(original, model, x, masks, selection, **kwargs)
-    if takes_lists and _nests(model, flat_blocks(model.blocks), x):
-        masks = [mask for _, mask in pairs]
-        outputs, attentions = _one_pass(original, model, list(x), masks, selection, **kwargs)
+        return _one_pass(original, model, *pairs[0], selection, **kwargs)
+    images, masks = map(list, zip(*pairs, strict=True))
+    if takes_lists and _nests(model, flat_blocks(model.blocks), images):
+        outputs, attentions = _one_pass(original, model, images, masks, selection, **kwargs)
         return list(zip(outputs, zip(*attentions, strict=True), strict=True))
-    return [_one_pass(original, model, images, mask, selection, **kwargs) for images, mask in pairs]
+    return [_one_pass(original, model, *pair, selection, **kwargs) for pair in pairs]
 
 
 def _one_pass(
@@ -247,6 +250,7 @@ def _one_pass(
         raise NotGrafted(
             f"the attention of {depth} blocks from one forward pass",
             f"that of {len(attentions)}",
-            "Call dinov2_attn.install(model) with the live model, and do so before compiling it.",
+            "Call dinov2_attn.install(model) with the live model, and do so before compiling it. "
+            "If its forward runs some of the blocks only, use record(model, [0, ...]) with those.",
         )
     return output, attentions

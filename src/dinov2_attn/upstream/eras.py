@@ -99,7 +99,7 @@ def shared_with_nearest(code: Code) -> Code:
 
 
 def span(eras: Iterable[Era]) -> str:
-    """Name a range: ``12592a9 … b8931f7 (2025-06-11 … 2025-08-14)``."""
+    """Name a range: ``12592a9 … 7764ea0 (2025-06-11 … 2026-06-03)``."""
     places = sorted(table().index(era) for era in eras)
     # A change that was reverted later leaves two ranges with a gap between them.
     runs = groupby(enumerate(places), key=lambda item: item[1] - item[0])

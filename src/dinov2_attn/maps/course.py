@@ -1,0 +1,87 @@
+"""Which blocks ran while a model was recorded, and how to record those of a partial pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+# Calls that a message names.
+NAMED = 3
+
+
+class Course:
+    """The blocks in the order in which they ran, pass by pass, as far as passes were partial."""
+
+    def __init__(self) -> None:
+        self._passes: dict[tuple[int, ...], None] = {}
+        self._now: list[int] = []
+
+    def ran(self, layer: int) -> None:
+        """Note that block ``layer`` ran."""
+        self._now.append(layer)
+
+    def end(self, *, whole: bool) -> None:
+        """Note the end of a pass. One with all of its layers is whole for any choice of them."""
+        if self._now and not whole:
+            self._passes[tuple(self._now)] = None
+        self._now = []
+
+    def describe(self, wanted: Sequence[int]) -> str:
+        """Return which of the blocks ``wanted`` ran, and which did not."""
+        ran = [layer for layer in wanted if layer in self._layers()]
+        missing = [layer for layer in wanted if layer not in ran]
+        changing = [i for i in ran if len({p.count(i) for p in self._passes} | {1}) > 1]
+        parts = [f"{_blocks(ran)} ran" if ran else "none of them ran"]
+        parts += [f"{_blocks(missing)} did not"] if missing else []
+        parts += [f"{_blocks(changing)} not exactly once in each pass"] if changing else []
+        others = [] if ran else [layer for layer in self._layers() if layer not in wanted]
+        parts += [f"{_blocks(others)} ran instead"] if others else []
+        return ", ".join(parts)
+
+    def calls(self, wanted: Sequence[int]) -> list[str]:
+        """Return the calls that together record every block that ran, the largest first.
+
+        Of the blocks ``wanted``, or of all if none of those ran.
+        """
+        ran = self._layers()
+        groups = self._together([i for i in wanted if i in ran] or ran)
+        return [f"record(model, {group})" for group in groups]
+
+    def _layers(self) -> list[int]:
+        return sorted({layer for one in self._passes for layer in one})
+
+    def _together(self, layers: Iterable[int]) -> list[list[int]]:
+        """Return ``layers`` in groups that ran equally often in each pass."""
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for layer in layers:
+            alike.setdefault(tuple(one.count(layer) for one in self._passes), []).append(layer)
+        groups: list[list[int]] = []
+        for group in alike.values():
+            groups += [group] if self._are_whole(group) else [[layer] for layer in group]
+        return sorted(groups, key=len, reverse=True)
+
+    def _are_whole(self, group: list[int]) -> bool:
+        """Return whether the blocks of ``group`` ran in turns, each once in a turn."""
+        for one in self._passes:
+            kept: set[int] = set()
+            for layer in filter(group.__contains__, one):
+                if layer in kept:
+                    return False
+                kept = kept | {layer} if len(kept) + 1 < len(group) else set()
+            if kept:
+                return False
+        return True
+
+
+def advice(calls: Sequence[str]) -> str:
+    """Return the next step that names ``calls``."""
+    first, *others = calls[:NAMED]
+    together = "".join(f", {call} as maps_{i}" for i, call in enumerate(others, 2))
+    together += ", and so on for each other block" if len(calls) > NAMED else ""
+    return (
+        f"Record the blocks that ran: with {first} as maps{together}. "
+        "If an exception cut a pass short, let it leave the block."
+    )
+
+
+def _blocks(layers: Sequence[int]) -> str:
+    return f"block{'' if len(layers) == 1 else 's'} {', '.join(map(str, layers))}"
