@@ -70,9 +70,11 @@ def extract(
     ==========  ======================================================================
 
     Shards appear whole, each with its index; run again after whatever stopped it, and what
-    is finished is passed over, with the very same bytes in the end. Processes that torchrun
-    starts share the shards; these are the same for any number of them. ``AttentionDataset``
-    reads ``out``. Nothing is differentiated. Returns a ``Summary``.
+    is finished is passed over. Processes that torchrun starts share the shards. In the end
+    the bytes are the same, whatever was interrupted and however many processes there are, on
+    the same kind of processor with the same libraries and number of threads; elsewhere the
+    last bits of maps differ. ``AttentionDataset`` reads ``out``. Nothing is differentiated.
+    Returns a ``Summary``.
 
     Raises ``InvalidInput`` where ``out`` is another extraction's, ``UnwritableOutput`` where it
     cannot be written or another run is writing there, ``UnreadableFile`` for a source that
