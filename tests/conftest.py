@@ -34,8 +34,10 @@ settings.register_profile(
 )
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-# Tensors here are tiny: a second thread would only wait for the first.
-torch.set_num_threads(1)
+# Tensors here are tiny: a second thread would only wait for the first. `.ci/processors` asks for
+# more. Processes that tests start take as many.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("DINOV2_ATTN_TEST_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -54,13 +54,16 @@ def attention_of_upstream() -> None:
             features = model(images)
         flow = dinov2_attn.rollout(model, images, heads="mean").maps()
     assert last.shape == (2, 6, 7, 7)
-    torch.testing.assert_close(last.sum(-1), torch.ones(2, 6, 7))
-    torch.testing.assert_close(maps.weights[-1], last)
+    from dinov2_attn.conformance.tolerances import assert_close
+
+    assert_close(last.sum(-1), torch.ones(2, 6, 7))
+    assert_close(maps.weights[-1], last)
     assert maps.grid == (2, 3)
     assert flow.shape == (2, 1, 2, 3)
     handle.uninstall()
     assert not hasattr(model, "get_last_self_attention")
-    assert torch.equal(model(images), features)
+    # With grad, where PyTorch may take another kernel than the recorded pass did.
+    assert_close(model(images), features)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import dinov2_attn
 import reference
 from dinov2_attn import record
 from recordings import IMAGES, Adapted, assert_all_close, build
-from tolerances import assert_close
-from unchanged import assert_equal, assert_unchanged, one_pass
+from tolerances import are_close, assert_close, assert_same_bits
+from unchanged import assert_unchanged, one_pass
 
 
 class Doubled(nn.Module):
@@ -100,7 +100,7 @@ def test_features_and_gradients_are_unchanged(first, way, training):
         return [output, *(p.grad for p in model.parameters() if p.grad is not None)]
 
     with dinov2_attn.install():
-        assert_equal(recorded(), one_pass(changed(first, way, training=training)))
+        assert_same_bits(recorded(), one_pass(changed(first, way, training=training)))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -121,7 +121,7 @@ def test_weights_are_those_of_what_is_there(first, way, grad):
         few = model.get_last_self_attention(IMAGES, queries="cls")
         assert_close(few, expected[-1][:, :, :1])
         if "backward" not in way:
-            assert not torch.allclose(expected[0], plain.get_self_attention(IMAGES)[0])
+            assert not are_close(expected[0], plain.get_self_attention(IMAGES)[0])
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated in new torch
@@ -136,11 +136,11 @@ def test_a_quantised_projection(first):
         weights = model.get_self_attention(images)
         with record(model) as maps:
             _, both = model(images, return_attention=True)
-        assert_equal(both, weights)
-        assert_equal(maps.weights, weights)
+        assert_close(both, weights)
+        assert_close(maps.weights, weights)
         exact = build(first).float().get_self_attention(images)
-        assert not torch.equal(weights[0], exact[0])
-        assert torch.allclose(weights[0], exact[0], atol=0.05)
+        assert not are_close(weights[0], exact[0])
+        assert_close(weights[0], exact[0], within=0.05)
 
 
 def test_the_same_block_twice_is_two_layers(first):
@@ -151,10 +151,10 @@ def test_the_same_block_twice_is_two_layers(first):
     assert_unchanged(lambda: one_pass(model))
     with dinov2_attn.install():
         expected = other.get_self_attention(IMAGES)
-        assert_equal(model.get_self_attention(IMAGES), expected)
+        assert_close(model.get_self_attention(IMAGES), expected)
         output, attentions = model(IMAGES, return_attention=True)
-        assert torch.equal(output, other(IMAGES))
-        assert_equal(attentions, expected)
+        assert_close(output, other(IMAGES))
+        assert_close(attentions, expected)
         with pytest.raises(dinov2_attn.IncompatibleUpstream, match="shared"), record(model):
             model(IMAGES)
 
@@ -171,7 +171,7 @@ def test_a_subclass_that_calls_its_base(first):
     for block in model.blocks:
         block.attn.__class__ = own
     assert_unchanged(lambda: one_pass(model))
-    assert not torch.equal(model(IMAGES), expected[0])
+    assert not are_close(model(IMAGES), expected[0])
     with dinov2_attn.install():
         for ask in (model.get_self_attention, _recorded(model)):
             with pytest.raises(dinov2_attn.NotGrafted, match=r"install\(model\)"):
@@ -196,7 +196,7 @@ def test_a_block_of_ones_own_that_calls_nothing(first):
         features = model(IMAGES)
         assert_all_close(model.get_self_attention(IMAGES), expected)
         output, attentions = model(IMAGES, return_attention=True)
-        assert torch.equal(output, features)
+        assert_same_bits(output, features)
         assert_all_close(attentions, expected)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import dinov2_attn
 import reference
 from strategies import model_cases, noise
-from tolerances import assert_close
+from tolerances import assert_close, assert_same_bits
 
 
 def attention_inputs(model, run):
@@ -48,15 +48,15 @@ def test_n_takes_layers_as_get_intermediate_layers_does(models, case, data):
         st.lists(st.integers(-case.depth, case.depth - 1), unique_by=lambda i: i % case.depth)
     )
     last = model.get_self_attention(case.images, count)
-    assert [torch.equal(a, b) for a, b in zip(last, every[case.depth - count :], strict=True)] == [
-        True
-    ] * count
+    for a, b in zip(last, every[case.depth - count :], strict=True):
+        assert_close(a, b)
     chosen = [every[i] for i in sorted(i % case.depth for i in some)]
     for n in (some, torch.tensor(some, dtype=torch.long), np.array(some, dtype=int)):
         answers = model.get_self_attention(case.images, n=n)
-        assert all(torch.equal(a, b) for a, b in zip(answers, chosen, strict=True))
-    assert torch.equal(model.get_last_self_attention(case.images), every[-1])
-    assert torch.equal(model.get_last_selfattention(case.images), every[-1])
+        for a, b in zip(answers, chosen, strict=True):
+            assert_close(a, b)
+    assert_close(model.get_last_self_attention(case.images), every[-1])
+    assert_close(model.get_last_selfattention(case.images), every[-1])
 
 
 @given(model_cases())
@@ -65,7 +65,7 @@ def test_flat_equals_chunked(models, case):
     for a, b in zip(
         model.get_self_attention(case.images), flat.get_self_attention(case.images), strict=True
     ):
-        assert torch.equal(a, b)
+        assert_same_bits(a, b)
 
 
 @given(model_cases())
@@ -89,7 +89,7 @@ def test_a_list_equals_one_by_one(models, case, count, masked):
     for layer, weights in enumerate(answer):
         assert isinstance(weights, list)
         for x, mask, w in zip(images, each, weights, strict=True):
-            assert torch.equal(w, ask(x, [layer], mask)[0])
+            assert_close(w, ask(x, [layer], mask)[0])
     last = model.get_last_self_attention(images, masks)
     assert isinstance(last, list)
     assert [w.shape[0] for w in last] == [len(x) for x in images]
@@ -102,9 +102,9 @@ def test_features_and_attentions_come_from_one_pass(models, case, training):
     both = model.forward_features(case.images, case.masks, return_attention=True)
     attentions = both.pop("attentions")
     assert plain.keys() == both.keys()
-    assert all(torch.equal(plain[k], both[k]) for k in plain)
+    assert_same_bits(both, plain)
     expected = model.get_self_attention(case.images, masks=case.masks)
-    assert all(torch.equal(a, b) for a, b in zip(attentions, expected, strict=True))
+    assert_close(attentions, expected)
     output, again = model(case.images, is_training=training, return_attention=True, heads="mean")
     assert isinstance(output, dict) == training
     assert_close(again[-1], model.get_last_self_attention(case.images, heads="mean"))
@@ -121,11 +121,11 @@ def test_lists_get_features_and_attentions_too(models, case):
     for i, (x, m) in enumerate(zip(images, masks, strict=True)):
         one = model.forward_features(x, m, return_attention=True, queries="cls")
         for features in (dicts[i], trained[i]):
-            assert torch.equal(features["x_norm_clstoken"], one["x_norm_clstoken"])
-        assert torch.equal(outputs[i], one["x_norm_clstoken"])
+            assert_close(features["x_norm_clstoken"], one["x_norm_clstoken"])
+        assert_close(outputs[i], one["x_norm_clstoken"])
         for layer in range(case.depth):
-            assert torch.equal(dicts[i]["attentions"][layer], one["attentions"][layer])
-            assert torch.equal(attentions[layer][i], one["attentions"][layer])
+            assert_close(dicts[i]["attentions"][layer], one["attentions"][layer])
+            assert_close(attentions[layer][i], one["attentions"][layer])
 
 
 def test_with_stochastic_depth_the_weights_belong_to_the_very_pass(models):
@@ -141,7 +141,7 @@ def test_with_stochastic_depth_the_weights_belong_to_the_very_pass(models):
     plain = model.forward_features(images)
     torch.manual_seed(5)
     both = model.forward_features(images, return_attention=True)
-    assert torch.equal(plain["x_prenorm"], both["x_prenorm"])
+    assert_same_bits(plain["x_prenorm"], both["x_prenorm"])
     block = model.blocks[3]
     expected = reference.weights(block.attn, block.norm1(inputs[1]))
     assert_close(both["attentions"][3], expected)
@@ -152,7 +152,7 @@ def test_blocks_answer_for_themselves(layers):
     tokens = noise(2, 7, 12, seed=1, dtype=torch.float64)
     weights = block(tokens, return_attention=True)
     assert_close(weights, reference.weights(block.attn, block.norm1(tokens)))
-    assert torch.equal(block(x=tokens, return_attention=True), weights)
+    assert_same_bits(block(x=tokens, return_attention=True), weights)
     mean = block(tokens, return_attention=True, queries=[3], heads="mean")
     assert_close(mean, weights[:, :, [3]].mean(1))
 
@@ -163,7 +163,7 @@ def test_a_nested_block_answers_a_list_with_a_list(models):
     answer = block(tokens, return_attention=True)
     assert isinstance(answer, list)
     for weights, x in zip(answer, tokens, strict=True):
-        assert torch.equal(weights, block(x, return_attention=True))
+        assert_close(weights, block(x, return_attention=True))
 
 
 def test_the_last_block_runs_norm_and_projection_only(models):
@@ -202,7 +202,7 @@ def test_installing_on_a_model_is_as_good_as_on_its_package(models):
     dinov2_attn.uninstall()
     assert not hasattr(model, "get_last_self_attention")
     with dinov2_attn.install(torch.nn.Sequential(torch.nn.Linear(2, 2), model)):
-        assert torch.equal(model.get_last_self_attention(images), expected)
+        assert_same_bits(model.get_last_self_attention(images), expected)
     assert not hasattr(model, "get_last_self_attention")
     dinov2_attn.install(models.package)
 

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
@@ -22,7 +22,7 @@ from dinov2_attn.surgery.transformer import flat_blocks
 from dinov2_attn.upstream.anatomy import Part, part_of_module
 from recordings import IMAGES, assert_nothing_on, build
 from strategies import ModelCase, model_cases, noise
-from tolerances import assert_close
+from tolerances import assert_close, assert_same_bits, same_bits
 
 # Models of a few features have norms of all sizes: what is flagged there is looked at elsewhere.
 pytestmark = pytest.mark.filterwarnings("ignore:more than 10%")
@@ -88,6 +88,11 @@ def thresholds(norms, deviations=7.5, floor=2.5):
     return np.array(found)
 
 
+def several_patches(case):
+    """One patch alone stands out as little in every layer: a rounding chooses one."""
+    return case.grid != (1, 1)
+
+
 def norms_of(output, prefix, grid):
     return np.linalg.norm(output[:, prefix:].double().numpy(), axis=-1).reshape(-1, *grid)
 
@@ -97,6 +102,7 @@ def norms_of(output, prefix, grid):
 
 @given(case=model_cases(st.just(torch.float64)), masked=st.booleans())
 def test_norms_and_shares_are_those_of_upstreams_own_pass(models, case, masked):
+    assume(several_patches(case))
     model, prefix = case.build(models), case.prefix(models)
     masks = case.masks if masked else None
     found = artifact_tokens(model, case.images, masks=masks)
@@ -109,7 +115,7 @@ def test_norms_and_shares_are_those_of_upstreams_own_pass(models, case, masked):
     expected = np.stack([each[layer][image] for image, layer in enumerate(layers)])
     assert_close(found.norms, torch.from_numpy(expected))
     assert_close(found.threshold, torch.from_numpy(thresholds(expected)))
-    np.testing.assert_array_equal(found.mask, expected > thresholds(expected)[:, None, None])
+    assert_same_bits(found.mask.numpy(), expected > thresholds(expected)[:, None, None])
 
     mean = weights.mean(1)
     shape = (case.batch, *case.grid)
@@ -120,7 +126,7 @@ def test_norms_and_shares_are_those_of_upstreams_own_pass(models, case, masked):
         # Shares are summed with 1/N in float32.
         assert_close(ours, theirs.reshape(shape), dtype=torch.float32)
         limits = thresholds(ours)[:, None, None]
-        np.testing.assert_array_equal(sinks, ours.numpy() > limits)
+        assert_same_bits(sinks.numpy(), ours.numpy() > limits)
     held = (found.from_cls * found.mask).sum((1, 2))
     assert_close(found.share, held)
 
@@ -137,39 +143,42 @@ def test_a_layer_may_be_chosen(models, case, layer):
 
 @given(case=model_cases())
 def test_a_list_equals_one_by_one_and_chunked_equals_flat(models, case):
-    images = [case.images, case.images[..., : case.patch, : case.patch]]
+    assume(several_patches(case))
+    images = [case.images, noise(1, 3, case.patch, 2 * case.patch, seed=1, dtype=case.dtype)]
     flat = case.build(models, chunks=0)
     each = [artifact_tokens(flat, one) for one in images]
     for model in (flat, case.build(models)):
         several = artifact_tokens(model, images, masks=[None, None])
         assert isinstance(several, list)
         for ours, alone in zip(several, each, strict=True):
-            assert torch.equal(ours.layer, alone.layer)
+            assert_same_bits(ours.layer, alone.layer)
             assert_close(ours.norms, alone.norms)
             assert_close(ours.from_all, alone.from_all)
-            assert torch.equal(ours.mask, alone.mask)
+            assert_same_bits(ours.mask, alone.mask)
 
 
 @given(case=model_cases(st.just(torch.float64)), data=st.data())
 def test_images_know_nothing_of_their_order(grafted, case, data):
+    assume(several_patches(case))
     model = case.build(grafted)
     order = data.draw(st.permutations(range(case.batch)))
     found, other = (artifact_tokens(model, i) for i in (case.images, case.images[list(order)]))
     for name in ("norms", "threshold", "from_cls", "from_all"):
         assert_close(getattr(other, name), getattr(found, name)[list(order)])
     for name in ("mask", "layer"):
-        assert torch.equal(getattr(other, name), getattr(found, name)[list(order)])
+        assert_same_bits(getattr(other, name), getattr(found, name)[list(order)])
 
 
 @given(case=model_cases(st.just(torch.float64)))
 def test_images_know_nothing_of_who_is_in_their_batch(grafted, case):
+    assume(several_patches(case))
     model = case.build(grafted)
     together = artifact_tokens(model, case.images)
     for i, image in enumerate(case.images):
         alone = artifact_tokens(model, image[None])
         assert alone.layer.item() == together.layer[i]
         assert_close(alone.norms[0], together.norms[i])
-        assert torch.equal(alone.mask[0], together.mask[i])
+        assert_same_bits(alone.mask[0], together.mask[i])
 
 
 # Planted
@@ -207,8 +216,8 @@ def test_large_cls_and_registers_are_no_artifacts(models):
     plain = artifact_tokens(model, CASE.images, 1)
     with Planted(model, 1, [(i, token) for i in range(2) for token in range(prefix)]):
         found = artifact_tokens(model, CASE.images, 1)
-    assert torch.equal(found.norms, plain.norms)
-    assert torch.equal(found.mask, plain.mask)
+    assert_same_bits(found.norms, plain.norms)
+    assert_same_bits(found.mask, plain.mask)
 
 
 def test_the_first_third_and_the_output_are_not_looked_at(grafted):
@@ -244,13 +253,13 @@ def test_a_sink_is_seen_from_both_sides(grafted):
     found = artifact_tokens(model, CASE.images)
     expected = torch.zeros(2, 5, 6, dtype=torch.bool)
     expected[1, 4, 4] = True
-    assert torch.equal(found.sinks, expected)
-    assert torch.equal(found.cls_sinks, expected)
+    assert_same_bits(found.sinks, expected)
+    assert_same_bits(found.cls_sinks, expected)
     assert found.from_cls[1, 4, 4] > 0.9
     (sink,) = found.report()[1]["sinks"]
     assert (sink["row"], sink["col"]) == (4, 4)
     assert sink["from_all"] == pytest.approx(float(found.from_all[1, 4, 4]))
-    assert not torch.equal(found.mask, expected)
+    assert not same_bits(found.mask, expected)
 
 
 # The rule
@@ -267,18 +276,18 @@ values = arrays(
 def test_the_rule_is_that_of_numpy(values):
     rule = Rule()
     tensor = torch.from_numpy(values)
-    np.testing.assert_allclose(rule.thresholds(tensor), thresholds(values), rtol=1e-12)
+    assert_close(rule.thresholds(tensor), thresholds(values))
     # At the threshold itself a rounding decides.
     limits = thresholds(values)[:, None, None]
     clear = np.abs(values - limits) > 1e-9 * limits
     ours, theirs = rule.outliers(tensor).numpy(), values > limits
-    np.testing.assert_array_equal(ours[clear], theirs[clear])
+    assert_same_bits(ours[clear], theirs[clear])
 
 
 @given(values=values, power=st.integers(-30, 30))
 def test_the_unit_of_norms_does_not_matter(values, power):
     scaled = torch.from_numpy(values * 2.0**power)
-    assert torch.equal(Rule().outliers(scaled), Rule().outliers(torch.from_numpy(values)))
+    assert_same_bits(Rule().outliers(scaled), Rule().outliers(torch.from_numpy(values)))
 
 
 @given(values=values)
@@ -315,7 +324,7 @@ def test_a_rule_may_be_given(grafted):
     model = CASE.build(grafted)
     plain = artifact_tokens(model, CASE.images, 1)
     found = artifact_tokens(model, CASE.images, 1, deviations=0.5, floor=1.1)
-    np.testing.assert_allclose(found.threshold, thresholds(found.norms, 0.5, 1.1))
+    assert_close(found.threshold, thresholds(found.norms, 0.5, 1.1))
     assert found.mask.sum() > plain.mask.sum()
 
 
@@ -506,7 +515,7 @@ def test_each_block_runs_once(grafted):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
     found = artifact_tokens(model, CASE.images)
     assert ran == [0, 1, 2, 3]
-    assert torch.equal(artifact_tokens(model, CASE.images, 0).from_all, found.from_all)
+    assert_close(artifact_tokens(model, CASE.images, 0).from_all, found.from_all)
     assert ran == [0, 1, 2, 3] * 2
 
 
@@ -518,7 +527,7 @@ def test_a_copy_on_the_cpu_is_the_same(grafted):
     found = artifact_tokens(CASE.build(grafted), CASE.images)
     copied = found.cpu()
     for field in dataclasses.fields(found):
-        assert torch.equal(getattr(copied, field.name), getattr(found, field.name))
+        assert_same_bits(getattr(copied, field.name), getattr(found, field.name))
     assert found.layer.dtype == torch.int64
 
 
@@ -535,8 +544,8 @@ def test_neither_the_default_device_nor_the_default_dtype_is_asked(grafted):
             again = artifact_tokens(model, images)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(again.norms, found.norms)
-    assert torch.equal(again.from_all, found.from_all)
+    assert_close(again.norms, found.norms)
+    assert_close(again.from_all, found.from_all)
 
 
 # Nothing is altered
@@ -548,9 +557,9 @@ def test_weights_and_features_are_as_they_were(grafted, case):
     parameters = [parameter.clone() for parameter in model.parameters()]
     features, state = model(case.images), torch.get_rng_state()
     artifact_tokens(model, case.images)
-    assert torch.equal(model(case.images), features)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(map(torch.equal, parameters, model.parameters()))
+    assert_same_bits(model(case.images), features)
+    assert_same_bits(torch.get_rng_state(), state)
+    assert_same_bits(parameters, list(model.parameters()))
     assert_nothing_on(model)
 
 

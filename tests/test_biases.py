@@ -15,7 +15,7 @@ import reference
 import xformers_here
 from dinov2_attn import biases
 from strategies import noise, randomise, seeds
-from tolerances import assert_close
+from tolerances import assert_close, assert_same_bits
 from xformers_here import quiet
 
 pytestmark = quiet
@@ -185,7 +185,7 @@ def test_keys_with_gaps_are_answered_by_one_matrix(nested):
 def test_a_bias_is_made_where_and_as_exactly_as_the_scores_are():
     shape, cpu = (2, 3, 4, 4), torch.device("cpu")
     third = torch.full(shape, 1 / 3, dtype=torch.float64)
-    assert torch.equal(biases.dense(Third(), shape, cpu, torch.float64), third)
+    assert_same_bits(biases.dense(Third(), shape, cpu, torch.float64), third)
     assert biases.dense(Third(), shape, torch.device("meta"), torch.float64).is_meta
     assert biases.dense(third, shape, cpu, torch.float32).dtype == torch.float32
     assert biases.dense(third > 0, shape, cpu, torch.float32).dtype == torch.bool
@@ -196,7 +196,7 @@ def test_a_block_is_made_alone_where_its_class_can():
     with torch.device("meta"):  # where nobody asked for it to be
         found = biases.groups(OwnMasks([2, 3]), tokens, torch.float64)
     for group, length in zip(found, (2, 3), strict=True):
-        assert torch.equal(group.mask, torch.full((length, length), 1 / 3, dtype=torch.float64))
+        assert_same_bits(group.mask, torch.full((length, length), 1 / 3, dtype=torch.float64))
 
 
 def test_what_is_inside_of_blocks_is_as_exact_as_the_scores(monkeypatch):

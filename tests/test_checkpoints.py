@@ -21,6 +21,7 @@ from dinov2_attn.upstream.reading import read
 from fresh import python
 from saved import OPTIMIZER
 from strategies import ModelCase, model_cases, noise, randomise
+from tolerances import assert_close, assert_same_bits, same_bits
 
 CASE = ModelCase(
     depth=4, chunks=0, registers=0, heads=1, grid=(3, 2), batch=1, dtype=torch.float32, seed=0
@@ -50,15 +51,15 @@ def assert_same(loaded, model, case):
     ours, theirs = (dict(m.named_parameters()) for m in (loaded, model))
     renamed = {plain(name): parameter for name, parameter in theirs.items()}
     assert ours.keys()
-    assert all(torch.equal(parameter, renamed[plain(name)]) for name, parameter in ours.items())
+    assert_same_bits(ours, {name: renamed[plain(name)] for name in ours})
     with torch.no_grad():
-        assert torch.equal(loaded(case.images), model(case.images))
+        assert_close(loaded(case.images), model(case.images))
 
 
 def untouched(model):
     """Return a check that the weights of ``model`` are still what they are now."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return lambda: all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    return lambda: same_bits(dict(model.state_dict()), before)
 
 
 def assert_refused(model, file, message, error=UnreadableFile, **options):
@@ -151,7 +152,7 @@ def test_floating_numbers_become_those_of_the_model(model, file, dtype):
     loaded = other(CASE).build(upstreams.FIRST)
     load_checkpoint(loaded, file)
     for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name].to(dtype).float())
+        assert_same_bits(tensor, model.state_dict()[name].to(dtype).float())
 
 
 def test_whole_numbers_stay_whole(file):
@@ -167,7 +168,7 @@ def test_heads_are_taken_where_the_model_has_them(model, file):
     torch.save({"teacher": modules.state_dict()}, file)
     loaded = saved.training(other(CASE).build(upstreams.FIRST), seed=1)
     assert load_checkpoint(loaded, file) == ()
-    assert all(map(torch.equal, loaded.parameters(), modules.parameters()))
+    assert_same_bits(list(loaded.parameters()), list(modules.parameters()))
 
 
 @pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
@@ -390,7 +391,7 @@ def test_positions_are_resized_when_asked_as_upstream_does_in_a_pass(
         assert_refused(loaded, file, message)
     load_checkpoint(loaded, file, interpolate_pos_embed=True)
     with torch.no_grad():
-        assert torch.equal(loaded(images), model(images))
+        assert_close(loaded(images), model(images))
 
 
 def test_positions_of_a_part_are_resized_too(model, file, caplog):
@@ -406,7 +407,7 @@ def test_positions_of_a_part_are_resized_too(model, file, caplog):
     alone = other(CASE).build(upstreams.FIRST)
     torch.save({**model.state_dict(), "pos_embed": noise(1, 10, 4, seed=1)}, file)
     load_checkpoint(alone, file, interpolate_pos_embed=True)
-    assert torch.equal(alone.pos_embed, model.pos_embed)
+    assert_same_bits(alone.pos_embed, model.pos_embed)
 
 
 def test_positions_that_fit_are_taken_as_they_are(model, file, caplog):

@@ -15,6 +15,7 @@ from dinov2_attn.cli import main
 from dinov2_attn.conformance.planted import HEAD
 from fresh import OFFLINE, python
 from planted import BRIGHT, GRID
+from tolerances import assert_close, assert_same_bits
 
 pytest_plugins = ["program"]  # fixtures: imported, image, weights
 pytestmark = pytest.mark.usefixtures("imported")
@@ -41,9 +42,9 @@ def test_the_planted_attention_arrives_in_the_pictures(image, weights, tmp_path)
     here = (pixels(image) == 255).all(axis=-1)
     for name in ("attn-mean.png", f"attn-head{HEAD}.png"):
         yellow = (pixels(tmp_path / "out" / name) == YELLOW).all(axis=-1)
-        np.testing.assert_array_equal(yellow, here)
+        assert_same_bits(yellow, here)
     changed = pixels(tmp_path / "out" / f"mask_th0.3_head{HEAD}.png") != pixels(image)
-    np.testing.assert_array_equal(changed.any(axis=-1), here)
+    assert_same_bits(changed.any(axis=-1), here)
 
 
 @pytest.mark.parametrize(("lengths", "shape"), [([42], (42, 70)), ([28, 56], (28, 56))])
@@ -82,13 +83,13 @@ def test_random_weights_say_so_and_repeat(image, tmp_path, caplog):
     assert "RANDOM WEIGHTS" in caplog.text
     assert len(pixels(tmp_path / "a" / "attn-mean.png")) > GRID[0] * 14
     maps = [np.load(tmp_path / name / "attention.npy") for name in ("a", "b")]
-    np.testing.assert_array_equal(*maps)
+    assert_close(*maps)
 
 
 def test_the_random_generator_of_the_process_is_left_alone(image, tmp_path):
     state = torch.get_rng_state()
     heatmap(image, "-o", tmp_path, "--random-weights")
-    assert torch.equal(torch.get_rng_state(), state)
+    assert_same_bits(torch.get_rng_state(), state)
 
 
 def test_an_unreadable_image_is_reported_and_the_others_go_on(image, weights, tmp_path, caplog):

@@ -12,8 +12,8 @@ import dinov2_attn
 from compiling import Graphs, asking, compiling
 from dinov2_attn import record
 from recordings import IMAGES, assert_all_close, build
-from tolerances import assert_close
-from unchanged import assert_equal, assert_unchanged, one_pass
+from tolerances import assert_close, assert_same_bits
+from unchanged import assert_unchanged, one_pass
 
 pytestmark = [*compiling, pytest.mark.usefixtures("fresh_dynamo")]
 
@@ -39,7 +39,7 @@ def test_every_call_compiles_into_one_graph(models):
     }
     for call in calls.values():
         compiled = torch.compile(call, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(IMAGES), call(IMAGES))
+        assert_close(compiled(IMAGES), call(IMAGES))
 
 
 def test_features_compile_into_the_very_graph_of_upstream(first):
@@ -52,7 +52,7 @@ def test_features_compile_into_the_very_graph_of_upstream(first):
         graphs.append(Kept())
         return one_pass(torch.compile(model, fullgraph=True, backend=graphs[-1]))
 
-    assert_equal(assert_unchanged(run), one_pass(model))
+    assert_close(assert_unchanged(run), one_pass(model))
     assert graphs[0].nodes == graphs[1].nodes
     assert len(graphs[0].nodes[0]) > 20
 
@@ -65,15 +65,15 @@ def test_on_every_torch_a_graph_is_upstreams_or_an_error(first):
     with dinov2_attn.install():
         weights = model.get_self_attention(IMAGES)
         for _ in range(2):
-            assert_equal(one_pass(compiled), before)
+            assert_close(one_pass(compiled), before)
             _right_or_refused(lambda: _recorded(model, compiled), weights, Exception)
             _right_or_refused(
                 lambda: compiled(IMAGES, return_attention=True)[1], weights, Exception
             )
             with record(model) as maps:
-                assert_equal(one_pass(model), before)
+                assert_same_bits(one_pass(model), before)
             assert_all_close(maps.weights, weights)
-    assert_equal(one_pass(compiled), before)
+    assert_close(one_pass(compiled), before)
 
 
 def _recorded(model, compiled):
@@ -88,13 +88,13 @@ def test_a_model_compiled_before_install_works_on_and_is_never_half_asked(first)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     before = one_pass(compiled)
     with dinov2_attn.install():
-        assert_equal(one_pass(compiled), before)
+        assert_same_bits(one_pass(compiled), before)
         expected = model.get_self_attention(IMAGES)
-        assert_equal(compiled.get_self_attention(IMAGES), expected)
+        assert_close(compiled.get_self_attention(IMAGES), expected)
         with pytest.raises(dinov2_attn.NotRecorded), record(compiled):
             compiled(IMAGES)
         _right_or_refused(lambda: compiled(IMAGES, return_attention=True)[1], expected)
-    assert_equal(one_pass(compiled), before)
+    assert_same_bits(one_pass(compiled), before)
 
 
 @asking
@@ -109,12 +109,12 @@ def test_parts_compiled_before_install_are_never_half_asked(first, where):
     before = one_pass(model)
     with dinov2_attn.install():
         expected = build(first, depth=2).get_self_attention(IMAGES)
-        assert_equal(one_pass(model), before)
+        assert_same_bits(one_pass(model), before)
         _right_or_refused(lambda: model.get_self_attention(IMAGES), expected)
         _right_or_refused(lambda: model(IMAGES, return_attention=True)[1], expected)
         with pytest.raises(dinov2_attn.NotRecorded), record(model):
             model(IMAGES)
-        assert_equal(one_pass(model), before)
+        assert_same_bits(one_pass(model), before)
 
 
 @asking
@@ -139,7 +139,7 @@ def test_what_draws_before_the_kernel_is_drawn_once(grafted, where):
     compiled = torch.compile(model, backend="eager")
     torch.manual_seed(3)
     output, _ = compiled(IMAGES, return_attention=True)
-    assert torch.equal(output, before)
+    assert_close(output, before)
 
 
 @asking
@@ -151,9 +151,9 @@ def test_blocks_compiled_one_by_one_share_a_graph(models):
         for block in model.blocks:
             block.compile(backend=backend, fullgraph=True)
         for _ in range(2):
-            assert torch.equal(model(IMAGES), before)
+            assert_close(model(IMAGES), before)
             output, attentions = model(IMAGES, return_attention=True)
-            assert torch.equal(output, before)
+            assert_close(output, before)
             assert_all_close(attentions, expected)
             features = model.forward_features(IMAGES, return_attention=True)
             assert_all_close(features["attentions"], expected)
@@ -194,7 +194,7 @@ def test_a_thread_that_records_meets_the_graph_of_one_that_did_not(grafted):
     thread.join()
     assert [type(error) for error in caught] == [dinov2_attn.NotRecorded]
     graphs.runs = 0
-    assert torch.equal(compiled(IMAGES), expected)
+    assert_same_bits(compiled(IMAGES), expected)
     assert graphs.runs
 
 

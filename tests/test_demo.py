@@ -21,7 +21,7 @@ from dinov2_attn.cli import main
 from dinov2_attn.demo import game, load, train
 from dinov2_attn.demo.load import ARCHITECTURE, load_demo_model
 from dinov2_attn.demo.scenes import FIRST_TRAINING_SEED, PATCH, draw
-from tolerances import assert_close
+from tolerances import are_close, assert_close, assert_same_bits, same_bits
 
 CARD = (load.PATH.parent / "MODEL_CARD.md").read_text()
 YELLOW = (253, 231, 36)  # the upper end of viridis
@@ -66,9 +66,9 @@ def test_a_scene_depends_on_its_seed_alone(seed, grid):
     scene = draw(seed, grid)
     np.random.seed(3)
     again = draw(seed, grid)
-    np.testing.assert_array_equal(scene.picture, again.picture)
-    np.testing.assert_array_equal(scene.mask, again.mask)
-    assert (draw((seed + 1) % 2**32, grid).picture != scene.picture).any()
+    assert_same_bits(scene.picture, again.picture)
+    assert_same_bits(scene.mask, again.mask)
+    assert not same_bits(draw((seed + 1) % 2**32, grid).picture, scene.picture)
 
 
 def test_the_scenes_are_those_of_the_training_on_every_machine():
@@ -76,7 +76,7 @@ def test_the_scenes_are_those_of_the_training_on_every_machine():
     scenes = [draw(seed, (5, 8)) for seed in (0, FIRST_TRAINING_SEED)]
     drawn = [[int(scene.picture.sum()), int(scene.mask.sum())] for scene in scenes]
     # A sine in another rounding changes at most a few pixels by one.
-    np.testing.assert_allclose(drawn, DRAWN, atol=5)
+    assert_close(drawn, DRAWN, within=5)
 
 
 def test_half_of_the_held_out_scenes_are_square(scenes):
@@ -181,7 +181,7 @@ def test_the_cards_figures_are_what_is_measured(scenes):
     """Up to two scenes in a hundred, which another machine's rounding may turn."""
     measured = game.table(load_demo_model(), scenes)
     assert [line.split("|")[1] for line in quoted()] == [line.split("|")[1] for line in measured]
-    np.testing.assert_allclose(shares(quoted()), shares(measured), atol=2.0)
+    assert_close(shares(quoted()), shares(measured), within=2.0)
 
 
 def quoted():
@@ -231,14 +231,14 @@ def test_training_repeats_itself_and_moves_what_cls_looks_at(monkeypatch):
     monkeypatch.setattr(train, "BATCH", 8)
     state = torch.get_rng_state()
     one, other = train.train(0, 2), train.train(1, 2)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert_same_bits(torch.get_rng_state(), state)
     torch.rand(1)
     two, before = train.train(0, 2), train.start(0)
     for name, value in one.state_dict().items():
-        assert torch.equal(value, two.state_dict()[name]), name
+        assert_same_bits(value, two.state_dict()[name], name)
     for name in ("cls_token", "patch_embed.proj.weight", "blocks.3.attn.qkv.weight"):
-        assert not torch.equal(one.state_dict()[name], before.state_dict()[name]), name
-        assert not torch.equal(one.state_dict()[name], other.state_dict()[name]), name
+        assert not are_close(one.state_dict()[name], before.state_dict()[name]), name
+        assert not are_close(one.state_dict()[name], other.state_dict()[name]), name
     assert not one.pos_embed.any()
 
 
@@ -249,7 +249,7 @@ def test_what_training_writes_is_what_loading_reads(tmp_path):
     read = load.fill(load.build(), tmp_path / "model.safetensors")
     assert not read.training
     for name, value in read.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name].half().float()), name
+        assert_same_bits(value, model.state_dict()[name].half().float(), name)
 
 
 @pytest.mark.usefixtures("_imported")
@@ -296,7 +296,7 @@ def test_the_command_draws_scenes_and_where_the_model_looks(tmp_path, capsys):
         ((height, width, _),) = {picture.shape for picture in pictures}  # no warning below any
         assert width / height == ratio
     shown = pixels(tmp_path / "scene-8-wide" / "img.png")
-    np.testing.assert_array_equal(shown, draw(8, (7, 14)).picture)
+    assert_same_bits(shown, draw(8, (7, 14)).picture)
     printed = capsys.readouterr().out
     assert printed.count("the map's maximum is on the target") == 4
     assert "pointing game: 4 of 4\nThe model is a small" in printed

@@ -15,6 +15,7 @@ from dinov2_attn.cli import main
 from dinov2_attn.demo.load import PATH as DEMO
 from dinov2_attn.show.images import read_photograph
 from extracting import draw, files_of, index_of, stored
+from tolerances import assert_close
 
 pytest_plugins = ["program"]  # fixtures: imported, image, weights
 pytestmark = pytest.mark.usefixtures("imported")
@@ -205,4 +206,4 @@ def test_maps_are_those_of_the_python_call(source, tmp_path):
         for entry, maps, _ in stored(tmp_path / "out"):
             images = read_photograph(source / entry["path"], 14).tensor[None]
             expected = dinov2_attn.attention_maps(model, images, n=1, queries="cls").maps()[0]
-            torch.testing.assert_close(maps, expected, atol=1e-6, rtol=1e-4)
+            assert_close(maps, expected, size=1.0)

@@ -15,6 +15,7 @@ from dinov2_attn.upstream.source import DINOV2_WHEEL
 from fresh import python
 from mutations import unpack
 from strategies import noise
+from tolerances import assert_close
 from upstream_itself import (
     load,
     small_model,
@@ -85,7 +86,11 @@ def test_a_model_saved_with_the_plugin_loads_without_it(tmp_path):
         import sys; sys.path.append(sys.argv[2])
         import torch
         model = torch.load(sys.argv[1] + "/model.pt", **({"weights_only": False}))
-        images, expected = torch.load(sys.argv[1] + "/expected.pt")
-        print(torch.equal(model(images), expected), "dinov2_attn" in sys.modules)
+        images, _ = torch.load(sys.argv[1] + "/expected.pt")
+        torch.save(model(images), sys.argv[1] + "/found.pt")
+        print("dinov2_attn" in sys.modules)
     """
-    assert run_fresh(tmp_path, code, tmp_path, path) == ["True", "False"]
+    assert run_fresh(tmp_path, code, tmp_path, path) == ["False"]
+    # Another process may compute in as many threads as it likes.
+    expected = torch.load(tmp_path / "expected.pt")[1]
+    assert_close(torch.load(tmp_path / "found.pt"), expected)

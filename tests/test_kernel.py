@@ -17,6 +17,7 @@ from dinov2_attn.upstream.flags import FLAG, KERNEL, describe_flags, flag_of, ho
 from dinov2_attn.upstream.kernel import Kernel, branches
 from dinov2_attn.upstream.selfcheck import laboratory, measure_kernel
 from strategies import noise
+from tolerances import assert_close
 
 PINNED = upstreams.DEPTH_ANYTHING  # what a checkout brings is of other eras
 FUSED = 4**-0.5
@@ -92,12 +93,12 @@ def test_both_branches_run_whatever_the_flag_says(first, monkeypatch, upstream, 
     before = dict(vars(scope))
     module, tokens = memory_efficient(8, num_heads=2).double(), noise(2, 5, 8, seed=0).double()
     plain, memory = (branches(memory_efficient.forward)[key] for key in (False, True))
-    torch.testing.assert_close(memory(module, tokens), plain(module, tokens))
+    assert_close(memory(module, tokens), plain(module, tokens))
     bias = noise(2, 2, 5, 5, seed=1).double()
     query, key, value = module.qkv(tokens).reshape(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
     seen = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     expected = module.proj(seen.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(memory(module, tokens, attn_bias=bias), expected)
+    assert_close(memory(module, tokens, attn_bias=bias), expected)
     with pytest.raises(AssertionError, match="xFormers is required"):  # upstream's own
         plain(module, tokens, attn_bias=bias)
     assert dict(vars(scope)) == before
@@ -132,7 +133,7 @@ def test_the_branch_with_xformers_computes_what_xformers_documents(scale):
     rows = (query * (factor / FUSED), key, value)
     expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in rows))
     found = branches(gated)[True](query, key, value)
-    torch.testing.assert_close(found, expected.transpose(1, 2))
+    assert_close(found, expected.transpose(1, 2))
 
 
 def test_a_flag_counts_where_it_is_asked(memory_efficient, monkeypatch):

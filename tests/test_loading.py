@@ -23,6 +23,7 @@ from fresh import OFFLINE, python
 from planted import photograph_of
 from strategies import randomise
 from test_architecture import SMALL
+from tolerances import assert_same_bits
 
 GRID, BRIGHT = (3, 5), (1, 3)
 TWO_HEADS = replace(SMALL, embed_dim=128, num_heads=2, patch_size=7, img_size=21, ffn="swiglufused")
@@ -61,7 +62,7 @@ def test_a_checkpoint_needs_nothing_else(model, file, caplog):
     caplog.set_level("INFO")
     loaded = load("--weights", file)
     state = loaded.model.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert_same_bits({name: state[name] for name in model.state_dict()}, model.state_dict())
     assert loaded.model.num_heads == 2
     assert loaded.name == "ViT-128x2/7, teacher_checkpoint.pth, heads assumed: 2"
     assert not loaded.random

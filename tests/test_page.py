@@ -29,6 +29,7 @@ from dinov2_attn.show.page.quantise import LEVELS, quantise
 from dinov2_attn.show.page.write import write_page
 from pages import Page
 from strategies import noise, randomise
+from tolerances import assert_close
 
 GRID, PREFIX, HEADS = (3, 5), 3, 2
 N = PREFIX + 15
@@ -69,8 +70,8 @@ def test_each_weight_gets_the_nearest_level_of_its_row(weights):
     levels = low + (high - low) * (np.arange(256) / 255)[:, None, None, None] ** 3
     nearest = np.abs(levels - weights).min(0)
     off = np.abs(table.weights() - weights)
-    np.testing.assert_allclose(off, nearest, rtol=0, atol=1e-15)
-    assert table.error == off.max()
+    assert_close(off, nearest, within=1e-15)
+    assert table.error == pytest.approx(off.max(), rel=1e-12, abs=1e-15)
 
 
 def test_small_weights_survive_beside_a_large_one():

@@ -29,6 +29,7 @@ from dinov2_attn.upstream.anatomy import Part, part_of_module
 from pictured import Drawn, artifacts_at, caption_of, maps_on, photograph_on, viridis, words_of
 from recordings import IMAGES, build
 from strategies import ModelCase
+from tolerances import assert_close, assert_same_bits
 
 GRID = (3, 5)
 RED, WHITE = (230, 13, 13), (255, 255, 255)
@@ -157,7 +158,7 @@ def test_between_patches_a_bilinear_map_is_between_their_values():
         expected = viridis(value, values.min(), values.max())
         assert np.abs(drawn.at(0, 0, share) - expected).max() <= 8
     steps = Drawn(show.plot(maps).figure)
-    assert (steps.at(0, 0, 0.25) == steps.at(0, 0, 0)).all()
+    assert_same_bits(steps.at(0, 0, 0.25), steps.at(0, 0, 0))
 
 
 @settings(max_examples=10)
@@ -253,7 +254,7 @@ def test_outliers_may_be_shown_like_all_others():
     ours = Drawn(show.plot_heads(maps, artifacts=artifacts, style=style))
     plain = Drawn(show.plot_heads(maps))
     for cell in range(4):
-        np.testing.assert_array_equal(ours.middles(cell, GRID), plain.middles(cell, GRID))
+        assert_same_bits(ours.middles(cell, GRID), plain.middles(cell, GRID))
     assert "1 patch shown like all others" in caption_of(ours.figure)
 
 
@@ -455,10 +456,10 @@ def test_maps_of_all_kinds_can_be_looked_at(grafted):
     for maps, sample in [*kinds, (recorded, 1)]:
         seen = look(maps, (1, 0), sample)
         assert (seen.grid, seen.prefix, seen.patch) == ((2, 3), 1, (1, 0))
-        np.testing.assert_allclose(seen.row(1, 1), row[1].detach(), rtol=1e-9)
-        np.testing.assert_allclose(seen.row(1, "mean"), row.mean(0).detach(), rtol=1e-9)
+        assert_close(seen.row(1, 1), row[1].detach())
+        assert_close(seen.row(1, "mean"), row.mean(0).detach())
     averaged = look(attention_maps(model, IMAGES, queries=[4], heads="mean"), 4, 1)
-    np.testing.assert_allclose(averaged.row(1, "mean"), row.mean(0).detach(), rtol=1e-9)
+    assert_close(averaged.row(1, "mean"), row.mean(0).detach())
     assert averaged.heads == ("mean",)
     assert len(Drawn(show.plot_heads(attention_maps(model, IMAGES, heads="mean"))).cells) == 1
     with pytest.raises(OutOfRange, match="a head among mean"):

@@ -23,6 +23,7 @@ from dinov2_attn.show.saving import FRAME_DPI, pixels_of
 from dinov2_attn.upstream.models import build
 from pictured import artifacts_at, caption_of, maps_on, photograph_on
 from planted import photograph_of
+from tolerances import assert_close
 
 pytest_plugins = ["program"]  # fixtures: imported, image, weights
 pytestmark = pytest.mark.usefixtures("imported")
@@ -200,7 +201,7 @@ def test_dino_v1s_files_are_of_cls_whatever_is_asked(image, tmp_path):
         assert heatmap(image, "-o", tmp_path / name, "--random-weights", *options) == 0
     arrays = [np.load(tmp_path / name / "attention.npy") for name in ("a", "b")]
     # Rows asked for together are made by another product.
-    np.testing.assert_allclose(*arrays, rtol=1e-5)
+    assert_close(*arrays)
 
 
 def test_captions_say_what_the_program_was_told(image, weights, tmp_path):
@@ -244,7 +245,7 @@ def test_artifacts_are_said_in_the_log_and_in_the_caption(image, long_tokens, tm
     assert heatmap(image, "-o", tmp_path / "b", *options, "clip") == 0
     assert "left out of the colours' limits" in words_in(tmp_path / "b" / "overlay.svg")
     arrays = [np.load(tmp_path / name / "attention.npy") for name in ("a", "b")]
-    np.testing.assert_array_equal(*arrays)
+    assert_close(*arrays)
 
 
 def test_random_weights_say_so_in_every_kind_of_file(image, tmp_path):

@@ -16,6 +16,7 @@ import torch
 
 from dinov2_attn.errors import UnreadableFile
 from dinov2_attn.upstream.reading import read
+from tolerances import assert_same_bits
 
 ONE, TWO, THREE = torch.ones(1), torch.full((2,), 2.0), torch.full((3,), 3.0)
 
@@ -58,7 +59,7 @@ def test_tensors_come_in_the_files_order_by_all_names_on_the_way(file):
     content = {"a": {"b": ONE, "c": {"d": TWO}}, "note": "mine", "e": THREE, "f": [ONE]}
     checkpoint = content_of(file, content)
     assert list(checkpoint.tensors) == ["a.b", "a.c.d", "e"]
-    assert torch.equal(checkpoint.tensors["a.c.d"], TWO)
+    assert_same_bits(checkpoint.tensors["a.c.d"], TWO)
     assert checkpoint.others == ("note", "f")
     assert checkpoint.metadata == {}
 
@@ -71,8 +72,8 @@ def test_a_path_may_be_text(file):
 def test_one_name_twice_shows_both(file):
     checkpoint = content_of(file, {"a.b": ONE, "a": {"b": TWO}})
     assert list(checkpoint.tensors) == ["a.b", "a.b (again)"]
-    assert torch.equal(checkpoint.tensors["a.b"], ONE)
-    assert torch.equal(checkpoint.tensors["a.b (again)"], TWO)
+    assert_same_bits(checkpoint.tensors["a.b"], ONE)
+    assert_same_bits(checkpoint.tensors["a.b (again)"], TWO)
 
 
 def test_a_dict_in_two_places_is_read_once(file):
@@ -169,7 +170,7 @@ def test_a_tar_is_refused_before_torch_unpacks_it(file):
 
 def test_the_format_before_1_6_is_read(file):
     torch.save({"w": TWO}, file, _use_new_zipfile_serialization=False)
-    assert torch.equal(read(file).tensors["w"], TWO)
+    assert_same_bits(read(file).tensors["w"], TWO)
 
 
 def test_weights_of_a_gpu_are_read_onto_the_cpu(file):
@@ -182,7 +183,7 @@ def test_weights_of_a_gpu_are_read_onto_the_cpu(file):
             place, theirs = b"X\3\0\0\0cpu", b"X\6\0\0\0cuda:0"
             assert (place in content) == name.endswith("data.pkl")
             archive.writestr(name, content.replace(place, theirs))
-    assert torch.equal(read(file).tensors["w"], TWO)
+    assert_same_bits(read(file).tensors["w"], TWO)
 
 
 def test_of_pytorchs_own_error_only_the_kind_is_shown(file):
@@ -263,7 +264,7 @@ def test_safetensors_are_known_by_their_content(file, library, suffix, metadata)
     library.save_file({"a.w": ONE, "b": TWO}, path, metadata)
     checkpoint = read(path)
     assert checkpoint.path == path
-    assert torch.equal(checkpoint.tensors["b"], TWO)
+    assert_same_bits(checkpoint.tensors["b"], TWO)
     assert (set(checkpoint.tensors), checkpoint.others) == ({"a.w", "b"}, ())
     assert checkpoint.metadata == (metadata or {})
 

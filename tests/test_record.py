@@ -17,7 +17,7 @@ import upstreams
 from dinov2_attn import record
 from recordings import IMAGES, Adapted, N, assert_all_close, assert_nothing_on, build
 from strategies import model_cases, noise
-from tolerances import assert_close
+from tolerances import are_close, assert_close, assert_same_bits
 from xformers_here import quiet
 
 queries = st.sampled_from([None, "cls", "registers", "patches", 0, [0, -1], slice(None, None, 2)])
@@ -60,7 +60,7 @@ def test_a_recording_is_what_get_self_attention_returns(models, case, queries, h
     n = data.draw(st.one_of(st.none(), st.integers(1, case.depth), some))
     with torch.set_grad_enabled(grad), record(model, n, queries=queries, heads=heads) as maps:
         output = model(case.images, masks=case.masks)
-    assert torch.equal(output, model(case.images, masks=case.masks))
+    assert_same_bits(output, model(case.images, masks=case.masks))
     expected = model.get_self_attention(case.images, n, case.masks, queries=queries, heads=heads)
     assert len(maps.weights) == len(maps.layers) == len(expected)
     assert_all_close(maps.weights, expected)
@@ -95,7 +95,7 @@ def test_a_model_that_contains_one_is_recorded(models, use, chunks):
     model = Containing(inner, USES[use])
     expected = model(IMAGES)
     with record(model, queries="cls") as maps:
-        assert torch.equal(model(IMAGES), expected)
+        assert_same_bits(model(IMAGES), expected)
     assert_all_close(maps.weights, inner.get_self_attention(IMAGES, queries="cls"))
     assert maps.grid == (2, 3)
 
@@ -132,9 +132,8 @@ def test_a_nested_list_gives_lists(nested, case, queries, heads):
             assert_close(a, b)
     if nested is not upstreams.MOGE:
         assert maps.grid == [case.grid, (1, 3)]
-        assert all(
-            torch.equal(a["x_prenorm"], b["x_prenorm"]) for a, b in zip(plain, again, strict=True)
-        )
+        for a, b in zip(plain, again, strict=True):
+            assert_same_bits(b["x_prenorm"], a["x_prenorm"])
 
 
 @quiet
@@ -142,7 +141,7 @@ def test_a_single_tensor_through_xformers_is_recorded(nested):
     model = build(nested)
     with record(model) as maps:
         model(IMAGES)
-    assert all(map(torch.equal, maps.weights, model.get_self_attention(IMAGES)))
+    assert_close(maps.weights, model.get_self_attention(IMAGES))
 
 
 def test_causal_attention_is_recorded_as_causal(models):
@@ -155,7 +154,7 @@ def test_causal_attention_is_recorded_as_causal(models):
     with record(model) as maps:
         model(IMAGES)
     assert not maps.weights[1].triu(1).any()
-    assert all(map(torch.equal, maps.weights, model.get_self_attention(IMAGES)))
+    assert_close(maps.weights, model.get_self_attention(IMAGES))
 
 
 # The pass is what it was
@@ -180,7 +179,7 @@ def test_outputs_gradients_and_draws_are_bit_identical(models, case, drop_path, 
     with record(model):
         after = run()
     assert len(before) == len(after)
-    assert all(map(torch.equal, before, after))
+    assert_same_bits(before, after)
 
 
 def test_queries_and_keys_are_projected_once(models):
@@ -203,7 +202,7 @@ def test_a_nested_list_is_projected_once(nested):
     with record(model, [0]):
         again = reduce(lambda tokens, block: block(tokens), model.blocks, images)
     assert len(calls) == 1
-    assert all(map(torch.equal, again, plain))
+    assert_same_bits(again, plain)
 
 
 def test_a_projection_that_draws_is_recorded_as_it_was_drawn(models):
@@ -216,8 +215,8 @@ def test_a_projection_that_draws_is_recorded_as_it_was_drawn(models):
     seen.clear()
     torch.manual_seed(3)
     with record(model) as maps:
-        assert torch.equal(model(IMAGES), plain)
-    assert not any(map(torch.equal, maps.weights, model.eval().get_self_attention(IMAGES)))
+        assert_same_bits(model(IMAGES), plain)
+    assert not any(map(are_close, maps.weights, model.eval().get_self_attention(IMAGES)))
 
 
 def test_hooks_and_adapters_on_the_projection_have_their_say(models):
@@ -228,7 +227,7 @@ def test_hooks_and_adapters_on_the_projection_have_their_say(models):
         model(IMAGES)
     expected = model.get_self_attention(IMAGES)
     assert_all_close(maps.weights, expected)
-    assert not torch.equal(expected[1], expected[0])
+    assert not are_close(expected[1], expected[0])
     assert len(model.blocks[1].attn.qkv._forward_hooks) == 1
 
 
@@ -267,9 +266,8 @@ def test_reduce_decides_what_is_kept(models):
         model(IMAGES)
     assert maps.layers == (0, 2)
     assert [layer for layer, _ in maps.weights] == [0, 2]
-    assert all(
-        torch.isclose(total, torch.tensor(2.0 * 2 * N).double()) for _, total in maps.weights
-    )
+    for _, total in maps.weights:
+        assert_close(total, torch.tensor(2.0 * 2 * N))
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -17,7 +17,7 @@ import dinov2_attn
 from dinov2_attn import record
 from dinov2_attn.surgery.tap import TAP
 from recordings import IMAGES, N, assert_all_close, assert_nothing_on, build
-from tolerances import assert_close
+from tolerances import assert_close, assert_same_bits
 
 # Several passes, several recordings
 
@@ -64,7 +64,7 @@ def test_recordings_may_be_nested(models):
         model(IMAGES)
         assert len(inner.passes) == len(second.passes) == 1
     assert len(outer.passes) == 2
-    assert all(map(torch.equal, outer.passes[0].weights, outer.passes[1].weights))
+    assert_close(outer.passes[0].weights, outer.passes[1].weights)
     assert_close(inner.weights[0], outer.passes[0].weights[2][:, :, :1].mean(1))
     assert len(second.weights) == 2
     assert_nothing_on(both)
@@ -77,9 +77,9 @@ def test_what_is_asked_inside_is_answered_and_not_recorded(models):
     ask = partial(model.get_self_attention, IMAGES, [1], masks, queries="cls", heads="mean")
     (chosen,) = ask()
     with record(model) as maps:
-        assert all(map(torch.equal, model.get_self_attention(IMAGES), expected))
-        assert torch.equal(*ask(), chosen)
-        assert torch.equal(model.get_last_self_attention(IMAGES), expected[-1])
+        assert_close(model.get_self_attention(IMAGES), expected)
+        assert_close(*ask(), chosen)
+        assert_close(model.get_last_self_attention(IMAGES), expected[-1])
         assert len(model.get_self_attention([IMAGES, IMAGES], 2)) == 2
         tokens = model.prepare_tokens_with_masks(IMAGES)
         model.blocks[0](tokens, return_attention=True)
@@ -119,7 +119,8 @@ def test_reduce_may_run_models_itself(models):
     with record(model, reduce=lambda layer, w: model(IMAGES)) as maps:
         expected = model(IMAGES)
     assert len(maps.passes) == 1
-    assert all(torch.equal(kept, expected) for kept in maps.weights)
+    for kept in maps.weights:
+        assert_same_bits(kept, expected)
 
 
 def test_threads_do_not_see_each_other(models):

@@ -46,7 +46,7 @@ def test_sums_stay(old, new, seed):
 @given(grid=grids, seed=seeds)
 def test_on_its_own_grid_a_map_is_what_it_was(grid, seed):
     maps = noise(2, *grid, seed=seed)
-    assert torch.equal(resample(maps, grid), maps)
+    assert_close(resample(maps, grid), maps)  # products with ones and zeros
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import dinov2_attn
 import upstreams
 from strategies import AttentionCase, attention_cases, model_cases, noise
+from tolerances import assert_same_bits
 
 DOUBLE_OR_FLOAT = st.sampled_from([torch.float64, torch.float32])
 
@@ -40,11 +41,6 @@ def run(module, inputs, **options):
     return [output, inputs.grad, torch.get_rng_state(), *grads]
 
 
-def assert_identical(before, after):
-    assert len(before) == len(after)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
 @given(case=attention_cases(), training=st.booleans())
 def test_an_attention_module_is_bit_identical(bare_layers, case, training):
     module, tokens = case.build(bare_layers)
@@ -52,8 +48,8 @@ def test_an_attention_module_is_bit_identical(bare_layers, case, training):
     before = run(module, tokens)
     with dinov2_attn.install(bare_layers.package):
         assert type(module).forward.__wrapped__ is not None
-        assert_identical(before, run(module, tokens))
-    assert_identical(before, run(module, tokens))
+        assert_same_bits(before, run(module, tokens))
+    assert_same_bits(before, run(module, tokens))
 
 
 @given(case=model_cases(), drop_path=st.sampled_from([0.0, 0.05, 0.5]), training=st.booleans())
@@ -64,7 +60,7 @@ def test_a_model_is_bit_identical_stochastic_depth_included(bare_models, case, d
     model.train(training)
     before = run(model, case.images, masks=case.masks, is_training=True)
     with dinov2_attn.install(bare_models.package):
-        assert_identical(before, run(model, case.images, masks=case.masks, is_training=True))
+        assert_same_bits(before, run(model, case.images, masks=case.masks, is_training=True))
 
 
 @given(case=model_cases())
@@ -73,7 +69,7 @@ def test_intermediate_layers_are_bit_identical(bare_models, case):
     before = model.get_intermediate_layers(case.images, n=case.depth)
     with dinov2_attn.install(bare_models.package):
         after = model.get_intermediate_layers(case.images, n=case.depth)
-    assert_identical(before, after)
+    assert_same_bits(before, after)
 
 
 def _failure(call):
@@ -117,7 +113,7 @@ def test_installing_draws_nothing_and_leaves_no_trace_on_instances(bare_models):
     torch.manual_seed(1)
     state, keys, attributes = torch.get_rng_state(), list(model.state_dict()), set(vars(model))
     with dinov2_attn.install(bare_models.package):
-        assert torch.equal(state, torch.get_rng_state())
+        assert_same_bits(state, torch.get_rng_state())
         assert list(model.state_dict()) == keys
         assert set(vars(model)) == attributes
 
@@ -163,4 +159,4 @@ def test_the_comparison_sees_a_single_changed_bit(bare_layers):
     with torch.no_grad():
         module.proj.bias[0] = torch.nextafter(module.proj.bias[0], module.proj.bias[0] + 1)
     with pytest.raises(AssertionError):
-        assert_identical(before, run(module, tokens))
+        assert_same_bits(before, run(module, tokens))

@@ -13,7 +13,7 @@ import dinov2_attn
 import reference
 from dinov2_attn.surgery.tap import SWITCH, TAP
 from strategies import noise, randomise
-from tolerances import assert_close
+from tolerances import assert_close, assert_same_bits
 
 IMAGES = noise(2, 3, 4, 6, seed=0, dtype=torch.float64)
 
@@ -49,9 +49,9 @@ def test_wrappers_of_blocks_pass_the_question_on(models):
     expected = model(IMAGES, return_attention=True)
     model.blocks[1] = Wrapper(model.blocks[1])
     output, attentions = model(IMAGES, return_attention=True)
-    assert torch.equal(output, expected[0])
-    assert all(map(torch.equal, attentions, expected[1]))
-    assert all(map(torch.equal, model.get_self_attention(IMAGES), expected[1]))
+    assert_same_bits(output, expected[0])
+    assert_close(attentions, expected[1])
+    assert_close(model.get_self_attention(IMAGES), expected[1])
 
 
 @pytest.mark.parametrize("where", ["block", "attn"])
@@ -75,7 +75,7 @@ def test_an_adapter_around_it_does_not_touch_the_weights(models, where):
         model.blocks[2] = Wrapper(block, change=lambda out: out * 2)
     else:
         block.attn = Wrapper(block.attn, change=lambda out: out * 2)
-    assert torch.equal(model.get_last_self_attention(IMAGES), expected)
+    assert_close(model.get_last_self_attention(IMAGES), expected)
 
 
 @pytest.mark.parametrize("where", ["block", "attn"])
@@ -106,9 +106,9 @@ def test_a_projection_that_draws_is_drawn_once(models):
         block.attn.qkv.register_forward_hook(lambda _, __, out: kernel_inputs.append(out))
     torch.manual_seed(3)
     asked, attentions = model(IMAGES, return_attention=True)
-    assert torch.equal(plain, asked)
+    assert_same_bits(plain, asked)
     mine, theirs = kernel_inputs[::2], kernel_inputs[1::2]
-    assert all(map(torch.equal, mine, theirs))
+    assert_same_bits(mine, theirs)
     assert len(attentions) == 3
 
 
@@ -124,7 +124,7 @@ def test_blocks_may_be_given_their_tokens_by_name_in_training(models):
     for i, block in enumerate(model.blocks):
         model.blocks[i] = ByName(block)
     _, attentions = model(IMAGES, return_attention=True)
-    assert all(map(torch.equal, attentions, expected))
+    assert_close(attentions, expected)
 
 
 def test_gradients_flow_through_blocks_and_models(models):
@@ -149,8 +149,8 @@ def test_the_words_reach_every_call(models):
         _, attentions = model(IMAGES, return_attention=True, queries=word, heads="mean")
         features = model.forward_features(IMAGES, return_attention=True, queries=word, heads="mean")
         for a, b, c in zip(expected, attentions, features["attentions"], strict=True):
-            assert torch.equal(a, b)
-            assert torch.equal(a, c)
+            assert_close(a, b)
+            assert_close(a, c)
 
 
 def test_a_block_selects_from_every_tensor_of_a_list(models):
@@ -179,7 +179,8 @@ def test_one_thread_asking_does_not_disturb_another(models):
         thread.join()
     assert failures == []
     assert len(caught) == 80
-    assert all(torch.equal(a, b) for got in caught for a, b in zip(got, expected, strict=True))
+    for got in caught:
+        assert_close(got, expected)
 
 
 def test_asking_inside_of_asking(models):
@@ -192,9 +193,9 @@ def test_asking_inside_of_asking(models):
 
     outer.blocks[0].mlp.register_forward_hook(ask_inner)
     _, attentions = outer(IMAGES, return_attention=True)
-    assert all(map(torch.equal, caught[0], expected[0]))
+    assert_close(caught[0], expected[0])
     assert len(attentions) == 3
-    assert all(map(torch.equal, attentions, expected[1]))
+    assert_close(attentions, expected[1])
 
 
 def test_what_is_not_asked_keeps_nothing(models):

@@ -15,7 +15,7 @@ test_unasked     not asked, everything is bit for bit what it was
 test_faithful    ``proj(weights @ v)`` is the module's own output
 test_rows        rows are distributions, and causal ones see no later key
 test_selection   a subset of queries is the slice, the mean of heads the mean
-test_agreement   every way of asking gives the same attention
+test_agreement   every way of asking gives the same attention, up to rounding
 test_layout      the order of tokens: CLS, registers, patches row by row
 test_channels    a channel of many has the attention that it has alone
 test_nested      lists of tensors, with xFormers and without

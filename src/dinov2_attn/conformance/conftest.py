@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _plain(code: Code) -> Iterator[None]:
     install over the definition of that kernel, and in test_nested where it can run.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("DINOV2_ATTN_TEST_THREADS", "1")))
     with pytest.MonkeyPatch.context() as patch:
         for module in code.gates:
             patch.setattr(module, GATE, False)

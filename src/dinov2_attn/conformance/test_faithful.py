@@ -12,7 +12,7 @@ from torch import Tensor
 from dinov2_attn.conformance import reference
 from dinov2_attn.conformance.building import ATTENTION_CASES, PLAIN, AttentionCase, noise
 from dinov2_attn.conformance.code import Code
-from dinov2_attn.conformance.tolerances import assert_close
+from dinov2_attn.conformance.tolerances import assert_close, assert_same_bits
 
 
 def assert_faithful(module: Any, tokens: Tensor, weights: Tensor, output: Tensor) -> None:
@@ -20,7 +20,7 @@ def assert_faithful(module: Any, tokens: Tensor, weights: Tensor, output: Tensor
     __tracebackhide__ = True
     made = reference.features(module, tokens, weights)
     size = reference.size_of_terms(module, tokens)
-    assert_close("proj(weights @ v) = features", made, output, dtype=output.dtype, size=size)
+    assert_close(made, output, "proj(weights @ v) = features", dtype=output.dtype, size=size)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -43,7 +43,7 @@ def test_weights_equal_a_reference_that_shares_no_code(
     weights = module(tokens, return_attn=True)
     assert weights.dtype == case.dtype
     expected = reference.weights(module, tokens, scale=reference.scale_of(module, tokens))
-    assert_close("weights = softmax(q kᵀ · scale)", weights, expected)
+    assert_close(weights, expected, "weights = softmax(q kᵀ · scale)")
 
 
 def test_dropout_is_for_training_and_weights_are_those_before_it(
@@ -56,8 +56,8 @@ def test_dropout_is_for_training_and_weights_are_those_before_it(
     assert_faithful(module, tokens, evaluated, module(tokens))
     state = torch.get_rng_state()
     trained = module.train()(tokens, return_attn=True)
-    assert torch.equal(state, torch.get_rng_state())
-    assert_close("weights in training = weights in evaluation", trained, evaluated)
+    assert_same_bits(torch.get_rng_state(), state, "the state of the random generator")
+    assert_close(trained, evaluated, "weights in training = weights in evaluation")
 
 
 def test_causal_weights_are_those_of_causal_features(grafted: Code, attention_class: Any) -> None:
@@ -67,7 +67,7 @@ def test_causal_weights_are_those_of_causal_features(grafted: Code, attention_cl
         pytest.skip("this forward takes no is_causal")
     weights = module(tokens, True, return_attn=True)
     assert_faithful(module, tokens, weights, module(tokens, True))
-    assert_close("causal weights", weights, reference.weights(module, tokens, causal=True))
+    assert_close(weights, reference.weights(module, tokens, causal=True), "causal weights")
 
 
 def test_a_dense_bias_joins_the_scores(grafted: Code, attention_class: type) -> None:
@@ -80,7 +80,7 @@ def test_a_dense_bias_joins_the_scores(grafted: Code, attention_class: type) -> 
         pytest.skip(f"this forward takes no bias here: {error}")
     weights = module(tokens, attn_bias=bias, return_attn=True)
     assert_faithful(module, tokens, weights, output)
-    assert_close("biased weights", weights, reference.weights(module, tokens, bias=bias))
+    assert_close(weights, reference.weights(module, tokens, bias=bias), "biased weights")
 
 
 def test_hooks_on_the_projection_have_their_say(grafted: Code, attention_class: type) -> None:

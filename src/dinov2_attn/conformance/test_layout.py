@@ -127,7 +127,7 @@ def test_features_are_sliced_at_the_same_places(model: Any, case: ModelCase) -> 
     }
     for name, expected in slices.items():
         if name in features:
-            assert_close(name, features[name], expected)
+            assert_close(features[name], expected, name)
 
 
 @pytest.mark.parametrize("reshape", [False, True], ids=["flat", "reshaped"])
@@ -139,14 +139,14 @@ def test_intermediate_layers_are_the_patches(model: Any, case: ModelCase, reshap
     patches = whole[:, prefix(model) :]
     (plain,) = model.get_intermediate_layers(case.images, n=1)
     if case.registers and plain.shape[1] == case.registers + case.patches:
-        assert_close("layers with registers", plain, whole[:, 1:])
+        assert_close(plain, whole[:, 1:], "layers with registers")
         pytest.skip("get_intermediate_layers keeps the registers, as upstream's did at first")
     if not reshape:
-        assert_close("the patches of the last layer", plain, patches)
+        assert_close(plain, patches, "the patches of the last layer")
         return
     (grid,) = model.get_intermediate_layers(case.images, n=1, reshape=True)
     expected = patches.unflatten(1, case.grid).permute(0, 3, 1, 2)
-    assert_close("the patches of the last layer, (B, C, h, w)", grid, expected)
+    assert_close(grid, expected, "the patches of the last layer, (B, C, h, w)")
 
 
 def _pixels(images: Tensor, size: int, row: int, column: int) -> Tensor:

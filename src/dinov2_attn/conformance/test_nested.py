@@ -20,7 +20,7 @@ import dinov2_attn
 from dinov2_attn.conformance import reference
 from dinov2_attn.conformance.building import MODEL_CASES, PLAIN, noise
 from dinov2_attn.conformance.code import GATE, Code
-from dinov2_attn.conformance.tolerances import assert_close, assert_identical
+from dinov2_attn.conformance.tolerances import assert_close
 from dinov2_attn.upstream.anatomy import Part
 
 DIM = PLAIN.heads * PLAIN.head_dim
@@ -38,7 +38,7 @@ def test_without_xformers_a_block_answers_a_list_one_by_one(
     answer = block(TOKENS, return_attention=True)
     assert isinstance(answer, list)
     one_by_one = [block(tokens, return_attention=True) for tokens in TOKENS]
-    assert_identical("the weights of a list = those one by one", answer, one_by_one)
+    assert_close(answer, one_by_one, "the weights of a list = those one by one")
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def test_a_nested_block_runs_and_answers_as_one_by_one(nested: Code, block_class
     features, weights = block(TOKENS), block(TOKENS, return_attention=True)
     assert len(features) == len(weights) == len(TOKENS), "expected an answer for each element"
     for i, tokens in enumerate(TOKENS):
-        assert_close(f"nested features, element {i} = alone", features[i], block(tokens))
+        assert_close(features[i], block(tokens), f"nested features, element {i} = alone")
         expected = reference.weights(block.attn, block.norm1(tokens))
-        assert_close(f"nested weights, element {i}", weights[i], expected)
+        assert_close(weights[i], expected, f"nested weights, element {i}")
 
 
 def test_a_block_diagonal_bias_gives_a_list(nested: Code, block_class: Any) -> None:
@@ -85,10 +85,10 @@ def test_a_block_diagonal_bias_gives_a_list(nested: Code, block_class: Any) -> N
     output = bias.split(block.attn(together, attn_bias=bias))
     assert isinstance(weights, list)
     for i, tokens in enumerate(TOKENS):
-        assert_close(f"weights of segment {i}", weights[i], reference.weights(block.attn, tokens))
+        assert_close(weights[i], reference.weights(block.attn, tokens), f"weights of segment {i}")
         made = reference.features(block.attn, tokens, weights[i])
         size = reference.size_of_terms(block.attn, tokens)
-        assert_close(f"proj(weights @ v) = features of segment {i}", made, output[i], size=size)
+        assert_close(made, output[i], f"proj(weights @ v) = features of segment {i}", size=size)
 
 
 def test_a_model_runs_a_list_and_answers_as_one_by_one(nested: Code, model_class: type) -> None:
@@ -97,7 +97,7 @@ def test_a_model_runs_a_list_and_answers_as_one_by_one(nested: Code, model_class
     attentions = model.get_self_attention(IMAGES)
     for i, images in enumerate(IMAGES):
         for layer, weights in enumerate(model.get_self_attention(images)):
-            assert_close(f"block {layer}, images {i} = alone", attentions[layer][i], weights)
+            assert_close(attentions[layer][i], weights, f"block {layer}, images {i} = alone")
 
 
 def test_features_of_a_list_are_those_of_each(nested: Code, model_class: type) -> None:
@@ -109,7 +109,7 @@ def test_features_of_a_list_are_those_of_each(nested: Code, model_class: type) -
         pytest.skip(f"this copy's own forward_features of a list fails: {error}")
     for i, images in enumerate(IMAGES):
         alone = model.forward_features(images)["x_prenorm"]
-        assert_close(f"nested features of images {i} = alone", features[i]["x_prenorm"], alone)
+        assert_close(features[i]["x_prenorm"], alone, f"nested features of images {i} = alone")
 
 
 def _require_a_kernel(code: Code) -> Tensor:

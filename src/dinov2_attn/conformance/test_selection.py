@@ -38,9 +38,9 @@ def test_queries_are_rows_and_the_mean_is_the_mean(
     module, tokens = case.build(attention_class)
     rows = module(tokens, return_attn=True)[:, :, index]
     chosen = module(tokens, return_attn=True, queries=queries)
-    assert_close(f"queries={queries} = those rows", chosen, rows)
+    assert_close(chosen, rows, f"queries={queries} = those rows")
     mean = module(tokens, return_attn=True, queries=queries, heads="mean")
-    assert_close('heads="mean" = the mean', mean, rows.double().mean(1), dtype=case.dtype)
+    assert_close(mean, rows.double().mean(1), 'heads="mean" = the mean', dtype=case.dtype)
 
 
 @pytest.mark.parametrize("case", MODEL_CASES, ids=str)
@@ -53,6 +53,6 @@ def test_words_name_the_rows_of_the_layout(
     rows = {"cls": slice(0, 1), "registers": slice(1, first), "patches": slice(first, None)}
     for word, index in rows.items():
         answer = model.get_last_self_attention(case.images, queries=word)
-        assert_close(f"{word} = rows {index}", answer, full[:, :, index])
+        assert_close(answer, full[:, :, index], f"{word} = rows {index}")
     patches = model.get_self_attention(case.images, queries="patches", heads="mean")
     assert all(layer.shape[1] == case.patches for layer in patches)

@@ -19,7 +19,7 @@ from dinov2_attn.conformance.building import (
     noise,
 )
 from dinov2_attn.conformance.code import Code
-from dinov2_attn.conformance.tolerances import assert_identical
+from dinov2_attn.conformance.tolerances import assert_same_bits
 
 
 def run(module: Any, inputs: Tensor, **options: Any) -> list[Tensor]:
@@ -46,10 +46,10 @@ def test_an_attention_module_is_bit_identical(
     module.train(training)
     before = run(module, tokens)
     with dinov2_attn.install(ungrafted.package):
-        assert_identical("the features as before install", before, run(module, tokens))
+        assert_same_bits(run(module, tokens), before, "the features as before install")
         again = run(module, tokens, return_attn=False)
-        assert_identical("the features of return_attn=False", before, again)
-    assert_identical("the features as before, after uninstall", before, run(module, tokens))
+        assert_same_bits(again, before, "the features of return_attn=False")
+    assert_same_bits(run(module, tokens), before, "the features as before, after uninstall")
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -59,7 +59,7 @@ def test_a_block_is_bit_identical(ungrafted: Code, block_class: type, training: 
     block.train(training)
     before = run(block, tokens)
     with dinov2_attn.install(ungrafted.package):
-        assert_identical("the tokens as before install", before, run(block, tokens))
+        assert_same_bits(run(block, tokens), before, "the tokens as before install")
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.05, 0.5])
@@ -77,7 +77,7 @@ def test_a_model_is_bit_identical(
 
     before = everything()
     with dinov2_attn.install(ungrafted.package):
-        assert_identical("the features as before install", before, everything())
+        assert_same_bits(everything(), before, "the features as before install")
 
 
 @pytest.mark.parametrize("case", MODEL_CASES, ids=str)
@@ -91,7 +91,7 @@ def test_intermediate_layers_are_bit_identical(
     before = list(model.get_intermediate_layers(case.images, n=1))
     with dinov2_attn.install(ungrafted.package):
         after = list(model.get_intermediate_layers(case.images, n=1))
-    assert_identical("intermediate layers as before install", before, after)
+    assert_same_bits(after, before, "intermediate layers as before install")
 
 
 MISUSES: dict[str, Callable[[Any], object]] = {

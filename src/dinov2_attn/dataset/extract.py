@@ -83,12 +83,13 @@ def extract(
     ==========  ======================================================================
 
     Shards appear whole, each with its index; run again after whatever stopped it, and what
-    is finished is passed over, with the same bytes in the end. An image that cannot be decoded,
-    or on which the model fails, is listed in ``unreadable.jsonl``; a batch that fails is seen
-    image by image, which depends on the images alone. What is random in a dataset or a transform
-    is drawn for each item from its number. Processes that torchrun
-    starts share the shards; these are the same for any number of them. ``AttentionDataset``
-    reads ``out``. Nothing is differentiated. Returns a ``Summary``.
+    is finished is passed over. An image that cannot be decoded, or on which the model fails, is
+    listed in ``unreadable.jsonl``; a batch that fails is run again image by image. What is random
+    in a dataset or a transform is drawn for each item from its number. Processes that torchrun
+    starts share the shards. In the end the bytes are the same, whatever was interrupted and
+    however many processes there are, on the same kind of processor with the same libraries and
+    number of threads; elsewhere the last bits of maps differ. ``AttentionDataset`` reads ``out``.
+    Nothing is differentiated. Returns a ``Summary``.
 
     Raises ``InvalidInput`` where ``out`` is another extraction's, ``UnwritableOutput`` where it
     cannot be written or another run is writing there, ``UnreadableFile`` for a source that

@@ -13,7 +13,7 @@ def resample(maps: Tensor, grid: Grid) -> Tensor:
 
     A patch gives to each new cell what lies in it of its area, so that a map still sums to
     one together with what CLS and the registers hold, whatever the two grids are. On its own
-    grid a map is what it was.
+    grid a map keeps its values.
     """
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     height, width = grid
