@@ -20,6 +20,7 @@ from dinov2_attn.show.images import read_photograph
 from extracting import build, index_of, stored
 from raw_files import tiff
 from strategies import noise
+from tolerances import assert_close
 
 pytest_plugins = ["program"]  # fixtures: imported, image, weights
 
@@ -59,13 +60,13 @@ def tensor_of(path, channels, **options):
 def test_grey_is_one_channel(tmp_path):
     grey = values(1)
     found = tensor_of(save(tmp_path / "grey.png", grey), 1)
-    np.testing.assert_array_equal(found[..., 0], grey)
+    assert_close(found[..., 0], grey, within=0)
 
 
 def test_colours_become_grey_for_one_channel(tmp_path):
     path = save(tmp_path / "colour.png", values(3))
     expected = np.array(Image.open(path).convert("L"))
-    np.testing.assert_array_equal(tensor_of(path, 1)[..., 0], expected)
+    assert_close(tensor_of(path, 1)[..., 0], expected, within=0)
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("RGBA", 4), ("CMYK", 4), ("LA", 2)])
@@ -80,14 +81,14 @@ def test_as_many_channels_as_the_model_has_are_kept_as_they_are(tmp_path, mode, 
         resized = [plane.resize((42, 28), Image.Resampling.BICUBIC) for plane in planes]
         expected = np.stack(resized, axis=-1)
     found = tensor_of(tmp_path / "image.tif", channels, image_size=size)
-    np.testing.assert_array_equal(found, expected)
+    assert_close(found, expected, within=0)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 13])
 def test_arrays_have_any_number(tmp_path, channels):
     pixels = values(channels)
     found = tensor_of(save(tmp_path / "image.npy", pixels), channels)
-    np.testing.assert_array_equal(found, pixels.reshape(28, 42, channels))
+    assert_close(found, pixels.reshape(28, 42, channels), within=0)
 
 
 @pytest.mark.parametrize("channels", [2, 4, 5])
@@ -95,7 +96,7 @@ def test_pages_of_a_tiff_may_be_channels(tmp_path, channels):
     planes = (np.ascontiguousarray(values(channels)[..., i]) for i in range(channels))
     pages = [Image.fromarray(plane) for plane in planes]
     pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
-    np.testing.assert_array_equal(tensor_of(tmp_path / "stack.tif", channels), values(channels))
+    assert_close(tensor_of(tmp_path / "stack.tif", channels), values(channels), within=0)
 
 
 @NEEDS_TIFFFILE
@@ -104,7 +105,7 @@ def test_pages_of_a_tiff_may_be_channels(tmp_path, channels):
 def test_channels_of_a_tiff(tmp_path, channels, dtype):
     pixels = values(channels).astype(dtype) * (257 if dtype == np.uint16 else 1)
     found = tensor_of(tiff(tmp_path / "image.tif", pixels), channels)
-    np.testing.assert_array_equal(found, values(channels))
+    assert_close(found, values(channels), within=0)
 
 
 @pytest.mark.skipif(not NEEDS_TIFFFILE.args[0], reason="tifffile is installed")
@@ -140,7 +141,7 @@ def test_channels_first_are_told_how_to_turn(tmp_path, channels):
     with pytest.raises(InvalidInput, match=r"channels last.*transpose\(1, 2, 0\)"):
         read_photograph(path, 14, channels=channels)
     save(path, np.load(path).transpose(1, 2, 0))
-    np.testing.assert_array_equal(tensor_of(path, channels), values(channels))
+    assert_close(tensor_of(path, channels), values(channels), within=0)
 
 
 @pytest.mark.parametrize(
@@ -162,9 +163,9 @@ def test_an_array_has_the_limit_of_images(tmp_path):
 def test_what_is_shown_of_each_number():
     for channels in (1, 2):
         pixels = values(channels).reshape(28, 42, channels)
-        np.testing.assert_array_equal(shown(pixels), pixels[..., :1].repeat(3, axis=2))
+        assert_close(shown(pixels), pixels[..., :1].repeat(3, axis=2), within=0)
     for channels in (3, 4, 5):
-        np.testing.assert_array_equal(shown(values(channels)), values(channels)[..., :3])
+        assert_close(shown(values(channels)), values(channels)[..., :3], within=0)
 
 
 # Without a mean and a deviation of their own
@@ -237,7 +238,7 @@ def test_an_extraction_shows_the_model_its_channels(tmp_path, grafted):
     ((_, maps, _),) = stored(tmp_path / "out")
     images = (torch.from_numpy(values(4, (4, 6))).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
     expected = dinov2_attn.attention_maps(model, images, 1, queries="cls").maps()[0]
-    torch.testing.assert_close(maps, expected.detach(), rtol=1e-4, atol=1e-6)
+    assert_close(maps, expected)
 
 
 MODELS = [(5, 4), (5, 3), (3, 1), (3, 4), (1, 3), (1, 5)]
@@ -287,7 +288,7 @@ def test_the_advice_for_integers_leads_to_the_right_map(grafted, dtype, white, l
     call = call[call.index("torchvision.") :].rstrip(".")
     scope = {"torchvision": torchvision, "images": images}
     found = model.get_last_self_attention(eval(call, scope))
-    torch.testing.assert_close(found, model.get_last_self_attention(right), rtol=1e-4, atol=1e-6)
+    assert_close(found, model.get_last_self_attention(right))
 
 
 def test_nothing_is_said_of_tensors_in_floats(grafted):

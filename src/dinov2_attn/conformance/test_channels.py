@@ -50,7 +50,7 @@ def test_weights_are_those_of_get_intermediate_layers(
     answers = model.get_self_attention(images)
     assert len(answers) == len(calls) == case.depth
     for answer, call in zip(answers, calls, strict=True):
-        assert_close("weights = those of get_intermediate_layers", answer, reference_of(call))
+        assert_close(answer, reference_of(call), "weights = those of get_intermediate_layers")
 
 
 def test_a_channel_of_many_is_the_channel_alone(model: Any, images: Tensor) -> None:
@@ -70,4 +70,4 @@ def test_a_channel_of_many_is_the_channel_alone(model: Any, images: Tensor) -> N
             alone = model.get_last_self_attention(channel[None, None])
             for name, weights in asked.items():
                 place = b * CHANNELS + c
-                assert_close(f"channel {c} by {name} = alone", weights[place, None], alone)
+                assert_close(weights[place, None], alone, f"channel {c} by {name} = alone")
