@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 import sys
+from multiprocessing.reduction import ForkingPickler
 from types import CodeType
 from typing import Any
 
@@ -15,7 +15,7 @@ def can_be_sent(decoder: Any) -> bool:
     if getattr(decoder, "stays", False):
         return False
     try:
-        content = pickle.dumps(decoder)
+        content = bytes(ForkingPickler.dumps(decoder))  # as it would be sent
     except Exception:  # whatever an object's own way of being pickled raises
         return False
     # A class of a notebook or of a prompt is found by its name here alone.
