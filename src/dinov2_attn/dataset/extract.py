@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinov2_attn import optional
-from dinov2_attn.attention import Heads
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.maps.look import check_grafted
-from dinov2_attn.queries import Queries
-from dinov2_attn.surgery.inputs import Layers
+from dinov2_attn.typing import Heads, Layers, Queries
 
 if TYPE_CHECKING:
     from dinov2_attn.dataset.job import Summary

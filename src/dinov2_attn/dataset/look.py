@@ -14,12 +14,13 @@ from dinov2_attn.dataset.decode import Origin, Picture
 from dinov2_attn.dataset.options import DTYPES, Options
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.maps.artifacts import ArtifactTokens, artifacts_on_the_way
-from dinov2_attn.maps.attention_maps import AttentionMaps, Grid
+from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.look import attention_maps, grid_of
 from dinov2_attn.maps.resample import resample
 from dinov2_attn.queries import spell_out
 from dinov2_attn.show.images import normalise
 from dinov2_attn.surgery.grafts import weights_from
+from dinov2_attn.typing import Grid
 from dinov2_attn.upstream.anatomy import count_registers
 
 

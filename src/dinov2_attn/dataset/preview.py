@@ -16,8 +16,8 @@ from dinov2_attn.dataset.options import Options, stored_bytes
 from dinov2_attn.dataset.plan import Plan
 from dinov2_attn.dataset.run import decoded
 from dinov2_attn.errors import OutOfRange
-from dinov2_attn.maps.attention_maps import Grid
 from dinov2_attn.queries import place
+from dinov2_attn.typing import Grid
 
 # Unreadable images that are named.
 NAMED = 20

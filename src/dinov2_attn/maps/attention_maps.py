@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dinov2_attn.errors import InvalidInput
-
-Grid = tuple[int, int]
+from dinov2_attn.typing import Grid
 
 
 @dataclass(frozen=True, eq=False)

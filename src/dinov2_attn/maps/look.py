@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2_attn.attention import Heads
 from dinov2_attn.errors import NotGrafted
-from dinov2_attn.maps.attention_maps import AttentionMaps, Grid
-from dinov2_attn.queries import Queries, positions, spell_out
-from dinov2_attn.surgery.inputs import Layers, count_tokens, layers_to_take, patch_size
+from dinov2_attn.maps.attention_maps import AttentionMaps
+from dinov2_attn.queries import positions, spell_out
+from dinov2_attn.surgery.inputs import count_tokens, layers_to_take, patch_size
 from dinov2_attn.surgery.transformer import flat_blocks
+from dinov2_attn.typing import Grid, Heads, Layers, Queries
 from dinov2_attn.upstream.anatomy import count_registers
 from dinov2_attn.upstream.contract import name_of
 

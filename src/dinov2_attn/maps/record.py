@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dinov2_attn.attention import Heads, check_heads
+from dinov2_attn.attention import check_heads
 from dinov2_attn.errors import InvalidInput, NotRecorded
-from dinov2_attn.maps.attention_maps import AttentionMaps, Grid
+from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.look import grid_of
 from dinov2_attn.maps.subject import attentions_of, transformer_in
 from dinov2_attn.memory import Scratch, SetAside
-from dinov2_attn.queries import Queries, positions, spell_out
-from dinov2_attn.surgery.inputs import Layers
+from dinov2_attn.queries import positions, spell_out
 from dinov2_attn.surgery.recording import in_a_graph
 from dinov2_attn.surgery.tap import SWITCH, TAP
+from dinov2_attn.typing import Grid, Heads, Layers, Queries
 from dinov2_attn.upstream.anatomy import count_registers
 
 Reduce = Callable[[int, Any], Any]

@@ -19,18 +19,13 @@ from torch import Tensor, nn
 from dinov2_attn.attention import attention_weights
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.maps.look import check_grafted, grid_of
-from dinov2_attn.queries import Queries, place, spell_out
+from dinov2_attn.queries import place, spell_out
 from dinov2_attn.surgery.attend import Instead
 from dinov2_attn.surgery.grafts import weights_from
-from dinov2_attn.surgery.inputs import (
-    Layers,
-    check_images,
-    check_list,
-    count_tokens,
-    layers_to_take,
-)
+from dinov2_attn.surgery.inputs import check_images, check_list, count_tokens, layers_to_take
 from dinov2_attn.surgery.transformer import flat_blocks
 from dinov2_attn.tiles import cut
+from dinov2_attn.typing import Layers, Queries
 from dinov2_attn.upstream.anatomy import count_registers
 from dinov2_attn.upstream.projection import Piece
 

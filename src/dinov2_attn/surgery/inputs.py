@@ -10,9 +10,8 @@ from torch import Tensor
 
 from dinov2_attn.errors import InvalidInput, OutOfRange
 from dinov2_attn.queries import whole_number
+from dinov2_attn.typing import Layers
 from dinov2_attn.upstream.anatomy import count_registers
-
-Layers = int | Sequence[int] | None
 
 
 def check_images(model: Any, images: object, masks: object = None) -> None:
