@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dinov2_attn import optional
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.maps.look import check_grafted
-from dinov2_attn.typing import Heads, Layers, Queries
+from dinov2_attn.typing import Heads, Layers, Model, Queries
 
 if TYPE_CHECKING:
     from dinov2_attn.dataset.job import Summary
@@ -20,7 +20,7 @@ Source = str | Path | Sequence[str | Path]
 
 
 def extract(
-    model: Any,
+    model: Model,
     source: Source,
     out: str | Path,
     *,
