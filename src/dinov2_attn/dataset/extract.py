@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 from dinov2_attn import optional
 from dinov2_attn.errors import InvalidInput
@@ -12,11 +12,63 @@ from dinov2_attn.maps.look import check_grafted
 from dinov2_attn.typing import Heads, Layers, Model, Queries
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from dinov2_attn.dataset.job import Summary
     from dinov2_attn.dataset.preview import Preview
     from dinov2_attn.show.images import ImageSize
 
 Source = str | Path | Sequence[str | Path]
+
+
+class ExtractOptions(TypedDict, total=False):
+    """The options of ``extract``, for its overloads."""
+
+    layers: Layers
+    queries: Queries
+    heads: Heads
+    dtype: str
+    grid: Sequence[int] | None
+    outliers: bool
+    image_size: ImageSize
+    max_pixels: int | None
+    batch_size: int | None
+    shard_size: int | None
+    workers: int
+    strict: bool
+    retry: bool
+    progress: bool
+    name: str | None
+    random: bool
+
+
+@overload
+def extract(
+    model: Model,
+    source: Source,
+    out: str | Path,
+    *,
+    dry_run: Literal[False] = False,
+    **options: Unpack[ExtractOptions],
+) -> Summary: ...
+@overload
+def extract(
+    model: Model,
+    source: Source,
+    out: str | Path,
+    *,
+    dry_run: Literal[True],
+    **options: Unpack[ExtractOptions],
+) -> Preview: ...
+@overload
+def extract(
+    model: Model,
+    source: Source,
+    out: str | Path,
+    *,
+    dry_run: bool,
+    **options: Unpack[ExtractOptions],
+) -> Summary | Preview: ...
 
 
 def extract(
