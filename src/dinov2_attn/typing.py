@@ -59,19 +59,23 @@ Model: TypeAlias = "nn.Module | GraftedVisionTransformer"
 Forward = Callable[..., Any]
 
 
-class Features(TypedDict, total=False):
-    """What ``forward_features(x, return_attention=True)`` returns: upstream's dict, and one more.
-
-    Which of upstream's entries are there depends on its revision and on the fork.
-    """
-
+class _EveryFeature(TypedDict):
     x_norm_clstoken: Tensor
-    x_norm_regtokens: Tensor
-    x_storage_tokens: Tensor
     x_norm_patchtokens: Tensor
     x_prenorm: Tensor
     masks: Tensor | None
     attentions: tuple[Tensor, ...]
+
+
+class Features(_EveryFeature, total=False):
+    """What ``forward_features(x, return_attention=True)`` returns: upstream's dict, and one more.
+
+    ``x_norm_regtokens`` is there since upstream has registers; DINOv3 calls them
+    ``x_storage_tokens``.
+    """
+
+    x_norm_regtokens: Tensor
+    x_storage_tokens: Tensor
 
 
 class GraftedAttention(Protocol):
