@@ -8,6 +8,7 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from operator import attrgetter, methodcaller
 
 import pytest
 import torch
@@ -33,10 +34,14 @@ def test_every_pass_has_its_maps(models):
         expected = model.get_self_attention(images, 2, queries="cls")
         assert_all_close(one.weights, expected)
     assert [one.grid for one in maps.passes] == [(2, 3), (1, 3), (2, 3)]
-    for name in ("weights", "save"):
+    asked = {name: attrgetter(name) for name in ("weights", "layers", "grid", "prefix", "queries")}
+    called = ("maps", "prefix_mass", "cpu", "numpy")
+    asked |= {name: methodcaller(name) for name in called}
+    asked["save"] = methodcaller("save", "absent.safetensors")
+    for name, ask in asked.items():
         words = rf"one recorded pass, whose {name}.*found 3.*\.passes"
         with pytest.raises(dinov2_attn.NotRecorded, match=words):
-            getattr(maps, name)
+            ask(maps)
     with pytest.raises(AttributeError, match="'Recording' object has no .* 'nothing_like_that'"):
         _ = maps.nothing_like_that
     assert not hasattr(maps, "__dataclass_fields__")

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from dinov2_attn.maps.look import attention_maps
     from dinov2_attn.maps.record import Recording, record
     from dinov2_attn.maps.rollout import rollout
+    from dinov2_attn.surgery.grafted import grafted
     from dinov2_attn.upstream.checkpoints import load_checkpoint
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "artifact_tokens",
     "attention_maps",
     "extract",
+    "grafted",
     "install",
     "load_checkpoint",
     "record",
@@ -89,6 +91,7 @@ __getattr__, __dir__ = lazily(
         "artifact_tokens": "dinov2_attn.maps.artifacts",
         "attention_maps": "dinov2_attn.maps.look",
         "extract": "dinov2_attn.dataset.extract",
+        "grafted": "dinov2_attn.surgery.grafted",
         "load_checkpoint": "dinov2_attn.upstream.checkpoints",
         "record": "dinov2_attn.maps.record",
         "rollout": "dinov2_attn.maps.rollout",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from torch import Tensor
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.memory import new_result
 from dinov2_attn.tiles import fill, may_tile, see_nothing
-
-Heads = Literal["mean"] | None
+from dinov2_attn.typing import Heads
 
 # Where autocast exists in every torch from 2.0 on. Elsewhere (meta, mps, ...) there is either
 # nothing to switch off or no way to ask for it in all of them.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index
+from typing import get_args
 
 from dinov2_attn.errors import InvalidInput, OutOfRange
+from dinov2_attn.typing import Queries, QueryWord
 
-Queries = str | int | slice | Sequence[int] | None
 Rows = slice | list[int]
 
-_WORDS = ("cls", "registers", "patches")
+_WORDS = get_args(QueryWord)
 
 
 def spell_out(queries: Queries, registers: int) -> Queries:
@@ -26,13 +27,7 @@ def spell_out(queries: Queries, registers: int) -> Queries:
     """
     if not isinstance(queries, str):
         return queries
-    if queries not in _WORDS:
-        raise InvalidInput(
-            f"queries to be None, one of {', '.join(map(repr, _WORDS))}, an int, "
-            "a slice or a sequence of ints",
-            repr(queries),
-            "Check the spelling, or give positions in the token sequence.",
-        )
+    _check_word(queries)
     prefix = 1 + registers
     return {"cls": slice(0, 1), "registers": slice(1, prefix), "patches": slice(prefix, None)}[
         queries
@@ -92,10 +87,20 @@ def _place_slice(queries: slice, length: int) -> Rows:
     return list(positions) if positions.step < 0 else queries
 
 
+def _check_word(word: str) -> None:
+    if word not in _WORDS:
+        raise InvalidInput(
+            f"queries to be None, one of {', '.join(map(repr, _WORDS))}, an int, "
+            "a slice or a sequence of ints",
+            repr(word),
+            "Check the spelling, or give positions in the token sequence.",
+        )
+
+
 def _place_word(word: str) -> slice:
     if word == "cls":
         return slice(0, 1)
-    spell_out(word, 0)  # an unknown word is reported as such
+    _check_word(word)
     raise InvalidInput(
         "positions, since a single block or attention module does not know how many "
         "registers its model has",

@@ -4,24 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from dinov2_attn import optional
-from dinov2_attn.attention import Heads
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.maps.look import check_grafted
-from dinov2_attn.queries import Queries
-from dinov2_attn.surgery.inputs import Layers, is_channel_adaptive
+from dinov2_attn.surgery.inputs import is_channel_adaptive
+from dinov2_attn.typing import Heads, Layers, Model, Queries
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from dinov2_attn.dataset.job import Summary
     from dinov2_attn.dataset.preview import Preview
     from dinov2_attn.show.images import ImageSize
 
 
+# Files by their paths, or what torch calls a dataset: anything with items and a length.
+Source = Any
+
+
+class ExtractOptions(TypedDict, total=False):
+    """The options of ``extract``, for its overloads."""
+
+    layers: Layers
+    queries: Queries
+    heads: Heads
+    dtype: str
+    grid: Sequence[int] | None
+    outliers: bool
+    image_size: ImageSize
+    max_pixels: int | None
+    range: Any
+    mean: Any
+    std: Any
+    batch_size: int | None
+    shard_size: int | None
+    transform: Callable[[Any], Any] | None
+    workers: int
+    strict: bool
+    retry: bool
+    progress: bool
+    name: str | None
+    random: bool
+    warning: str | None
+
+
+@overload
 def extract(
-    model: Any,
-    source: Any,
+    model: Model,
+    source: Source,
+    out: str | Path,
+    *,
+    dry_run: Literal[False] = False,
+    **options: Unpack[ExtractOptions],
+) -> Summary: ...
+@overload
+def extract(
+    model: Model,
+    source: Source,
+    out: str | Path,
+    *,
+    dry_run: Literal[True],
+    **options: Unpack[ExtractOptions],
+) -> Preview: ...
+@overload
+def extract(
+    model: Model,
+    source: Source,
+    out: str | Path,
+    *,
+    dry_run: bool,
+    **options: Unpack[ExtractOptions],
+) -> Summary | Preview: ...
+
+
+def extract(
+    model: Model,
+    source: Source,
     out: str | Path,
     *,
     layers: Layers = 1,

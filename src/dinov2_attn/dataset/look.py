@@ -14,7 +14,7 @@ from dinov2_attn.dataset.decode import Origin, Picture, Refused
 from dinov2_attn.dataset.options import DTYPES, Options
 from dinov2_attn.errors import Dinov2AttnError, InvalidInput
 from dinov2_attn.maps.artifacts import ArtifactTokens, artifacts_on_the_way
-from dinov2_attn.maps.attention_maps import AttentionMaps, Grid
+from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.look import attention_maps, grid_of
 from dinov2_attn.maps.resample import resample
 from dinov2_attn.queries import spell_out
@@ -22,6 +22,7 @@ from dinov2_attn.show.images import normalise
 from dinov2_attn.show.reading import Reading
 from dinov2_attn.show.running import cannot_run, check_alive
 from dinov2_attn.surgery.grafts import weights_from
+from dinov2_attn.typing import Grid
 from dinov2_attn.upstream.anatomy import count_registers
 
 

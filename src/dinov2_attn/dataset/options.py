@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from dinov2_attn.attention import Heads, check_heads
+from dinov2_attn.attention import check_heads
 from dinov2_attn.errors import InvalidInput
-from dinov2_attn.maps.attention_maps import Grid
 from dinov2_attn.maps.subject import attentions_of
-from dinov2_attn.queries import Queries, spell_out, whole_number
+from dinov2_attn.queries import spell_out, whole_number
 from dinov2_attn.show.images import LARGEST_SHORT_SIDE, ImageSize
 from dinov2_attn.show.reading import IMAGENET, Reading, reading_for
-from dinov2_attn.surgery.inputs import Layers, input_channels, layers_to_take, patch_size
+from dinov2_attn.surgery.inputs import input_channels, layers_to_take, patch_size
 from dinov2_attn.surgery.transformer import flat_blocks
+from dinov2_attn.typing import Grid, Heads, Layers, Queries, QueryWord
 from dinov2_attn.upstream.anatomy import count_registers
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,13 +26,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 BATCH_BYTES, MOST_IN_A_BATCH = 2**29, 16
 SHARD_BYTES, MOST_IN_A_SHARD = 2**27, 1024
 
+# Rows as they are stored: by a word or by position.
+Named = QueryWord | Literal["all"] | tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Options:
     """What ``extract`` keeps of each image and how it goes about it, all of it spelled out."""
 
     layers: tuple[int, ...]
-    queries: str | tuple[int, ...]
+    queries: Named
     heads: Heads
     dtype: str
     grid: Grid | None
@@ -122,7 +125,7 @@ def _bytes_of_one(model: Any, options: Options) -> tuple[int, int]:
     return max(1, weights), max(1, stored_bytes(model, options, (height, width)))
 
 
-def _named(queries: Queries, registers: int) -> str | tuple[int, ...]:
+def _named(queries: Queries, registers: int) -> Named:
     if queries is None:
         return "all"
     if isinstance(queries, str):

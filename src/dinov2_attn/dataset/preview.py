@@ -17,8 +17,8 @@ from dinov2_attn.dataset.passed_over import describe
 from dinov2_attn.dataset.plan import Plan
 from dinov2_attn.dataset.run import decoded
 from dinov2_attn.errors import OutOfRange
-from dinov2_attn.maps.attention_maps import Grid
 from dinov2_attn.queries import place
+from dinov2_attn.typing import Grid
 
 # Unreadable images that are named.
 NAMED = 20

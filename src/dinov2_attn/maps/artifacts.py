@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from dinov2_attn.surgery.grafts import weights_from
 from dinov2_attn.surgery.inputs import check_list, layers_to_take, take_batch
 from dinov2_attn.surgery.tap import unrecorded
 from dinov2_attn.surgery.transformer import flat_blocks
+from dinov2_attn.typing import Images, Masks, Model
 from dinov2_attn.upstream.anatomy import count_registers
 
 # More than this share of the patches are no artifacts, of which there are 2 or 3 in a hundred.
@@ -122,16 +123,38 @@ class ArtifactTokens:
         ]
 
 
+@overload
+def artifact_tokens(
+    model: Model,
+    images: Tensor,
+    layer: int | None = None,
+    *,
+    masks: Tensor | None = None,
+    deviations: float = DEVIATIONS,
+    floor: float = FLOOR,
+) -> ArtifactTokens: ...
+@overload
+def artifact_tokens(
+    model: Model,
+    images: Sequence[Tensor],
+    layer: int | None = None,
+    *,
+    masks: Sequence[Tensor | None] | None = None,
+    deviations: float = DEVIATIONS,
+    floor: float = FLOOR,
+) -> list[ArtifactTokens]: ...
+
+
 @torch.no_grad()
 def artifact_tokens(
     model: Any,
-    images: Any,
+    images: Images,
     layer: int | None = None,
     *,
-    masks: Any = None,
+    masks: Masks = None,
     deviations: float = DEVIATIONS,
     floor: float = FLOOR,
-) -> Any:
+) -> ArtifactTokens | list[ArtifactTokens]:
     """Return the artifact tokens of ``images``, an ``ArtifactTokens``; for a list, a list of these.
 
     ==========  ====================================================================
@@ -165,7 +188,7 @@ def artifact_tokens(
     rule = Rule(deviations, floor)
     layers = _candidates(layer, len(flat_blocks(model.blocks)))
     several = isinstance(images, list | tuple)
-    batches = list(images) if several else [images]
+    batches: list[Any] = list(images) if several else [images]
     given = zip(batches, check_list(batches, masks) if several else [masks], strict=True)
     pairs = [take_batch(model, batch, mask) for batch, mask in given]
     with unrecorded():

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, overload
 
 from torch import Tensor
 
 from dinov2_attn.errors import InvalidInput
+from dinov2_attn.typing import Grid
 
-Grid = tuple[int, int]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from typing_extensions import TypeVar
+
+    W = TypeVar("W", default=Tensor)
+else:
+    from typing import TypeVar
+
+    W = TypeVar("W")
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionMaps:
+class AttentionMaps(Generic[W]):
     """The attention weights of one forward pass, and how their rows and columns are laid out.
 
     =======  =========================================================================
@@ -29,15 +38,18 @@ class AttentionMaps:
     queries  the tokens whose rows these are, by position, 0 being CLS; a list of these for
              a list of batches; ``None`` for all of them
     =======  =========================================================================
+
+    For a type checker ``AttentionMaps[W]`` says what an entry is, ``AttentionMaps`` that it
+    is a tensor.
     """
 
-    weights: tuple[Any, ...]
+    weights: tuple[W, ...]
     layers: tuple[int, ...]
     grid: Grid | list[Grid | None] | None
     prefix: int
     queries: tuple[int, ...] | list[tuple[int, ...]] | None = None
 
-    def maps(self) -> tuple[Any, ...]:
+    def maps(self) -> tuple[W, ...]:
         """Return what the rows give to patches, for each layer ``(…, h, w)``.
 
         The equivalent code is ``weights[..., prefix:].unflatten(-1, grid)``: nothing is
@@ -46,18 +58,23 @@ class AttentionMaps:
         """
         return self._each(self._map)
 
-    def prefix_mass(self) -> tuple[Any, ...]:
+    def prefix_mass(self) -> tuple[W, ...]:
         """Return what the rows give to CLS and the registers together, for each layer ``(…)``.
 
         What each of these tokens holds by itself is ``weights[..., :prefix]``.
         """
         return self._each(self._prefix_mass)
 
-    def cpu(self) -> AttentionMaps:
+    def cpu(self) -> AttentionMaps[W]:
         """Return the same on the CPU and outside of autograd's graph."""
         return self._with(lambda weights: weights.detach().cpu())
 
-    def numpy(self) -> AttentionMaps:
+    @overload
+    def numpy(self: AttentionMaps[Tensor]) -> AttentionMaps[npt.NDArray[Any]]: ...
+    @overload
+    def numpy(self: AttentionMaps[list[Tensor]]) -> AttentionMaps[list[npt.NDArray[Any]]]: ...
+
+    def numpy(self) -> AttentionMaps[Any]:
         """Return the same with NumPy arrays for tensors; bfloat16, which it lacks, as float32."""
         return self._with(_array)
 
@@ -73,7 +90,7 @@ class AttentionMaps:
         save(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path) -> AttentionMaps:
+    def load(cls, path: str | Path) -> AttentionMaps[Any]:
         """Read what ``save`` wrote. Raises ``UnreadableFile``."""
         from dinov2_attn.maps.storage import load
 
@@ -115,11 +132,11 @@ class AttentionMaps:
 
         return tuple(map(entry, self.weights))
 
-    def _with(self, change: Callable[[Tensor], Any]) -> AttentionMaps:
+    def _with(self, change: Callable[[Tensor], Any]) -> AttentionMaps[Any]:
         return replace(self, weights=self._each(lambda weights, _: change(weights)))
 
 
-def _array(weights: Tensor) -> Any:
+def _array(weights: Tensor) -> npt.NDArray[Any]:
     weights = weights.detach().cpu()
     try:
         return weights.numpy()

@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
 from torch import Tensor
 
-from dinov2_attn.attention import Heads
 from dinov2_attn.errors import NotGrafted
-from dinov2_attn.maps.attention_maps import AttentionMaps, Grid
-from dinov2_attn.queries import Queries, positions, spell_out
-from dinov2_attn.surgery.inputs import Layers, count_tokens, layers_to_take, patch_size
+from dinov2_attn.maps.attention_maps import AttentionMaps
+from dinov2_attn.queries import positions, spell_out
+from dinov2_attn.surgery.inputs import count_tokens, layers_to_take, patch_size
 from dinov2_attn.surgery.transformer import flat_blocks
+from dinov2_attn.typing import Grid, Heads, Images, Layers, Masks, Model, Queries
 from dinov2_attn.upstream.anatomy import count_registers
 from dinov2_attn.upstream.contract import name_of
 
 
+@overload
 def attention_maps(
-    model: Any,
-    images: Any,
+    model: Model,
+    images: Tensor,
     n: Layers = None,
-    masks: Any = None,
+    masks: Tensor | None = None,
     *,
     queries: Queries = None,
     heads: Heads = None,
-) -> AttentionMaps:
+) -> AttentionMaps: ...
+@overload
+def attention_maps(
+    model: Model,
+    images: Sequence[Tensor],
+    n: Layers = None,
+    masks: Sequence[Tensor | None] | None = None,
+    *,
+    queries: Queries = None,
+    heads: Heads = None,
+) -> AttentionMaps[list[Tensor]]: ...
+
+
+def attention_maps(
+    model: Any,
+    images: Images,
+    n: Layers = None,
+    masks: Masks = None,
+    *,
+    queries: Queries = None,
+    heads: Heads = None,
+) -> AttentionMaps[Any]:
     """Return the attention of ``model`` on ``images``, with grid and prefix.
 
     >>> maps = attention_maps(model, images, n=1, queries="cls")
@@ -39,7 +62,7 @@ def attention_maps(
     check_grafted(model)
     weights = model.get_self_attention(images, n, masks, queries=queries, heads=heads)
     several = isinstance(images, list | tuple)
-    batches = list(images) if several else [images]
+    batches: list[Any] = list(images) if several else [images]
     spelled = spell_out(queries, count_registers(model))
     grids = [grid_of(model, batch) for batch in batches]
     rows = [positions(spelled, count_tokens(model, batch)) for batch in batches]
@@ -52,7 +75,7 @@ def attention_maps(
     )
 
 
-def check_grafted(model: Any) -> None:
+def check_grafted(model: object) -> None:
     """Raise ``NotGrafted`` unless ``model`` answers for its attention."""
     if not hasattr(model, "get_self_attention"):
         raise NotGrafted(

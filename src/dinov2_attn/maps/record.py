@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, overload
 
 from torch import Tensor, nn
 
-from dinov2_attn.attention import Heads, check_heads
+from dinov2_attn.attention import check_heads
 from dinov2_attn.errors import InvalidInput, NotRecorded
-from dinov2_attn.maps.attention_maps import AttentionMaps, Grid
+from dinov2_attn.maps.attention_maps import AttentionMaps, W
 from dinov2_attn.maps.course import Course, advice
 from dinov2_attn.maps.look import grid_of
 from dinov2_attn.maps.subject import attentions_of, other_attentions, transformer_in
 from dinov2_attn.memory import Scratch, SetAside
-from dinov2_attn.queries import Queries, positions, spell_out
-from dinov2_attn.surgery.inputs import Layers
+from dinov2_attn.queries import positions, spell_out
 from dinov2_attn.surgery.recording import in_a_graph
 from dinov2_attn.surgery.tap import SWITCH, TAP
 from dinov2_attn.tiles import is_compiling
+from dinov2_attn.typing import Grid, Heads, Layers, Model, Queries
 from dinov2_attn.upstream.anatomy import count_registers
 
-Reduce = Callable[[int, Any], Any]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Reduce = Callable[[int, Tensor], W]
 
 
-class Recording:
+class Recording(Generic[W]):
     """What ``record`` yields: one ``AttentionMaps`` for each forward pass, in ``passes``.
 
     Where there was one pass, the recording answers for it: ``maps.weights`` is
@@ -36,33 +39,97 @@ class Recording:
     """
 
     def __init__(self) -> None:
-        self.passes: list[AttentionMaps] = []
+        self.passes: list[AttentionMaps[W]] = []
 
-    def __getattr__(self, name: str) -> Any:
-        # Only for what AttentionMaps has: copy, pickle and hasattr ask for other things.
-        if name.startswith("_") or not (name in _FIELDS or hasattr(AttentionMaps, name)):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    @property
+    def weights(self) -> tuple[W, ...]:
+        """The ``weights`` of the one pass."""
+        return self._one("weights").weights
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The ``layers`` of the one pass."""
+        return self._one("layers").layers
+
+    @property
+    def grid(self) -> Grid | list[Grid | None] | None:
+        """The ``grid`` of the one pass."""
+        return self._one("grid").grid
+
+    @property
+    def prefix(self) -> int:
+        """The ``prefix`` of the one pass."""
+        return self._one("prefix").prefix
+
+    @property
+    def queries(self) -> tuple[int, ...] | list[tuple[int, ...]] | None:
+        """The ``queries`` of the one pass."""
+        return self._one("queries").queries
+
+    def maps(self) -> tuple[W, ...]:
+        """Return the ``maps()`` of the one pass."""
+        return self._one("maps").maps()
+
+    def prefix_mass(self) -> tuple[W, ...]:
+        """Return the ``prefix_mass()`` of the one pass."""
+        return self._one("prefix_mass").prefix_mass()
+
+    def cpu(self) -> AttentionMaps[W]:
+        """Return the one pass on the CPU and outside of autograd's graph."""
+        return self._one("cpu").cpu()
+
+    @overload
+    def numpy(self: Recording[Tensor]) -> AttentionMaps[npt.NDArray[Any]]: ...
+    @overload
+    def numpy(self: Recording[list[Tensor]]) -> AttentionMaps[list[npt.NDArray[Any]]]: ...
+
+    def numpy(self: Recording[Any]) -> AttentionMaps[Any]:
+        """Return the one pass with NumPy arrays for tensors."""
+        return self._one("numpy").numpy()
+
+    def save(self, path: str | Path) -> None:
+        """Write the one pass to one safetensors file, as ``AttentionMaps.save`` does."""
+        self._one("save").save(path)
+
+    def _one(self, name: str) -> AttentionMaps[W]:
         if len(self.passes) != 1:
             raise NotRecorded(
                 f"one recorded pass, whose {name} that is",
                 f"{len(self.passes)}",
                 "Each forward pass is an entry of .passes.",
             )
-        return getattr(self.passes[0], name)
+        return self.passes[0]
 
 
-_FIELDS = {field.name for field in fields(AttentionMaps)}
-
-
-@contextmanager
+@overload
 def record(
-    model: nn.Module,
+    model: Model,
     n: Layers = None,
     *,
     queries: Queries = None,
     heads: Heads = None,
-    reduce: Reduce | None = None,
-) -> Iterator[Recording]:
+    reduce: None = None,
+) -> AbstractContextManager[Recording[Tensor]]: ...
+@overload
+def record(
+    model: Model,
+    n: Layers = None,
+    *,
+    queries: Queries = None,
+    heads: Heads = None,
+    reduce: Reduce[W],
+) -> AbstractContextManager[Recording[W]]: ...
+
+
+@contextmanager
+def record(
+    model: Model,
+    n: Layers = None,
+    *,
+    queries: Queries = None,
+    heads: Heads = None,
+    reduce: Reduce[Any] | None = None,
+) -> Iterator[Recording[Any]]:
     """Record the attention of every ordinary forward pass inside a ``with`` block.
 
     >>> with record(model, queries="cls") as maps:
@@ -116,7 +183,7 @@ class _Recorder:
     """Puts layers together to passes: one begins with its images and ends with its last layer."""
 
     def __init__(
-        self, model: nn.Module, n: Layers, queries: Queries, heads: Heads, reduce: Reduce | None
+        self, model: Model, n: Layers, queries: Queries, heads: Heads, reduce: Reduce[Any] | None
     ) -> None:
         check_heads(heads)
         if not (reduce is None or callable(reduce)):
@@ -142,7 +209,7 @@ class _Recorder:
         self._whole, self._broken = 0, 0
         # Of the pass that runs: whether images were seen, and whether no layer ran again too early.
         self._begun, self._clean = False, True
-        self.recording = Recording()
+        self.recording: Recording[Any] = Recording()
 
     def begin(self, model: nn.Module, images: Tensor | None) -> None:
         """Note the patch grid of ``images``; several before the first layer make a list."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinov2_attn.maps.attention_maps import Grid
+from dinov2_attn.typing import Grid
 
 
 def resample(maps: Tensor, grid: Grid) -> Tensor:

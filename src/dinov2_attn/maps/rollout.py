@@ -7,11 +7,11 @@ layer's rows are made a few at a time and let go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,13 @@ from torch import Tensor, nn
 from dinov2_attn.attention import attention_weights
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.maps.look import check_grafted, grid_of
-from dinov2_attn.queries import Queries, place, spell_out
+from dinov2_attn.queries import place, spell_out
 from dinov2_attn.surgery.attend import Instead
 from dinov2_attn.surgery.grafts import weights_from
-from dinov2_attn.surgery.inputs import (
-    Layers,
-    check_list,
-    count_tokens,
-    layers_to_take,
-    take_batch,
-)
+from dinov2_attn.surgery.inputs import check_list, count_tokens, layers_to_take, take_batch
 from dinov2_attn.surgery.transformer import flat_blocks
 from dinov2_attn.tiles import cut
+from dinov2_attn.typing import Images, Layers, Masks, Model, Queries
 from dinov2_attn.upstream.anatomy import count_registers
 from dinov2_attn.upstream.projection import Piece
 
@@ -66,17 +61,41 @@ class Rollout:
         return self.weights[..., self.prefix :].reshape(*self.weights.shape[:2], *self.grid)
 
 
-@torch.no_grad()
+@overload
 def rollout(
-    model: Any,
-    images: Any,
+    model: Model,
+    images: Tensor,
     n: Layers = None,
     *,
     queries: Queries = "cls",
     heads: Fusion = "mean",
     residual: float = 0.5,
-    masks: Any = None,
-) -> Any:
+    masks: Tensor | None = None,
+) -> Rollout: ...
+@overload
+def rollout(
+    model: Model,
+    images: Sequence[Tensor],
+    n: Layers = None,
+    *,
+    queries: Queries = "cls",
+    heads: Fusion = "mean",
+    residual: float = 0.5,
+    masks: Sequence[Tensor | None] | None = None,
+) -> list[Rollout]: ...
+
+
+@torch.no_grad()
+def rollout(
+    model: Any,
+    images: Images,
+    n: Layers = None,
+    *,
+    queries: Queries = "cls",
+    heads: Fusion = "mean",
+    residual: float = 0.5,
+    masks: Masks = None,
+) -> Rollout | list[Rollout]:
     """Return the attention rollout of some tokens, a ``Rollout``; for a list, a list of these.
 
     ========  ==================================================================
@@ -114,7 +133,7 @@ def rollout(
     if not wanted:
         raise InvalidInput("at least one block to roll out over", f"n={n!r}", "Leave n out.")
     several = isinstance(images, list | tuple)
-    batches = images if several else [images]
+    batches: list[Any] = list(images) if several else [images]
     given = zip(batches, check_list(batches, masks) if several else [masks], strict=True)
     pairs = [take_batch(model, batch, mask) for batch, mask in given]
     for batch, _ in pairs:
@@ -126,7 +145,7 @@ def rollout(
     return found if several else found[0]
 
 
-def _check(model: Any, heads: object, residual: object) -> None:
+def _check(model: object, heads: object, residual: object) -> None:
     check_grafted(model)
     if not (isinstance(heads, str) and heads in get_args(Fusion)):
         raise InvalidInput(

@@ -15,7 +15,7 @@ from dinov2_attn.errors import InvalidInput, UnreadableFile, UnwritableOutput
 from dinov2_attn.maps.attention_maps import AttentionMaps
 
 
-def save(maps: AttentionMaps, path: Path) -> None:
+def save(maps: AttentionMaps[Any], path: Path) -> None:
     """Write ``maps`` to ``path``; see ``AttentionMaps.save``."""
     about = {key: getattr(maps, key) for key in ("layers", "grid", "prefix", "queries")}
     metadata = {key: json.dumps(value) for key, value in about.items()}
@@ -31,7 +31,7 @@ def save(maps: AttentionMaps, path: Path) -> None:
         ) from error
 
 
-def load(path: Path) -> AttentionMaps:
+def load(path: Path) -> AttentionMaps[Any]:
     """Read ``maps`` from ``path``; see ``AttentionMaps.load``."""
     library = optional.safetensors()
     try:
@@ -54,7 +54,7 @@ def load(path: Path) -> AttentionMaps:
         ) from error
 
 
-def _named(maps: AttentionMaps) -> dict[str, Tensor]:
+def _named(maps: AttentionMaps[Any]) -> dict[str, Tensor]:
     named = {}
     for layer, entry in zip(maps.layers, maps.weights, strict=True):
         several = isinstance(entry, list)

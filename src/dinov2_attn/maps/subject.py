@@ -9,8 +9,9 @@ from torch import nn
 
 from dinov2_attn.errors import IncompatibleUpstream, InvalidInput, NotGrafted
 from dinov2_attn.surgery.grafts import takes
-from dinov2_attn.surgery.inputs import Layers, layers_to_take
+from dinov2_attn.surgery.inputs import layers_to_take
 from dinov2_attn.surgery.transformer import flat_blocks
+from dinov2_attn.typing import Layers
 from dinov2_attn.upstream.anatomy import Part, part_of_module
 from dinov2_attn.upstream.contract import name_of
 

@@ -13,13 +13,12 @@ from PIL import Image
 
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.look import attention_maps
-from dinov2_attn.queries import Queries
 from dinov2_attn.show.banner import with_banner
 from dinov2_attn.show.colours import Grid, Pixels, blend, heaviest, stain, upsample, viridis
 from dinov2_attn.show.files import together
 from dinov2_attn.show.images import Photograph
 from dinov2_attn.show.running import looking_at
-from dinov2_attn.surgery.inputs import Layers
+from dinov2_attn.typing import Layers, Queries
 
 Device = str | torch.device
 

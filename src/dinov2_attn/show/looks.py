@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,13 @@ from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.queries import name_token, whole_number
 from dinov2_attn.show.tokens import Token, position_of
 
+if TYPE_CHECKING:
+    from dinov2_attn.maps.record import Recording
+
 Values = npt.NDArray[np.float64]
 Head = int | str
+# What pictures are drawn of; of a Recording those of one pass.
+Drawable: TypeAlias = "AttentionMaps[Any] | Recording[Any]"
 
 
 @dataclass(frozen=True, eq=False)

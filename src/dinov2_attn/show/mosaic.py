@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
 from matplotlib.patheffects import withStroke
 
 from dinov2_attn.show.colours import Mask
+from dinov2_attn.show.looks import Values
 from dinov2_attn.show.style import Style, colour_map
 from dinov2_attn.show.text import FONT
 
@@ -48,14 +51,16 @@ class Cells:
 class Mosaic:
     """Draws maps, photographs, marks and titles into the cells of one Axes."""
 
-    def __init__(self, ax: Any, cells: Cells, style: Style, thick: float) -> None:
+    def __init__(self, ax: Axes, cells: Cells, style: Style, thick: float) -> None:
         self._ax, self._cells, self._style, self._thick = ax, cells, style, thick
         ax.set_xticks([])
         ax.set_yticks([])
         for spine in ax.spines.values():
             spine.set_visible(False)
 
-    def map(self, place: tuple[int, int], values: Any, norm: Any, alpha: float = 1.0) -> None:
+    def map(
+        self, place: tuple[int, int], values: Values, norm: Normalize, alpha: float = 1.0
+    ) -> None:
         """Draw values (h, w) in viridis; what is not finite is black."""
         self._ax.imshow(
             np.ma.masked_invalid(values),
@@ -133,7 +138,7 @@ class Mosaic:
         at: tuple[float, float],
         offset: tuple[float, float],
         points: float,
-        **alignment: str,
+        **alignment: Any,
     ) -> None:
         self._ax.annotate(
             text,

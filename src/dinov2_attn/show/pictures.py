@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,8 +19,8 @@ from dinov2_attn.show.captions import (
     subject,
     treatment,
 )
-from dinov2_attn.show.colours import heaviest
-from dinov2_attn.show.looks import Head, Look, look
+from dinov2_attn.show.colours import Mask, heaviest
+from dinov2_attn.show.looks import Drawable, Head, Look, Values, look
 from dinov2_attn.show.mosaic import Cells, Mosaic
 from dinov2_attn.show.pixels import as_pixels
 from dinov2_attn.show.sheet import POINTS, Sheet, draw_bar
@@ -29,11 +29,18 @@ from dinov2_attn.show.text import FONT, POINTS_PER_INCH, percent, wrap
 from dinov2_attn.show.tokens import Token
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+    import PIL.Image
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+
     from dinov2_attn.maps.artifacts import ArtifactTokens
 
 PLAIN = Style()
 STAIN = (1.0, 0.0, 0.0, 0.5)
 Sample = int | tuple[int, int]
+# A photograph: an array or a tensor with the channels last, or an image of Pillow.
+Picture: TypeAlias = "npt.ArrayLike | PIL.Image.Image"
 
 SMALL = 7.0  # points, of the titles of cells
 TITLE = 0.2  # inches above a cell for its title
@@ -42,19 +49,19 @@ LARGEST = 14.0  # inches of a mosaic's longer side
 
 
 def plot(
-    maps: Any,
-    ax: Any = None,
+    maps: Drawable,
+    ax: Axes | None = None,
     *,
     layer: int | None = None,
     head: Head = "mean",
     query: Token = "cls",
     sample: Sample = 0,
-    image: Any = None,
+    image: Picture | None = None,
     artifacts: ArtifactTokens | None = None,
     style: Style = PLAIN,
     name: str | None = None,
     warning: str | None = None,
-) -> Any:
+) -> Axes:
     """Draw where one token looks, in one layer and head, and return the Axes.
 
     >>> maps = attention_maps(model, images, queries="cls")
@@ -108,12 +115,12 @@ def plot(
 
 
 def plot_heads(
-    maps: Any,
+    maps: Drawable,
     *,
     layer: int | None = None,
     query: Token = "cls",
     sample: Sample = 0,
-    image: Any = None,
+    image: Picture | None = None,
     artifacts: ArtifactTokens | None = None,
     style: Style = PLAIN,
     name: str | None = None,
@@ -153,7 +160,7 @@ def plot_heads(
 
 
 def plot_layers(
-    maps: Any,
+    maps: Drawable,
     *,
     query: Token = "cls",
     sample: Sample = 0,
@@ -195,10 +202,10 @@ def plot_layers(
 
 
 def plot_masks(
-    maps: Any,
+    maps: Drawable,
     share: float,
     *,
-    image: Any,
+    image: Picture,
     layer: int | None = None,
     query: Token = "cls",
     sample: Sample = 0,
@@ -237,7 +244,7 @@ def _heads(seen: Look) -> tuple[Head, ...]:
     return seen.heads if len(seen.heads) == 1 else ("mean", *seen.heads)
 
 
-def _of(seen: Look, heads: Sequence[Head], layer: int) -> Any:
+def _of(seen: Look, heads: Sequence[Head], layer: int) -> Values:
     return np.stack([seen.map(layer, head) for head in heads])
 
 
@@ -245,15 +252,15 @@ def _head_name(head: Head) -> str:
     return "mean" if head == "mean" else f"head {head}"
 
 
-def _mask(outlying: Outlying | None) -> Any:
+def _mask(outlying: Outlying | None) -> Mask | None:
     return None if outlying is None else outlying.mask
 
 
 def _map(
     mosaic: Mosaic,
     place: tuple[int, int],
-    values: Any,
-    norm: Any,
+    values: Values,
+    norm: Normalize,
     style: Style,
     outlying: Outlying | None,
     alpha: float = 1.0,
@@ -269,7 +276,7 @@ def _map(
 def _photograph(
     mosaic: Mosaic,
     place: tuple[int, int],
-    image: Any,
+    image: Picture,
     seen: Look,
     style: Style,
     outlying: Outlying | None,
@@ -326,8 +333,8 @@ def _thickness(patch: float) -> float:
     return min(1.5, max(0.4, 0.12 * patch * POINTS_PER_INCH))
 
 
-def _title(ax: Any, caption: list[str]) -> None:
-    figure = ax.figure
+def _title(ax: Axes, caption: list[str]) -> None:
+    figure: Any = ax.figure
     width = ax.get_position().width * figure.get_size_inches()[0]
     lines = wrap(caption, width, POINTS)
     ax.set_title("\n".join(lines), fontsize=POINTS, family=FONT, parse_math=False)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dinov2_attn.errors import InvalidInput, Unavailable, UnwritableOutput
 from dinov2_attn.show.colours import Pixels
+from dinov2_attn.show.looks import Drawable
 from dinov2_attn.show.pictures import plot_heads
 
 DPI = 150
@@ -35,7 +36,7 @@ def save(figure: Figure, path: str | Path) -> None:
         write_figure(figure, Path(path))
 
 
-def animate(maps: Any, path: str | Path, *, seconds: float = SECONDS, **options: Any) -> None:
+def animate(maps: Drawable, path: str | Path, *, seconds: float = SECONDS, **options: Any) -> None:
     """Write a GIF or MP4, as the name of ``path`` says, with one frame for each layer of ``maps``.
 
     A frame is what ``plot_heads`` draws of that layer with ``options``, its arguments; all
@@ -56,7 +57,7 @@ def write_figure(figure: Figure, path: Path) -> None:
         figure.savefig(path, format=kind, dpi=DPI, metadata=about)
 
 
-def write_film(maps: Any, path: Path, seconds: float = SECONDS, **options: Any) -> None:
+def write_film(maps: Drawable, path: Path, seconds: float = SECONDS, **options: Any) -> None:
     """Do what ``animate`` does, ``OSError`` left as it is."""
     write = writer_of(_kind(path, FILMS))
     figures = (plot_heads(maps, layer=layer, together=True, **options) for layer in maps.layers)

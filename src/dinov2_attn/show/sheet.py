@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -39,7 +40,7 @@ class Sheet:
     top: float = 0.0
     bar: bool = True
 
-    def figure(self, caption: list[str], warning: str | None) -> tuple[Figure, Any, Any]:
+    def figure(self, caption: list[str], warning: str | None) -> tuple[Figure, Axes, Any]:
         """Return a figure with its Axes for the mosaic and for the colour bar."""
         height, width = (side * self.patch for side in self.cells.size)
         right = MARGIN + BAR + BAR_LABELS if self.bar else 0.0
@@ -53,7 +54,7 @@ class Sheet:
         figure = Figure(figsize=(whole, total), facecolor="white")
         FigureCanvasAgg(figure)
 
-        def axes(x: float, w: float, h: float) -> Any:
+        def axes(x: float, w: float, h: float) -> Axes:
             return figure.add_axes((x / whole, (total - above - h) / total, w / whole, h / total))
 
         ax = axes(MARGIN + self.left, width, height)
@@ -69,7 +70,7 @@ class Sheet:
         return figure, ax, bar
 
 
-def draw_bar(figure: Figure, bar: Any, norm: Any, beyond: str) -> None:
+def draw_bar(figure: Figure, bar: Axes, norm: Normalize, beyond: str) -> None:
     """Draw the colour bar of ``norm`` into the Axes ``bar``, its ends labelled with the limits."""
     ticks = np.linspace(0, 1, 5)
     values = norm.inverse(ticks)

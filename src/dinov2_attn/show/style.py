@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import Colormap, LogNorm, Normalize
 
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.show.colours import Mask
@@ -56,7 +56,7 @@ class Style:
         """Whether outliers are left out of the limits."""
         return self.outliers in ("clip", "mask")
 
-    def norm(self, values: Values, outlying: Mask | None = None) -> Any:
+    def norm(self, values: Values, outlying: Mask | None = None) -> Normalize:
         """Return matplotlib's scale of maps ``(…, h, w)``: from their least to their greatest.
 
         ``outlying`` ``(h, w)`` are the artifacts. Numbers that are not finite do not count.
@@ -83,7 +83,7 @@ class Style:
         return np.where(outlying, np.nanmin(values[~outlying]), values)
 
 
-def colour_map() -> Any:
+def colour_map() -> Colormap:
     """Return viridis, with black for what is no number."""
     return matplotlib.colormaps["viridis"].with_extremes(bad="black")
 

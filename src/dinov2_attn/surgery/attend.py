@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_attn.attention import Heads, attention_weights, check_heads, shape_of_weights
+from dinov2_attn.attention import attention_weights, check_heads, shape_of_weights
 from dinov2_attn.biases import Group, dense, groups, is_block_diagonal
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.memory import NewResult, new_result
-from dinov2_attn.queries import Queries, Rows, place
+from dinov2_attn.queries import Rows, place
 from dinov2_attn.tiles import may_tile
+from dinov2_attn.typing import Heads, Queries
 from dinov2_attn.upstream.kernel import Kernel
 from dinov2_attn.upstream.projection import Piece, Projection
 

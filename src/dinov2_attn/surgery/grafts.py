@@ -21,9 +21,9 @@ from dinov2_attn.surgery.attend import attend, check_tokens
 from dinov2_attn.surgery.nesting import check_stochastic_depth
 from dinov2_attn.surgery.recording import run_recorded
 from dinov2_attn.surgery.tap import SWITCH, TAP, answer, ask
+from dinov2_attn.typing import Forward
 from dinov2_attn.upstream.anatomy import BLOCK_CHILDREN, Part
 from dinov2_attn.upstream.contract import argument_names, name_of
-from dinov2_attn.upstream.flags import Forward
 from dinov2_attn.upstream.kernel import Kernel
 
 _MARK = "_dinov2_attn_keyword"

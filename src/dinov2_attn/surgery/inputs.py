@@ -10,9 +10,8 @@ from torch import Tensor
 
 from dinov2_attn.errors import InvalidInput, OutOfRange
 from dinov2_attn.queries import whole_number
+from dinov2_attn.typing import Layers
 from dinov2_attn.upstream.anatomy import count_registers
-
-Layers = int | Sequence[int] | None
 
 
 def take_batch(model: Any, images: Any, masks: Any = None) -> tuple[Tensor, Tensor | None]:

@@ -22,6 +22,8 @@ from dinov2_attn.surgery.ledger import Ledger
 from dinov2_attn.surgery.targets import UPSTREAM, UPSTREAM_MODULES, LiveModel, Package
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dinov2_attn.upstream.anatomy import Part
 
 # Python's own, which has no public way to wait for an import that another thread has begun.
@@ -78,7 +80,7 @@ class Handle:
         _remove(self._target)
 
 
-def install(target: Any = None, *, fallback: bool = True) -> Handle:
+def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> Handle:
     """Graft ``return_attention`` onto DINOv2's own classes, in place and reversibly.
 
     ``target`` is ``None`` for upstream's package ``dinov2``, the name of a package that
@@ -170,7 +172,7 @@ def _install_package(package: Package, fallback: bool) -> Handle:
     return Handle(package.name, restore)
 
 
-def _install_model(model: Any, fallback: bool) -> Handle:
+def _install_model(model: nn.Module, fallback: bool) -> Handle:
     from dinov2_attn.surgery.operation import operate
     from dinov2_attn.upstream.anatomy import classes_behind
     from dinov2_attn.upstream.contract import name_of

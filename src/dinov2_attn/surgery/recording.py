@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dinov2_attn.errors import NotRecorded
 from dinov2_attn.surgery.tap import TAP, unpacked, unrecorded
 from dinov2_attn.tiles import is_compiling, is_transformed
+from dinov2_attn.typing import Forward
 from dinov2_attn.upstream.contract import name_of
-from dinov2_attn.upstream.flags import Forward
 
 
 def run_recorded(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn.tiles import is_compiling, is_transformed
-from dinov2_attn.upstream.flags import Forward
+from dinov2_attn.typing import Forward
 from dinov2_attn.upstream.projection import draws_nothing
 
 # Runs the first function, a block's forward, and asks the second for the weights.

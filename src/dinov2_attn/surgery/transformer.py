@@ -8,22 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dinov2_attn.attention import Heads, check_heads
+from dinov2_attn.attention import check_heads
 from dinov2_attn.errors import NotGrafted
-from dinov2_attn.queries import Queries, place, spell_out
+from dinov2_attn.queries import place, spell_out
 from dinov2_attn.surgery.grafts import announce, weights_from
-from dinov2_attn.surgery.inputs import (
-    Layers,
-    check_list,
-    count_tokens,
-    layers_to_take,
-    take_batch,
-)
+from dinov2_attn.surgery.inputs import check_list, count_tokens, layers_to_take, take_batch
 from dinov2_attn.surgery.nesting import can_nest, check_stochastic_depth
 from dinov2_attn.surgery.recording import prepare_recorded
 from dinov2_attn.surgery.tap import SWITCH, TAP, attentions_of_pass, unrecorded
+from dinov2_attn.typing import Forward, Heads, Layers, Queries
 from dinov2_attn.upstream.anatomy import count_registers
-from dinov2_attn.upstream.flags import Forward
 
 
 def get_self_attention(

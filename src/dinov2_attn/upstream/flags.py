@@ -10,16 +10,15 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any, TypeGuard
 
 from torch import nn
 
+from dinov2_attn.typing import Forward
+
 FLAG = "XFORMERS_AVAILABLE"
 KERNEL = "memory_efficient_attention"
-
-Forward = Callable[..., Any]
 
 
 def is_gated(forward: Forward) -> TypeGuard[FunctionType]:

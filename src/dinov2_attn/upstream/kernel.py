@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dinov2_attn import biases
 from dinov2_attn.errors import InvalidInput
-from dinov2_attn.upstream.flags import FLAG, KERNEL, Forward, describe_flags, flag_of, is_gated
+from dinov2_attn.typing import Forward
+from dinov2_attn.upstream.flags import FLAG, KERNEL, describe_flags, flag_of, is_gated
 
 
 class Kernel:

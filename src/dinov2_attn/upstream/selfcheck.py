@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from dinov2_attn.attention import attention_weights
 from dinov2_attn.errors import IncompatibleUpstream
+from dinov2_attn.typing import Forward
 from dinov2_attn.upstream import contract
 from dinov2_attn.upstream.anatomy import Part, count_registers, part_of_module
 from dinov2_attn.upstream.contract import name_of
-from dinov2_attn.upstream.flags import Forward, is_gated
+from dinov2_attn.upstream.flags import is_gated
 from dinov2_attn.upstream.kernel import Kernel, branches
 from dinov2_attn.upstream.projection import project
 

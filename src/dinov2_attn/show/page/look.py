@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2_attn.attention import Heads
 from dinov2_attn.maps.artifacts import artifact_tokens
 from dinov2_attn.maps.look import check_grafted, grid_of
 from dinov2_attn.maps.record import record
@@ -19,8 +18,9 @@ from dinov2_attn.show.page.keep import NOTHING, Keep, Shape
 from dinov2_attn.show.page.quantise import Table
 from dinov2_attn.show.page.write import Written, keep, quantise_layer, write
 from dinov2_attn.show.running import looking_at
-from dinov2_attn.surgery.inputs import Layers, layers_to_take
+from dinov2_attn.surgery.inputs import layers_to_take
 from dinov2_attn.surgery.transformer import flat_blocks
+from dinov2_attn.typing import Heads, Layers
 from dinov2_attn.upstream.anatomy import count_registers
 
 

@@ -1,0 +1,71 @@
+"""What the functions of the package return."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+import dinov2_attn
+from dinov2_attn import ArtifactTokens, AttentionMaps, Recording
+from dinov2_attn.maps.rollout import Rollout
+
+
+def look_at_maps(model: nn.Module, images: Tensor) -> None:
+    maps = dinov2_attn.attention_maps(model, images, queries="cls")
+    assert_type(maps, AttentionMaps)
+    assert_type(maps, AttentionMaps[Tensor])
+    assert_type(maps.weights, tuple[Tensor, ...])
+    assert_type(maps.maps(), tuple[Tensor, ...])
+    assert_type(maps.prefix_mass()[0], Tensor)
+    assert_type(maps.cpu(), AttentionMaps)
+    assert_type(dinov2_attn.attention_maps(dinov2_attn.grafted(model), images), AttentionMaps)
+
+
+def look_at_maps_of_a_list(model: nn.Module, batches: list[Tensor]) -> None:
+    maps = dinov2_attn.attention_maps(model, batches)
+    assert_type(maps, AttentionMaps[list[Tensor]])
+    assert_type(maps.maps(), tuple[list[Tensor], ...])
+
+
+def roll_out(model: nn.Module, images: Tensor) -> None:
+    rollout = dinov2_attn.rollout(model, images, heads="max")
+    assert_type(rollout, Rollout)
+    assert_type(rollout.maps(), Tensor)
+    assert_type(dinov2_attn.rollout(model, [images]), list[Rollout])
+
+
+def find_artifacts(model: nn.Module, images: Tensor) -> None:
+    found = dinov2_attn.artifact_tokens(model, images)
+    assert_type(found, ArtifactTokens)
+    assert_type(found.mask, Tensor)
+    assert_type(dinov2_attn.artifact_tokens(model, [images]), list[ArtifactTokens])
+
+
+def record_passes(model: nn.Module, images: Tensor) -> None:
+    with dinov2_attn.record(model, queries="cls") as recording:
+        model(images)
+    assert_type(recording, Recording[Tensor])
+    assert_type(recording.passes, list[AttentionMaps[Tensor]])
+    assert_type(recording.weights, tuple[Tensor, ...])
+    assert_type(recording.layers, tuple[int, ...])
+    assert_type(recording.prefix, int)
+    assert_type(recording.maps(), tuple[Tensor, ...])
+    assert_type(recording.cpu(), AttentionMaps[Tensor])
+
+
+def record_what_is_made_of_weights(model: nn.Module, images: Tensor) -> None:
+    def largest(layer: int, weights: Tensor) -> float:
+        return layer + float(weights.detach().max())
+
+    with dinov2_attn.record(model, reduce=largest) as recording:
+        model(images)
+    assert_type(recording.weights, tuple[float, ...])
+    assert_type(recording.passes[0], AttentionMaps[float])
+
+
+def keep_maps(model: nn.Module, images: Tensor, path: Path) -> None:
+    dinov2_attn.attention_maps(model, images).save(path)
+    assert_type(AttentionMaps.load(path), AttentionMaps[Any])
