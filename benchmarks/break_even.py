@@ -19,8 +19,8 @@ from measure import machine, ratios
 from torch import Tensor
 
 import dinov2_attn
-from dinov2_attn.upstream import projection
-from dinov2_attn.upstream.source import obtain
+from dinov2_attn.apps.weights.source import obtain
+from dinov2_attn.backbone import projection
 
 TOKENS = (1374, 4629)
 ROWS = (1, 5, 16, 32, 48, 64, 80, 96, 128)

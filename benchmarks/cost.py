@@ -28,10 +28,10 @@ from measure import machine, peak_bytes, ratios
 from peers import BASE, SMALL, Size, peers, textbook_rollout, two_steps, upstream
 
 import dinov2_attn
-from dinov2_attn.attention import attention_weights
+from dinov2_attn.apps.weights.source import obtain
+from dinov2_attn.backbone.projection import Piece
 from dinov2_attn.maps.rollout import Layer
-from dinov2_attn.upstream.projection import Piece
-from dinov2_attn.upstream.source import obtain
+from dinov2_attn.math.attention import attention_weights
 
 Call = Callable[[], object]
 MEBI = 2**20

@@ -29,12 +29,12 @@ from measure import machine
 from PIL import Image
 
 import dinov2_attn
-from dinov2_attn.dataset.buckets import Buckets
-from dinov2_attn.dataset.decode import Decoder
-from dinov2_attn.dataset.items import list_items
-from dinov2_attn.show.images import normalise
-from dinov2_attn.upstream.models import build
-from dinov2_attn.upstream.source import obtain
+from dinov2_attn.apps.extraction.buckets import Buckets
+from dinov2_attn.apps.extraction.decode import Decoder
+from dinov2_attn.apps.extraction.items import list_items
+from dinov2_attn.apps.viz.images import normalise
+from dinov2_attn.apps.weights.models import build
+from dinov2_attn.apps.weights.source import obtain
 
 RESULTS = Path(__file__).parent / "results"
 REACH = 0.9

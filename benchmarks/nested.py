@@ -19,7 +19,7 @@ import torch
 from measure import machine, medians, peak_bytes
 
 import dinov2_attn
-from dinov2_attn.upstream.source import obtain
+from dinov2_attn.apps.weights.source import obtain
 
 DIM, HEADS, PATCH = 384, 6, 14
 CROPS = ((2, 224), (8, 98))

@@ -10,9 +10,9 @@ import torch
 from hypothesis import Phase, settings
 
 import dinov2_attn
-import upstreams
-import xformers_here as xformers
-from dinov2_attn.upstream import source
+from dinov2_attn.apps.weights import source
+from tests.support import upstreams
+from tests.support import xformers_visibility as xformers
 
 # Upstream decides at import. Most tests run as on a machine without xFormers, where a CPU can
 # compare with ungrafted upstream; those of `nested` see the real one (test_nested and others).
@@ -106,16 +106,16 @@ def fresh_dynamo():
 # mutmut asks those tests of a mutant that called its function. These are called once for all tests
 # of a module, and what they return is called by each.
 CALLED_FOR_ALL = {
-    "dinov2_attn.surgery.grafts.x_graft_attention",
-    "dinov2_attn.surgery.grafts.x_graft_block",
-    "dinov2_attn.surgery.transformer.x_graft_forward",
-    "dinov2_attn.surgery.transformer.x_graft_forward_features",
-    "dinov2_attn.surgery.transformer.x_graft_prepare_tokens",
+    "dinov2_attn.grafting.modules.x_graft_attention",
+    "dinov2_attn.grafting.modules.x_graft_block",
+    "dinov2_attn.grafting.models.x_graft_forward",
+    "dinov2_attn.grafting.models.x_graft_forward_features",
+    "dinov2_attn.grafting.models.x_graft_prepare_tokens",
 }
 
 # And these in fresh processes, where mutmut sees nobody call them.
 CALLED_BY_TEST_SOURCE = {
-    f"dinov2_attn.upstream.source.x_{name}"
+    f"dinov2_attn.apps.weights.source.x_{name}"
     for name, function in vars(source).items()
     if getattr(function, "__module__", "") == source.__name__
 }

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import dinov2_attn
-from dinov2_attn import AttentionMaps, Handle, Recording, show
-from dinov2_attn.dataset.job import Summary
-from dinov2_attn.dataset.preview import Preview
+from dinov2_attn import AttentionMaps, Handle, Recording, viz
+from dinov2_attn.apps.extraction.job import Summary
+from dinov2_attn.apps.extraction.preview import Preview
 
 
 def install(model: nn.Module) -> None:
@@ -38,12 +38,12 @@ def extract(model: nn.Module, folder: Path, dry_run: bool) -> None:
 
 
 def draw(maps: AttentionMaps, recording: Recording, ax: Axes) -> None:
-    assert_type(show.plot(maps, layer=11, head=3), Axes)
-    assert_type(show.plot(recording, ax, image=np.zeros((4, 6, 3))), Axes)
-    assert_type(show.plot_heads(maps), Figure)
-    assert_type(show.plot_layers(recording, query=(0, 1)), Figure)
-    assert_type(show.plot_masks(maps, 0.6, image=np.zeros((4, 6, 3))), Figure)
-    show.save(show.plot_heads(maps), "heads.png")
+    assert_type(viz.plot(maps, layer=11, head=3), Axes)
+    assert_type(viz.plot(recording, ax, image=np.zeros((4, 6, 3))), Axes)
+    assert_type(viz.plot_heads(maps), Figure)
+    assert_type(viz.plot_layers(recording, query=(0, 1)), Figure)
+    assert_type(viz.plot_masks(maps, 0.6, image=np.zeros((4, 6, 3))), Figure)
+    viz.save(viz.plot_heads(maps), "heads.png")
 
 
 def turn_into_arrays(maps: AttentionMaps, lists: AttentionMaps[list[Tensor]]) -> None:

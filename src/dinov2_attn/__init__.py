@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dinov2_attn._lazy import lazily
 from dinov2_attn.errors import (
     Dinov2AttnError,
     IncompatibleUpstream,
@@ -28,20 +29,19 @@ from dinov2_attn.errors import (
     UnwritableOutput,
     UpstreamDrift,
 )
-from dinov2_attn.lazy import lazily
-from dinov2_attn.surgery.install import Handle, Status, install, status, uninstall
+from dinov2_attn.grafting.api import Handle, Status, install, status, uninstall
 
 if TYPE_CHECKING:
-    from dinov2_attn import show
-    from dinov2_attn.dataset.extract import extract
-    from dinov2_attn.dataset.read import AttentionDataset
+    from dinov2_attn import viz
+    from dinov2_attn.apps.extraction.extract import extract
+    from dinov2_attn.apps.extraction.read import AttentionDataset
+    from dinov2_attn.apps.weights.checkpoints import load_checkpoint
+    from dinov2_attn.grafting.grafted import grafted
     from dinov2_attn.maps.artifacts import ArtifactTokens, artifact_tokens
+    from dinov2_attn.maps.ask import attention_maps
     from dinov2_attn.maps.attention_maps import AttentionMaps
-    from dinov2_attn.maps.look import attention_maps
     from dinov2_attn.maps.record import Recording, record
     from dinov2_attn.maps.rollout import rollout
-    from dinov2_attn.surgery.grafted import grafted
-    from dinov2_attn.upstream.checkpoints import load_checkpoint
 
 __all__ = [
     "ArtifactTokens",
@@ -73,9 +73,9 @@ __all__ = [
     "load_checkpoint",
     "record",
     "rollout",
-    "show",
     "status",
     "uninstall",
+    "viz",
 ]
 
 __version__ = "0.1.0"
@@ -85,16 +85,16 @@ __getattr__, __dir__ = lazily(
     __name__,
     {
         "ArtifactTokens": "dinov2_attn.maps.artifacts",
-        "AttentionDataset": "dinov2_attn.dataset.read",
+        "AttentionDataset": "dinov2_attn.apps.extraction.read",
         "AttentionMaps": "dinov2_attn.maps.attention_maps",
         "Recording": "dinov2_attn.maps.record",
         "artifact_tokens": "dinov2_attn.maps.artifacts",
-        "attention_maps": "dinov2_attn.maps.look",
-        "extract": "dinov2_attn.dataset.extract",
-        "grafted": "dinov2_attn.surgery.grafted",
-        "load_checkpoint": "dinov2_attn.upstream.checkpoints",
+        "attention_maps": "dinov2_attn.maps.ask",
+        "extract": "dinov2_attn.apps.extraction.extract",
+        "grafted": "dinov2_attn.grafting.grafted",
+        "load_checkpoint": "dinov2_attn.apps.weights.checkpoints",
         "record": "dinov2_attn.maps.record",
         "rollout": "dinov2_attn.maps.rollout",
-        "show": "dinov2_attn.show",
+        "viz": "dinov2_attn.viz",
     },
 )

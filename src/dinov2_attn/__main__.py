@@ -1,5 +1,5 @@
 """``python -m dinov2_attn``: the command line without its script."""
 
-from dinov2_attn.cli import main
+from dinov2_attn.apps.cli.main import main
 
 raise SystemExit(main())

@@ -16,17 +16,17 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from dinov2_attn.backbone.structure import count_registers
+from dinov2_attn.backbone.validation import check_list, layers_to_take, take_batch
 from dinov2_attn.errors import SuspiciousArtifacts
-from dinov2_attn.maps.look import check_grafted, grid_of
+from dinov2_attn.grafting.channel import unrecorded
+from dinov2_attn.grafting.compute import Instead
+from dinov2_attn.grafting.models import flat_blocks
+from dinov2_attn.grafting.modules import weights_from
+from dinov2_attn.maps.ask import check_grafted, grid_of
 from dinov2_attn.maps.outliers import DEVIATIONS, FLOOR, Rule, median
 from dinov2_attn.maps.rollout import Layer
-from dinov2_attn.surgery.attend import Instead
-from dinov2_attn.surgery.grafts import weights_from
-from dinov2_attn.surgery.inputs import check_list, layers_to_take, take_batch
-from dinov2_attn.surgery.tap import unrecorded
-from dinov2_attn.surgery.transformer import flat_blocks
 from dinov2_attn.typing import Images, Masks, Model
-from dinov2_attn.upstream.anatomy import count_registers
 
 # More than this share of the patches are no artifacts, of which there are 2 or 3 in a hundred.
 MOST = 0.1

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, Generic, overload
 
 from torch import Tensor, nn
 
-from dinov2_attn.attention import check_heads
+from dinov2_attn.backbone.backbone import attentions_of, other_attentions, transformer_in
+from dinov2_attn.backbone.structure import count_registers
 from dinov2_attn.errors import InvalidInput, NotRecorded
+from dinov2_attn.grafting.capture import in_a_graph
+from dinov2_attn.grafting.channel import SWITCH, TAP
+from dinov2_attn.maps.ask import grid_of
 from dinov2_attn.maps.attention_maps import AttentionMaps, W
 from dinov2_attn.maps.course import Course, advice
-from dinov2_attn.maps.look import grid_of
-from dinov2_attn.maps.subject import attentions_of, other_attentions, transformer_in
-from dinov2_attn.memory import Scratch, SetAside
-from dinov2_attn.queries import positions, spell_out
-from dinov2_attn.surgery.recording import in_a_graph
-from dinov2_attn.surgery.tap import SWITCH, TAP
-from dinov2_attn.tiles import is_compiling
+from dinov2_attn.math.attention import check_heads
+from dinov2_attn.math.buffers import Scratch, SetAside
+from dinov2_attn.math.selection import positions, spell_out
+from dinov2_attn.math.tiles import is_compiling
 from dinov2_attn.typing import Grid, Heads, Layers, Model, Queries
-from dinov2_attn.upstream.anatomy import count_registers
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -16,18 +16,18 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn.attention import attention_weights
+from dinov2_attn.backbone.projection import Piece
+from dinov2_attn.backbone.structure import count_registers
+from dinov2_attn.backbone.validation import check_list, count_tokens, layers_to_take, take_batch
 from dinov2_attn.errors import InvalidInput
-from dinov2_attn.maps.look import check_grafted, grid_of
-from dinov2_attn.queries import place, spell_out
-from dinov2_attn.surgery.attend import Instead
-from dinov2_attn.surgery.grafts import weights_from
-from dinov2_attn.surgery.inputs import check_list, count_tokens, layers_to_take, take_batch
-from dinov2_attn.surgery.transformer import flat_blocks
-from dinov2_attn.tiles import cut
+from dinov2_attn.grafting.compute import Instead
+from dinov2_attn.grafting.models import flat_blocks
+from dinov2_attn.grafting.modules import weights_from
+from dinov2_attn.maps.ask import check_grafted, grid_of
+from dinov2_attn.math.attention import attention_weights
+from dinov2_attn.math.selection import place, spell_out
+from dinov2_attn.math.tiles import cut
 from dinov2_attn.typing import Images, Layers, Masks, Model, Queries
-from dinov2_attn.upstream.anatomy import count_registers
-from dinov2_attn.upstream.projection import Piece
 
 Fusion = Literal["mean", "min", "max"]
 Tokens = Callable[[], Tensor]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_attn import optional
-from dinov2_attn.atomic import replacing
+from dinov2_attn import _optional
+from dinov2_attn._files import replacing
 from dinov2_attn.errors import InvalidInput, UnreadableFile, UnwritableOutput
 from dinov2_attn.maps.attention_maps import AttentionMaps
 
@@ -19,7 +19,7 @@ def save(maps: AttentionMaps[Any], path: Path) -> None:
     """Write ``maps`` to ``path``; see ``AttentionMaps.save``."""
     about = {key: getattr(maps, key) for key in ("layers", "grid", "prefix", "queries")}
     metadata = {key: json.dumps(value) for key, value in about.items()}
-    content = optional.safetensors().torch.save(_named(maps), metadata)
+    content = _optional.safetensors().torch.save(_named(maps), metadata)
     try:
         with replacing(path) as unfinished:
             unfinished.write_bytes(content)
@@ -33,7 +33,7 @@ def save(maps: AttentionMaps[Any], path: Path) -> None:
 
 def load(path: Path) -> AttentionMaps[Any]:
     """Read ``maps`` from ``path``; see ``AttentionMaps.load``."""
-    library = optional.safetensors()
+    library = _optional.safetensors()
     try:
         with library.safe_open(path, "pt") as file:
             about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}

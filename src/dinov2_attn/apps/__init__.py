@@ -1,0 +1,1 @@
+"""Applications of the engine. Nothing in the engine imports them."""

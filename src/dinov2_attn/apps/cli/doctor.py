@@ -1,0 +1,132 @@
+"""``dinov2-attn doctor``: what is installed, what this device can do, and what would fail."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any
+
+# Between projection and kernel `(B, N, heads, head_dim)`: small, with the head_dim of every DINOv2.
+_SHAPE = (1, 16, 2, 64)
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say what is installed, recognised and possible here",
+        description="Look at PyTorch, xFormers and upstream's code as they are found here, "
+        "install, and say what works on the device and what would fail. Exit status: 0 if the "
+        "code at hand can be installed on, 2 if not.",
+    )
+    parser.add_argument("--repo", metavar="PATH", help="a checkout of facebookresearch/dinov2")
+    parser.add_argument("--device", default="cpu", help="torch's name of it, default: cpu")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is found, a line each."""
+    import dinov2_attn
+    from dinov2_attn.apps.cli.model_options import check_device
+    from dinov2_attn.apps.weights.source import obtain
+
+    check_device(args.device)
+    warnings.simplefilter("ignore")  # upstream announces at import what is told here
+    print(_versions())
+    print(obtain(args.repo))
+    dinov2_attn.install()
+    importlib.import_module("dinov2.models.vision_transformer")
+    print(dinov2_attn.status())
+    print(_flags())
+    kernels = dict(_kernels(args.device))
+    for name, problem in kernels.items():
+        print(f"{name} on {args.device}: {problem or 'works'}")
+    for line in _would_fail(kernels):
+        print(f"would fail: {line}")
+    return 0
+
+
+def _versions() -> str:
+    names = ("dinov2-attn", "torch", "torchvision", "xformers", "numpy")
+    versions = {name: _version(name) for name in names}
+    found = [f"{name} {v}" if v else f"no {name}" for name, v in versions.items()]
+    return ", ".join([f"python {platform.python_version()}", *found])
+
+
+def _flags() -> str:
+    from dinov2_attn.kernels.xformers_flags import describe_flags
+
+    attention = sys.modules["dinov2.layers.attention"]
+    return describe_flags(inspect.unwrap(attention.MemEffAttention.forward))
+
+
+def _kernels(device: str) -> Iterator[tuple[str, str]]:
+    """Yield what there is to compute attention with, and why it cannot; an empty reason if it can.
+
+    Each is run: what a library says of its operators depends on its build.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    dtypes = [getattr(torch, name) for name in _DTYPES]
+    tensors = [torch.ones(_SHAPE, device=device, dtype=dtype) for dtype in dtypes]
+    for name, x in zip(_DTYPES, tensors, strict=True):
+        yield f"PyTorch's kernel, {name}", _try(scaled_dot_product_attention, x, x, x)
+    try:
+        ops = importlib.import_module("xformers.ops")
+    except ImportError as error:
+        yield "xFormers", f"{type(error).__name__}: {error}"
+        return
+    bias = ops.fmha.BlockDiagonalMask.from_seqlens([7, 9])
+    kernel = ops.memory_efficient_attention
+    for name, x in zip(_DTYPES, tensors, strict=True):
+        yield f"xFormers' kernel, {name}", _try(kernel, x, x, x)
+        yield f"xFormers' nested kernel, {name}", _try(kernel, x, x, x, bias)
+    sample, place = tensors[0].flatten(1), torch.tensor([0], device=device)
+    yield "xFormers' stochastic depth", _try(ops.index_select_cat, [sample], [place])
+
+
+def _try(call: Callable[..., Any], *arguments: object) -> str:
+    try:
+        call(*arguments)
+    except Exception as error:  # whatever a foreign kernel raises is the finding
+        first = str(error).partition("\n")[0].removesuffix(" with inputs:")
+        return f"{type(error).__name__}: {first[:150]}"
+    return ""
+
+
+def _would_fail(kernels: dict[str, str]) -> Iterator[str]:
+    from dinov2_attn.kernels.xformers_flags import FLAG
+
+    layers = [sys.modules[f"dinov2.layers.{name}"] for name in ("attention", "block")]
+    attention, block = (bool(getattr(module, FLAG)) for module in layers)
+    lacking = [n for n, problem in kernels.items() if problem and n.startswith("xFormers' kernel")]
+    if attention and lacking:
+        dtypes = ", ".join(name.rpartition(" ")[2] for name in lacking)
+        yield f"upstream's forward in {dtypes} without install(), whose fallback answers it"
+    if not (attention and block):
+        yield "upstream's own forward of a list; asked for attention, lists are answered one by one"
+    elif kernels.get("xFormers' stochastic depth"):
+        yield "lists in training with a drop path above 0 (NoOperator); anything else runs"
+    for name, problem in kernels.items():
+        if name.startswith("PyTorch's") and problem:
+            yield f"everything in {name.rpartition(' ')[2]}"
+    model = sys.modules["dinov2.models.vision_transformer"].DinoVisionTransformer
+    if "num_register_tokens" not in inspect.signature(model).parameters:
+        yield "models with registers: this revision of upstream knows none"
+    if attention and _version("xformers") == "0.0.18":
+        yield "more than 32,768 tokens: xFormers 0.0.18 answers NaN (it is the one upstream pins)"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,200 @@
+"""The options that choose a model, and the model they choose, for every subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinov2_attn.apps.cli.argtypes import positive
+from dinov2_attn.apps.weights.models import (
+    ARCHS,
+    PUBLISHED,
+    Architecture,
+    build,
+    build_like,
+    caption,
+)
+from dinov2_attn.errors import InvalidInput
+
+log = logging.getLogger(__name__)
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A grafted model on its device, what captions call it, and whether it means nothing.
+
+    ``doubt`` is a sentence about what was assumed of it.
+    """
+
+    model: Any
+    name: str
+    random: bool
+    doubt: str | None = None
+
+    @property
+    def warning(self) -> str | None:
+        """What has to travel with each picture, if anything has."""
+        from dinov2_attn.apps.viz.banner import NO_MEANING
+
+        return NO_MEANING if self.random else self.doubt
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--arch``, ``--weights`` and the like to ``parser``."""
+    group = parser.add_argument_group("the model")
+    weights = group.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights",
+        metavar="PATH",
+        help="a checkpoint, which says what model it is: a file by torch.save or safetensors, a "
+        "folder of Hugging Face's or timm's, or a name in Hugging Face's cache; default: the "
+        "published weights",
+    )
+    weights.add_argument(
+        "--random-weights", action="store_true", help="a trial run: maps carry no meaning"
+    )
+    group.add_argument("--arch", choices=ARCHS, help="default: that of --weights, else vit_small")
+    group.add_argument("--registers", action="store_true", help="the model with 4 registers")
+    group.add_argument(
+        "--patch-size", type=positive, metavar="N", help="default: that of --weights, else 14"
+    )
+    group.add_argument(
+        "--num-heads",
+        type=positive,
+        metavar="N",
+        help="of --weights, which do not tell; default: what a config beside them says, else one "
+        "for each 64 features, which every picture of an unpublished model then says",
+    )
+    group.add_argument(
+        "--key",
+        metavar="NAME",
+        help="of several models in --weights, such as student or model_ema; default: the "
+        "teacher, then a moving average",
+    )
+    group.add_argument("--repo", metavar="PATH", help="a checkout of facebookresearch/dinov2")
+    group.add_argument("--device", default="cpu", help="torch's name of it, default: cpu")
+
+
+def load_model(args: argparse.Namespace) -> Loaded:
+    """Return the grafted model that the options of ``add_options`` describe, on its device.
+
+    With ``--weights`` the checkpoint says what model it is, and options that say otherwise
+    are errors. Raises ``InvalidInput``, ``Unavailable`` and ``UnreadableFile``.
+    """
+    import torch
+
+    check_device(args.device)
+    if args.num_heads is not None and args.weights is None:
+        raise InvalidInput(
+            "--num-heads together with --weights PATH",
+            "no checkpoint",
+            "Leave it out: a name tells.",
+        )
+    if args.key is not None and args.weights is None:
+        raise InvalidInput("--key together with --weights PATH", "no checkpoint", "Leave it out.")
+    choose = _named if args.weights is None else _from_file
+    make, name, doubt = choose(args)
+    if torch.device(args.device).type == "cpu":
+        # xFormers has no kernel for it, and upstream would call one wherever xFormers imports.
+        sys.modules.setdefault("xformers", None)  # type: ignore[arg-type]  # Python's own sign
+    _obtain(args.repo)
+    # Seeded, so that random weights are the same at every run.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)
+        model = make()
+    return Loaded(model.to(args.device), name, args.random_weights, doubt)
+
+
+def _obtain(repo: str | None) -> None:
+    import dinov2_attn
+    from dinov2_attn.apps.weights.source import obtain
+
+    log.info("%s", obtain(repo))
+    dinov2_attn.install()
+
+
+# How to make a model once upstream's code is there, what captions call it, and a doubt about it.
+Choice = tuple[Callable[[], Any], str, str | None]
+
+
+def _named(args: argparse.Namespace) -> Choice:
+    """Choose a model by name: of published weights or of random ones."""
+    arch, patch_size = args.arch or "vit_small", args.patch_size or 14
+
+    def make() -> Any:
+        from dinov2_attn.apps.weights.published import load_pretrained
+
+        model = build(arch, patch_size=patch_size, registers=args.registers)
+        if args.random_weights:
+            log.warning("RANDOM WEIGHTS: the maps of this run carry no meaning")
+        else:
+            load_pretrained(model, arch, patch_size=patch_size, registers=args.registers)
+        return model
+
+    called = caption(PUBLISHED[arch][0], patch_size, 4 if args.registers else 0)
+    return make, f"{called}, {'random' if args.random_weights else 'published'} weights", None
+
+
+def _from_file(args: argparse.Namespace) -> Choice:
+    """Choose the model whose weights are in a file. It is read first: that needs no network."""
+    from dinov2_attn.apps.weights.architecture import infer
+    from dinov2_attn.apps.weights.checkpoints import fill
+    from dinov2_attn.apps.weights.heads import doubt
+    from dinov2_attn.apps.weights.reading import read
+
+    checkpoint = read(args.weights)
+    architecture = infer(checkpoint, args.num_heads, key=args.key)
+    _require_agreement(args, architecture)
+    log.info("%s: %s", args.weights, architecture)
+    if doubt(architecture):
+        log.warning("%s: %s", args.weights, doubt(architecture))
+    if architecture.registers and architecture.interpolation is None:
+        log.info(
+            "positions are interpolated as in the published models with registers (antialias, "
+            "no offset): weights do not tell"
+        )
+
+    def make() -> Any:
+        model = build_like(architecture)
+        fill(model, checkpoint, key=args.key)
+        return model
+
+    assumed = f", heads assumed: {architecture.num_heads}" if architecture.heads_assumed else ""
+    return make, f"{architecture}, {Path(args.weights).name}{assumed}", doubt(architecture)
+
+
+def _require_agreement(args: argparse.Namespace, found: Architecture) -> None:
+    """Raise ``InvalidInput`` where an option says otherwise than the file."""
+    arch = None if args.arch is None else PUBLISHED[args.arch][0]
+    agree = {
+        f"--arch {args.arch}": arch in (None, found.family),
+        f"--patch-size {args.patch_size}": args.patch_size in (None, found.patch_size),
+        "--registers, which are 4": not args.registers or found.registers == 4,
+    }
+    asked = [option for option, agrees in agree.items() if not agrees]
+    if asked:
+        raise InvalidInput(
+            f"{', '.join(asked)}, as asked",
+            f"{args.weights}, which holds {found}",
+            "Leave the options out: the file tells.",
+        )
+
+
+def check_device(name: str) -> None:
+    """Raise ``InvalidInput`` unless torch can use the device called ``name``."""
+    import torch
+
+    try:
+        torch.empty(1, device=name).cpu()  # nothing comes back from the meta device
+    except Exception as error:  # a torch without CUDA asserts, one without hpu imports in vain
+        reason = str(error).partition("\n")[0]
+        raise InvalidInput(
+            "a device that this torch can use", f"{name!r} ({reason})", "Try --device cpu."
+        ) from error

@@ -1,0 +1,141 @@
+"""``dinov2-attn verify``: whether it holds for a checkout, a commit, the whole history."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+from dinov2_attn.apps.cli.argtypes import positive
+from dinov2_attn.errors import UnwritableOutput
+from dinov2_attn.history import eras
+from dinov2_attn.proof.verify.proof import PROVEN, Proof, prove
+from dinov2_attn.proof.verify.rebuild_eras import UPSTREAM
+from dinov2_attn.proof.verify.report import Line, as_json, as_junit, table
+from dinov2_attn.proof.verify.sources import Revision, find
+
+log = logging.getLogger(__name__)
+
+
+def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="prove the attention of any checkout, commit or distribution",
+        description="Run the conformance suite on each SOURCE, every revision in a process of "
+        "its own. Exit status: 0 if all are proven, 1 if not, 2 for an error before that.",
+    )
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        default=[UPSTREAM],
+        metavar="SOURCE",
+        help="a folder or a wheel; a git repository (path or URL) with @REV, or with @all for "
+        f"its whole history; pypi:NAME==VERSION. Default: {UPSTREAM}",
+    )
+    parser.add_argument("--package", metavar="NAME", help="the package; default: it is found")
+    parser.add_argument(
+        "--jobs", type=positive, default=os.cpu_count() or 1, metavar="N", help="default: the cores"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all of it as JSON; - for stdout")
+    parser.add_argument("--junit", metavar="FILE", help="write a JUnit report, for CI")
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="where code is new and holds, print its era as data, to be reported",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify, report, and return the exit status."""
+    with tempfile.TemporaryDirectory(prefix="dinov2-attn-") as scratch:
+        revisions = _find(args, Path(scratch))
+        proofs = _prove(revisions, args.jobs)
+        lines = _lines(revisions, proofs)
+    if args.json != "-":
+        print(table(lines))
+    _write(args.json, as_json, lines)
+    _write(args.junit, as_junit, lines)
+    if args.update:
+        _propose(lines)
+    return 0 if all(line.proof.verdict == PROVEN for line in lines) else 1
+
+
+def _find(args: argparse.Namespace, scratch: Path) -> list[Revision]:
+    revisions = []
+    for i, source in enumerate(args.sources):
+        own = scratch / str(i)
+        own.mkdir()
+        revisions += find(source, args.package, own)
+    return revisions
+
+
+def _prove(revisions: list[Revision], jobs: int) -> dict[str, Proof]:
+    """Prove each content once, in parallel."""
+    from tqdm import tqdm
+
+    first = {revision.content: revision for revision in reversed(revisions)}
+    proofs: dict[str, Proof] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(_prove_one, r): content for content, r in first.items()}
+        try:
+            for done in tqdm(as_completed(running), total=len(running), unit="copy", disable=None):
+                proofs[running[done]] = done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return proofs
+
+
+def _prove_one(revision: Revision) -> Proof:
+    return prove(revision.unpack(), revision.package)
+
+
+def _lines(revisions: list[Revision], proofs: dict[str, Proof]) -> list[Line]:
+    first: dict[str, Line] = {}
+    lines = []
+    for revision in revisions:
+        ran = first.get(revision.content)
+        if ran is None:
+            digests, proof = eras.digests_at(revision.read), proofs[revision.content]
+            line = first[revision.content] = Line(revision, digests, proof)
+        else:
+            same_as = "" if ran.revision.name == revision.name else ran.revision.name
+            line = replace(ran, revision=revision, same_as=same_as)
+        lines.append(line)
+    return lines
+
+
+def _write(file: str | None, form: Callable[[Iterable[Line]], str], lines: list[Line]) -> None:
+    if file == "-":
+        print(form(lines))
+    elif file is not None:
+        try:
+            text = form(lines) + "\n"
+            Path(file).write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise UnwritableOutput(
+                f"a file that can be written at {file}", str(error), "Name another."
+            ) from error
+
+
+def _propose(lines: list[Line]) -> None:
+    new = [line for line in lines if line.era == "new" and line.proof.verdict == PROVEN]
+    proposed = eras.table()
+    for line in new:
+        name, date = line.revision.name, line.revision.date or "unknown"
+        proposed = eras.propose(proposed, line.digests, name, date)
+    if not new:
+        log.info("nothing to propose: every revision is of a known era, or is not proven")
+        return
+    entries = json.loads(eras.dumps(proposed))[len(eras.table()) :]
+    print(json.dumps(entries, indent=1), file=sys.stdout)
+    log.info("append this to eras.json, or open an issue with it")

@@ -1,0 +1,186 @@
+"""One self-contained HTML file: nothing in it is fetched, and nothing can be."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from decimal import ROUND_UP, Context, Decimal
+from html import escape
+from importlib import resources
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from dinov2_attn.apps.explorer.budget import Keep, cost, describe, everything, left_out, tell
+from dinov2_attn.apps.explorer.content import Frame
+from dinov2_attn.apps.explorer.quantise import Table
+
+# What is kept of a layer: at most a table for "each" head and one for their "mean".
+Tables = Mapping[str, Table]
+
+_NUMBERS = """\
+<p>Attention weights, softmax(q kᵀ): what a query gives to a key. Patches are (row, column), counted
+from 0 at the top left. Nothing is rescaled: a row sums to one together with CLS and registers.</p>
+<p>Each weight is stored in 8 bits, in cubic steps from the least weight of its row to the
+greatest. Measured against the model's own: no weight on this page is off by more than
+<b id="worst">{error}</b>; beside a weight stands what it is itself off by at the most. Numbers
+are shown to four digits, in full in the page's data elements.</p>
+<p>{mean}</p>
+<p>Limits of the colours are those of patches; CLS and registers may lie beyond them. Shared limits
+are over all heads of the layer, for the chosen token and direction.</p>
+<p>Outliers {outliers}: patches whose norm stands out. Weights are never changed for them.</p>
+{read}<p>Kept: {kept}.{left_out}</p>"""
+
+_COMPUTED = (
+    "The mean of heads is computed here from these numbers, and is off by no more than they."
+)
+_STORED = (
+    "Where single heads are left out, their mean is stored; elsewhere it is computed here from "
+    "these numbers, and is off by no more than they."
+)
+
+
+def assemble(frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables]) -> bytes:
+    """Return the page, with the ``tables`` of each layer of which anything is kept."""
+    script = "".join(map(_file, ("weights.js", "app.js", "input.js")))
+    style = _file("app.css")
+    height, width = frame.picture.shape[:2]
+    parts = {
+        "policy": _policy(style, script),
+        "title": escape(_sound(frame.title)),
+        "about": escape(_sound(" · ".join(filter(None, (frame.model, frame.tokens_told))))),
+        "warning": _notes(frame, kept),
+        "photograph": frame.photograph(),
+        "width": str(width),
+        "height": str(height),
+        "rows": str(frame.shape.grid[0]),
+        "columns": str(frame.shape.grid[1]),
+        "numbers": _numbers(frame, kept, tables),
+        "data": embedded_json(_data(frame, kept, tables)),
+        "tables": "\n".join(_elements(tables)),
+        "style": style,
+        "script": script,
+    }
+    # In one pass, so that a title of "{{data}}" stays one.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _file("page.html"))
+    return page.encode()
+
+
+def _data(
+    frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables]
+) -> dict[str, object]:
+    layers = [_layer(frame, layer, kept[layer], tables[layer]) for layer in sorted(tables)]
+    last = kept[max(tables)] if tables else Keep()
+    colours = matplotlib.colormaps["viridis"](np.arange(256), bytes=True)[:, :3]
+    return {
+        "grid": frame.shape.grid,
+        "prefix": frame.shape.prefix,
+        "heads": frame.shape.heads,
+        "token": min(last.queries, default=0),
+        "layers": layers,
+        "outliers": frame.outlier_tokens,
+        "outliersFound": frame.outliers_found,
+        "viridis": base64.b64encode(colours.tobytes()).decode(),
+    }
+
+
+def _layer(frame: Frame, layer: int, keep: Keep, tables: Tables) -> dict[str, object]:
+    def table(kind: str) -> dict[str, Any] | None:
+        if kind not in tables:
+            return None
+        queries = tables[kind].queries
+        complete = queries == frame.shape.all_tokens
+        return {"queries": None if complete else queries, "heads": len(tables[kind].codes)}
+
+    return {
+        "layer": layer,
+        "each": table("each"),
+        "mean": table("mean"),
+        "kept": tell(keep, frame.shape),
+    }
+
+
+def _elements(tables: Mapping[int, Tables]) -> list[str]:
+    return [
+        f'<script type="application/octet-stream" id="{kind}-{layer}">'
+        f"{base64.b64encode(table.content()).decode()}</script>"
+        for layer, by_kind in tables.items()
+        for kind, table in by_kind.items()
+    ]
+
+
+def _notes(frame: Frame, kept: Mapping[int, Keep]) -> str:
+    notes = []
+    if frame.warning is not None:
+        notes.append(f'<p class="warning" id="warning">{escape(_sound(frame.warning))}</p>')
+    if lacking := left_out(dict(kept), frame.shape):
+        notes.append(f'<p id="left-out">{escape(what_is_missing(frame, kept, lacking))}</p>')
+    return "\n".join(notes)
+
+
+def what_is_missing(frame: Frame, kept: Mapping[int, Keep], lacking: str) -> str:
+    """Say what the page leaves out, why, and what would keep it."""
+    all_of_it = frame.limit + sum(
+        cost(everything(frame.shape), frame.shape) - cost(keep, frame.shape)
+        for keep in kept.values()
+    )
+    return (
+        f"Left out to stay below {frame.limit / 1e6:g} MB: {lacking}. "
+        f"--max-mb {-(-all_of_it // 1_000_000)} keeps everything; fewer --layers need less."
+    )
+
+
+def _numbers(frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables]) -> str:
+    errors = [table.error for one in tables.values() for table in one.values()]
+    lacking = left_out(dict(kept), frame.shape)
+    return _NUMBERS.format(
+        error=at_least(max(errors, default=0.0)),
+        mean=_STORED if any("mean" in one for one in tables.values()) else _COMPUTED,
+        outliers=escape(frame.outliers_found),
+        read=f"<p>{escape(frame.read)}</p>\n" if frame.read else "",
+        kept=escape(describe(dict(kept), frame.shape)),
+        left_out=escape(f" Left out: {lacking}.") if lacking else "",
+    )
+
+
+def at_least(value: float) -> str:
+    """Return a number of two digits that is not below ``value``."""
+    rounded = Context(prec=2, rounding=ROUND_UP).create_decimal_from_float(value)
+    return (
+        f"{rounded.normalize():f}"
+        if rounded >= Decimal("1e-6") or not rounded
+        else f"{rounded:.1e}"
+    )
+
+
+def _policy(style: str, script: str) -> str:
+    """Return a policy that lets this style and script run and images be held in the page.
+
+    Nothing may be fetched, from wherever; what slipped in through a file's name could not run.
+    """
+    return (
+        f"default-src 'none'; img-src data:; style-src {_digest(style)}; "
+        f"script-src {_digest(script)}; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def embedded_json(data: object) -> str:
+    """Return JSON in which no tag begins, and so none that ends the element that holds it."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _sound(text: str) -> str:
+    # Python hands on bytes of a file's name that are no text as lone surrogates.
+    return text.encode("utf-8", "replace").decode()
+
+
+def _file(name: str) -> str:
+    return (resources.files(__package__) / name).read_text(encoding="utf-8")

@@ -1,0 +1,99 @@
+"""``explore``: the attention of a model on a photograph, as an interactive page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dinov2_attn.apps.explorer.budget import NOTHING, Keep, Shape
+from dinov2_attn.apps.explorer.content import Frame, bytes_in
+from dinov2_attn.apps.explorer.quantise import Table
+from dinov2_attn.apps.explorer.write import Written, keep, quantise_layer, write
+from dinov2_attn.apps.viz.images import Photograph
+from dinov2_attn.apps.viz.inference import looking_at
+from dinov2_attn.backbone.structure import count_registers
+from dinov2_attn.backbone.validation import layers_to_take
+from dinov2_attn.grafting.models import flat_blocks
+from dinov2_attn.maps.artifacts import artifact_tokens
+from dinov2_attn.maps.ask import check_grafted, grid_of
+from dinov2_attn.maps.record import record
+from dinov2_attn.typing import Heads, Layers
+
+
+def explore(
+    path: str | Path,
+    model: Any,
+    photograph: Photograph,
+    n: Layers = None,
+    *,
+    heads: Heads = None,
+    title: str = "Attention",
+    name: str = "",
+    warning: str | None = None,
+    max_mb: float = 25.0,
+) -> Written:
+    """Write the interactive page of ``model`` on ``photograph`` to ``path``.
+
+    As ``write_page`` of ``attention_maps``, in the memory of one layer: each is quantised in
+    the pass itself, and rows that the page has no room for are not computed. ``model`` is a
+    grafted vision transformer on any device; ``n`` and ``heads`` are as in
+    ``get_self_attention``, ``name`` is what the caption calls the model. Outliers are marked.
+
+    Raises ``InvalidInput`` where the model cannot be run on this image here, and the errors of
+    ``write_page`` and ``attention_maps``.
+    """
+    check_grafted(model)
+    device = next(model.parameters()).device
+    images = photograph.tensor[None]
+    layers = layers_to_take(n, len(flat_blocks(model.blocks)))
+    shape = _shape(model, images, heads)
+    with looking_at(images):
+        images = images.to(device)
+        outliers = artifact_tokens(model, images)
+        limit = bytes_in(max_mb)
+        frame = Frame(
+            *(photograph.picture, shape, title, name, warning, outliers, 0, limit),
+            read=photograph.told(),
+        )
+        kept = keep(frame, layers)
+        tables = _tables(model, images, shape, heads, kept)
+    return write(Path(path), frame, kept, tables)
+
+
+def _shape(model: Any, images: Tensor, heads: Heads) -> Shape:
+    prefix, (height, width) = 1 + count_registers(model), grid_of(model, images)
+    queries = tuple(range(prefix + height * width))
+    return Shape(0 if heads else model.num_heads, queries, prefix, (height, width))
+
+
+def _tables(
+    model: Any, images: Tensor, shape: Shape, heads: Heads, kept: dict[int, Keep]
+) -> dict[int, dict[str, Table]]:
+    tables: dict[int, dict[str, Table]] = {}
+
+    def reduce(queries: tuple[int, ...]) -> Callable[[int, Tensor], None]:
+        def put(layer: int, weights: Tensor) -> None:
+            tables[layer] = quantise_layer(weights[0], queries, kept[layer])
+
+        return put
+
+    # Of a layer with few rows no others are computed.
+    few = tuple(range(shape.prefix))
+    used = {layer: keep.queries for layer, keep in kept.items() if keep != NOTHING}
+    groups = {
+        few: [layer for layer, queries in used.items() if queries <= set(few)],
+        shape.queries: [layer for layer, queries in used.items() if not queries <= set(few)],
+    }
+    with ExitStack() as recordings:
+        for queries, layers in groups.items():
+            if layers:
+                recorded = record(
+                    model, layers, queries=queries, heads=heads, reduce=reduce(queries)
+                )
+                recordings.enter_context(recorded)
+        model(images)
+    return tables

@@ -1,0 +1,125 @@
+"""Decoding one image, in whatever process: pixels as the model sees them, or a reason."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from dinov2_attn.apps.extraction.item import Item
+from dinov2_attn.apps.viz.decoding import decode, stored_size
+from dinov2_attn.apps.viz.images import ImageSize, fit, fitted_size
+from dinov2_attn.apps.viz.inference import told
+from dinov2_attn.apps.viz.reading import IMAGENET, Reading
+from dinov2_attn.errors import Dinov2AttnError, UnreadableFile
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an image comes from: its number among all, its file's digest, its size upright."""
+
+    number: int
+    item: Item
+    sha256: str
+    size: Size
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image of whole patches.
+
+    ``pixels``: uint8 ``(H, W, C)``, to be normalised, or a tensor as the model takes it: floating
+    ``(C, H, W)``. ``doubt`` is what is doubtful about them.
+    """
+
+    origin: Origin
+    pixels: npt.NDArray[np.uint8] | Tensor
+    doubt: str | None = None
+
+    @property
+    def sides(self) -> Size:
+        """Height and width."""
+        height, width = (
+            self.pixels.shape[-2:] if isinstance(self.pixels, Tensor) else self.pixels.shape[:2]
+        )
+        return height, width
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An image without maps, and why: ``"decode"`` or ``"pass"`` is the stage that failed."""
+
+    number: int
+    item: Item
+    reason: str
+    stage: str = "decode"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes numbered items, as a ``torch.utils.data.Dataset`` whose keys they are.
+
+    So a worker process needs to know no more of a million images than the next one.
+    """
+
+    patch_size: int
+    image_size: ImageSize
+    max_pixels: int | None
+    reading: Reading = IMAGENET
+
+    def __getitem__(self, numbered: tuple[int, Item]) -> Picture | Refused:
+        """Return the picture of an item, or why there is none."""
+        found: Picture | Refused = or_refused(self._decode, *numbered)
+        return found
+
+    def _decode(self, number: int, item: Item) -> Picture:
+        content, path = item.read(), Path(item.path)
+        decoded = decode(path, self.reading, self.max_pixels, content)
+        size = decoded.pixels.shape[0], decoded.pixels.shape[1]
+        pixels = fit(decoded.pixels, self.patch_size, self.image_size, path)
+        origin = Origin(number, item, hashlib.sha256(content).hexdigest(), size)
+        return Picture(origin, pixels, decoded.doubt)
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Measures numbered items by their headers, which takes no decoding."""
+
+    patch_size: int
+    image_size: ImageSize
+    max_pixels: int | None
+
+    def __getitem__(self, numbered: tuple[int, Item]) -> Size | Refused:
+        """Return height and width in patches, or why there is no picture."""
+        found: Size | Refused = or_refused(self._measure, *numbered)
+        return found
+
+    def _measure(self, _: int, item: Item) -> Size:
+        path = Path(item.file if item.place is None else item.path)
+        size = stored_size(path, self.max_pixels, None if item.place is None else item.read())
+        height, width = fitted_size(size, self.patch_size, self.image_size, path)
+        return height // self.patch_size, width // self.patch_size
+
+
+def or_refused(decode: Callable[[int, Item], Any], number: int, item: Item) -> Any:
+    """Return what ``decode`` makes of an item, or why there is nothing."""
+    try:
+        item.check()
+        return decode(number, item)
+    except Dinov2AttnError as error:
+        return Refused(number, item, str(error))
+    except Exception as error:  # no memory for it, or what libraries raise
+        reason = UnreadableFile(
+            "an image that can be decoded",
+            f"{item.path} ({told(error)})",
+            "Check that an image viewer opens it.",
+        )
+        return Refused(number, item, str(reason))

@@ -1,0 +1,194 @@
+"""One extraction from its first look at the source to its index, by one process or by many."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import filelock
+from tqdm import tqdm
+
+from dinov2_attn.apps.extraction import shards
+from dinov2_attn.apps.extraction.distributed import Ranks, ranks
+from dinov2_attn.apps.extraction.layout import LOCK
+from dinov2_attn.apps.extraction.options import Options
+from dinov2_attn.apps.extraction.passed_over import Sieve, describe
+from dinov2_attn.apps.extraction.plan import Plan, plan
+from dinov2_attn.apps.extraction.preview import Preview, preview
+from dinov2_attn.apps.extraction.sources import Source, wanted
+from dinov2_attn.apps.extraction.worker import Run, refuse, writing_to
+from dinov2_attn.errors import UnwritableOutput
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an extraction did.
+
+    ``images`` and ``shards`` are all of the source's, ``unreadable`` are those without maps,
+    of which ``failed`` could be decoded and failed in their pass through the model;
+    ``seen`` images in ``written`` shards, of ``bytes`` bytes, are this run's, in ``seconds``.
+    ``passed_over`` counts by suffix what lies beside the images.
+    """
+
+    images: int
+    unreadable: int
+    failed: int
+    shards: int
+    seen: int
+    written: int
+    bytes: int
+    seconds: float
+    passed_over: dict[str, int]
+
+    def __str__(self) -> str:
+        before = self.shards - self.written
+        shards = f"{self.shards:,} shard{'s' * (self.shards != 1)}"
+        parts = [
+            f"{self.images:,} images, {self.unreadable:,} of them unreadable{self._failed()}, "
+            f"in {shards}",
+            f", {before:,} of them there before" * bool(before),
+            f"; this run: {self.seen:,} images, {self.bytes / 1e6:,.1f} MB in "
+            f"{self.seconds:,.1f} s, {self.seen / max(self.seconds, 1e-9):,.1f} images/s",
+            f"; {describe(self.passed_over)}" * bool(self.passed_over),
+        ]
+        return "".join(parts)
+
+    def _failed(self) -> str:
+        whose = "its pass" if self.failed == 1 else "their passes"
+        return f" ({self.failed:,} in {whose} through the model)" * bool(self.failed)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What ``extract`` was asked for."""
+
+    model: Any
+    source: Source
+    folder: Path
+    options: Options
+    workers: int
+    strict: bool
+    retry: bool
+    progress: bool
+    name: str | None
+    warning: str | None
+
+    def run(self) -> Summary:
+        """Write what is not there yet, and the index when all is."""
+        begun, group = time.perf_counter(), ranks()
+        with ExitStack() as held:
+            made, pending = group.on_first(lambda: self._begin(held))
+            own = pending[group.rank :: group.world]
+            bar = self._bar(group, made.count(own))
+            run = Run(
+                self.model,
+                made,
+                self.options,
+                self.source.decoder(wanted(self.model, self.options)),
+                self.folder,
+                self.workers,
+                self.strict,
+                bar,
+            )
+            written = group.on_each(lambda: run(own))
+            stages = group.on_first(lambda: self._end(made))
+        return Summary(
+            images=len(made.items),
+            unreadable=sum(stages.values()),
+            failed=stages["pass"],
+            shards=made.shards,
+            seen=made.count(pending),
+            written=len(pending),
+            bytes=sum(written),
+            seconds=time.perf_counter() - begun,
+            passed_over=made.passed_over,
+        )
+
+    def preview(self) -> Preview:
+        """Say what ``run`` would do."""
+        group = ranks()
+        bar = partial(self._bar, group)
+
+        def look() -> Preview:
+            made = self._plan()
+            with writing_to(self.folder):
+                if self.folder.exists():
+                    shards.check(self.folder, made)
+            done = self._done(made)
+            measurer = self.source.measurer(wanted(self.model, self.options))
+            rest = (self.folder, done, self.workers, bar)
+            return preview(self.model, made, self.options, measurer, *rest)
+
+        return group.on_first(look)
+
+    def _plan(self) -> Plan:
+        sieve = Sieve()
+        items = self.source.items(sieve)
+        self.source.check(items, wanted(self.model, self.options))
+        return plan(
+            self.model,
+            items,
+            self.options,
+            self.name,
+            self.warning,
+            sieve.passed_over,
+            self.source.transform,
+        )
+
+    def _begin(self, held: ExitStack) -> tuple[Plan, list[int]]:
+        """Take the folder for this run; return the plan and the shards that are to be written."""
+        made = self._plan()
+        with writing_to(self.folder):
+            held.enter_context(_alone(self.folder))
+            shards.check(self.folder, made)
+            shards.prepare(self.folder, made)
+        done = self._done(made)
+        if self.strict:
+            for line in (line for shard in done for line in shards.refusals(self.folder, shard)):
+                refuse(line["path"], line["reason"])
+        return made, made.others(done)
+
+    def _done(self, made: Plan) -> list[int]:
+        """Return the shards that are finished, and not to be tried again."""
+        done = shards.finished(self.folder, made.shards)
+        if self.retry:
+            done = [shard for shard in done if not shards.refusals(self.folder, shard)]
+        return done
+
+    def _end(self, made: Plan) -> Counter[str]:
+        with writing_to(self.folder):
+            return shards.merge(self.folder, made.shards)
+
+    def _bar(self, group: Ranks, total: int) -> Any:
+        label = f"process 1 of {group.world}" if group.world > 1 else None
+        hidden = not self.progress or group.rank > 0
+        return tqdm(total=total, unit="image", desc=label, disable=hidden)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs out of ``folder``, which is made if it is not there.
+
+    The lock goes with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UnwritableOutput(
+            f"a folder that no other run is writing to at {folder}",
+            "one that is locked",
+            "Wait for the other run, or name another folder.",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,176 @@
+"""What is wanted of every image, checked before the first is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from dinov2_attn.apps.viz.images import LARGEST_SHORT_SIDE, ImageSize
+from dinov2_attn.apps.viz.reading import IMAGENET, Reading, reading_for
+from dinov2_attn.backbone.backbone import attentions_of
+from dinov2_attn.backbone.structure import count_registers
+from dinov2_attn.backbone.validation import input_channels, layers_to_take, patch_size
+from dinov2_attn.errors import InvalidInput
+from dinov2_attn.grafting.models import flat_blocks
+from dinov2_attn.math.attention import check_heads
+from dinov2_attn.math.selection import spell_out, whole_number
+from dinov2_attn.typing import Grid, Heads, Layers, Queries, QueryWord
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# A batch's weights and a shard's take about so many bytes, where nobody says how many images.
+BATCH_BYTES, MOST_IN_A_BATCH = 2**29, 16
+SHARD_BYTES, MOST_IN_A_SHARD = 2**27, 1024
+
+# Rows as they are stored: by a word or by position.
+Named = QueryWord | Literal["all"] | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``extract`` keeps of each image and how it goes about it, all of it spelled out."""
+
+    layers: tuple[int, ...]
+    queries: Named
+    heads: Heads
+    dtype: str
+    grid: Grid | None
+    outliers: bool
+    image_size: ImageSize
+    max_pixels: int | None
+    batch_size: int
+    shard_size: int
+    reading: Reading = IMAGENET
+
+    @property
+    def rows(self) -> Queries:
+        """``queries``, as models are asked."""
+        return None if self.queries == "all" else self.queries
+
+
+def check_options(
+    model: Any,
+    *,
+    layers: Layers,
+    queries: Queries,
+    heads: Heads,
+    dtype: str,
+    grid: Sequence[int] | None,
+    image_size: ImageSize,
+    max_pixels: int | None,
+    batch_size: int | None,
+    shard_size: int | None,
+    range: Any = None,
+    mean: Any = None,
+    std: Any = None,
+    **others: Any,
+) -> Options:
+    """Return the options for ``model``; raise ``InvalidInput`` and ``OutOfRange``."""
+    check_heads(heads)
+    if dtype not in DTYPES:
+        raise InvalidInput(f"a dtype of {', '.join(DTYPES)}", repr(dtype), "Name one.")
+    taken = layers_to_take(layers, len(flat_blocks(model.blocks)))
+    if not taken:
+        raise InvalidInput("at least one layer", f"layers={layers!r}", "Leave it out for the last.")
+    options = Options(
+        layers=tuple(taken),
+        queries=_named(queries, count_registers(model)),
+        heads=heads,
+        dtype=dtype,
+        grid=None if grid is None else _sides("grid", grid),
+        image_size=_image_size(image_size),
+        max_pixels=None if max_pixels is None else at_least(1, max_pixels, "max_pixels"),
+        batch_size=1,
+        shard_size=1,
+        reading=reading_for(input_channels(model), range, mean, std),
+        **others,
+    )
+    weights, stored = _bytes_of_one(model, options)
+    return replace(
+        options,
+        batch_size=_count("batch_size", batch_size, BATCH_BYTES // weights, MOST_IN_A_BATCH),
+        shard_size=_count("shard_size", shard_size, SHARD_BYTES // stored, MOST_IN_A_SHARD),
+    )
+
+
+def rows_of(model: Any, options: Options, grid: Grid) -> int:
+    """Return how many rows of weights are asked of an image of ``grid``, all layers and heads."""
+    registers, patches = count_registers(model), math.prod(grid)
+    words = {"cls": 1, "registers": registers, "patches": patches, "all": 1 + registers + patches}
+    queries = options.queries
+    count = words[queries] if isinstance(queries, str) else len(queries)
+    (attention,) = attentions_of(model, [0])
+    heads = 1 if options.heads == "mean" else int(attention.num_heads)  # type: ignore[arg-type]
+    return len(options.layers) * heads * count
+
+
+def stored_bytes(model: Any, options: Options, grid: Grid) -> int:
+    """Return the bytes that an image of ``grid`` takes in a shard."""
+    columns = 1 + count_registers(model) + math.prod(options.grid or grid)
+    return rows_of(model, options, grid) * columns * torch.finfo(DTYPES[options.dtype]).bits // 8
+
+
+def _bytes_of_one(model: Any, options: Options) -> tuple[int, int]:
+    """Return the bytes of the weights, and of what is stored, of an image as large as they come."""
+    size = options.image_size or LARGEST_SHORT_SIDE
+    sides = (size, size) if isinstance(size, int) else size
+    height, width = (side // patch for side, patch in zip(sides, patch_size(model), strict=True))
+    columns = 1 + count_registers(model) + height * width
+    weights = 4 * rows_of(model, options, (height, width)) * columns
+    # With sides of less than a patch there may be nothing, and nothing to divide by.
+    return max(1, weights), max(1, stored_bytes(model, options, (height, width)))
+
+
+def _named(queries: Queries, registers: int) -> Named:
+    if queries is None:
+        return "all"
+    if isinstance(queries, str):
+        spell_out(queries, registers)  # an unknown word is reported
+        if queries == "registers" and not registers:
+            raise InvalidInput(
+                "queries that the model has", "registers asked of a model without", "Try cls."
+            )
+        return queries
+    if isinstance(queries, slice):
+        raise InvalidInput(
+            "queries as a word or as positions, since images differ in their tokens",
+            repr(queries),
+            "Spell the positions out.",
+        )
+    if hasattr(queries, "tolist"):
+        queries = queries.tolist()
+    several = queries if isinstance(queries, Sequence) else [queries]
+    positions = tuple(whole_number(query, "queries") for query in several)
+    if not positions:
+        raise InvalidInput("at least one query", repr(queries), "Leave it out for CLS.")
+    return positions
+
+
+def _image_size(size: ImageSize) -> ImageSize:
+    if isinstance(size, Iterable):
+        return _sides("image_size", size)
+    return None if size is None else at_least(1, size, "image_size")
+
+
+def _sides(name: str, sides: Iterable[int]) -> Grid:
+    several = sides if isinstance(sides, Iterable) else [sides]
+    lengths = tuple(whole_number(length, f"the sides of {name}") for length in several)
+    if len(lengths) != 2 or min(lengths) < 1:
+        raise InvalidInput(f"{name} as (height, width), 1 at least", repr(sides), "Try (16, 16).")
+    return lengths
+
+
+def _count(name: str, given: int | None, fitting: int, most: int) -> int:
+    return max(1, min(fitting, most)) if given is None else at_least(1, given, name)
+
+
+def at_least(least: int, number: int, name: str) -> int:
+    """Return ``number`` as an int; raise ``InvalidInput`` below ``least``, by its ``name``."""
+    found = whole_number(number, name)
+    if found < least:
+        raise InvalidInput(f"{name} of at least {least}", str(found), "Leave it out.")
+    return found

@@ -1,0 +1,74 @@
+"""What lies in a source beside its images, counted by suffix and said."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+
+from dinov2_attn.apps.viz.formats import plugin_for, readable_suffixes
+
+# Suffixes that are named; a folder of data has one for each part at times.
+NAMED = 10
+LINKS = "links and devices"
+
+
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of files that count as images where others may lie beside them."""
+    return readable_suffixes() | {".mpo"}  # which Pillow reads as the JPEG that it begins with
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix of a file in lower case, as ``".png"``; empty if it has none."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix if len(suffix) > 1 else ""
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file is not looked at: one whose name begins with a dot."""
+    return os.path.basename(name).startswith(".")
+
+
+class Sieve:
+    """Tells images by their names, and counts what is none."""
+
+    def __init__(self) -> None:
+        self._suffixes = image_suffixes()
+        self._counts: Counter[str] = Counter()
+
+    def takes(self, name: str, counted: bool = True) -> bool:
+        """Return whether the file called ``name`` is an image; count it if it is none."""
+        if is_hidden(name):
+            return False
+        suffix = suffix_of(name)
+        if counted and suffix not in self._suffixes:
+            self.pass_over(suffix)
+        return suffix in self._suffixes
+
+    def pass_over(self, suffix: str) -> None:
+        """Count one file that is no image."""
+        self._counts[suffix] += 1
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """How many files of each suffix were passed over, most first."""
+        return dict(sorted(self._counts.items(), key=lambda one: (-one[1], one[0])))
+
+
+def describe(passed_over: Mapping[str, int]) -> str:
+    """Say what was passed over: ``passed over: 3 .mp4, 1 .txt, 2 without suffix``.
+
+    What a plug-in of Pillow would read is named with the line that installs it.
+    """
+    # What could be read comes first, and is never left out.
+    several = sorted(passed_over, key=lambda suffix: plugin_for(f"x{suffix}") is None)
+    said = [f"{passed_over[suffix]:,} {_called(suffix)}" for suffix in several[:NAMED]]
+    if rest := several[NAMED:]:
+        said.append(f"{sum(passed_over[suffix] for suffix in rest):,} with {len(rest):,} others")
+    return f"passed over: {', '.join(said)}"
+
+
+def _called(suffix: str) -> str:
+    if suffix and (package := plugin_for(f"x{suffix}")):
+        return f"{suffix} (`pip install {package}` makes it readable)"
+    return suffix or "without suffix"

@@ -1,0 +1,118 @@
+"""The plan of an extraction: which images go into which shard, and whose plan a folder holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import dinov2_attn
+from dinov2_attn.apps.extraction.item import Item
+from dinov2_attn.apps.extraction.options import Options
+from dinov2_attn.backbone.contract import name_of
+from dinov2_attn.backbone.structure import count_registers
+from dinov2_attn.backbone.validation import patch_size
+
+FORMAT = 1
+NO_MEANING = "random weights: these maps carry no meaning"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All images in their order, cut into shards of ``shard_size``; the same for every run.
+
+    ``about`` is what ``extraction.json`` says: everything that decides what shards hold.
+    ``passed_over`` counts by suffix what lies beside the images.
+    """
+
+    items: Sequence[Item]
+    shard_size: int
+    about: dict[str, Any]
+    passed_over: dict[str, int]
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are."""
+        return -(-len(self.items) // self.shard_size)
+
+    def numbered(self, shard: int) -> Iterator[tuple[int, Item]]:
+        """Yield the images of a shard with their numbers among all."""
+        start = shard * self.shard_size
+        return enumerate(self.items[start : start + self.shard_size], start)
+
+    def others(self, shards: Sequence[int]) -> list[int]:
+        """Return all shards but these."""
+        return sorted(set(range(self.shards)) - set(shards))
+
+    def count(self, shards: Sequence[int]) -> int:
+        """Return how many images these shards have."""
+        starts = (shard * self.shard_size for shard in shards)
+        return sum(min(self.shard_size, len(self.items) - start) for start in starts)
+
+
+def plan(
+    model: Any,
+    items: Sequence[Item],
+    options: Options,
+    name: str | None,
+    warning: str | None,
+    passed_over: dict[str, int],
+    transform: str | None = None,
+) -> Plan:
+    """Return the plan for ``items``; ``name`` is what the model is called.
+
+    ``transform`` tells what is done to pictures before the model sees them.
+    """
+    about = {
+        "format": FORMAT,
+        "model": {
+            "name": name or name_of(type(model)),
+            "patch_size": list(patch_size(model)),
+            "prefix": 1 + count_registers(model),
+            "weights": weights_digest(model),
+            "code": _code(model),
+            "warning": warning,
+        },
+        "options": asdict(options),
+        "source": {"images": len(items), "listing": _listing(items), "transform": transform},
+    }
+    # Through JSON, so that it equals what is read from a file.
+    about = json.loads(json.dumps(about))
+    return Plan(items, options.shard_size, about, passed_over)
+
+
+def differences(mine: Any, theirs: Any, where: str = "") -> list[str]:
+    """Name what differs between what two plans are about, and how."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        keys = list(dict.fromkeys([*theirs, *mine]))
+        nested = (differences(mine.get(key), theirs.get(key), key) for key in keys)
+        return [line for lines in nested for line in lines]
+    return [] if mine == theirs else [f"{where}: {json.dumps(theirs)}, now {json.dumps(mine)}"]
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Return a sha256 of all weights, by name, dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {flat.dtype} {tuple(flat.shape)}\n".encode())
+        digest.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _code(model: Any) -> str | None:
+    """Return how the code of ``model`` was recognised: revisions interpolate positions each."""
+    module = type(model).__module__
+    recognised = dinov2_attn.status().recognised.items()
+    return next((how for target, how in recognised if module.startswith(f"{target}.")), None)
+
+
+def _listing(items: Sequence[Item]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.source, item.path]).encode())
+    return digest.hexdigest()

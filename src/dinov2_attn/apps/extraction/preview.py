@@ -1,0 +1,111 @@
+"""What an extraction would do, told by the headers of its images."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import tee
+from pathlib import Path
+from typing import Any
+
+from dinov2_attn.apps.extraction.decode import Refused
+from dinov2_attn.apps.extraction.options import Options, stored_bytes
+from dinov2_attn.apps.extraction.passed_over import describe
+from dinov2_attn.apps.extraction.plan import Plan
+from dinov2_attn.apps.extraction.worker import decoded
+from dinov2_attn.errors import OutOfRange
+from dinov2_attn.math.selection import place
+from dinov2_attn.typing import Grid
+
+# Unreadable images that are named.
+NAMED = 20
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What an extraction would do.
+
+    ``images`` in ``shards`` are the source's; ``finished_images`` in ``finished`` shards would
+    be left as they are, and ``unreadable`` would have no maps, of which more may turn out when
+    they are decoded. ``bytes`` would be written for the others, of ``free`` ones.
+    ``passed_over`` counts by suffix what lies beside the images.
+    """
+
+    images: int
+    shards: int
+    finished: int
+    finished_images: int
+    unreadable: tuple[Refused, ...]
+    bytes: int
+    free: int
+    passed_over: dict[str, int]
+
+    def __str__(self) -> str:
+        remaining = self.images - self.finished_images - len(self.unreadable)
+        lines = [
+            f"{self.images:,} images in {self.shards:,} shards",
+            f"finished, to be passed over: {self.finished_images:,} images in "
+            f"{self.finished:,} shards",
+            f"unreadable by their headers: {len(self.unreadable):,}",
+            *(f"  {one.item.path}: {one.reason}" for one in self.unreadable[:NAMED]),
+            *[f"  and {len(self.unreadable) - NAMED:,} more"] * (len(self.unreadable) > NAMED),
+            f"to be written: the maps of {remaining:,} images, {self.bytes:,} bytes and an index "
+            f"(free: {self.free:,})",
+            *[describe(self.passed_over)] * bool(self.passed_over),
+        ]
+        return "\n".join(lines)
+
+
+def preview(
+    model: Any,
+    made: Plan,
+    options: Options,
+    measurer: Any,
+    folder: Path,
+    done: list[int],
+    workers: int,
+    new_bar: Callable[[int], Any],
+) -> Preview:
+    """Return what running the plan ``made`` would do, ``done`` being its finished shards."""
+    rest = made.others(done)
+    numbered, again = tee(item for shard in rest for item in made.numbered(shard))
+    refused: list[Refused] = []
+    grids: Counter[Grid] = Counter()
+    with new_bar(made.count(rest)) as bar:
+        measured = decoded(measurer, numbered, made.count(rest), workers)
+        for (number, item), found in zip(again, measured, strict=True):
+            bar.update()
+            if isinstance(found, Refused):
+                refused.append(found)
+            elif reason := _lacks(found, made, options):
+                refused.append(Refused(number, item, reason))
+            else:
+                height, width = found  # which torch has made a list of
+                grids[height, width] += 1
+    return Preview(
+        images=len(made.items),
+        shards=made.shards,
+        finished=len(done),
+        finished_images=made.count(done),
+        unreadable=tuple(refused),
+        bytes=sum(n * stored_bytes(model, options, grid) for grid, n in grids.items()),
+        free=shutil.disk_usage(_existing(folder)).free,
+        passed_over=made.passed_over,
+    )
+
+
+def _lacks(grid: Grid, made: Plan, options: Options) -> str | None:
+    """Return what is wrong with queries that images of ``grid`` do not have."""
+    try:
+        if isinstance(options.queries, tuple):
+            place(options.queries, made.about["model"]["prefix"] + math.prod(grid))
+    except OutOfRange as error:
+        return str(error)
+    return None
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())

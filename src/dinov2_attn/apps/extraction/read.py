@@ -1,0 +1,127 @@
+"""``AttentionDataset``: the maps that ``extract`` stored, read when they are asked for."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from operator import index
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from dinov2_attn import _optional
+from dinov2_attn.apps.extraction import layout
+from dinov2_attn.errors import OutOfRange, UnreadableFile
+
+# Shards that are kept open; no more than their headers are in memory.
+MOST_OPEN = 16
+
+
+class AttentionDataset(Dataset[dict[str, Any]]):
+    """The attention maps in the folder that ``extract`` wrote, as a map-style dataset.
+
+    >>> maps = AttentionDataset("out")
+    >>> maps[0]["maps"]   # (layers, heads, queries, h, w), without heads for their mean
+    >>> maps[0]["prefix"] # (layers, heads, queries, 1 + R): CLS and registers
+    >>> maps[0]["path"]   # of the image
+    >>> maps.entry(0)     # all that the index says of it
+
+    ``about`` is what decided the maps: the model, the options, the source. Images without maps
+    are not in it; ``unreadable()`` lists them. Shards are opened when they are
+    first needed, in each worker of a ``DataLoader`` anew; with a ``grid`` all maps have one
+    shape, and torch's own collation makes batches of them.
+
+    Raises ``UnreadableFile`` where there is no extraction or it is not finished and, unless
+    ``verify`` is false, where a map is not what was stored (sha256).
+    """
+
+    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
+        self._folder = Path(folder)
+        self._verify = verify
+        self.about = layout.read_about(self._folder)
+        self._starts = _line_starts(self._folder)
+        self._open: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, i: int) -> Row:
+        """Return maps, prefix, path and number of the image at ``i``."""
+        entry = self.entry(i)
+        name = entry["shard"]
+        try:
+            file = self._shard(name)
+            maps, prefix = (file.get_tensor(tensor) for tensor in layout.names(entry))
+        except Exception as error:  # the reader raises whatever foreign bytes provoke
+            raise self._wrong(f"{name} ({type(error).__name__}: {error})") from error
+        if self._verify and layout.checksum(maps, prefix) != entry["checksum"]:
+            raise self._wrong(f"other bytes for image {entry['number']} in {name}")
+        return Row(maps=maps, prefix=prefix, path=entry["path"], number=entry["number"])
+
+    def entry(self, i: int) -> dict[str, Any]:
+        """Return the line of the index at ``i``, from the end where it is negative."""
+        position = index(i)
+        if not -len(self) <= position < len(self):
+            raise OutOfRange(f"an image from 0 to {len(self) - 1}", str(i), "len() counts them.")
+        with (self._folder / layout.INDEX).open("rb") as file:
+            file.seek(self._starts[position])
+            line = file.readline()
+        try:
+            entry: dict[str, Any] = json.loads(line)
+            if {"number", "path", "shard", "checksum"} <= entry.keys():
+                return entry
+            reason = "no line of an image"
+        except (ValueError, AttributeError) as error:  # no JSON, or no object
+            reason = f"{type(error).__name__}: {error}"
+        raise self._wrong(f"{layout.INDEX} that cannot be read at image {position} ({reason})")
+
+    def unreadable(self) -> list[dict[str, Any]]:
+        """Return number, source, path, stage and reason of each image without maps."""
+        lines = (self._folder / layout.UNREADABLE).read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # what is open is this process's own
+
+    def _shard(self, name: str) -> Any:
+        if name not in self._open:
+            while len(self._open) >= MOST_OPEN:
+                self._open.pop(next(iter(self._open)))
+            self._open[name] = _optional.safetensors().safe_open(self._folder / name, "pt")
+        return self._open[name]
+
+    def _wrong(self, found: str) -> UnreadableFile:
+        return UnreadableFile(
+            f"the shards at {self._folder} as they were written",
+            found,
+            "Remove the shard, its .jsonl and index.jsonl, and run the extraction again.",
+        )
+
+
+class Row(dict[str, Any]):
+    """An image of an extraction, or a batch of them, by name; equal to itself only.
+
+    Tensors have no single answer to whether they are equal.
+    """
+
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+    __hash__ = object.__hash__  # type: ignore[assignment]  # a dict has none
+
+
+def _line_starts(folder: Path) -> array[int]:
+    """Return where each line of the index begins: 8 bytes an image in place of a dictionary."""
+    starts, position = array("Q"), 0
+    try:
+        with (folder / layout.INDEX).open("rb") as file:
+            for line in file:
+                starts.append(position)
+                position += len(line)
+    except OSError as error:
+        raise UnreadableFile(
+            f"a finished extraction at {folder}",
+            f"no {layout.INDEX} that can be read ({type(error).__name__})",
+            "Run the same `dinov2-attn extract` again: it goes on where it was stopped.",
+        ) from error
+    return starts

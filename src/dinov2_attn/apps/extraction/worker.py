@@ -1,0 +1,165 @@
+"""What one process does with its shards: decode, look, and write beside the next look."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from dinov2_attn.apps.extraction import shards
+from dinov2_attn.apps.extraction.buckets import Buckets
+from dinov2_attn.apps.extraction.decode import Picture, Refused
+from dinov2_attn.apps.extraction.inference import Seen, look
+from dinov2_attn.apps.extraction.item import Item
+from dinov2_attn.apps.extraction.options import Options
+from dinov2_attn.apps.extraction.pickled import can_be_sent
+from dinov2_attn.apps.extraction.plan import Plan
+from dinov2_attn.apps.viz.ranges import warn
+from dinov2_attn.errors import (
+    Dinov2AttnError,
+    Unavailable,
+    UnreadableFile,
+    UnwritableOutput,
+)
+
+log = logging.getLogger(__name__)
+
+# Images that each worker decodes ahead.
+AHEAD = 4
+# A process takes seconds to start, in which this one has decoded as many.
+WORTH_A_WORKER = 64
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process's way through its shards.
+
+    ``decoder`` makes pictures of items; ``bar`` is a tqdm, which images are counted on.
+    """
+
+    model: Any
+    plan: Plan
+    options: Options
+    decoder: Any
+    folder: Path
+    workers: int
+    strict: bool
+    bar: Any
+    doubts: list[str] = field(default_factory=list)
+
+    def __call__(self, own: Sequence[int]) -> int:
+        """Write the shards ``own``; return their bytes."""
+        numbered = (item for shard in own for item in self.plan.numbered(shard))
+        decoding = decoded(self.decoder, numbered, self.plan.count(own), self.workers)
+        done = 0
+        # One shard is written while the next is made; a third would be memory without need.
+        writing: Future[int] | None = None
+        with self.bar, contextlib.closing(decoding) as pictures, ThreadPoolExecutor(1) as writer:
+            for shard in own:
+                seen, refused = self._see(shard, pictures)
+                done += self._bytes_of(writing)
+                writing = writer.submit(shards.write, self.folder, shard, seen, refused)
+            return done + self._bytes_of(writing)
+
+    def _bytes_of(self, writing: Future[int] | None) -> int:
+        with writing_to(self.folder):
+            return writing.result() if writing else 0
+
+    def _see(
+        self, shard: int, pictures: Iterator[Picture | Refused]
+    ) -> tuple[list[Seen], list[Refused]]:
+        """Return what the model looks at in the images of a shard, and those without maps."""
+        seen: list[Seen] = []
+        refused: list[Refused] = []
+        for batch in self._batches(shard, pictures, refused):
+            for found in look(self.model, batch, self.options):
+                if isinstance(found, Refused):
+                    self._pass_over(found, refused)
+                else:
+                    seen.append(found)
+        return seen, refused
+
+    def _batches(
+        self, shard: int, pictures: Iterator[Picture | Refused], refused: list[Refused]
+    ) -> Iterator[list[Picture]]:
+        buckets = Buckets(self.options.batch_size)
+        for _ in self.plan.numbered(shard):
+            found = next(pictures)
+            if isinstance(found, Refused):
+                self._pass_over(found, refused)
+            else:
+                self._tell(found.doubt)
+                yield from buckets.add(found)
+            self.bar.update()
+        yield from buckets.rest()
+
+    def _tell(self, doubt: str | None) -> None:
+        """Warn of the first image whose range is doubtful; the others are likely as it is."""
+        if doubt is not None and not self.doubts:
+            warn(f"{doubt}. Others like it are not reported")
+            self.doubts.append(doubt)
+
+    def _pass_over(self, one: Refused, refused: list[Refused]) -> None:
+        if self.strict:
+            refuse(one.item.path, one.reason)
+        refused.append(one)
+
+
+def refuse(path: str, reason: str) -> None:
+    """Raise ``UnreadableFile`` for the first image without maps of a strict run."""
+    raise UnreadableFile(
+        "images that can all be read and seen, since the run is strict",
+        (reason if path in reason else f"{path}: {reason}").rstrip("."),
+        "Mend the image and run with --retry, or run without --strict.",
+    )
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raise ``UnwritableOutput`` for an error of the file system."""
+    try:
+        yield
+    except OSError as error:
+        raise UnwritableOutput(
+            f"a folder that can be written at {folder}",
+            f"{type(error).__name__}: {error}",
+            "Finished shards are whole. Make room, or name another folder, and run again.",
+        ) from error
+
+
+def decoded(
+    decoder: Any, numbered: Iterable[tuple[int, Item]], count: int, workers: int
+) -> Generator[Any, None, None]:
+    """Yield what ``decoder`` makes of ``count`` items, in their order, by up to ``workers``."""
+    workers = min(workers, count // WORTH_A_WORKER)
+    if workers and not can_be_sent(decoder):
+        log.info("images are decoded in this process: its dataset or transform cannot be pickled")
+        workers = 0
+    loader: DataLoader[Any] = DataLoader(
+        decoder,
+        sampler=numbered,
+        batch_size=None,
+        num_workers=workers,
+        # A fork of a process with threads may hang, and may hold on to the folder's lock when
+        # this process is killed.
+        multiprocessing_context="spawn" if workers else None,
+        prefetch_factor=AHEAD if workers else None,
+        generator=torch.Generator(),  # the global one is not drawn from
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if isinstance(error, Dinov2AttnError) or "worker" not in str(error):
+            raise
+        raise Unavailable(
+            f"{workers} processes that decode images",
+            str(error).partition("\n")[0],
+            "Their memory may not suffice: try fewer workers, or a smaller --max-pixels.",
+        ) from error

@@ -1,0 +1,164 @@
+"""Where one token of one image looks: what pictures are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from dinov2_attn.apps.viz.tokens import Token, position_of
+from dinov2_attn.errors import InvalidInput, OutOfRange
+from dinov2_attn.maps.attention_maps import AttentionMaps
+from dinov2_attn.math.selection import name_token, whole_number
+
+if TYPE_CHECKING:
+    from dinov2_attn.maps.record import Recording
+
+Values = npt.NDArray[np.float64]
+Head = int | str
+# What pictures are drawn of; of a Recording those of one pass.
+Drawable: TypeAlias = "AttentionMaps[Any] | Recording[Any]"
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """One row of attention in some layers and heads.
+
+    =======  ==================================================================
+    rows     float64 ``(layers, heads, N)``; one head where heads were averaged
+    layers   the blocks, counted from 0
+    grid     ``(h, w)``
+    prefix   ``1 + R``
+    query    the position of the token whose row it is
+    heads    what the second dimension holds: ``(0, 1, …)``, or ``("mean",)``
+    =======  ==================================================================
+    """
+
+    rows: Values
+    layers: tuple[int, ...]
+    grid: tuple[int, int]
+    prefix: int
+    query: int
+    heads: tuple[Head, ...]
+
+    @property
+    def name(self) -> str:
+        """What the query is called."""
+        return name_token(self.query, self.prefix, self.grid)
+
+    @property
+    def patch(self) -> tuple[int, int] | None:
+        """Row and column of the query, if it is a patch."""
+        if self.query < self.prefix:
+            return None
+        row, column = divmod(self.query - self.prefix, self.grid[1])
+        return row, column
+
+    def layer(self, number: int | None) -> int:
+        """Return the place of block ``number`` among the layers; of the last for ``None``."""
+        if number is None:
+            return len(self.layers) - 1
+        number = whole_number(number, "layers")
+        if number not in self.layers:
+            raise OutOfRange(
+                f"one of the layers {', '.join(map(str, self.layers))}",
+                str(number),
+                "Ask attention_maps or record for it: n=None takes all.",
+            )
+        return self.layers.index(number)
+
+    def row(self, layer: int | None, head: Head) -> Values:
+        """Return what the query gives to all tokens ``(N,)``, in a layer, in a head or the mean."""
+        rows = self.rows[self.layer(layer)]
+        if isinstance(head, str) and head == "mean":
+            mean: Values = rows.mean(axis=0)
+            return mean
+        if not isinstance(head, str) and whole_number(head, "heads") in self.heads:
+            one: Values = rows[self.heads.index(head)]
+            return one
+        raise OutOfRange(
+            f"a head among {', '.join(map(str, self.heads))}, or 'mean'",
+            repr(head),
+            "Leave heads out of attention_maps to have each.",
+        )
+
+    def map(self, layer: int | None, head: Head) -> Values:
+        """Return the patches of ``row`` as a map ``(h, w)``."""
+        return self.row(layer, head)[self.prefix :].reshape(self.grid)
+
+    def prefix_mass(self, layer: int | None, head: Head) -> float:
+        """Return what the query gives to CLS and the registers together."""
+        return float(self.row(layer, head)[: self.prefix].sum())
+
+
+def look(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 0) -> Look:
+    """Return where ``query`` looks in the image ``sample`` of ``maps``, an ``AttentionMaps``.
+
+    A ``Recording`` of one pass does as well. For maps of a list of batches ``sample`` is
+    ``(batch, image)``. Raises ``InvalidInput`` and ``OutOfRange``.
+    """
+    maps = _one_batch(maps, sample)
+    maps.maps()  # raises what does not fit
+    index = sample[1] if isinstance(sample, tuple) else sample
+    rows = [_of_image(weights, index) for weights in maps.weights]
+    position = position_of(query, maps.prefix, maps.grid)
+    length = rows[0].shape[-1]
+    queries = tuple(range(length)) if maps.queries is None else maps.queries
+    if position not in queries:
+        raise OutOfRange(
+            "a query whose row is there: "
+            + ", ".join(name_token(q, maps.prefix, maps.grid) for q in queries[:8]),
+            name_token(position, maps.prefix, maps.grid),
+            "Ask attention_maps or record for it by queries=.",
+        )
+    row = queries.index(position)
+    averaged = maps.weights[0].ndim == 3
+    heads = ("mean",) if averaged else tuple(range(rows[0].shape[0]))
+    shown = np.stack([values[..., row, :].reshape(len(heads), length) for values in rows])
+    return Look(shown, maps.layers, maps.grid, maps.prefix, position, heads)
+
+
+def _one_batch(maps: Any, sample: int | tuple[int, int]) -> Any:
+    weights = maps.weights
+    if not isinstance(weights[0], list):
+        if isinstance(sample, tuple):
+            raise InvalidInput(
+                "sample as a number, there being one batch", repr(sample), "Give the image's."
+            )
+        plain = maps
+    elif not isinstance(sample, tuple) or len(sample) != 2:
+        raise InvalidInput(
+            f"sample as (batch, image), there being a list of {len(weights[0])} batches",
+            repr(sample),
+            "Give the number of the batch and of the image in it.",
+        )
+    else:
+        batch = _within(sample[0], len(weights[0]), "a batch")
+        queries = maps.queries[batch] if isinstance(maps.queries, list) else maps.queries
+        grid = maps.grid[batch] if isinstance(maps.grid, list) else maps.grid
+        own = tuple(layer[batch] for layer in weights)
+        plain = AttentionMaps(own, maps.layers, grid, maps.prefix, queries)
+    for layer in plain.weights:
+        if getattr(layer, "ndim", 0) not in (3, 4):
+            raise InvalidInput(
+                "weights of shape (B, heads, Q, N) or (B, Q, N)",
+                str(tuple(getattr(layer, "shape", ())) or type(layer).__name__),
+                "Draw what attention_maps returns, without reduce.",
+            )
+    return plain
+
+
+def _of_image(weights: Any, index: int) -> Values:
+    one = weights[_within(index, len(weights), "an image")]
+    if hasattr(one, "detach"):
+        one = one.detach().cpu().double()
+    return np.asarray(one, dtype=np.float64)
+
+
+def _within(number: object, count: int, what: str) -> int:
+    place = whole_number(number, "sample")
+    if not 0 <= place < count:
+        raise OutOfRange(f"{what} from 0 to {count - 1}", str(place), "Images count from 0.")
+    return place

@@ -1,0 +1,139 @@
+"""What is said of a model beside its weights: in a config.json, or in upstream's config.yaml."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinov2_attn.apps.weights.folders import read_json
+from dinov2_attn.errors import UnreadableFile
+
+# Features, blocks and heads by the names of upstream's functions; timm's begin with them too.
+_UPSTREAM = {
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+    "vit_giant2": (1536, 40, 24),
+}
+_TIMM = {
+    **_UPSTREAM,
+    "vit_tiny": (192, 12, 3),
+    "vit_huge": (1280, 32, 16),
+    "vit_giant": (1408, 40, 16),
+    "vit_gigantic": (1664, 48, 16),
+    "vit_so400m": (1152, 27, 16),
+    "vit_giant_patch14_dinov2": (1536, 40, 24),
+    "vit_giant_patch14_reg4_dinov2": (1536, 40, 24),
+}
+
+# Of a positional embedding for another size: whether to smooth, and what to add to its side.
+Interpolation = tuple[bool, float]
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a file beside the weights says of their model, ``None`` where it does not."""
+
+    source: str
+    embed_dim: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    eps: float | None = None
+    activation: str | None = None
+    interpolation: Interpolation | None = None
+    no_embed_class: bool | None = None
+    kind: str = ""
+
+    def is_of(self, embed_dim: int, depth: int) -> bool:
+        """Return whether a model of this size is the one that is spoken of."""
+        return self.embed_dim in (None, embed_dim) and self.depth in (None, depth)
+
+
+def beside(file: Path) -> Stated | None:
+    """Return what is said beside ``file`` of the model in it, if anything is."""
+    config = read_json(file.with_name("config.json"))
+    if isinstance(config, dict):
+        return _of_json(config, str(file.with_name("config.json")))
+    # Upstream writes teacher_checkpoint.pth two folders below its config.yaml.
+    for folder in list(file.absolute().parents)[:3]:
+        if (folder / "config.yaml").is_file():
+            return _of_yaml(folder / "config.yaml")
+    return None
+
+
+def _of_json(config: Mapping[str, Any], source: str) -> Stated | None:
+    inner = config.get("backbone_config")
+    if isinstance(inner, dict) and "hidden_size" in inner:
+        config = inner
+    if "hidden_size" in config:
+        return _of_transformers(config, source)
+    return _of_timm(config, source) if isinstance(config.get("architecture"), str) else None
+
+
+def _of_transformers(config: Mapping[str, Any], source: str) -> Stated:
+    eps, activation = config.get("layer_norm_eps"), config.get("hidden_act")
+    kind = str(config.get("model_type", ""))
+    return Stated(
+        source,
+        embed_dim=_whole(config, "hidden_size", source),
+        depth=_whole(config, "num_hidden_layers", source),
+        heads=_whole(config, "num_attention_heads", source),
+        eps=float(eps) if isinstance(eps, (int, float)) else None,
+        activation=activation if isinstance(activation, str) else None,
+        interpolation=("registers" in kind, 0.0),
+        kind=kind,
+    )
+
+
+def _of_timm(config: Mapping[str, Any], source: str) -> Stated:
+    given = config.get("model_args")
+    options: Mapping[str, Any] = given if isinstance(given, dict) else {}
+    name = config["architecture"].partition(".")[0]
+    short = re.split(r"_patch\d", name)[0]
+    embed_dim, depth, heads = _TIMM.get(name) or _TIMM.get(short) or (None, None, None)
+    no_embed_class = options.get("no_embed_class")
+    return Stated(
+        source,
+        embed_dim=_whole(options, "embed_dim", source) or embed_dim,
+        depth=_whole(options, "depth", source) or depth,
+        heads=_whole(options, "num_heads", source) or heads,
+        interpolation=(True, 0.0),
+        no_embed_class=no_embed_class if isinstance(no_embed_class, bool) else None,
+        kind=f"timm:{name}",
+    )
+
+
+def _of_yaml(path: Path) -> Stated | None:
+    """Read the block ``student:`` of upstream's config, whose lines are a word and a value."""
+    text = path.read_text("utf-8", "replace")[: 2**20]
+    block = re.search(r"^student:[ \t]*\n((?:[ \t]+.*\n?)+)", text, re.MULTILINE)
+    values = dict(
+        re.findall(r"^\s+(\w+):[ \t]*['\"]?([^'\"\s#]+)", block[1] if block else "", re.M)
+    )
+    if values.get("arch") not in _UPSTREAM:
+        return None
+    embed_dim, depth, heads = _UPSTREAM[values["arch"]]
+    interpolation = None
+    if "interpolate_antialias" in values and "interpolate_offset" in values:
+        try:
+            offset = float(values["interpolate_offset"])
+            interpolation = (values["interpolate_antialias"].lower() == "true", offset)
+        except ValueError:
+            pass
+    return Stated(str(path), embed_dim, depth, heads, interpolation=interpolation)
+
+
+def _whole(config: Mapping[str, Any], key: str, source: str) -> int | None:
+    value = config.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 100_000:
+        raise UnreadableFile(
+            f"a whole number above 0 as {key}",
+            f"{source} with {str(value)[:20]!r}",
+            "Correct the file, or move the weights to a folder without it.",
+        )
+    return value

@@ -1,0 +1,121 @@
+"""What the grafts rely on: the names, arguments and attributes of upstream's methods."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from dinov2_attn.backbone.structure import Part
+from dinov2_attn.errors import IncompatibleUpstream
+
+# What is known to be passed in. `attn_bias` and `is_causal` change the weights in ways that are
+# known here; a position, a rotary table or anything new would change them in ways that are not.
+_ARGUMENTS = {
+    Part.ATTENTION: {"x", "attn_bias", "is_causal"},
+    Part.BLOCK: {"x", "x_or_x_list"},
+    Part.CAUSAL_BLOCK: {"x"},
+}
+
+# All that any revision of upstream and any fork known to compute plain attention reads in
+# `Attention.forward`. A q_norm, a rope or a mask read there stands between projection and kernel.
+_READS = {"qkv", "proj", "num_heads", "scale", "attn_drop", "proj_drop", "dim", "head_dim"}
+
+# What PyTorch itself keeps on the instance of any module.
+_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+# What the grafts add; upstream code that has it already was patched by hand.
+_OURS = {
+    Part.ATTENTION: "return_attn",
+    Part.BLOCK: "return_attention",
+    Part.CAUSAL_BLOCK: "return_attention",
+    Part.TRANSFORMER: "return_attention",
+}
+
+
+def check_arguments(cls: type, part: Part, method: str) -> None:
+    """Raise ``IncompatibleUpstream`` unless ``cls.method`` takes what the grafts can pass on."""
+    names = argument_names(vars(cls)[method])
+    if _OURS[part] in names:
+        raise _patched_by_hand(cls, f"{method} with an argument {_OURS[part]}")
+    allowed = _ARGUMENTS.get(part)
+    if allowed is not None and (unknown := [name for name in names if name not in allowed]):
+        raise IncompatibleUpstream(
+            f"{name_of(cls)}.{method} to take no more than {', '.join(sorted(allowed))}",
+            f"the argument {', '.join(unknown)}",
+            "What it does to the attention is not known here, so nothing was grafted.",
+        )
+
+
+def check_methods(cls: type, ours: Mapping[str, object]) -> None:
+    """Raise ``IncompatibleUpstream`` if ``cls`` has a method that one of ``ours`` would hide."""
+    if taken := [name for name, method in ours.items() if getattr(cls, name, method) is not method]:
+        raise _patched_by_hand(cls, f"{', '.join(taken)} already there")
+
+
+def check_reads(module: nn.Module, run: Callable[[], object]) -> None:
+    """Raise ``IncompatibleUpstream`` unless ``run`` reads only what plain attention needs.
+
+    The attributes are seen as they are read, in whatever helper, rather than looked for
+    in the source, which need not be there and may hold dead code.
+    """
+    cls = type(module)
+    if unknown := sorted(_reads(module, run) - _READS):
+        raise IncompatibleUpstream(
+            f"{name_of(cls)} to compute softmax(q kᵀ · scale) of its "
+            f"own projection, reading {', '.join(sorted(_READS))} only",
+            f"that its forward also reads {', '.join(unknown)}",
+            "A norm, a rotation or a mask between projection and kernel is not supported, "
+            "so nothing was grafted.",
+        )
+
+
+def argument_names(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments after ``self``, in order, ``*`` and ``**`` left out."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return [p.name for p in parameters if p.kind not in variadic]
+
+
+def options_of(cls: type) -> set[str]:
+    """Name what ``cls(...)`` takes, and what it passes on to its bases by ``**kwargs``."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters
+            names.update(parameters)
+            if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+                break
+    return names
+
+
+def name_of(cls: type) -> str:
+    """Return the full name of a class, as messages give it."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _patched_by_hand(cls: type, found: str) -> IncompatibleUpstream:
+    return IncompatibleUpstream(
+        f"{name_of(cls)} as upstream wrote it",
+        found,
+        "This copy was patched by hand: take the patch out, or use it without this package.",
+    )
+
+
+def _reads(module: nn.Module, run: Callable[[], object]) -> set[str]:
+    """Names of ``module`` that ``run`` reads, what every ``nn.Module`` has left out."""
+    seen: set[str] = set()
+    cls = type(module)
+
+    def spy(self: nn.Module, name: str) -> object:
+        seen.add(name)
+        return cls.__getattribute__(self, name)
+
+    module.__class__ = type(cls.__name__, (cls,), {"__getattribute__": spy})
+    try:
+        run()
+    finally:
+        module.__class__ = cls
+    return {name for name in seen if not hasattr(nn.Module, name)} - _EVERY_MODULE

@@ -1,0 +1,186 @@
+"""Queries, keys and values, as a module's own projection makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from dinov2_attn.backbone.structure import BLOCK_CHILDREN
+from dinov2_attn.math.bias import Group
+from dinov2_attn.math.selection import Rows
+from dinov2_attn.math.tiles import cut, may_tile
+
+# Queries and keys that are made at a time: beside the weights of a large batch they are nothing.
+TILE_BYTES = 2**20
+
+# Multiplications without keys for each with them, up to which doing without is faster: where
+# they are as many the times are equal too, as measured by benchmarks/break_even.py.
+BREAK_EVEN = 1
+
+_EXACT = (torch.float32, torch.float64)
+
+
+class Piece(NamedTuple):
+    """Some samples, their queries and what these are multiplied with.
+
+    ``query`` is ``(b, heads, Q, d)``, ``key`` ``(b, heads or 1, N, d)``. ``d`` is
+    ``head_dim``, unless the queries went through the keys' weights: then the tokens
+    themselves are the key of every head, and ``d`` their channels.
+    """
+
+    samples: slice
+    query: Tensor
+    key: Tensor
+    head_dim: int
+
+
+def project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value ``(B, heads, N, head_dim)`` of tokens ``x (B, N, C)``.
+
+    The module's own ``qkv`` is called, so whatever sits there (hooks, adapters, a
+    quantised layer) has its say.
+    """
+    query, key, value = _by_heads(module, module.qkv(x), 3)
+    return query, key, value
+
+
+class Projection:
+    """Queries and keys of tokens ``x (B, N, C)``, made as late and as little as is safe.
+
+    A plain linear layer, where nothing is differentiated or traced, gives the same for a
+    few samples at a time and for some of its outputs: no memory to speak of, no values, no
+    queries that nobody asked for, and for few of them no keys either. Whatever else sits
+    at ``qkv`` is called as upstream calls it: once, with everything. What a pass has
+    ``projected`` already, ``(B, N, 3 · C)``, is not projected again.
+    """
+
+    def __init__(self, module: Any, x: Tensor, projected: Tensor | None = None) -> None:
+        self._module = module
+        self._tokens = x
+        if projected is None and not (may_tile(x) and _is_plain(module.qkv)):
+            projected = module.qkv(x)
+        self._whole = None if projected is None else _by_heads(module, projected, 3)[:2]
+        # Half precision, autocast's too, rounds queries and keys; only the kernel's own
+        # products round them as the kernel has them.
+        self._is_exact = projected is None and _product_dtype(module, x) in _EXACT
+
+    def pieces(self, rows: Rows, group: Group | None = None) -> Iterator[Piece]:
+        """Yield the queries of ``rows`` and what they are multiplied with, sample by sample.
+
+        With ``group``, those of its blocks of the concatenation ``x (1, ΣN, C)``.
+        """
+        if self._whole is not None:
+            query, key = self._whole
+            if group is not None:
+                query = _regroup(group, query, group.queries)
+                key = _regroup(group, key, group.keys)
+            yield Piece(slice(None), query[:, :, rows], key, query.shape[-1])
+        elif group is None:
+            yield from self._few_at_a_time(self._tokens, self._tokens, rows)
+        else:
+            queries = group.split(self._tokens, group.queries)
+            keys = group.split(self._tokens, group.keys)
+            yield from self._few_at_a_time(queries, keys, rows)
+
+    def _few_at_a_time(self, queries: Tensor, keys: Tensor, rows: Rows) -> Iterator[Piece]:
+        sample = 2 * queries.shape[1] * queries.shape[2] * queries.element_size()
+        for some in cut(max(1, len(queries)), TILE_BYTES // max(1, sample)):
+            query = self._queries(queries[some], rows)
+            head_dim = query.shape[-1]
+            if self._is_exact and _does_without_keys(query, keys):
+                query, key = _through_keys(self._module, query), keys[some, None]
+            else:
+                key = _third(self._module, keys[some], 1)
+            yield Piece(some, query, key, head_dim)
+
+    def _queries(self, tokens: Tensor, rows: Rows) -> Tensor:
+        if self._is_exact:
+            return _third(self._module, tokens[:, rows], 0)
+        return _third(self._module, tokens, 0)[:, :, rows]
+
+
+def draws_nothing(block: nn.Module) -> bool:
+    """Say whether a plain norm and a plain product alone make queries and keys in ``block``."""
+    for names in BLOCK_CHILDREN.values():
+        norm, attention = map(block._modules.get, names)
+        if norm is not None and attention is not None and "qkv" in attention._modules:
+            return (
+                _is_plain(norm, nn.LayerNorm)
+                and not _acted_upon(attention)
+                and _is_plain(attention.qkv)
+            )
+    return False
+
+
+def _does_without_keys(query: Tensor, tokens: Tensor) -> bool:
+    """Say whether it takes fewer multiplications to send queries through the keys' weights."""
+    _, heads, rows, head_dim = query.shape
+    _, length, channels = tokens.shape
+    without = rows * channels * heads * (head_dim + length)
+    with_keys = length * heads * head_dim * (channels + rows)
+    return without < BREAK_EVEN * with_keys
+
+
+def _through_keys(module: Any, query: Tensor) -> Tensor:
+    """Return ``W_kᵀ q (B, heads, Q, C)``, to be multiplied with tokens in place of keys.
+
+    ``q · (W_k x + b_k) = (W_kᵀ q) · x + q · b_k``, and the softmax does not see what is the
+    same for all tokens of a row.
+    """
+    weight: Tensor = module.qkv.weight.chunk(3)[1]
+    return query @ weight.view(query.shape[1], query.shape[3], -1)
+
+
+def _third(module: Any, x: Tensor, which: int) -> Tensor:
+    """Return the queries (0), keys (1) or values (2) of ``x`` and nothing else."""
+    weight, bias = module.qkv.weight.chunk(3)[which], module.qkv.bias
+    out = F.linear(x, weight, None if bias is None else bias.chunk(3)[which])
+    return _by_heads(module, out, 1)[0]
+
+
+def _product_dtype(module: Any, x: Tensor) -> torch.dtype:
+    """Say in what dtype the projection comes out here and now, autocast or not."""
+    one: Tensor = F.linear(x[:1, :1], module.qkv.weight[:1])
+    return one.dtype
+
+
+def _by_heads(module: Any, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+    batch, length, channels = projected.shape
+    head_dim = channels // (parts * module.num_heads)
+    split = projected.reshape(batch, length, parts, module.num_heads, head_dim)
+    return tuple(split.permute(2, 0, 3, 1, 4))
+
+
+def _regroup(group: Group, tensor: Tensor, where: slice) -> Tensor:
+    """Return ``tensor (1, heads, ΣN, head_dim)`` of a group as ``(b, heads, n, head_dim)``."""
+    return group.split(tensor.transpose(1, 2), where).transpose(1, 2)
+
+
+def _is_plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Say whether calling ``layer`` is what PyTorch's ``kind`` does, and nothing more."""
+    return (
+        type(layer) is kind
+        and not _acted_upon(layer)
+        and type(layer.weight) in (Tensor, nn.Parameter)  # no quantised or sharded tensor
+    )
+
+
+def _acted_upon(layer: nn.Module) -> bool:
+    """Say whether a hook or an override changes what calling ``layer`` does."""
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+    )
+    return "forward" in vars(layer) or any(map(_any_acts, hooks))
+
+
+def _any_acts(hooks: Mapping[int, object]) -> bool:
+    # A copy: other threads add and remove hooks meanwhile, those that record for instance.
+    return any(not getattr(hook, "only_listens", False) for hook in tuple(hooks.values()))

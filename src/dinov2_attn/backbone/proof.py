@@ -1,0 +1,202 @@
+"""Proof at install: tiny modules in float64, a few milliseconds, no random number drawn.
+
+Each check builds one small instance of the class at hand, runs upstream's own code on it
+and compares. What does not hold raises ``IncompatibleUpstream``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from dinov2_attn.backbone import contract
+from dinov2_attn.backbone.contract import name_of
+from dinov2_attn.backbone.projection import project
+from dinov2_attn.backbone.structure import Part, count_registers, part_of_module
+from dinov2_attn.errors import IncompatibleUpstream
+from dinov2_attn.kernels.call import Kernel, branches
+from dinov2_attn.kernels.xformers_flags import is_gated
+from dinov2_attn.math.attention import attention_weights
+from dinov2_attn.typing import Forward
+
+# Odd on purpose: no two of tokens, channels, heads and head channels are the same number.
+_DIM, _HEADS, _TOKENS = 10, 2, 7
+_PATCH, _GRID = 2, (2, 3)
+
+# float64, sums of a few dozen terms of order one: anything above is another formula.
+_TOLERANCE = 1e-9
+
+
+@contextmanager
+def laboratory() -> Iterator[None]:
+    """Give checks a place to run: on the CPU, without autograd or a trace in any RNG.
+
+    Modes around it do not see them: under a fake one there would be nothing to compare.
+    Autocast may be on: it leaves float64 alone.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        default = torch.get_default_dtype()
+        if default not in (torch.float32, torch.float64):  # old torch initialises no others
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, default)
+        # Under a default device of the user's only: the context slows every call inside it.
+        if torch.empty(0).device.type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def measure_kernel(cls: type, forward: Forward) -> Kernel:
+    """Find out whose scale each branch of ``forward`` uses, by changing the attribute."""
+    module, x = _build(cls, dim=_DIM, num_heads=_HEADS), _tokens()
+    runs = branches(forward)
+    before = {flag: run(module, x) for flag, run in runs.items()}
+    module.scale *= 1.5
+    return Kernel(
+        forward,
+        {flag: not torch.equal(before[flag], run(module, x)) for flag, run in runs.items()},
+    )
+
+
+def prove_attention(cls: type, forward: Forward, grafted: Forward, kernel: Kernel) -> None:
+    """Prove invariants 1 and 2 for an attention class: unasked as before, asked faithful."""
+    module, x = _build(cls, dim=_DIM, num_heads=_HEADS, qkv_bias=True), _tokens()
+    for xformers, run in branches(forward).items():
+        contract.check_reads(module, partial(run, module, x))
+        weights = _weights(module, x, kernel, xformers)
+        _same(cls, "proj(weights @ v)", _features(module, x, weights), run(module, x))
+        takes_bias = xformers or not is_gated(forward)
+        if takes_bias and "attn_bias" in contract.argument_names(forward):
+            bias = _noise(len(x), _HEADS, _TOKENS, _TOKENS)
+            weights = _weights(module, x, kernel, xformers, bias)
+            output = run(module, x, attn_bias=bias)
+            _same(cls, "attention under a bias", _features(module, x, weights), output)
+    weights = _weights(module, x, kernel, None)
+    _same(cls, "the weights returned", grafted(module, x, return_attn=True), weights)
+    if "is_causal" in contract.argument_names(forward):
+        causal = grafted(module, x, True, return_attn=True)
+        _same(cls, "causal attention", _features(module, x, causal), forward(module, x, True))
+
+
+def prove_block(
+    cls: type, forward: Forward, grafted: Forward, child: str, options: dict[str, Any]
+) -> None:
+    """Prove that a block's weights are those of what it hands to its attention ``child``."""
+    module = _build(cls, dim=_DIM, num_heads=_HEADS, **options)
+    calls = _calls_of([getattr(module, child)], lambda: forward(module, _tokens()))
+    _one_call_each(cls, calls, 1)
+    expected = getattr(module, child)(*calls[0], return_attn=True)
+    asked = grafted(module, _tokens(), return_attention=True)
+    _same(cls, "the attention of a block", asked, expected)
+
+
+def prove_transformer(cls: type, options: dict[str, Any]) -> None:
+    """Prove that a model's weights, flat and chunked, are those of its own forward pass."""
+    for chunks in (0, 2):
+        model = _build(cls, **_MODEL, block_chunks=chunks, **options)
+        images = _noise(2, 3, _GRID[0] * _PATCH, _GRID[1] * _PATCH)
+        attentions = [m for m in model.modules() if part_of_module(m) is Part.ATTENTION]
+        calls = _calls_of(attentions, partial(model.forward_features, images))
+        _one_call_each(cls, calls, _MODEL["depth"])
+        expected = [m(*call, return_attn=True) for m, call in zip(attentions, calls, strict=True)]
+        for own in expected:
+            _layout_fits(cls, model, tokens=own.shape[-1])
+        for asked, own in zip(model.get_self_attention(images), expected, strict=True):
+            _same(cls, "the attention of a model", asked, own)
+
+
+_MODEL: dict[str, Any] = {
+    "img_size": 2 * _PATCH,
+    "patch_size": _PATCH,
+    "embed_dim": _DIM,
+    "depth": 2,
+    "num_heads": _HEADS,
+    "mlp_ratio": 1,
+    "num_register_tokens": 3,
+}
+
+
+def _build(cls: type, **options: Any) -> Any:
+    """Build a small ``cls`` in float64 with parameters of order one, in evaluation mode.
+
+    Options that a revision does not know yet (registers) are left out.
+    """
+    known = contract.options_of(cls)
+    module: Any = cls(**{name: value for name, value in options.items() if name in known})
+    # A seed for each: layers that are all alike would hide that two were mixed up.
+    for seed, parameter in enumerate(module.double().eval().parameters()):
+        parameter.copy_(_noise(*parameter.shape, seed=seed) / 2)
+    return module
+
+
+def _noise(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _tokens() -> Tensor:
+    return _noise(3, _TOKENS, _DIM)
+
+
+def _weights(
+    module: Any, x: Tensor, kernel: Kernel, xformers: bool | None, bias: Tensor | None = None
+) -> Tensor:
+    query, key, _ = project(module, x)
+    scale = kernel.scale(module, query.shape[-1], xformers=xformers)
+    return attention_weights(query, key, scale, bias=bias)
+
+
+def _features(module: Any, x: Tensor, weights: Tensor) -> Any:
+    _, _, value = project(module, x)
+    return module.proj((weights @ value).transpose(1, 2).flatten(2))
+
+
+def _calls_of(modules: list[Any], run: Callable[[], object]) -> list[tuple[Any, ...]]:
+    """Run, and return the positional arguments with which each of ``modules`` was called."""
+    calls: list[tuple[Any, ...]] = []
+    hooks = [m.register_forward_pre_hook(lambda _, args: calls.append(args)) for m in modules]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def _same(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
+    if ours.shape != theirs.shape:
+        gap = f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    elif torch.allclose(ours, theirs, _TOLERANCE, _TOLERANCE):
+        return
+    else:
+        gap = f"a difference of {(ours - theirs).abs().max():.2g}"
+    raise IncompatibleUpstream(
+        f"{what} to equal what {name_of(cls)} itself computes, within {_TOLERANCE:g} in float64",
+        gap,
+        "Its attention is not softmax(q kᵀ · scale) of its own projection, so nothing was grafted.",
+    )
+
+
+def _one_call_each(cls: type, calls: list[tuple[Any, ...]], expected: int) -> None:
+    if len(calls) != expected:
+        raise IncompatibleUpstream(
+            f"{name_of(cls)} to call its attention {expected} times in one pass",
+            f"{len(calls)} calls",
+            "Its forward pass is not upstream's, so nothing was grafted.",
+        )
+
+
+def _layout_fits(cls: type, model: Any, tokens: int) -> None:
+    registers, patches = count_registers(model), _GRID[0] * _GRID[1]
+    if tokens != 1 + registers + patches:
+        raise IncompatibleUpstream(
+            f"{name_of(cls)} to lay out 1 CLS + {registers} registers + {patches} patches",
+            f"{tokens} tokens",
+            "The rows of its attention cannot be named, so nothing was grafted.",
+        )

@@ -1,0 +1,267 @@
+"""``install``, ``uninstall`` and ``status``: what is grafted, for whom, and how it ends.
+
+Importing this module imports neither torch nor upstream: grafting does, and by then both
+are there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from dinov2_attn.errors import IncompatibleUpstream, InvalidInput
+from dinov2_attn.grafting.import_hook import Finder
+from dinov2_attn.grafting.registry import Ledger
+from dinov2_attn.grafting.targets import UPSTREAM, UPSTREAM_MODULES, LiveModel, Package
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dinov2_attn.backbone.structure import Part
+
+# Python's own, which has no public way to wait for an import that another thread has begun.
+_bootstrap: Any = importlib._bootstrap
+_LOCK = threading.RLock()
+_LEDGER = Ledger()
+_PACKAGES: dict[str, Package] = {}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is installed: tuples for programs, ``str()`` for people.
+
+    ``grafted`` names every graft in force, ``covered`` those that somebody else patched
+    on top of, ``pending`` the modules that will be grafted when they are imported, and
+    ``recognised`` says of each target how its code was recognised, or why it was not.
+    """
+
+    grafted: tuple[str, ...]
+    covered: tuple[str, ...]
+    pending: tuple[str, ...]
+    recognised: dict[str, str] = field(hash=False)
+
+    def __str__(self) -> str:
+        lines = [f"grafted: {name}" for name in self.grafted]
+        lines += [f"patched on top by somebody else: {name}" for name in self.covered]
+        lines += [f"pending, until imported: {name}" for name in self.pending]
+        lines += [f"{target}: {how}" for target, how in self.recognised.items()]
+        return "\n".join(lines) or "nothing installed"
+
+
+class Handle:
+    """What ``install`` returns: takes that installation back.
+
+    Leaving a ``with`` block restores what was found when ``install`` was called, so a
+    target that was installed before stays installed. ``uninstall()`` takes it off.
+    """
+
+    def __init__(self, target: Hashable, restore: Callable[[], None]) -> None:
+        self._target = target
+        self._restore = restore
+
+    def __repr__(self) -> str:
+        return f"<dinov2_attn installed on {self._target}>"
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def uninstall(self) -> None:
+        """Take this target's grafts off; nothing happens where they are off already."""
+        _remove(self._target)
+
+
+def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> Handle:
+    """Graft ``return_attention`` onto DINOv2's own classes, in place and reversibly.
+
+    ``target`` is ``None`` for upstream's package ``dinov2``, the name of a package that
+    vendors a copy, or a live model. Packages are grafted now as far as they are imported
+    and later, at every import and reload, for the rest. Installing twice is installing
+    once. No random number is drawn.
+
+    Where xFormers is importable and has no kernel for a device (any CPU), upstream's call
+    of it fails; unless ``fallback`` is false it is answered by PyTorch's kernel from then
+    on, with one ``KernelFallback`` warning.
+
+    Every class is proved on a small instance in float64 first. Raises
+    ``IncompatibleUpstream`` where its attention is not softmax(q kᵀ · scale) of its own
+    projection, and then nothing is grafted; for a package that is not imported yet, that
+    is raised by its import.
+    """
+    if target is None:
+        target = UPSTREAM
+    if isinstance(target, str) and target:
+        modules = UPSTREAM_MODULES if target == UPSTREAM else {}
+        return _install_package(Package(target, modules), fallback)
+    torch = sys.modules.get("torch")  # a live model has imported it
+    if torch is not None and isinstance(target, torch.nn.Module):
+        return _install_model(target, fallback)
+    raise InvalidInput(
+        "None, the name of a package or a live model (torch.nn.Module)",
+        f"{target!r} of type {type(target).__name__}",
+        'Call install(), install("some.vendored.package") or install(model).',
+    )
+
+
+def uninstall() -> None:
+    """Take every graft off: each class holds the very function objects it held before.
+
+    Raises ``PatchedOnTop``, and undoes nothing, where somebody patched on top of a graft.
+    """
+    with _LOCK:
+        _LEDGER.release_all()
+        _PACKAGES.clear()
+        _await_imports()
+
+
+def status() -> Status:
+    """Say what is grafted, what is pending and how each target was recognised."""
+    with _LOCK:
+        targets = {target for graft in _LEDGER for target in graft.targets}
+        recognised: dict[str, str] = {}
+        for target in sorted(targets, key=str):
+            recognised[_unused(str(target), recognised)] = _recognise(target)
+        failed = {p.name: f"refused: {p.failure}" for p in _PACKAGES.values() if p.failure}
+        return Status(
+            grafted=tuple(str(graft) for graft in _LEDGER if graft.in_force),
+            covered=tuple(str(graft) for graft in _LEDGER if not graft.in_force),
+            pending=tuple(
+                name for p in _PACKAGES.values() for name in p.pending(p.name in targets)
+            ),
+            recognised={**recognised, **failed},
+        )
+
+
+def _unused(label: str, taken: Mapping[str, str]) -> str:
+    """Return ``label``, numbered where models go by one name: of an older class, of other parts."""
+    names = (label if i == 1 else f"{label} ({i})" for i in itertools.count(1))
+    return next(name for name in names if name not in taken)
+
+
+def _recognise(target: Hashable) -> str:
+    from dinov2_attn.history.identify import recognise
+
+    owners = [graft.owner for graft in _LEDGER if target in graft.targets]
+    return recognise(_LEDGER, list(dict.fromkeys(o for o in owners if isinstance(o, type))))
+
+
+def _install_package(package: Package, fallback: bool) -> Handle:
+    with _LOCK:
+        before = _PACKAGES.get(package.name)
+        package = _PACKAGES.setdefault(package.name, package)
+        restore = partial(_remove, package.name)
+        if before is not None:
+            restore = partial(_switch_package, package, package.fallback)
+        package.fallback = fallback
+        _await_imports()
+    try:
+        _finish_imports(package)
+        _graft_package(package)
+    except BaseException:
+        restore()
+        raise
+    return Handle(package.name, restore)
+
+
+def _install_model(model: nn.Module, fallback: bool) -> Handle:
+    from dinov2_attn.backbone.contract import name_of
+    from dinov2_attn.backbone.structure import classes_behind
+    from dinov2_attn.grafting.transaction import operate
+
+    classes = list(classes_behind(model))
+    if not classes:
+        raise IncompatibleUpstream(
+            "a model with attention modules (qkv, proj, num_heads, scale) inside",
+            f"none in {name_of(type(model))}",
+            "Pass DINOv2 itself or a model that contains it.",
+        )
+    label = f"model with {name_of(classes[-1][0])}"
+    target = LiveModel(label, frozenset(cls for cls, _ in classes))
+    with _LOCK:
+        before = [graft for graft in _LEDGER if target in graft.targets]
+        operate(_LEDGER, target, classes, fallback=fallback)
+    if not before:
+        return Handle(target, partial(_remove, target))
+    former = any(graft.is_kernel for graft in before)
+    return Handle(target, partial(_switch_model, target, classes, former))
+
+
+def _switch_package(package: Package, fallback: bool) -> None:
+    if package.fallback != fallback:
+        package.fallback = fallback
+        _graft_package(package)
+
+
+def _switch_model(target: LiveModel, classes: list[tuple[type, Part]], fallback: bool) -> None:
+    from dinov2_attn.grafting.transaction import operate
+
+    with _LOCK:
+        if any(target in graft.targets for graft in _LEDGER):  # not uninstalled meanwhile
+            operate(_LEDGER, target, classes, fallback=fallback)
+
+
+def _finish_imports(package: Package) -> None:
+    """Wait for modules that another thread is importing, without holding our lock.
+
+    The finder is in place by now, so whatever starts to be imported later is seen there.
+    """
+    # One that was looked for before is not in sys.modules yet: only its lock says so.
+    for name in filter(package.covers, getattr(_bootstrap, "_module_locks", {}).copy()):
+        _bootstrap._lock_unlock_module(name)
+    for name in package.imported():
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue  # that import failed elsewhere and was reported there: still pending
+
+
+def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
+    with _LOCK:
+        # Another thread may have taken it back while this one waited.
+        if _PACKAGES.get(package.name) is not package or not package.imported():
+            return
+        from dinov2_attn.grafting.transaction import operate
+
+        try:
+            classes = package.classes(arrived)
+            operate(_LEDGER, package.name, classes, fallback=package.fallback)
+            package.failure = None
+        except Exception as error:  # told again by status(), whatever it is
+            package.failure = error
+            raise
+
+
+def _arrived(module: ModuleType) -> None:
+    for package in list(_PACKAGES.values()):
+        if package.covers(module.__name__):
+            _graft_package(package, module)
+
+
+def _remove(target: Hashable) -> None:
+    with _LOCK:
+        _LEDGER.release(target)
+        if isinstance(target, str):
+            _PACKAGES.pop(target, None)
+        _await_imports()
+
+
+_FINDER = Finder(lambda name: any(p.covers(name) for p in list(_PACKAGES.values())), _arrived)
+
+
+def _await_imports() -> None:
+    """Keep the finder first on ``sys.meta_path`` while there is a package to wait for."""
+    # Another thread may be looking through the list: it must never be without the finder.
+    if _PACKAGES and sys.meta_path[:1] != [_FINDER]:
+        sys.meta_path.insert(0, _FINDER)
+    for i in reversed(range(len(sys.meta_path))):
+        if sys.meta_path[i] is _FINDER and (i or not _PACKAGES):
+            del sys.meta_path[i]

@@ -1,0 +1,152 @@
+"""What one attention module answers when it is asked for its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_attn.backbone.projection import Piece, Projection
+from dinov2_attn.errors import InvalidInput
+from dinov2_attn.kernels.call import Kernel
+from dinov2_attn.math.attention import attention_weights, check_heads, shape_of_weights
+from dinov2_attn.math.bias import Group, dense, groups, is_block_diagonal
+from dinov2_attn.math.buffers import NewResult, new_result
+from dinov2_attn.math.selection import Rows, place
+from dinov2_attn.math.tiles import may_tile
+from dinov2_attn.typing import Heads, Queries
+
+
+class Instead(Enum):
+    """What this package itself asks of an attention module in the place of fused heads."""
+
+    QUERIES_AND_KEYS = auto()
+
+
+def attend(
+    module: Any,
+    kernel: Kernel,
+    *,
+    x: Tensor,
+    attn_bias: Any = None,
+    is_causal: bool = False,
+    queries: Queries = None,
+    heads: Heads | Instead = None,
+    projected: Tensor | None = None,
+    new: NewResult = new_result,
+) -> Tensor | list[Tensor] | list[tuple[Piece, float]]:
+    """Return the weights of ``module`` on tokens ``x (B, N, C)``.
+
+    ``projected (B, N, 3 · C)`` is what ``module.qkv`` has made of them, where it has;
+    ``new`` gives the memory for results that are written in place.
+
+    One tensor ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads; under a
+    block-diagonal ``attn_bias`` over ``x (1, ΣN, C)`` a list with one such tensor for
+    each element that was nested (``_batch_sizes``), or for each block. Never more than
+    Σ n² weights are computed, nor as much memory again used. Asked for queries and keys
+    ``Instead``, it returns pieces of the batch with the scale of their products.
+    """
+    if isinstance(heads, Instead):
+        return _queries_and_keys(module, kernel, x, attn_bias, is_causal, queries)
+    check_heads(heads)
+    check_tokens(x)
+    if attn_bias is not None:
+        kernel.check_bias(attn_bias)
+    ask = _Question(module, kernel, queries, heads, is_causal, new)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if is_block_diagonal(attn_bias):
+        found, source = groups(attn_bias, x, wide), Projection(module, x, projected)
+        return [ask.answer(source, g.batch, g.length, g.mask, g) for g in found]
+    batch, length = x.shape[:2]
+    if attn_bias is not None:
+        attn_bias = dense(attn_bias, (batch, module.num_heads, length, length), x.device, wide)
+    return ask.answer(Projection(module, x, projected), batch, length, attn_bias)
+
+
+def check_tokens(tokens: object) -> None:
+    """Raise ``InvalidInput`` unless ``tokens`` are ``(B, N, C)``."""
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+        found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise InvalidInput(
+            "tokens as a tensor of shape (B, N, C), to a block also a list of such tensors",
+            f"{found}",
+            "Ask the model if images are at hand, or add the batch dimension.",
+        )
+
+
+@dataclass(frozen=True)
+class _Question:
+    module: Any
+    kernel: Kernel
+    queries: Queries
+    heads: Heads
+    is_causal: bool
+    new: NewResult
+
+    def answer(
+        self,
+        source: Projection,
+        batch: int,
+        length: int,
+        bias: Tensor | None,
+        group: Group | None = None,
+    ) -> Tensor:
+        """Return the weights of ``batch`` sequences of ``length`` queries, piece by piece."""
+        rows = place(self.queries, length)
+        if bias is not None:
+            bias = _rows(bias, rows)
+        pieces = source.pieces(rows, group)
+        first = next(pieces)
+        causal_rows = None
+        if self.is_causal:
+            causal_rows = torch.arange(length, device=first.query.device)[rows]
+        shape = (batch, *shape_of_weights(first.query, first.key, self.heads)[1:])
+        if first.query.shape[0] == batch and not may_tile(first.query):
+            return self._weigh(first, bias, causal_rows)
+        out = self.new(first.query, shape)
+        for piece in chain([first], pieces):
+            some = bias if bias is None else _samples(bias, piece.samples)
+            self._weigh(piece, some, causal_rows, out[piece.samples])
+        return out
+
+    def _weigh(
+        self,
+        piece: Piece,
+        bias: Tensor | None,
+        causal_rows: Tensor | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return attention_weights(
+            piece.query,
+            piece.key,
+            self.kernel.scale(self.module, piece.head_dim),
+            bias=bias,
+            causal_rows=causal_rows,
+            heads=self.heads,
+            out=out,
+        )
+
+
+def _queries_and_keys(
+    module: Any, kernel: Kernel, x: Tensor, attn_bias: Any, is_causal: bool, queries: Queries
+) -> list[tuple[Piece, float]]:
+    if attn_bias is not None or is_causal:
+        raise InvalidInput(
+            "attention that sees all tokens alike",
+            "a causal block" if is_causal else "one with attn_bias",
+            "Ask for the weights, which know of it, with get_self_attention.",
+        )
+    pieces = Projection(module, x).pieces(place(queries, x.shape[1]))
+    return [(piece, kernel.scale(module, piece.head_dim)) for piece in pieces]
+
+
+def _rows(bias: Tensor, rows: Rows) -> Tensor:
+    return bias if bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., rows, :]
+
+
+def _samples(bias: Tensor, samples: slice) -> Tensor:
+    return bias if bias.ndim < 4 or bias.shape[0] == 1 else bias[samples]

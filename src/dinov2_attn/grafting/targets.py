@@ -1,0 +1,92 @@
+"""What ``install`` can be pointed at: a live model, or a package now or once it is imported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from dinov2_attn.errors import IncompatibleUpstream
+
+if TYPE_CHECKING:
+    from dinov2_attn.backbone.structure import Part
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """The classes behind a model: two models of the same classes are one target."""
+
+    label: str
+    classes: frozenset[type]
+
+    def __str__(self) -> str:
+        return self.label
+
+
+@dataclass(eq=False)
+class Package:
+    """A package whose classes are to be grafted, and why that failed if it did.
+
+    With ``modules`` only those are looked at, and each must hold the part named beside it;
+    otherwise everything in the package is searched.
+    """
+
+    name: str
+    modules: dict[str, str] = field(default_factory=dict)
+    fallback: bool = True
+    failure: Exception | None = None
+
+    def covers(self, module: str) -> bool:
+        """Say whether ``module`` is one to look at."""
+        if self.modules:
+            return module in self.modules
+        return module == self.name or module.startswith(f"{self.name}.")
+
+    def pending(self, grafted: bool) -> list[str]:
+        """Name what is still awaited: modules of upstream, or a package with nothing grafted."""
+        if self.modules:
+            return [name for name in self.modules if name not in sys.modules]
+        return [] if grafted else [self.name]
+
+    def imported(self) -> dict[str, ModuleType]:
+        """Return by name what has been imported, or is being imported."""
+        # A copy, made at once: other threads import meanwhile.
+        modules = sys.modules.copy()
+        return {name: m for name, m in modules.items() if m is not None and self.covers(name)}
+
+    def classes(self, arrived: ModuleType | None = None) -> Iterator[tuple[type, Part]]:
+        """Yield what is to be grafted in every module that is complete, as ``arrived`` is."""
+        from dinov2_attn.backbone.structure import classes_in
+
+        for name, module in self.imported().items():
+            if module is arrived or not _is_initializing(module):
+                found = dict(classes_in(module))
+                needed = self.modules.get(name)
+                if needed is not None and needed not in {part.name for part in found.values()}:
+                    raise _missing(needed, name)
+                yield from found.items()
+
+
+def _is_initializing(module: ModuleType) -> bool:
+    # What the import system itself asks; odd entries of sys.modules have no spec at all.
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _missing(part: str, module: str) -> IncompatibleUpstream:
+    return IncompatibleUpstream(
+        f"a class in {module} with the structure of upstream's {part.lower()}",
+        "none",
+        "Upstream moved or renamed them: call install(model) with a live model instead.",
+    )
+
+
+# Upstream's other modules hold attention of other people's (BEiT adapters in eval/), so for
+# upstream itself the places are named; a vendored copy is searched.
+UPSTREAM = "dinov2"
+UPSTREAM_MODULES = {
+    "dinov2.layers.attention": "ATTENTION",
+    "dinov2.layers.block": "BLOCK",
+    "dinov2.models.vision_transformer": "TRANSFORMER",
+}

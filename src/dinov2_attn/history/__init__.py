@@ -1,0 +1,1 @@
+"""Which revision of upstream a class comes from. Runs without torch."""

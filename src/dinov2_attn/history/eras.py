@@ -1,0 +1,160 @@
+"""Upstream's history as the grafts see it: which code they rely on, and since when it is so.
+
+``eras.json`` beside this file holds one entry for each era, a stretch of commits between
+which none of these functions changed, with the digests that differ from the era before.
+Upstream has no releases and never changed its version, so code is the only way to tell.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from itertools import groupby
+
+from dinov2_attn.history.digests import digests_in
+
+# By file and class, the functions whose code decides what the grafts return: those that
+# are grafted, and what they call between the tokens and the kernel. `Attention.__init__`
+# makes the projection and the scale from which weights are recomputed. The constructors of
+# blocks and models are left out: options come and go there, and what the grafts read of
+# the result is proved at install.
+ATTENTION, BLOCKS, MODELS = "attention", "blocks", "models"
+FILES = {
+    ATTENTION: "dinov2/layers/attention.py",
+    BLOCKS: "dinov2/layers/block.py",
+    MODELS: "dinov2/models/vision_transformer.py",
+}
+RELIED_ON: dict[str, dict[str, tuple[str, ...]]] = {
+    ATTENTION: {
+        "Attention": ("Attention.__init__", "Attention.forward"),
+        "MemEffAttention": ("MemEffAttention.forward",),
+    },
+    BLOCKS: {
+        "Block": ("Block.forward",),
+        "NestedTensorBlock": (
+            "NestedTensorBlock.forward",
+            "NestedTensorBlock.forward_nested",
+            "get_attn_bias_and_cat",
+            "drop_add_residual_stochastic_depth_list",
+        ),
+        "CausalAttentionBlock": ("CausalAttentionBlock.forward",),
+    },
+    MODELS: {
+        "DinoVisionTransformer": (
+            "DinoVisionTransformer.forward",
+            "DinoVisionTransformer.forward_features",
+            "DinoVisionTransformer.forward_features_list",
+            "DinoVisionTransformer.prepare_tokens_with_masks",
+            "DinoVisionTransformer.interpolate_pos_encoding",
+            "BlockChunk.forward",
+        ),
+    },
+}
+
+# Functions by name with their digests: what somebody's code was found to be.
+Code = frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One commit of upstream: seven digits of its hash and the day of its commit."""
+
+    name: str
+    date: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.date}"
+
+
+@dataclass(frozen=True)
+class Era:
+    """Commits in a row with the same code, oldest first, and the digests of that code."""
+
+    commits: tuple[Commit, ...]
+    digests: Mapping[str, str]
+
+    @property
+    def code(self) -> Code:
+        """The digests as a set that others can be compared with."""
+        return frozenset(self.digests.items())
+
+
+@cache
+def table() -> tuple[Era, ...]:
+    """Return upstream's eras, oldest first."""
+    return loads(files(__package__).joinpath("eras.json").read_text(encoding="utf-8"))
+
+
+def agreeing(code: Code) -> list[Era]:
+    """Return the eras that hold all of ``code``."""
+    return [era for era in table() if code <= era.code]
+
+
+def shared_with_nearest(code: Code) -> Code:
+    """Return what ``code`` has in common with the era that it agrees with most."""
+    return max((code & era.code for era in table()), key=len)
+
+
+def span(eras: Iterable[Era]) -> str:
+    """Name a range: ``12592a9 … 7764ea0 (2025-06-11 … 2026-06-03)``."""
+    places = sorted(table().index(era) for era in eras)
+    # A change that was reverted later leaves two ranges with a gap between them.
+    runs = groupby(enumerate(places), key=lambda item: item[1] - item[0])
+    return " or ".join(_run([table()[place] for _, place in run]) for _, run in runs)
+
+
+def propose(
+    eras: Sequence[Era], digests: Mapping[str, str], commit: str, date: str
+) -> tuple[Era, ...]:
+    """Return the eras with one more commit: in the newest one, or in an era of its own.
+
+    ``digests`` are those of ``digests_at``, ``commit`` its hash and ``date`` a day such as
+    ``2025-08-14``. ``dumps`` writes the result as the text of ``eras.json``.
+    """
+    new = Commit(commit[:7], date)
+    if eras and eras[-1].digests == digests:
+        return (*eras[:-1], Era((*eras[-1].commits, new), digests))
+    return (*eras, Era((new,), dict(digests)))
+
+
+def digests_at(read: Callable[[str], str | None]) -> dict[str, str]:
+    """Return the digests of a revision whose files ``read(path)`` returns, ``None`` if absent."""
+    digests: dict[str, str] = {}
+    for section, path in FILES.items():
+        names = [name for functions in RELIED_ON[section].values() for name in functions]
+        digests |= digests_in(read(path) or "", names)
+    return digests
+
+
+def loads(text: str) -> tuple[Era, ...]:
+    """Read eras from the text of ``eras.json``."""
+    eras: list[Era] = []
+    digests: dict[str, str] = {}
+    for entry in json.loads(text):
+        changed = {**digests, **entry["changed"]}
+        digests = {name: digest for name, digest in changed.items() if digest is not None}
+        commits = (Commit(*commit.split()) for commit in entry["commits"])
+        eras.append(Era(tuple(commits), digests))
+    return tuple(eras)
+
+
+def dumps(eras: Sequence[Era]) -> str:
+    """Write eras as the text of ``eras.json``; a function that is gone becomes ``null``."""
+    entries = []
+    before: Mapping[str, str] = {}
+    for era in eras:
+        names = sorted({*before, *era.digests})
+        changed = {n: era.digests.get(n) for n in names if before.get(n) != era.digests.get(n)}
+        entries.append({"commits": [str(commit) for commit in era.commits], "changed": changed})
+        before = era.digests
+    return json.dumps(entries, indent=1) + "\n"
+
+
+def _run(eras: Sequence[Era]) -> str:
+    first, last = eras[0].commits[0], eras[-1].commits[-1]
+    if first == last:
+        return f"{first.name} ({first.date})"
+    return f"{first.name} … {last.name} ({first.date} … {last.date})"

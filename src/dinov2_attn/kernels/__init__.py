@@ -1,0 +1,1 @@
+"""The kernel call of an attention module, xFormers included."""

@@ -1,0 +1,1 @@
+"""Attention mathematics on tensors. Knows no model."""

@@ -1,0 +1,1 @@
+"""The shipped proof: the conformance suite and `dinov2-attn verify`."""

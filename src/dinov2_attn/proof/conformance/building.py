@@ -1,0 +1,155 @@
+"""Small modules and models of the classes at hand, seeded, with parameters of order one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_attn.backbone.contract import options_of
+from dinov2_attn.backbone.structure import Part
+from dinov2_attn.proof.conformance.code import Code
+
+
+def noise(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return normal noise that depends on nothing but its arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def randomise(module: Any, seed: int) -> Any:
+    """Fill the parameters: freshly built modules attend all but evenly, which hides errors."""
+    with torch.no_grad():
+        for i, parameter in enumerate(module.parameters()):
+            values = noise(*parameter.shape, seed=seed + i)
+            parameter.requires_grad_().copy_(values / parameter.shape[-1] ** 0.5)
+    return module.eval()
+
+
+def make(cls: Any, **options: Any) -> Any:
+    """Build ``cls``, leaving out what this revision does not know yet."""
+    known = options_of(cls)
+    return cls(**{name: value for name, value in options.items() if name in known})
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One attention module and tokens for it, as numbers, so that failures print well."""
+
+    heads: int
+    head_dim: int
+    batch: int
+    length: int
+    dtype: torch.dtype = torch.float64
+    qkv_bias: bool = True
+    seed: int = 0
+
+    def __str__(self) -> str:
+        shape = f"{self.heads}x{self.head_dim}-{self.batch}x{self.length}"
+        return f"{shape}-{str(self.dtype).removeprefix('torch.')}"
+
+    def build(self, cls: type, **options: Any) -> tuple[Any, Tensor]:
+        """Return a module of ``cls`` in evaluation mode, and tokens."""
+        dim = self.heads * self.head_dim
+        module = make(cls, dim=dim, num_heads=self.heads, qkv_bias=self.qkv_bias, **options)
+        tokens = noise(self.batch, self.length, dim, seed=self.seed, dtype=self.dtype)
+        return randomise(module.double(), self.seed).to(self.dtype), tokens
+
+
+# No two numbers of a case are alike, so that mixed-up dimensions cannot hide. The last is longer
+# than any window or tile that a small one would fit into.
+ATTENTION_CASES = (
+    AttentionCase(3, 5, 2, 11, seed=7),
+    AttentionCase(2, 4, 3, 7, qkv_bias=False, seed=1),
+    AttentionCase(1, 1, 1, 2, seed=2),
+    AttentionCase(4, 3, 1, 1, seed=3),
+    AttentionCase(2, 8, 3, 17, torch.float32, seed=4),
+    AttentionCase(3, 4, 2, 9, torch.bfloat16, seed=5),
+    AttentionCase(2, 3, 1, 263, seed=6),
+)
+PLAIN = ATTENTION_CASES[0]
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One vision transformer and images for it; never square."""
+
+    depth: int = 2
+    chunks: int = 0
+    registers: int = 0
+    heads: int = 2
+    grid: tuple[int, int] = (2, 3)
+    batch: int = 2
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    patch = 2
+    side = 4  # patches along the image that the positional embedding is made for
+
+    def __str__(self) -> str:
+        rows, columns = self.grid
+        return f"depth{self.depth}-chunks{self.chunks}-reg{self.registers}-{rows}x{columns}"
+
+    def build(self, code: Code, cls: type, **options: Any) -> Any:
+        """Return a model of ``cls``, of the blocks and attention that a hub would take."""
+        block, attention = map(code.most_derived, (Part.BLOCK, Part.ATTENTION))
+        if block is not None:
+            taken = "attn_class" in options_of(block) and attention is not None
+            options["block_fn"] = partial(block, attn_class=attention) if taken else block
+        model = make(
+            cls,
+            img_size=self.side * self.patch,
+            patch_size=self.patch,
+            embed_dim=4 * self.heads,
+            depth=self.depth,
+            num_heads=self.heads,
+            mlp_ratio=2,
+            init_values=1.0,
+            block_chunks=self.chunks,
+            num_register_tokens=self.registers,
+            **options,
+        )
+        return randomise(model.double(), self.seed).to(self.dtype)
+
+    def flat(self) -> ModelCase:
+        """Return the same model without chunks."""
+        return replace(self, chunks=0)
+
+    @property
+    def patches(self) -> int:
+        """The number of patches of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """The patches as (row, column), row by row."""
+        return [(row, column) for row in range(self.grid[0]) for column in range(self.grid[1])]
+
+    @property
+    def images(self) -> Tensor:
+        """The images of the case."""
+        height, width = (cells * self.patch for cells in self.grid)
+        return noise(self.batch, 3, height, width, seed=self.seed, dtype=self.dtype)
+
+    @property
+    def masks(self) -> Tensor:
+        """Masks for the images, about half of the patches."""
+        return noise(self.batch, self.patches, seed=self.seed + 1) > 0
+
+
+MODEL_CASES = (
+    ModelCase(grid=(2, 3)),
+    ModelCase(depth=3, registers=3, heads=3, grid=(5, 2), seed=1),
+    ModelCase(depth=4, chunks=2, registers=1, grid=(1, 4), batch=3, seed=2),
+    ModelCase(depth=3, chunks=3, heads=1, grid=(3, 1), dtype=torch.float32, seed=3),
+    ModelCase(depth=2, chunks=1, registers=4, grid=(3, 7), batch=1, seed=4),
+)
+
+
+def prefix(model: Any) -> int:
+    """Return the number of tokens before the patches, from the model's own parameters."""
+    registers = getattr(model, "register_tokens", None)
+    return 1 + (0 if registers is None else registers.shape[1])

@@ -1,0 +1,102 @@
+"""Invariant 2: what comes back is the attention that the features were made of."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2_attn.proof.conformance import reference
+from dinov2_attn.proof.conformance.building import ATTENTION_CASES, PLAIN, AttentionCase, noise
+from dinov2_attn.proof.conformance.code import Code
+from dinov2_attn.proof.conformance.tolerances import assert_close, assert_same_bits
+
+
+def assert_faithful(module: Any, tokens: Tensor, weights: Tensor, output: Tensor) -> None:
+    """Fail unless ``proj(weights @ v)`` is ``output``: every wrong recipe fails it."""
+    __tracebackhide__ = True
+    made = reference.features(module, tokens, weights)
+    size = reference.size_of_terms(module, tokens)
+    assert_close(made, output, "proj(weights @ v) = features", dtype=output.dtype, size=size)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+def test_weights_times_values_projected_are_the_features(
+    grafted: Code, attention_class: type, case: AttentionCase, training: bool
+) -> None:
+    """Of the module itself, whatever its kernel."""
+    module, tokens = case.build(attention_class)
+    module.train(training)
+    assert_faithful(module, tokens, module(tokens, return_attn=True), module(tokens))
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+def test_weights_equal_a_reference_that_shares_no_code(
+    grafted: Code, attention_class: type, case: AttentionCase
+) -> None:
+    """In the dtype of the kernel, each weight."""
+    module, tokens = case.build(attention_class)
+    weights = module(tokens, return_attn=True)
+    assert weights.dtype == case.dtype
+    expected = reference.weights(module, tokens, scale=reference.scale_of(module, tokens))
+    assert_close(weights, expected, "weights = softmax(q kᵀ · scale)")
+
+
+def test_dropout_is_for_training_and_weights_are_those_before_it(
+    grafted: Code, attention_class: type
+) -> None:
+    """A kernel is told the probability itself, and told wrong drops in evaluation too."""
+    module, tokens = PLAIN.build(attention_class, attn_drop=0.5, proj_drop=0.5)
+    torch.manual_seed(0)
+    evaluated = module(tokens, return_attn=True)
+    assert_faithful(module, tokens, evaluated, module(tokens))
+    state = torch.get_rng_state()
+    trained = module.train()(tokens, return_attn=True)
+    assert_same_bits(torch.get_rng_state(), state, "the state of the random generator")
+    assert_close(trained, evaluated, "weights in training = weights in evaluation")
+
+
+def test_causal_weights_are_those_of_causal_features(grafted: Code, attention_class: Any) -> None:
+    """Positionally, as upstream's own causal block asks."""
+    module, tokens = PLAIN.build(attention_class)
+    if "is_causal" not in inspect.signature(attention_class.forward).parameters:
+        pytest.skip("this forward takes no is_causal")
+    weights = module(tokens, True, return_attn=True)
+    assert_faithful(module, tokens, weights, module(tokens, True))
+    assert_close(weights, reference.weights(module, tokens, causal=True), "causal weights")
+
+
+def test_a_dense_bias_joins_the_scores(grafted: Code, attention_class: type) -> None:
+    """Where a bias is taken without xFormers, as in several copies of the code."""
+    module, tokens = PLAIN.build(attention_class)
+    bias = noise(PLAIN.batch, PLAIN.heads, PLAIN.length, PLAIN.length, seed=1)
+    try:
+        output = module(tokens, attn_bias=bias)
+    except (TypeError, AssertionError) as error:
+        pytest.skip(f"this forward takes no bias here: {error}")
+    weights = module(tokens, attn_bias=bias, return_attn=True)
+    assert_faithful(module, tokens, weights, output)
+    assert_close(weights, reference.weights(module, tokens, bias=bias), "biased weights")
+
+
+def test_hooks_on_the_projection_have_their_say(grafted: Code, attention_class: type) -> None:
+    """Adapters and quantised layers change what the kernel sees."""
+    module, tokens = PLAIN.build(attention_class)
+    module.qkv.register_forward_hook(lambda _, __, out: out * 2)
+    assert_faithful(module, tokens, module(tokens, return_attn=True), module(tokens))
+
+
+def test_gradients_flow_through_the_weights(grafted: Code, attention_class: type) -> None:
+    """By finite differences, where grad is on; and not at all where it is off."""
+    module, tokens = PLAIN.build(attention_class)
+
+    def asked(x: Tensor) -> Any:
+        return module(x, return_attn=True)
+
+    assert torch.autograd.gradcheck(asked, (tokens.requires_grad_(),), fast_mode=True)
+    with torch.no_grad():
+        assert not asked(tokens).requires_grad

@@ -1,0 +1,71 @@
+"""The code is recognised, grafted, and put back as it was."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import dinov2_attn
+from dinov2_attn.backbone.structure import Part
+from dinov2_attn.proof.conformance.building import MODEL_CASES
+from dinov2_attn.proof.conformance.code import Code
+from dinov2_attn.proof.conformance.tolerances import assert_same_bits
+
+KEYWORDS = {
+    Part.ATTENTION: "return_attn",
+    Part.BLOCK: "return_attention",
+    Part.CAUSAL_BLOCK: "return_attention",
+    Part.TRANSFORMER: "return_attention",
+}
+
+
+def test_the_code_is_recognised_and_grafted(code: Code, refusal: str | None) -> None:
+    """The one test that fails where the plugin refuses the code; the others are skipped."""
+    if refusal is not None:
+        pytest.fail(refusal, pytrace=False)
+    with dinov2_attn.install(code.package):
+        found: dict[Part, list[Any]] = dict(code.parts)
+        for part, classes in found.items():
+            for cls in classes:
+                assert KEYWORDS[part] in inspect.signature(cls.forward).parameters, cls
+        for cls in code.classes(Part.TRANSFORMER):
+            assert hasattr(cls, "get_self_attention"), cls
+            assert hasattr(cls, "get_last_self_attention"), cls
+
+
+def test_uninstall_puts_back_the_very_same_objects(ungrafted: Code) -> None:
+    """Twice, and with a second install inside the first."""
+    classes = [cls for found in ungrafted.parts.values() for cls in found]
+    before = [dict(vars(cls)) for cls in classes]
+    for _ in range(2):
+        with dinov2_attn.install(ungrafted.package), dinov2_attn.install(ungrafted.package):
+            assert any(vars(c)["forward"] is not b["forward"] for c, b in _own(classes, before))
+        for cls, was in zip(classes, before, strict=True):
+            assert vars(cls).keys() == was.keys(), cls
+            assert all(vars(cls)[name] is value for name, value in was.items()), cls
+
+
+def test_install_draws_no_random_number(ungrafted: Code) -> None:
+    """Not even for the modules that it proves the code with."""
+    state = torch.get_rng_state()
+    with dinov2_attn.install(ungrafted.package):
+        assert_same_bits(torch.get_rng_state(), state, "the state of the random generator")
+
+
+def test_a_model_keeps_no_trace(ungrafted: Code, model_class: type) -> None:
+    """Grafts are on classes: instances, their parameters and names stay as they were."""
+    model = MODEL_CASES[0].build(ungrafted, model_class)
+    keys, attributes = list(model.state_dict()), set(vars(model))
+    with dinov2_attn.install(ungrafted.package):
+        assert list(model.state_dict()) == keys
+        assert set(vars(model)) == attributes
+
+
+def _own(
+    classes: list[type], before: list[dict[str, object]]
+) -> list[tuple[type, dict[str, object]]]:
+    """Return the classes that have a ``forward`` of their own."""
+    return [(c, b) for c, b in zip(classes, before, strict=True) if "forward" in b]

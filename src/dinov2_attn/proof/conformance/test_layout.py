@@ -1,0 +1,158 @@
+"""The order of tokens, CLS, registers, patches row by row, on grids that are not square.
+
+The weights name tokens by their place. If a copy of the code puts them elsewhere, the
+weights are right and every map made of them is wrong, transposed or off by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2_attn.backbone.contract import options_of
+from dinov2_attn.proof.conformance.building import ModelCase, prefix
+from dinov2_attn.proof.conformance.code import Code
+from dinov2_attn.proof.conformance.synthetic_models import (
+    HEAD,
+    look_at_what_is_bright,
+    mark_prefix,
+    photograph,
+)
+from dinov2_attn.proof.conformance.synthetic_models import slope as plant_slope
+from dinov2_attn.proof.conformance.tolerances import assert_close
+
+CASES = (
+    ModelCase(grid=(2, 5)),
+    ModelCase(grid=(5, 2), registers=3),
+    ModelCase(grid=(3, 4), registers=1, depth=4, chunks=2),
+)
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest, model_class: type) -> ModelCase:
+    """A grid that is not square, with registers where this copy knows them."""
+    case: ModelCase = request.param
+    if case.registers and "num_register_tokens" not in options_of(model_class):
+        pytest.skip("this model knows no registers")
+    return case
+
+
+@pytest.fixture
+def model(grafted: Code, model_class: type, case: ModelCase) -> Any:
+    """A model for the case."""
+    return case.build(grafted, model_class)
+
+
+def test_tokens_are_cls_registers_and_patches(model: Any, case: ModelCase) -> None:
+    """N = 1 + R + h·w, with R the number of register tokens that there are."""
+    tokens = model.get_last_self_attention(case.images, queries="cls").shape[-1]
+    expected = 1 + case.registers + case.patches
+    assert prefix(model) == 1 + case.registers, "expected as many register_tokens as asked for"
+    assert tokens == expected, (
+        f"expected 1 CLS + {case.registers} registers + {case.patches} patches = {expected} "
+        f"tokens; found {tokens}"
+    )
+    assert getattr(model, "num_register_tokens", 0) == case.registers
+
+
+def test_cls_comes_first_and_registers_next(model: Any, case: ModelCase) -> None:
+    """Each has a token of its own, planted, and is found again at its place."""
+    tokens = mark_prefix(model).prepare_tokens_with_masks(case.images)
+    found = [round(value) for value in tokens[0, : prefix(model), 0].tolist()]
+    expected = list(range(100, 100 + prefix(model)))
+    assert found == expected, (
+        f"expected CLS (100) and registers (101, …) first: {expected}; found {found}"
+    )
+
+
+def test_patches_follow_row_by_row(model: Any, case: ModelCase) -> None:
+    """Other pixels in one patch make another token at one place."""
+    plain = mark_prefix(model).prepare_tokens_with_masks(case.images)
+    for place, (row, column) in enumerate(case.places, prefix(model)):
+        images = case.images
+        _pixels(images, case.patch, row, column).add_(1)
+        changed = (model.prepare_tokens_with_masks(images) != plain).any(-1)
+        found = changed[0].nonzero().flatten().tolist()
+        assert found == [place], (
+            f"expected the patch of row {row}, column {column} of a grid {case.grid} at token "
+            f"{place}; found it at {found}"
+        )
+
+
+def test_masks_hide_patches_row_by_row(model: Any, case: ModelCase) -> None:
+    """True at h·row + column puts the mask token there, and nowhere else."""
+    plain = mark_prefix(model).prepare_tokens_with_masks(case.images)
+    for i in range(case.patches):
+        masks = torch.zeros(case.batch, case.patches, dtype=torch.bool)
+        masks[:, i] = True
+        changed = (model.prepare_tokens_with_masks(case.images, masks) != plain).any(-1)
+        found = changed[0].nonzero().flatten().tolist()
+        assert found == [prefix(model) + i], (
+            f"expected a mask on patch {i} to change token {prefix(model) + i}; found {found}"
+        )
+
+
+def test_the_positional_embedding_has_the_grids_rows(model: Any, case: ModelCase) -> None:
+    """Planted as the number of the row, it grows down the rows and is level along them."""
+    images = case.images
+    without = mark_prefix(model).prepare_tokens_with_masks(images)
+    added = plant_slope(model, case.side).prepare_tokens_with_masks(images) - without
+    rows = added[0, prefix(model) :, 0].detach().unflatten(0, case.grid)
+    level = (rows - rows[:, :1]).abs().max() < 1e-3
+    grows = (rows.diff(dim=0) > 1e-3).all()
+    assert level, f"expected the row's own value all along a row; found {rows.tolist()}"
+    assert grows, f"expected values that grow from row to row; found {rows.tolist()}"
+
+
+def test_a_bright_patch_is_where_the_attention_falls(model: Any, case: ModelCase) -> None:
+    """Of every token, in the head that was planted to look at what is bright."""
+    model = look_at_what_is_bright(model)
+    for place in case.places:
+        image = photograph(case.grid, place, case.patch)
+        weights = model.get_last_self_attention(image)[0, HEAD, :, prefix(model) :]
+        for row in (0, -1):  # CLS, and the last patch
+            found = divmod(int(weights[row].detach().argmax()), case.grid[1])
+            assert found == place, (
+                f"expected the attention of token {row} at patch (row, column) {place} of a "
+                f"grid {case.grid}, which is bright; found {found}"
+            )
+
+
+def test_features_are_sliced_at_the_same_places(model: Any, case: ModelCase) -> None:
+    """What the code itself calls CLS, registers and patches."""
+    features = model.forward_features(case.images)
+    whole, first = model.norm(features["x_prenorm"]), prefix(model)
+    slices = {
+        "x_norm_clstoken": whole[:, 0],
+        "x_norm_regtokens": whole[:, 1:first],
+        "x_norm_patchtokens": whole[:, first:],
+    }
+    for name, expected in slices.items():
+        if name in features:
+            assert_close(features[name], expected, name)
+
+
+@pytest.mark.parametrize("reshape", [False, True], ids=["flat", "reshaped"])
+def test_intermediate_layers_are_the_patches(model: Any, case: ModelCase, reshape: bool) -> None:
+    """Row by row as well, reshaped to the grid or not."""
+    if not hasattr(model, "get_intermediate_layers"):
+        pytest.skip("this model has no get_intermediate_layers")
+    whole = model.norm(model.forward_features(case.images)["x_prenorm"])
+    patches = whole[:, prefix(model) :]
+    (plain,) = model.get_intermediate_layers(case.images, n=1)
+    if case.registers and plain.shape[1] == case.registers + case.patches:
+        assert_close(plain, whole[:, 1:], "layers with registers")
+        pytest.skip("get_intermediate_layers keeps the registers, as upstream's did at first")
+    if not reshape:
+        assert_close(plain, patches, "the patches of the last layer")
+        return
+    (grid,) = model.get_intermediate_layers(case.images, n=1, reshape=True)
+    expected = patches.unflatten(1, case.grid).permute(0, 3, 1, 2)
+    assert_close(grid, expected, "the patches of the last layer, (B, C, h, w)")
+
+
+def _pixels(images: Tensor, size: int, row: int, column: int) -> Tensor:
+    return images.unfold(2, size, size).unfold(3, size, size)[:, :, row, column]

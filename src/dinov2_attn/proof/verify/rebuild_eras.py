@@ -1,0 +1,37 @@
+"""The table of eras, made anew from upstream's git history.
+
+    python -m dinov2_attn.proof.verify.rebuild_eras REPOSITORY > src/dinov2_attn/history/eras.json
+
+``REPOSITORY`` is a clone or whatever ``git clone`` takes. Upstream's files are read out of
+git, never imported.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from dinov2_attn.history.eras import Era, digests_at, dumps, propose
+from dinov2_attn.proof.verify.git import Repository
+
+UPSTREAM = "https://github.com/facebookresearch/dinov2"
+
+
+def rebuild(address: str | Path) -> tuple[Era, ...]:
+    """Return the eras of the history that leads to ``HEAD`` of the repository at ``address``.
+
+    Raises ``Unavailable`` where it is no git repository or does not answer.
+    """
+    eras: tuple[Era, ...] = ()
+    with tempfile.TemporaryDirectory() as scratch:
+        repository = Repository.at(str(address), Path(scratch))
+        for commit in repository.commits("all"):
+            digests = digests_at(partial(repository.read, commit))
+            eras = propose(eras, digests, commit, repository.date(commit))
+    return eras
+
+
+if __name__ == "__main__":
+    sys.stdout.write(dumps(rebuild(sys.argv[1] if len(sys.argv) > 1 else UPSTREAM)))

@@ -1,0 +1,113 @@
+"""What is told of verified revisions: a table, JSON, JUnit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+from dinov2_attn.history import eras
+from dinov2_attn.proof.verify.proof import ABSENT, COLUMNS, FAILED, PROVEN, Proof
+from dinov2_attn.proof.verify.sources import Revision
+
+
+@dataclass(frozen=True)
+class Line:
+    """A revision, its code and its proof; ``same_as`` names the one that was run for it."""
+
+    revision: Revision
+    digests: dict[str, str]
+    proof: Proof
+    same_as: str = ""
+
+    @property
+    def era(self) -> str:
+        """The era of its code."""
+        return era_of(self.digests)
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """The columns of the table."""
+        return {
+            "revision": self.revision.name,
+            "date": self.revision.date or ABSENT,
+            "era": self.era,
+            **{column: self.proof.cell(column) for column in COLUMNS},
+            "verdict": self.proof.verdict + (f" (as {self.same_as})" if self.same_as else ""),
+        }
+
+
+def era_of(digests: dict[str, str]) -> str:
+    """Name the era that holds this code, ``new`` for code of none, ``–`` for no code at all."""
+    if not digests:
+        return ABSENT
+    code = frozenset(digests.items())
+    found = [era for era in eras.table() if era.code == code]
+    return eras.span(found).partition(" (")[0] if found else "new"
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Return a Markdown table, what was not there and why, and the sum."""
+    rows = [list(line.cells.values()) for line in lines]
+    head = ["revision", "date", "era", *COLUMNS, "verdict"]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    cells = [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in (head, rule, *rows)]
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), "", *_remarks(lines)])
+
+
+def as_json(lines: Iterable[Line]) -> str:
+    """Return the table and every failure as JSON."""
+    return json.dumps(
+        [
+            {
+                **line.cells,
+                "package": line.revision.package,
+                "verdict": line.proof.verdict,
+                "same_as": line.same_as or None,
+                "reason": line.proof.reason or None,
+                "left_out": line.proof.left_out,
+                "tests": len(line.proof.cases),
+                "seconds": line.proof.seconds,
+            }
+            for line in lines
+        ],
+        indent=1,
+    )
+
+
+def as_junit(lines: Iterable[Line]) -> str:
+    """Return a JUnit report: a suite for each revision, a case for each column."""
+    root = ElementTree.Element("testsuites", name="dinov2-attn verify")
+    for line in lines:
+        suite = ElementTree.SubElement(root, "testsuite", name=line.revision.name)
+        for column in [*COLUMNS, "verdict"]:
+            case = ElementTree.SubElement(
+                suite, "testcase", classname=line.revision.name, name=column
+            )
+            cell = line.proof.verdict if column == "verdict" else line.proof.cell(column)
+            if cell == ABSENT:
+                ElementTree.SubElement(case, "skipped", message=line.proof.left_out.get(column, ""))
+            elif cell == FAILED or (column == "verdict" and cell != PROVEN):
+                ElementTree.SubElement(case, "failure", message=line.proof.reason)
+        cases = list(suite)
+        suite.set("tests", str(len(cases)))
+        suite.set("failures", str(sum(c.find("failure") is not None for c in cases)))
+        suite.set("skipped", str(sum(c.find("skipped") is not None for c in cases)))
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
+
+
+def _remarks(lines: Sequence[Line]) -> list[str]:
+    own = [line for line in lines if not line.same_as]
+    remarks = [f"{line.revision.name}: {line.proof.reason}" for line in own if line.proof.reason]
+    absent: dict[str, list[str]] = {}
+    for line in own:
+        for column, reason in line.proof.left_out.items():
+            absent.setdefault(f"{column} {ABSENT}: {reason}", []).append(line.revision.name)
+    remarks += [f"{what} ({', '.join(names)})" for what, names in absent.items()]
+    proven = sum(line.proof.verdict == PROVEN for line in lines)
+    copies = len(lines) - len(own)
+    same = f" ({len(own)} run; {copies} with the same code as another)" if copies else ""
+    return [*remarks, f"{proven} of {len(lines)} proven{same}"]

@@ -1,0 +1,150 @@
+"""What is to be verified: folders, commits, distributions on PyPI."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dinov2_attn.apps.weights.wheel import download
+from dinov2_attn.errors import InvalidInput, Unavailable
+from dinov2_attn.grafting.targets import UPSTREAM
+from dinov2_attn.proof.verify.git import Repository, is_bare
+
+# What a run of the suite depends on; the rest of a checkout is training and evaluation.
+_RELEVANT = ("dinov2/__init__.py", "dinov2/layers", "dinov2/models")
+
+PYPI = "pypi:"
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One copy of the code.
+
+    ``unpack`` returns the folder to import from; ``read`` gives the text of a file by its
+    path in a checkout; copies with the same ``content`` need one proof only.
+    """
+
+    name: str
+    date: str
+    package: str
+    content: str
+    unpack: Callable[[], Path]
+    read: Callable[[str], str | None]
+
+
+def find(source: str, package: str | None, scratch: Path) -> list[Revision]:
+    """Return what ``source`` names.
+
+    ``PATH`` (a folder or a wheel), ``GIT[@REV]`` (a path or a URL; ``@all`` for the whole
+    history of HEAD), or ``pypi:NAME==VERSION``. ``package`` is found where it is ``None``.
+    Raises ``InvalidInput`` and ``Unavailable``.
+    """
+    if source.startswith(PYPI):
+        return _on_pypi(source.removeprefix(PYPI), package, scratch)
+    path = Path(source).expanduser()
+    if path.exists() and not is_bare(path):
+        return _at_path(path, path.resolve().name, package, scratch)
+    address, revision = _split(source)
+    repository = Repository.at(address, scratch)
+    return [
+        _commit(repository, commit, package or UPSTREAM, scratch)
+        for commit in repository.commits(revision)
+    ]
+
+
+def _split(source: str) -> tuple[str, str]:
+    address, at, revision = source.rpartition("@")
+    # git@host:owner/name has an @ of its own.
+    return (address, revision) if at and ":" not in revision else (source, "HEAD")
+
+
+def _commit(repository: Repository, commit: str, package: str, scratch: Path) -> Revision:
+    def unpack() -> Path:
+        folder = scratch / commit
+        repository.unpack(commit, folder)
+        return folder
+
+    return Revision(
+        name=commit[:7],
+        date=repository.date(commit),
+        package=package,
+        content=repository.fingerprint(commit, _RELEVANT if package == UPSTREAM else ["."]),
+        unpack=unpack,
+        read=partial(repository.read, commit),
+    )
+
+
+def _at_path(path: Path, name: str, package: str | None, scratch: Path) -> list[Revision]:
+    path = path.resolve()
+    folder = path
+    if path.is_file():
+        folder = scratch / path.name
+        _unzip(path, folder)
+    packages = [package] if package else packages_in(folder)
+    return [
+        Revision(
+            name=name if len(packages) == 1 else f"{name} {package}",
+            date="",
+            package=package,
+            content=f"{path} {package}",
+            unpack=lambda: folder,
+            read=partial(_read, folder),
+        )
+        for package in packages
+    ]
+
+
+def _on_pypi(requirement: str, package: str | None, scratch: Path) -> list[Revision]:
+    name, _, version = requirement.partition("==")
+    if not name or not version:
+        raise InvalidInput(
+            f"{PYPI}NAME==VERSION", f"{PYPI}{requirement}", "Name the version to be verified."
+        )
+    folder = scratch / f"{name}-{version}"
+    folder.mkdir()
+    return _at_path(download(requirement, folder), requirement, package, scratch)
+
+
+def packages_in(folder: Path) -> list[str]:
+    """Return the packages below ``folder`` that hold a copy of DINOv2's layers.
+
+    A copy is known by a module ``attention.py`` that defines ``MemEffAttention``, or else
+    ``Attention`` beside ``block.py``, below a folder called after DINOv2.
+    """
+    modules = {
+        path.relative_to(folder): path.read_text(encoding="utf-8", errors="replace")
+        for path in folder.rglob("attention.py")
+    }
+    copies = [path for path, text in modules.items() if "class MemEffAttention" in text]
+    copies = copies or [
+        path
+        for path, text in modules.items()
+        if "class Attention" in text
+        and "dinov2" in str(path)
+        and (folder / path.parent / "block.py").is_file()
+    ]
+    if not copies:
+        raise Unavailable(
+            f"a copy of DINOv2's layers below {folder.name}",
+            f"{len(modules)} modules called attention.py, none with its classes",
+            "Name the package that holds it: --package NAME.",
+        )
+    return [".".join(path.parent.parent.parts) for path in sorted(copies)]
+
+
+def _unzip(wheel: Path, folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+    except zipfile.BadZipFile as error:
+        raise InvalidInput(
+            "a folder or a wheel", f"{wheel.name} ({error})", "Name the checkout's folder."
+        ) from error
+
+
+def _read(folder: Path, path: str) -> str | None:
+    file = folder / path
+    return file.read_text(encoding="utf-8") if file.is_file() else None

@@ -1,1 +1,0 @@
-"""What upstream is: where its code comes from, how it is recognised and proved."""

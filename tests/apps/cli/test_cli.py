@@ -1,0 +1,208 @@
+"""The program as a user meets it: files, exit status, messages, and no traceback."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dinov2_attn
+from dinov2_attn.apps.cli.main import main
+from dinov2_attn.proof.conformance.synthetic_models import HEAD
+from tests.support import upstreams
+from tests.support.bright_patch import BRIGHT, GRID
+from tests.support.subprocesses import OFFLINE, python
+from tests.support.tolerances import assert_close, assert_same_bits
+
+pytest_plugins = ["tests.support.cli_fixtures"]  # fixtures: imported, image, weights
+pytestmark = pytest.mark.usefixtures("imported")
+
+
+YELLOW = (253, 231, 36)  # the upper end of viridis
+
+
+def heatmap(*arguments):
+    return main(["heatmap", *map(str, arguments)])
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def test_the_planted_attention_arrives_in_the_pictures(image, weights, tmp_path):
+    assert heatmap(image, "-o", tmp_path / "out", "--weights", weights, "--threshold", 0.3) == 0
+
+    maps = np.load(tmp_path / "out" / "attention.npy")
+    assert maps.shape == (6, *GRID)
+    assert np.unravel_index(maps[HEAD].argmax(), GRID) == BRIGHT
+    here = (pixels(image) == 255).all(axis=-1)
+    for name in ("attn-mean.png", f"attn-head{HEAD}.png"):
+        yellow = (pixels(tmp_path / "out" / name) == YELLOW).all(axis=-1)
+        assert_same_bits(yellow, here)
+    changed = pixels(tmp_path / "out" / f"mask_th0.3_head{HEAD}.png") != pixels(image)
+    assert_same_bits(changed.any(axis=-1), here)
+
+
+@pytest.mark.parametrize(("lengths", "shape"), [([42], (42, 70)), ([28, 56], (28, 56))])
+def test_images_may_follow_the_image_size(image, tmp_path, lengths, shape):
+    arguments = ["-o", tmp_path, "--random-weights", "--image-size", *lengths, image]
+    assert heatmap(*arguments) == 0
+    assert pixels(tmp_path / "img.png").shape[:2] == shape
+
+
+@pytest.mark.parametrize("lengths", [(99999999999999999999999,), (14, 14000000)])
+def test_an_image_size_beyond_reason_is_one_line(image, tmp_path, caplog, lengths):
+    arguments = [image, "-o", tmp_path / "out", "--random-weights", "--image-size", *lengths]
+    assert heatmap(*arguments) == 1
+    assert "Give a smaller --image-size." in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_may_be_named_through_what_is_not_there(image, tmp_path):
+    assert heatmap(image, "-o", tmp_path / "nope" / ".." / "out", "--random-weights") == 0
+    assert (tmp_path / "out" / "img.png").exists()
+
+
+def test_an_interruption_is_no_traceback(image, tmp_path, monkeypatch, caplog):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dinov2_attn.apps.viz.heatmap.draw", interrupted)
+    assert heatmap(image, "-o", tmp_path / "out", "--random-weights") == 130
+    assert "interrupted" in caplog.text
+
+
+def test_random_weights_say_so_and_repeat(image, tmp_path, caplog):
+    for name in ("a", "b"):
+        assert heatmap(image, "-o", tmp_path / name, "--random-weights") == 0
+        torch.rand(1)
+    assert "RANDOM WEIGHTS" in caplog.text
+    assert len(pixels(tmp_path / "a" / "attn-mean.png")) > GRID[0] * 14
+    maps = [np.load(tmp_path / name / "attention.npy") for name in ("a", "b")]
+    assert_close(*maps)
+
+
+def test_the_random_generator_of_the_process_is_left_alone(image, tmp_path):
+    state = torch.get_rng_state()
+    heatmap(image, "-o", tmp_path, "--random-weights")
+    assert_same_bits(torch.get_rng_state(), state)
+
+
+def test_an_unreadable_image_is_reported_and_the_others_go_on(image, weights, tmp_path, caplog):
+    (tmp_path / "broken.png").write_bytes(image.read_bytes()[:60])
+    (tmp_path / "Planted.PNG").write_bytes(image.read_bytes())
+    images = [tmp_path / "broken.png", image, tmp_path, tmp_path / "Planted.PNG"]
+    status = heatmap(*images, "-o", tmp_path / "out", "--weights", weights, "--image-size", 28, 42)
+    assert status == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"planted", "Planted-2"}
+    assert pixels(tmp_path / "out" / "Planted-2" / "img.png").shape == (28, 42, 3)
+    assert f"found {tmp_path / 'broken.png'}, which cannot be read" in caplog.text
+    assert f"found {tmp_path}, which cannot be read" in caplog.text
+
+
+def test_an_output_that_cannot_be_written_is_reported(image, weights, tmp_path, caplog):
+    (tmp_path / "out").touch()
+    assert heatmap(image, "-o", tmp_path / "out", "--weights", weights) == 1
+    assert f"expected a folder that can be written at {tmp_path / 'out'}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--random-weights"], "expected an image; found none. Name one, or try --sample."),
+        (["x.png", "--weights", "absent.pth"], "checkpoint at absent.pth; found nothing. Name"),
+        (["x.png", "--device", "abacus"], "device that this torch can use; found 'abacus'"),
+        (["x.png", "--device", "meta"], "device that this torch can use; found 'meta'"),
+        (["x.png", "--patch-size", "600", "--random-weights"], "patch size from 1 to 518"),
+        (["x.png", "--repo", "absent"], "expected a checkout of upstream: a folder"),
+        (["x.png", "--patch-size", "16"], "found patch size 16. Give your own with --weights"),
+        (["x.png", "--image-size", "1", "2", "3"], "two lengths in pixels; found 1 2 3. Give N"),
+        (["x.png", "--image-size", "0"], "one or two lengths in pixels; found 0. Give N"),
+        (["--image-size", "x.png"], "one or two lengths in pixels; found x.png. Give N"),
+        (["--image-size", "28.5", "x.png"], "lengths in pixels; found 28.5 x.png. Give N"),
+    ],
+)
+def test_a_user_error_is_one_line_and_status_two(arguments, message, tmp_path, caplog):
+    assert heatmap("-o", tmp_path / "out", *arguments) == 2
+    assert message in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_registers_of_a_revision_without_them(tmp_path, caplog):
+    if upstreams.FIRST.has_registers:
+        pytest.skip("the checkout under test has registers")
+    assert heatmap("x.png", "-o", tmp_path, "--random-weights", "--registers") == 2
+    assert "Name a newer checkout with --repo PATH" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threshold", "1.5"], "expected a share in (0, 1]; found '1.5'. Try 0.6."),
+        (["--threshold", "0"], "expected a share in (0, 1]; found '0'"),
+        (["--threshold", "nan"], "expected a share in (0, 1]; found 'nan'"),
+        (["--threshold", "much"], "expected a share in (0, 1]; found 'much'"),
+        (["--patch-size", "-14"], "expected a whole number above 0; found '-14'"),
+        (["--arch", "vit_tiny"], "invalid choice: 'vit_tiny'"),
+        (["--weights", "x.pth", "--random-weights"], "not allowed with argument --weights"),
+    ],
+)
+def test_a_bad_argument_is_explained(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        heatmap("x.png", "-o", tmp_path, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_pictures_need_an_extra(monkeypatch, tmp_path, caplog):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert heatmap("--sample", "-o", tmp_path, "--random-weights") == 2
+    assert "found no tqdm in this environment. Install" in caplog.text
+    assert "pip install 'dinov2-attn[viz]'" in caplog.text
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"dinov2-attn {dinov2_attn.__version__}\n"
+
+
+# As its own process
+
+
+def test_the_sample_runs_with_nothing_else_at_hand(tmp_path):
+    arguments = ["heatmap", "--sample", "-o", "out", "--random-weights", "--image-size", "56"]
+    result = python("-m", "dinov2_attn", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    assert "dinov2-attn: warning: RANDOM WEIGHTS" in result.stderr
+    assert "xFormers" not in result.stderr
+    assert "1/1" in result.stderr
+    assert pixels(tmp_path / "out" / "img.png").shape == (56, 56, 3)
+
+
+def test_without_weights_or_network_one_line_names_the_way_out(tmp_path):
+    arguments = ["heatmap", "--sample", "-o", "out"]
+    result = python("-m", "dinov2_attn", *arguments, cwd=tmp_path, **OFFLINE, TORCH_HOME=tmp_path)
+    assert result.returncode == 2
+    *_, last = result.stderr.splitlines()
+    assert last.startswith("dinov2-attn: error: expected upstream's dinov2 code")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_does_not_wait_for_torch(tmp_path):
+    code = """
+import sys
+from dinov2_attn.apps.cli.main import main
+try:
+    main(["heatmap", "--help"])
+finally:
+    assert "torch" not in sys.modules
+"""
+    result = python("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "--threshold" in result.stdout

@@ -1,0 +1,172 @@
+"""The page in a real Chromium: every number under the cursor, with every control."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from tests.support.exploring import (
+    CORNERS,
+    HEADS,
+    NEEDS_CHROMIUM,
+    OUTLIER,
+    PREFIX,
+    assert_colours,
+    assert_reads,
+    choose,
+    click,
+    option,
+    over,
+    photo,
+    position,
+    weights,
+)
+
+pytest_plugins = ["tests.programs.open_pages"]  # fixtures: exact, shown, pages, chromium, page
+pytestmark = NEEDS_CHROMIUM
+
+# The numbers under the cursor
+
+
+def test_the_corners_of_an_image_that_is_not_square(page, exact):
+    for query, key in product(CORNERS, CORNERS):
+        choose(page, query)
+        page.hover(over(page, key))
+        assert_reads(page, position(query), position(key), weights(exact))
+        choose(page, query)  # once more: released
+        assert page.run("return document.getElementById('release').hidden")
+
+
+def test_pointing_is_enough_until_a_patch_is_held(page, shown):
+    page.hover(photo(page, (1, 2)))
+    assert page.text("token") == "patch (1, 2)"
+    assert_colours(page, weights(shown)[position((1, 2))])
+    page.hover(photo(page, (2, 1)))
+    assert page.text("token") == "patch (2, 1)"
+    page.click(photo(page, (2, 1)))
+    page.hover(photo(page, (0, 0)))
+    assert page.text("token") == "patch (2, 1)"
+    click(page, "#release")
+    page.hover(photo(page, (0, 0)))
+    assert page.text("token") == "patch (0, 0)"
+
+
+@pytest.mark.parametrize("token", range(PREFIX))
+def test_cls_and_registers_are_chosen_and_read(page, exact, shown, token):
+    click(page, f"#chips button:nth-child({token + 1})")
+    page.hover(over(page, (2, 4)))
+    assert_reads(page, token, position((2, 4)), weights(exact))
+    assert_colours(page, weights(shown)[token])
+    choose(page, (0, 4))
+    for other in range(PREFIX):
+        page.hover(page.middle(f"#cells button:nth-child({other + 1})"))
+        assert_reads(page, position((0, 4)), other, weights(exact))
+
+
+def test_the_whole_map_may_be_asked_from_the_cursor(page, exact):
+    choose(page, (0, 1))
+    page.click(over(page, (2, 3)), count=2)
+    page.hover(over(page, (1, 1)))
+    assert_reads(page, position((2, 3)), position((1, 1)), weights(exact))
+    click(page, "#cells button:nth-child(2)")
+    click(page, "#from-here")
+    page.hover(over(page, (1, 1)))
+    assert_reads(page, 1, position((1, 1)), weights(exact))
+
+
+# Controls
+
+
+def test_the_layer_slider(page, exact, shown):
+    choose(page, (2, 0))
+    page.run("document.getElementById('layer').focus()")
+    for layer in (1, 0):
+        page.press("ARROW_LEFT")
+        assert page.text("layer-value") == str(layer)
+        page.hover(over(page, (0, 4)))
+        assert_reads(page, position((2, 0)), position((0, 4)), weights(exact, layer))
+        assert_colours(page, weights(shown, layer)[position((2, 0))])
+    assert page.text("token") == "patch (2, 0)"  # the arrows were the slider's
+
+
+def test_the_head_slider_and_the_mean(page, exact, shown):
+    choose(page, (1, 1))
+    assert page.run("return document.getElementById('head').disabled")
+    click(page, "label:has(#mean)")
+    page.run("document.getElementById('head').focus()")
+    for head in range(HEADS):
+        if head:
+            page.press("ARROW_RIGHT")
+        page.hover(over(page, (0, 3)))
+        assert page.text("head-value") == str(head)
+        assert_reads(page, position((1, 1)), position((0, 3)), weights(exact, head=head))
+        assert_colours(page, weights(shown, head=head)[position((1, 1))])
+    click(page, "label:has(#mean)")
+    page.hover(over(page, (0, 3)))
+    assert page.text("head-value") == "mean"
+    assert_reads(page, position((1, 1)), position((0, 3)), weights(exact))
+
+
+def test_row_and_column(page, exact, shown):
+    choose(page, (0, 2))
+    click(page, option("column", on=True))
+    page.hover(over(page, (2, 3)))
+    assert page.text("token-role") == "Key"
+    assert_reads(page, position((2, 3)), position((0, 2)), weights(exact))
+    assert_colours(page, weights(shown)[:, position((0, 2))])
+    page.hover(page.middle("#cells button:nth-child(3)"))
+    assert_reads(page, 2, position((0, 2)), weights(exact))
+    total = weights(exact)[:, position((0, 2))].sum()
+    assert f"gets {total:.3g} in all" in page.text("caption")
+    click(page, option("column", on=False))
+    page.hover(over(page, (2, 3)))
+    assert page.text("token-role") == "Query"
+    assert_reads(page, position((0, 2)), position((2, 3)), weights(exact))
+    held = 100 * weights(shown)[position((0, 2)), :PREFIX].sum()
+    assert page.text("caption").endswith(f"CLS and registers hold {held:.1f} %")
+
+
+def test_linear_and_log(page, exact, shown):
+    choose(page, (2, 2))
+    line = weights(shown)[position((2, 2))]
+    click(page, option("log", on=True))
+    assert_colours(page, line, log=True)
+    page.hover(over(page, (0, 0)))
+    assert_reads(page, position((2, 2)), position((0, 0)), weights(exact))
+    click(page, option("log", on=False))
+    assert_colours(page, line)
+
+
+def test_limits_of_the_map_and_shared(page, shown):
+    choose(page, (2, 2))
+    heads = np.stack([weights(shown, head=head)[position((2, 2))] for head in range(HEADS)])
+    click(page, option("shared", on=True))
+    limits = heads[:, PREFIX:].min(), heads[:, PREFIX:].max()
+    assert_colours(page, weights(shown)[position((2, 2))], limits=limits)
+    click(page, "label:has(#mean)")
+    assert_colours(page, heads[0], limits=limits)
+    click(page, option("shared", on=False))
+    assert_colours(page, heads[0])
+
+
+def test_outliers_are_marked_or_not(page):
+    marks = "return [...document.querySelectorAll('.outlier')].map((mark) => [mark.x.baseVal.value,"
+    marks += " mark.y.baseVal.value, mark.getBoundingClientRect().width > 0])"
+    row, column = OUTLIER
+    assert page.run(marks) == [[column, row, True]] * 2
+    page.hover(over(page, OUTLIER))
+    assert page.text("cursor") == "patch (1, 3), outlier"
+    assert "norm above 151.2 after layer 2" in page.text("outliers-found")
+    click(page, "label:has(#outliers)")
+    assert page.run(marks) == [[column, row, False]] * 2
+
+
+def test_the_map_fades(page):
+    opacity = "return getComputedStyle(document.querySelector('#map canvas')).opacity"
+    assert page.run(opacity) == "0.75"
+    page.run("document.getElementById('opacity').focus()")
+    page.press("HOME")
+    assert page.run(opacity) == "0"
+    assert page.text("opacity-value") == "0 %"

@@ -1,0 +1,256 @@
+"""What a model cannot take is refused before anything runs: expected, found, what to do."""
+
+from __future__ import annotations
+
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import dinov2_attn
+from tests.support import upstreams
+from tests.support.strategies import noise
+
+IMAGES = noise(2, 3, 4, 6, seed=0)  # patch size 2: a grid of 2 × 3
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0
+    )
+
+
+BAD_IMAGES = {
+    "three dimensions": (
+        IMAGES[0],
+        r"\(B, C, H, W\).*; found a float32 tensor of shape \(3, 4, 6\)",
+    ),
+    "integers": (IMAGES.byte(), r"floating tensor.*; found a uint8 tensor.*images\.float\(\)"),
+    "an array": (IMAGES.numpy(), r"floating tensor.*; found ndarray"),
+    "a generator": ((x for x in [IMAGES]), r"floating tensor.*; found generator"),
+    "nothing": (None, r"floating tensor.*; found NoneType"),
+    "four channels": (noise(1, 4, 4, 4, seed=0), r"3 channels.*; found .*\(1, 4, 4, 4\)"),
+    "channels last": (IMAGES.permute(0, 2, 3, 1), r"3 channels.*; found .*\(2, 4, 6, 3\)"),
+    "height off": (noise(1, 3, 5, 4, seed=0), r"multiples of the patch size 2 × 2; found 5 × 4"),
+    "width off": (noise(1, 3, 4, 7, seed=0), r"patch size 2 × 2; found 4 × 7\. Crop"),
+    "no pixel": (noise(1, 3, 0, 4, seed=0), r"patch size 2 × 2; found 0 × 4"),
+    "empty list": ([], r"at least one tensor; found an empty list"),
+    "bad list": ([IMAGES, IMAGES[0]], r"found a float32 tensor of shape \(3, 4, 6\)"),
+}
+
+
+@pytest.mark.parametrize(("images", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_images_that_cannot_be(model, images, message):
+    for ask in (model.get_last_self_attention, model.get_self_attention):
+        with pytest.raises(dinov2_attn.InvalidInput, match=message):
+            ask(images)
+    for ask in (model, model.forward_features):
+        with pytest.raises(dinov2_attn.InvalidInput, match=message):
+            ask(images, return_attention=True)
+
+
+BAD_MASKS = {
+    "another grid": (torch.zeros(2, 5, dtype=torch.bool), r"\(2, 6\).*; found a bool tensor of"),
+    "another batch": (torch.zeros(3, 6, dtype=torch.bool), r"\(2, 6\).*; found a bool .*\(3, 6\)"),
+    "a grid": (torch.zeros(2, 2, 3, dtype=torch.bool), r"Flatten the mask grid row by row"),
+    "floats": (torch.zeros(2, 6), r"boolean tensor.*; found a float32 tensor.*masks\.bool\(\)"),
+    "a list": ([None, None], r"found list"),
+}
+
+
+@pytest.mark.parametrize(("masks", "message"), BAD_MASKS.values(), ids=BAD_MASKS)
+def test_masks_that_cannot_be(model, masks, message):
+    with pytest.raises(dinov2_attn.InvalidInput, match=message):
+        model.get_last_self_attention(IMAGES, masks)
+
+
+@pytest.mark.parametrize("masks", [[None], torch.zeros(2, 6, dtype=torch.bool)])
+def test_masks_of_a_list_are_counted(model, masks):
+    with pytest.raises(dinov2_attn.InvalidInput, match="list of 3 masks, one for each tensor"):
+        model.get_self_attention([IMAGES] * 3, masks=masks)
+
+
+BAD_LAYERS = {
+    "too many": (3, dinov2_attn.OutOfRange, r"between 0 and 2; found 3"),
+    "negative": (-1, dinov2_attn.OutOfRange, r"between 0 and 2; found -1"),
+    "beyond": ([0, 2], dinov2_attn.OutOfRange, r"between -2 and 1, there being 2; found 2\."),
+    "before": ([-3], dinov2_attn.OutOfRange, r"found -3"),
+    "a word": ("last", dinov2_attn.InvalidInput, r"expected blocks as whole numbers; found 'l'"),
+    "a generator": ((i for i in [0]), dinov2_attn.InvalidInput, r"found <generator"),
+    "a set": ({0}, dinov2_attn.InvalidInput, r"whole numbers; found \{0\} of type set"),
+    "a fraction": (
+        1.5,
+        dinov2_attn.InvalidInput,
+        r"expected n, the blocks to take, as whole numbers; found 1\.5 of type float",
+    ),
+}
+
+
+@pytest.mark.parametrize(("n", "error", "message"), BAD_LAYERS.values(), ids=BAD_LAYERS)
+def test_layers_that_are_not_there(model, n, error, message):
+    with pytest.raises(error, match=message):
+        model.get_self_attention(IMAGES, n)
+
+
+@pytest.mark.parametrize("queries", [7, -8, [0, 99], "class"])
+def test_queries_that_are_not_there(model, queries):
+    with pytest.raises(dinov2_attn.InvalidInput, match="expected .*; found "):
+        model.get_last_self_attention(IMAGES, queries=queries)
+
+
+def test_nothing_runs_before_the_refusal(model):
+    ran = []
+    hook = model.patch_embed.register_forward_pre_hook(lambda *_: ran.append(1))
+    for options in ({"queries": "class"}, {"heads": "max"}, {"queries": [0, 99]}):
+        for ask in (
+            model.get_self_attention,
+            partial(model, return_attention=True),
+            partial(model.forward_features, return_attention=True),
+        ):
+            with pytest.raises(dinov2_attn.InvalidInput):
+                ask(IMAGES, **options)
+    with pytest.raises(dinov2_attn.InvalidInput):
+        model.get_self_attention(IMAGES, n=9)
+    hook.remove()
+    assert ran == []
+
+
+def test_every_row_that_a_model_has_may_be_asked_and_no_other(models):
+    options = {"num_register_tokens": 3} if models.has_registers else {}
+    model = models.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1, block_chunks=0, **options
+    )
+    rows = 1 + sum(options.values()) + 6
+    for query in (rows - 1, -rows):
+        assert model.get_last_self_attention(IMAGES, queries=query).shape == (2, 1, 1, rows)
+    ran = []
+    model.patch_embed.register_forward_pre_hook(lambda *_: ran.append(1))
+    for query in (rows, -rows - 1):
+        with pytest.raises(dinov2_attn.OutOfRange, match=f"there being {rows} tokens"):
+            model.get_last_self_attention(IMAGES, queries=query)
+    assert ran == []
+
+
+def test_patches_may_be_oblong(grafted):
+    """A pair is height and width: upstream takes it, for images of the size trained at."""
+    model = grafted.cls("DinoVisionTransformer")(
+        img_size=8, patch_size=(2, 4), embed_dim=4, depth=1, num_heads=1, block_chunks=0
+    )
+    images = noise(1, 3, 8, 8, seed=0)
+    assert model.get_last_self_attention(images, queries=[8, -9]).shape == (1, 1, 2, 9)
+    with pytest.raises(dinov2_attn.InvalidInput, match="patch size 2 × 4; found 8 × 6"):
+        model.get_last_self_attention(images[..., :6])
+
+
+def test_nan_images_flow_through(model):
+    images = IMAGES.clone()
+    images[0, 0, 0, 0] = float("nan")
+    weights = model.get_last_self_attention(images)
+    assert weights[0].isnan().any()
+    assert not weights[1].isnan().any()
+
+
+def test_a_module_that_was_never_grafted_says_so(models):
+    """A model may hold blocks of the user's own, which its package does not know."""
+
+    class Block(models.cls("NestedTensorBlock")):
+        def forward(self, x):
+            return super().forward(x)
+
+    model = models.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0
+    )
+    model.blocks[1] = Block(4, num_heads=1)
+    with pytest.raises(dinov2_attn.NotGrafted, match=r"Block, whose forward was never.*install\("):
+        model.get_last_self_attention(IMAGES)
+    with dinov2_attn.install(model):
+        assert len(model.get_self_attention(IMAGES)) == 2
+
+    model.blocks[1] = nn.Identity()
+    assert len(model.get_self_attention(IMAGES)) == 1  # chunks are padded with these
+
+    model.blocks[1] = models.cls("NestedTensorBlock")(4, num_heads=1)
+    model.blocks[1].attn = nn.Linear(4, 4)
+    with pytest.raises(dinov2_attn.NotGrafted, match="Linear, whose forward was never grafted"):
+        model.get_last_self_attention(IMAGES)
+    with pytest.raises(dinov2_attn.NotGrafted):
+        model(IMAGES, return_attention=True)
+
+
+def test_too_many_positional_arguments_are_refused(layers):
+    """UPSTREAM trap 2: what a hand-patched call passes by position lands nowhere by accident."""
+    module = layers.attentions[1](4, num_heads=1)
+    with pytest.raises(dinov2_attn.InvalidInput, match="positional arguments.*; found 4"):
+        module(noise(1, 3, 4, seed=0), None, None, True, return_attn=True)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda b, x: b(return_attention=True), lambda b, x: b(x, pos=1, return_attention=True)]
+)
+def test_a_block_takes_tokens_and_nothing_else(layers, call):
+    block = layers.cls("Block")(4, num_heads=1)
+    with pytest.raises(
+        dinov2_attn.InvalidInput,
+        match=r"tokens of a block.*; found nothing|x, queries.*; found pos",
+    ):
+        call(block, noise(1, 3, 4, seed=0))
+
+
+def test_a_bias_of_unknown_kind_is_named():
+    with dinov2_attn.install(upstreams.MOGE.package):
+        module = upstreams.MOGE.cls("Attention")(4, num_heads=1)
+        with pytest.raises(
+            dinov2_attn.InvalidInput, match=r"dense tensor.*; found .*builtins\.dict"
+        ):
+            module(noise(1, 3, 4, seed=0), {}, return_attn=True)
+
+
+def test_a_bias_that_upstream_would_refuse_is_refused(models):
+    """Without xFormers ``MemEffAttention`` has no kernel that takes one."""
+    module, tokens = models.attentions[1](4, num_heads=1), noise(1, 3, 4, seed=0)
+    with pytest.raises(AssertionError):
+        module(tokens, attn_bias=noise(3, 3, seed=0))
+    with pytest.raises(
+        dinov2_attn.InvalidInput, match="XFORMERS_AVAILABLE is true; found one of type"
+    ):
+        module(tokens, attn_bias=noise(3, 3, seed=0), return_attn=True)
+
+
+def test_arguments_that_a_class_does_not_have_are_refused():
+    upstream = upstreams.DEPTH_ANYTHING
+    with dinov2_attn.install(upstream.package):
+        module, tokens = upstream.attentions[0](4, num_heads=1), noise(1, 3, 4, seed=0)
+        for name in ("attn_bias", "is_causal", "pos"):
+            with pytest.raises(dinov2_attn.InvalidInput, match=f"arguments x, queries.*{name}"):
+                module(tokens, **{name: None}, return_attn=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        ("x", "str"),
+        (None, "NoneType"),
+        (noise(3, 4, seed=0), r"\(3, 4\)"),
+        ((noise(1, 3, 4, seed=0),), "tuple"),
+    ],
+)
+def test_tokens_that_are_none_are_refused(layers, tokens, found):
+    for ask in (
+        lambda t: layers.cls("Block")(4, num_heads=1)(t, return_attention=True),
+        lambda t: layers.attentions[1](4, num_heads=1)(t, return_attn=True),
+    ):
+        words = rf"tensor of shape \(B, N, C\).*; found {found}\."
+        with pytest.raises(dinov2_attn.InvalidInput, match=words):
+            ask(tokens)
+
+
+def test_errors_survive_pickling():
+    """They cross process boundaries, out of data loader workers for instance."""
+    error = dinov2_attn.OutOfRange("one", "two", "Three.")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) == "expected one; found two. Three."
+    assert isinstance(again, ValueError)
+    assert isinstance(again, IndexError)

@@ -1,0 +1,551 @@
+"""Captioned pictures: the colour of each patch, marks, captions; numbers and not only files."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from dinov2_attn import artifact_tokens, attention_maps, record, viz
+from dinov2_attn.apps.viz.banner import NO_MEANING
+from dinov2_attn.apps.viz.colours import heaviest
+from dinov2_attn.apps.viz.rows import look
+from dinov2_attn.apps.viz.style import GREY
+from dinov2_attn.apps.viz.tokens import position_of, read_token
+from dinov2_attn.backbone.structure import Part, part_of_module
+from dinov2_attn.errors import InvalidInput, OutOfRange
+from dinov2_attn.math.selection import name_token
+from tests.support import reference
+from tests.support.figure_probes import (
+    Drawn,
+    artifacts_at,
+    caption_of,
+    maps_on,
+    photograph_on,
+    viridis,
+    words_of,
+)
+from tests.support.recordings import IMAGES, build
+from tests.support.strategies import ModelCase
+from tests.support.tolerances import assert_close, assert_same_bits
+
+GRID = (3, 5)
+RED, WHITE = (230, 13, 13), (255, 255, 255)
+grids = st.tuples(st.integers(1, 6), st.integers(1, 6))
+EVERY = {"heads": viz.plot_heads, "layers": viz.plot_layers}
+
+
+def drawn_values(maps, layer=-1):
+    """Mean and heads of a layer, (1 + heads, h, w)."""
+    each = maps.maps()[layer][0, :, 0].numpy()
+    return np.concatenate([each.mean(0, keepdims=True), each])
+
+
+# Colours
+
+
+@settings(max_examples=12)
+@given(grid=grids, registers=st.integers(0, 4), log=st.booleans(), seed=st.integers(0, 99))
+def test_each_patch_has_the_colour_of_its_value_on_the_one_scale_of_all_heads(
+    grid, registers, log, seed
+):
+    assume(grid != (1, 1))
+    maps = maps_on(grid, registers=registers, seed=seed)
+    drawn = Drawn(viz.plot_heads(maps, style=viz.Style(log=log)))
+    values = drawn_values(maps)
+    low, high = values.min(), values.max()
+    expected = viridis(values, max(low, high / 1e4) if log else low, high, log=log)
+    assert len(drawn.cells) == 4
+    for cell in range(4):
+        assert np.abs(drawn.middles(cell, grid) - expected[cell]).max() <= 3
+
+
+def test_the_colour_bar_names_the_limits():
+    maps = maps_on(GRID)
+    values = drawn_values(maps)
+    figure = viz.plot_heads(maps)
+    labels = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert labels[0] == f"{100 * values.min():.3g} %"
+    assert labels[-1] == f"{100 * values.max():.3g} %"
+    bar = Drawn(figure).pixels
+    box = figure.axes[1].get_window_extent()
+    x = int((box.x0 + box.x1) / 2)
+    top, bottom = len(bar) - int(box.y1) + 3, len(bar) - int(box.y0) - 4
+    assert np.abs(bar[top, x] - viridis(1.0, 0, 1)).max() < 8
+    assert np.abs(bar[bottom, x] - viridis(0.0, 0, 1)).max() < 8
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_limit_next_to_nothing_is_nought_on_a_linear_bar(log):
+    maps = maps_on(GRID)
+    maps.weights[-1][..., 3] = 1e-12
+    bar = viz.plot_heads(maps, style=viz.Style(log=log)).axes[1]
+    least = bar.get_yticklabels()[0].get_text()
+    assert (least == "0 %") is not log
+
+
+def test_layers_by_heads_have_one_scale_and_their_place():
+    maps = maps_on(GRID, layers=4, registers=2)
+    drawn = Drawn(viz.plot_layers(maps))
+    values = np.stack([drawn_values(maps, layer) for layer in range(4)])
+    expected = viridis(values, values.min(), values.max()).reshape(16, *GRID, 3)
+    for cell in range(16):
+        assert np.abs(drawn.middles(cell, GRID) - expected[cell]).max() <= 3
+    # One layer to a row, below one another.
+    xs, ys = (sorted({corner[axis] for corner in drawn.cells}) for axis in (0, 1))
+    assert (len(xs), len(ys)) == (4, 4)
+    assert drawn.cells == [(x, y) for y in ys for x in xs]
+    words = words_of(drawn.figure)
+    for layer, mass in enumerate(maps.prefix_mass()):
+        assert f"layer {layer}\n{100 * float(mass[0, :, 0].mean()):.1f} %" in words
+
+
+def test_one_map_alone_is_scaled_by_itself():
+    maps = maps_on(GRID, layers=3)
+    ax = viz.plot(maps, layer=1, head=2)
+    values = maps.maps()[1][0, 2, 0].numpy()
+    drawn = Drawn(ax.figure)
+    assert np.abs(drawn.middles(0, GRID) - viridis(values, values.min(), values.max())).max() <= 3
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_constant_map_has_the_lowest_colour(log):
+    maps = maps_on((1, 1), heads=1)
+    drawn = Drawn(viz.plot(maps, style=viz.Style(log=log)).figure)
+    assert np.abs(drawn.at(0, 0, 0) - viridis(0.0, 0, 1)).max() <= 2
+
+
+def test_a_logarithmic_scale_has_four_decades():
+    maps = maps_on((2, 3), heads=1, layers=1)
+    maps.weights[0][..., 3] = 1e-30
+    bar = viz.plot(maps, style=viz.Style(log=True)).figure.axes[1]
+    high = float(maps.maps()[0].max())
+    assert bar.get_ylim() == pytest.approx((high / 1e4, high))
+
+
+def test_nought_and_nan_do_no_harm():
+    maps = maps_on((2, 3), heads=1, layers=1)
+    maps.weights[0][..., 2], maps.weights[0][..., 4] = 0, math.nan
+    for log in (False, True):
+        drawn = Drawn(viz.plot(maps, head=0, style=viz.Style(log=log)).figure)
+        assert np.abs(drawn.at(0, 0, 1) - viridis(0.0, 0, 1)).max() <= 2
+        assert (drawn.at(0, 1, 0) == 0).all()
+    maps.weights[0].fill_(math.nan)
+    assert (Drawn(viz.plot(maps).figure).at(0, 1, 2) == 0).all()
+
+
+@given(alpha=st.floats(0.1, 1), grid=grids)
+@settings(max_examples=8)
+def test_an_overlay_is_so_much_of_the_map_over_the_photograph(alpha, grid):
+    assume(grid != (1, 1))
+    maps, photograph = maps_on(grid), photograph_on(grid)
+    ax = viz.plot(maps, image=photograph, style=viz.Style(alpha=alpha))
+    values = drawn_values(maps)[0]
+    colours = viridis(values, values.min(), values.max())
+    expected = alpha * colours + (1 - alpha) * photograph[7::14, 7::14]
+    assert np.abs(Drawn(ax.figure).middles(0, grid) - expected).max() <= 4
+
+
+def test_between_patches_a_bilinear_map_is_between_their_values():
+    maps = maps_on((1, 2), heads=1)
+    style = viz.Style(interpolation="bilinear")
+    drawn = Drawn(viz.plot(maps, style=style).figure)
+    values = maps.maps()[-1][0, 0, 0].numpy()
+    for share in (0.0, 0.25, 0.5, 0.9):
+        value = (1 - share) * values[0, 0] + share * values[0, 1]
+        expected = viridis(value, values.min(), values.max())
+        assert np.abs(drawn.at(0, 0, share) - expected).max() <= 8
+    steps = Drawn(viz.plot(maps).figure)
+    assert_same_bits(steps.at(0, 0, 0.25), steps.at(0, 0, 0))
+
+
+@settings(max_examples=10)
+@given(grid=grids, share=st.floats(0.1, 1))
+def test_masks_stain_the_patches_that_keep_the_mass(grid, share):
+    maps, photograph = maps_on(grid), photograph_on(grid)
+    drawn = Drawn(viz.plot_masks(maps, share, image=photograph))
+    plain = photograph[7::14, 7::14].astype(int)
+    assert np.abs(drawn.middles(0, grid) - plain).max() <= 2
+    for cell, values in enumerate(drawn_values(maps), start=1):
+        kept = heaviest(values, share)
+        expected = np.where(kept[..., None], (plain + np.array((255, 0, 0))) / 2, plain)
+        assert np.abs(drawn.middles(cell, grid) - expected).max() <= 3
+        assert any(text.endswith(f"· {100 * kept.mean():.1f} %") for text in words_of(drawn.figure))
+
+
+# Marks
+
+
+@settings(max_examples=12)
+@given(grid=st.tuples(st.integers(2, 6), st.integers(2, 6)), data=st.data())
+def test_the_query_is_framed_where_it_is(grid, data):
+    assume(grid[0] != grid[1])
+    row = data.draw(st.integers(0, grid[0] - 1))
+    column = data.draw(st.integers(0, grid[1] - 1))
+    registers = data.draw(st.integers(0, 2))
+    position = 1 + registers + row * grid[1] + column
+    maps = maps_on(grid, registers=registers, queries=(0, position))
+    ax = viz.plot(maps, query=(row, column))
+    assert Drawn(ax.figure).frames(0, grid, WHITE) == {(row, column)}
+    assert f"query patch ({row}, {column})" in caption_of(ax.figure)
+    heads = Drawn(viz.plot_heads(maps, query=(row, column), image=photograph_on(grid) // 2))
+    for cell in range(5):
+        assert heads.frames(cell, grid, WHITE) == {(row, column)}
+    assert not Drawn(viz.plot(maps).figure).frames(0, grid, WHITE)
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (5, 2)])
+@pytest.mark.parametrize("draw", EVERY.values(), ids=EVERY)
+def test_outliers_are_framed_in_red_and_nothing_else_is(draw, grid):
+    places = {(0, grid[1] - 1), (2, 0)}
+    drawn = Drawn(draw(maps_on(grid), artifacts=artifacts_at(grid, *places)))
+    for cell in range(len(drawn.cells)):
+        assert drawn.frames(cell, grid, RED) == places
+    none = Drawn(draw(maps_on(grid), artifacts=artifacts_at(grid)))
+    assert not none.frames(0, grid, RED)
+
+
+def planted():
+    """One patch that outshines all others, and is an artifact."""
+    maps = maps_on(GRID)
+    for weights in maps.weights:
+        weights[..., 1 + 1 * GRID[1] + 3] = 0.9
+    return maps, artifacts_at(GRID, (1, 3))
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@pytest.mark.parametrize("draw", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("outliers", ["clip", "mask"])
+def test_clipped_and_masked_outliers_leave_the_scale_to_the_others(draw, outliers, interpolation):
+    maps, artifacts = planted()
+    style = viz.Style(outliers=outliers, interpolation=interpolation)
+    drawn = Drawn(draw(maps, artifacts=artifacts, style=style))
+    layers = range(len(maps.layers)) if draw is viz.plot_layers else [-1]
+    values = np.concatenate([drawn_values(maps, layer) for layer in layers])
+    others = np.ones(GRID, dtype=bool)
+    others[1, 3] = False
+    expected = viridis(values, values[:, others].min(), values[:, others].max())
+    expected[:, 1, 3] = np.multiply(GREY[:3], 255) if outliers == "mask" else viridis(1.0, 0, 1)
+    for cell, colours in enumerate(expected):
+        # In a bilinear map the pixel of a middle is not quite its middle.
+        tolerance = 3 if interpolation == "nearest" else 25
+        assert np.abs(drawn.middles(cell, GRID) - colours).max() <= tolerance
+        assert not drawn.frames(cell, GRID, RED)
+    if outliers == "mask":  # all of the patch and nothing beyond it
+        grey = expected[0, 1, 3]
+        for row, column in ((0.55, 2.55), (1.45, 3.45)):
+            assert np.abs(drawn.at(0, row, column) - grey).max() <= 2
+        for row, column in ((0.4, 3), (1.6, 3), (1, 2.4), (1, 3.6)):
+            assert np.abs(drawn.at(0, row, column) - grey).max() > 20
+        if interpolation == "bilinear":  # what was masked does not shine into its neighbour
+            low = values[:, others].min()
+            mixed = viridis(0.6 * values[0, 1, 2] + 0.4 * low, low, values[:, others].max())
+            assert np.abs(drawn.at(0, 1, 2.4) - mixed).max() <= 25
+    elif interpolation == "nearest":
+        bar = drawn.figure.axes[1]
+        assert bar.get_ylim()[1] == pytest.approx(values[:, others].max())
+
+
+def test_outliers_may_be_shown_like_all_others():
+    maps, artifacts = planted()
+    style = viz.Style(outliers="none")
+    ours = Drawn(viz.plot_heads(maps, artifacts=artifacts, style=style))
+    plain = Drawn(viz.plot_heads(maps))
+    for cell in range(4):
+        assert_same_bits(ours.middles(cell, GRID), plain.middles(cell, GRID))
+    assert "1 patch shown like all others" in caption_of(ours.figure)
+
+
+def test_where_every_patch_is_an_outlier_all_are_scaled():
+    maps = maps_on((1, 2))
+    artifacts = artifacts_at((1, 2), (0, 0), (0, 1))
+    drawn = Drawn(viz.plot(maps, artifacts=artifacts, style=viz.Style(outliers="clip")).figure)
+    values = drawn_values(maps)[0]
+    expected = viridis(values, values.min(), values.max())
+    assert np.abs(drawn.middles(0, (1, 2)) - expected).max() <= 3
+
+
+# Captions
+
+
+CASE = ModelCase(
+    depth=3, chunks=0, registers=2, heads=3, grid=(3, 5), batch=2, dtype=torch.float64, seed=5
+)
+
+
+def by_definition(model, images):
+    """The weights of each layer in upstream's own pass, from the reference."""
+    attentions = [m for m in model.modules() if part_of_module(m) is Part.ATTENTION]
+    seen = []
+    hooks = [m.register_forward_pre_hook(lambda _, a: seen.append(a[0])) for m in attentions]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return [reference.weights(*pair) for pair in zip(attentions, seen, strict=True)]
+
+
+@pytest.mark.filterwarnings("ignore:more than 10%")
+@pytest.mark.parametrize("query", ["cls", "register:2", (2, 1)])
+def test_a_caption_holds_the_numbers_of_the_reference(models, query):
+    if query == "register:2" and not models.has_registers:
+        pytest.skip("this copy has no registers: the others run with two, and this with CLS")
+    model, prefix = CASE.build(models), CASE.prefix(models)
+    images = CASE.images
+    position = position_of(query, prefix, CASE.grid)
+    maps = attention_maps(model, images, queries=[0, position])
+    artifacts = artifact_tokens(model, images, 1, deviations=0.1, floor=1.01)
+    weights = by_definition(model, images)
+    row = weights[1][1, :, position]
+    held, outlying = row[:, :prefix].sum(-1), artifacts.mask[1].flatten()
+    assert outlying.any()
+    figure = viz.plot_heads(
+        maps, layer=1, query=query, sample=1, artifacts=artifacts, name="some model"
+    )
+    caption = caption_of(figure)
+    name = name_token(position, prefix, CASE.grid)
+    assert caption.startswith(f"some model · layer 1 · each head · query {name}")
+    assert f"{100 * float(held.mean()):.1f} % of the attention, mean of heads" in caption
+    assert f"norm after layer 1 above {float(artifacts.threshold[1]):.4g}" in caption
+    of_outliers = row.mean(0)[prefix:][outlying].sum()
+    assert f"holding {100 * float(of_outliers):.1f} % of the attention" in caption
+    assert f"{int(outlying.sum())} patch" in caption
+    words = words_of(figure)
+    for head in range(3):
+        assert f"head {head} · {100 * float(held[head]):.1f} %" in words
+    single = caption_of(viz.plot(maps, layer=1, query=query, sample=1, head=2).figure)
+    assert single.startswith(f"layer 1 · head 2 · query {name}")
+    assert f"{100 * float(held[2]):.1f} % of the attention." in single
+    registers = "CLS and 2 registers hold" if models.has_registers else "CLS holds"
+    assert registers in single
+
+
+@pytest.mark.parametrize(
+    ("style", "words"),
+    [
+        ({}, "Outliers: 2 patches marked by red squares (norm after layer 7 above 151.2)"),
+        ({"outliers": "clip"}, "2 patches left out of the colours' limits"),
+        ({"outliers": "mask"}, "2 patches masked in grey"),
+        ({"log": True}, "Logarithmic colours, 4 decades at most."),
+    ],
+)
+def test_a_caption_says_what_became_of_outliers(style, words):
+    artifacts = artifacts_at(GRID, (0, 0), (2, 4))
+    maps = maps_on(GRID)
+    for draw in EVERY.values():
+        assert words in caption_of(draw(maps, artifacts=artifacts, style=viz.Style(**style)))
+        assert "Outliers: not looked for." in caption_of(draw(maps))
+        none = caption_of(draw(maps, artifacts=artifacts_at(GRID)))
+        assert "Outliers: none (no norm after layer 7 above 151.2)" in none
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        viz.plot_heads,
+        viz.plot_layers,
+        lambda maps, **options: viz.plot(maps, **options).figure,
+        lambda maps, **options: viz.plot_masks(
+            maps, 0.5, image=photograph_on(maps.grid), **options
+        ),
+    ],
+)
+@settings(max_examples=8)
+@given(
+    grid=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    heads=st.integers(1, 8),
+    name=st.one_of(
+        st.sampled_from(
+            ["$x$_\\frac", "漢字🙂\n\x00\u202e", "a" * 300, "i" * 300, "weights of mine " * 20]
+        ),
+        st.text(max_size=20),
+    ),
+)
+def test_all_words_stand_inside_of_the_picture_and_patches_are_square(draw, grid, heads, name):
+    maps = maps_on(grid, heads=heads)
+    figure = draw(maps, name=name, warning=NO_MEANING)
+    figure.canvas.draw()
+    width, height = figure.bbox.size
+    for text in figure.findobj(Text):
+        if text.get_text() and text.get_visible():
+            box = text.get_window_extent()
+            assert box.x0 >= 0
+            assert box.y0 >= 0
+            assert box.x1 <= width + 0.5, text.get_text()
+            assert box.y1 <= height + 0.5
+    (x0, y0), (x1, y1) = figure.axes[0].transData.transform([(0, 0), (1, 1)])
+    assert abs(x1 - x0) == pytest.approx(abs(y1 - y0), rel=1e-3)
+    assert max(figure.get_size_inches()) < 20
+    assert NO_MEANING in caption_of(figure)
+
+
+@settings(max_examples=6)
+@given(grid=st.tuples(st.integers(1, 30), st.integers(1, 4)), heads=st.integers(1, 13))
+@example(grid=(30, 1), heads=6)
+def test_titles_do_not_run_into_each_other(grid, heads):
+    figure = viz.plot_heads(maps_on(grid, heads=heads, registers=4), image=photograph_on(grid))
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == len(set(map(str, boxes))) == 1 + heads + (heads > 1)
+    for i, one in enumerate(boxes):
+        assert not any(one.overlaps(other) for other in boxes[:i])
+
+
+@pytest.mark.parametrize("heads", [3, 6, 12, 16, 24])
+def test_the_heads_of_a_square_image_make_a_picture_of_a_screens_shape(heads):
+    width, height = viz.plot_heads(maps_on((16, 16), heads=heads)).get_size_inches()
+    assert 0.7 < width / height < 1.8
+
+
+# On an Axes of somebody's own
+
+
+def test_an_axes_of_ones_own_is_drawn_on_and_nothing_else_changes():
+    figure = Figure(figsize=(8, 4))
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    maps = maps_on(GRID, queries=(0, 1 + 7))
+    settings_before = dict(matplotlib.rcParams)
+    returned = viz.plot(maps, right, query=(1, 2), image=photograph_on(GRID), warning=NO_MEANING)
+    assert returned is right
+    assert len(figure.axes) == 2
+    assert not left.images
+    assert not left.get_title()
+    assert "query patch (1, 2)" in " ".join(right.get_title().split())
+    assert NO_MEANING in " ".join(right.get_title().split())
+    assert Drawn(figure, right).frames(0, GRID, WHITE) == {(1, 2)}
+    assert dict(matplotlib.rcParams) == settings_before
+    bar = figure.colorbar(right.images[1])
+    values = maps.maps()[-1][0, :, 1].mean(0)
+    assert (bar.vmin, bar.vmax) == pytest.approx((float(values.min()), float(values.max())))
+
+
+def test_pyplot_is_never_imported(tmp_path):
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from dinov2_attn import viz
+from pictured import maps_on
+maps = maps_on((2, 3))
+viz.save(viz.plot(maps).figure, "a.png")
+viz.save(viz.plot_heads(maps), "a.svg")
+viz.animate(maps, "a.gif")
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    folder = str(__file__).rpartition("/")[0]
+    subprocess.run([sys.executable, "-c", code, folder], check=True, cwd=tmp_path)
+
+
+# Which row of which image
+
+
+def test_maps_of_all_kinds_can_be_looked_at(grafted):
+    model = build(grafted)
+    full = attention_maps(model, IMAGES)
+    row = full.weights[1][1, :, 4]
+    kinds = [
+        (full, 1),
+        (attention_maps(model, IMAGES, queries=[2, 4]), 1),
+        (attention_maps(model, [IMAGES[:1], IMAGES], queries=[4]), (1, 1)),
+        (attention_maps(model, IMAGES, queries=[4]).numpy(), 1),
+    ]
+    with record(model, queries=[4]) as recorded:
+        model(IMAGES)
+    for maps, sample in [*kinds, (recorded, 1)]:
+        seen = look(maps, (1, 0), sample)
+        assert (seen.grid, seen.prefix, seen.patch) == ((2, 3), 1, (1, 0))
+        assert_close(seen.row(1, 1), row[1].detach())
+        assert_close(seen.row(1, "mean"), row.mean(0).detach())
+    averaged = look(attention_maps(model, IMAGES, queries=[4], heads="mean"), 4, 1)
+    assert_close(averaged.row(1, "mean"), row.mean(0).detach())
+    assert averaged.heads == ("mean",)
+    assert len(Drawn(viz.plot_heads(attention_maps(model, IMAGES, heads="mean"))).cells) == 1
+    with pytest.raises(OutOfRange, match="a head among mean"):
+        averaged.row(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"query": (3, 0)}, OutOfRange, r"grid of 3 rows and 5 columns; found \(3, 0\)"),
+        ({"query": (0, 5)}, OutOfRange, "columns from 0 to 4"),
+        ({"query": (-1, 0)}, OutOfRange, "grid of 3 rows and 5 columns"),
+        ({"query": (0, 0)}, OutOfRange, "a query whose row is there: CLS; found patch"),
+        ({"query": "register:1"}, OutOfRange, "a model with registers; found register 1"),
+        ({"query": 16}, OutOfRange, "there being 16 tokens"),
+        ({"query": "patch"}, InvalidInput, "cls, register:K or ROW,COL; found 'patch'"),
+        ({"query": (1, 2, 3)}, InvalidInput, r"a patch as \(row, column\)"),
+        ({"query": (0.5, 1)}, InvalidInput, "row and column of a patch as whole numbers"),
+        ({"layer": 2}, OutOfRange, "one of the layers 0, 1; found 2"),
+        ({"head": 3}, OutOfRange, "a head among 0, 1, 2, or 'mean'; found 3"),
+        ({"head": "max"}, OutOfRange, "found 'max'"),
+        ({"sample": 1}, OutOfRange, "an image from 0 to 0; found 1"),
+        ({"sample": (0, 0)}, InvalidInput, "there being one batch"),
+        ({"image": np.zeros((2, 3, 7))}, InvalidInput, r"found ndarray of shape \(2, 3, 7\)"),
+        ({"artifacts": artifacts_at((5, 3))}, InvalidInput, r"grid of 3 × 5; found a mask"),
+    ],
+)
+def test_what_cannot_be_drawn_is_an_error_with_the_numbers_in_it(options, error, message):
+    with pytest.raises(error, match=message):
+        viz.plot(maps_on(GRID), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"outliers": "hide"}, "'mark', 'clip', 'mask', 'none'; found 'hide'"),
+        ({"interpolation": "bicubic"}, "'nearest', 'bilinear'; found 'bicubic'"),
+        ({"alpha": 0}, r"alpha as a number in \(0, 1\]; found 0"),
+        ({"alpha": math.nan}, "found nan"),
+    ],
+)
+def test_a_style_of_no_sense_is_an_error(options, message):
+    with pytest.raises(InvalidInput, match=message):
+        viz.Style(**options)
+
+
+def test_reduced_and_listed_maps_are_told_what_to_do(grafted):
+    model = build(grafted)
+    with pytest.raises(InvalidInput, match=r"sample as \(batch, image\).*list of 2 batches"):
+        viz.plot(attention_maps(model, [IMAGES, IMAGES]))
+    with record(model, reduce=lambda _, weights: weights.mean((1, 2))) as maps:
+        model(IMAGES)
+    with pytest.raises(InvalidInput, match="without reduce"):
+        viz.plot(maps)
+
+
+@given(registers=st.integers(0, 12), grid=grids, data=st.data())
+def test_tokens_are_where_their_names_say(registers, grid, data):
+    prefix = 1 + registers
+    position = data.draw(st.integers(0, registers + grid[0] * grid[1]))
+    name = name_token(position, prefix, grid)
+    text = name.lower().replace("register ", "register:").replace("patch ", "").strip("()")
+    text = text.replace(", ", ",")
+    assert position_of(read_token(text), prefix, grid) == position
+    assert position_of(text, prefix, grid) == position_of(position, prefix, grid) == position
+
+
+@pytest.mark.parametrize(
+    "text", ["", "CLS", "cls:1", "register", "register:", "register:-1", "1", "1,2,3", "1,", "a,b",
+             "-1,2", "1.0,2", "²,1", "٣,1", "9" * 30 + ",1"]
+)  # fmt: skip
+def test_words_that_name_no_token(text):
+    with pytest.raises(InvalidInput, match="cls, register:K or ROW,COL"):
+        read_token(text)
+
+
+def test_the_public_names_are_there():
+    for name in viz.__all__:
+        assert getattr(viz, name).__doc__
+    with pytest.raises(AttributeError):
+        _ = viz.nothing

@@ -1,0 +1,308 @@
+"""Captioned pictures as files: words in an SVG, a frame for each layer, the program's options."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinov2_attn import viz
+from dinov2_attn.apps.cli.main import main
+from dinov2_attn.apps.viz.banner import NO_MEANING
+from dinov2_attn.apps.viz.reading import DEVIATION, MEAN
+from dinov2_attn.apps.viz.saving import FRAME_DPI, pixels_of
+from dinov2_attn.apps.weights.models import build
+from dinov2_attn.errors import InvalidInput, OutOfRange, Unavailable, UnwritableOutput
+from dinov2_attn.proof.conformance.synthetic_models import HEAD
+from tests.support import upstreams
+from tests.support.bright_patch import photograph_of
+from tests.support.figure_probes import artifacts_at, caption_of, maps_on, photograph_on
+from tests.support.tolerances import assert_close
+
+pytest_plugins = ["tests.support.cli_fixtures"]  # fixtures: imported, image, weights
+pytestmark = pytest.mark.usefixtures("imported")
+
+
+GRID = (3, 5)
+FIREBRICK = (178, 34, 34)
+
+
+def frames_of(path):
+    with Image.open(path) as film:
+        found = []
+        for frame in range(film.n_frames):
+            film.seek(frame)
+            found.append((np.array(film.convert("RGB")).astype(int), film.info["duration"]))
+        return found
+
+
+def words_in(path):
+    return " ".join(
+        word for e in ET.parse(path).iter() if e.tag.endswith("}text") for word in e.itertext()
+    )
+
+
+# One figure
+
+
+def test_a_png_is_the_figure(tmp_path):
+    figure = viz.plot_heads(maps_on(GRID), warning=NO_MEANING)
+    viz.save(figure, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        saved = np.array(image.convert("RGB")).astype(int)
+    drawn = pixels_of(figure)
+    assert np.abs(saved - drawn).max() <= 2
+    assert (saved[-3, 3] == FIREBRICK).all()
+    plain = pixels_of(viz.plot_heads(maps_on(GRID)))
+    assert (plain[-3, 3] == 255).all()
+
+
+@pytest.mark.parametrize("draw", [viz.plot_heads, viz.plot_layers], ids=["heads", "layers"])
+def test_an_svg_holds_the_caption_as_words(tmp_path, draw):
+    options = {"name": "a <model> & 'more'", "warning": NO_MEANING}
+    figure = draw(maps_on(GRID), artifacts=artifacts_at(GRID, (1, 1)), **options)
+    viz.save(figure, tmp_path / "a.svg")
+    assert caption_of(figure) in words_in(tmp_path / "a.svg")
+    assert "Outliers: 1 patch marked" in words_in(tmp_path / "a.svg")
+    assert NO_MEANING in words_in(tmp_path / "a.svg")
+    viz.save(
+        draw(maps_on(GRID), artifacts=artifacts_at(GRID, (1, 1)), **options), tmp_path / "b.svg"
+    )
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a", "png", ".png"])
+def test_other_endings_are_refused(tmp_path, name):
+    with pytest.raises(InvalidInput, match=r"ends in \.png or \.svg"):
+        viz.save(viz.plot(maps_on((1, 1))).figure, tmp_path / name)
+    with pytest.raises(InvalidInput, match=r"ends in \.gif or \.mp4"):
+        viz.animate(maps_on((1, 1)), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_is_none_is_an_error(tmp_path):
+    with pytest.raises(UnwritableOutput, match=r"a place for .*a\.png"):
+        viz.save(viz.plot(maps_on((1, 1))).figure, tmp_path / "missing" / "a.png")
+    with pytest.raises(UnwritableOutput, match=r"a place for .*a\.gif"):
+        viz.animate(maps_on((1, 1)), tmp_path / "missing" / "a.gif")
+
+
+# Films
+
+
+def test_a_gif_has_a_frame_for_each_layer_on_one_scale(tmp_path):
+    maps = maps_on(GRID, layers=5)
+    options = {"image": photograph_on(GRID), "warning": NO_MEANING}
+    viz.animate(maps, tmp_path / "a.gif", seconds=0.5, **options)
+    frames = frames_of(tmp_path / "a.gif")
+    assert len(frames) == 5
+    for layer, (frame, duration) in enumerate(frames):
+        figure = viz.plot_heads(maps, layer=layer, together=True, **options)
+        expected = pixels_of(figure, FRAME_DPI).astype(int)
+        assert f"layer {layer} " in caption_of(figure)
+        assert duration == 500
+        height, width = expected.shape[:2]
+        # A palette of 256 colours is near and not the same.
+        assert np.abs(frame[:height, :width] - expected).mean() < 3
+        others = {figure.axes[1].get_ylim() for figure in (figure, _frame(maps, 0, options))}
+        assert len(others) == 1
+    for (a, _), (b, _) in itertools.pairwise(frames):
+        assert np.abs(a - b).max() > 50
+
+
+def _frame(maps, layer, options):
+    return viz.plot_heads(maps, layer=layer, together=True, **options)
+
+
+def test_frames_are_of_one_size_whatever_the_length_of_their_captions(tmp_path):
+    maps = maps_on((1, 1), layers=12, heads=1)  # layer 10 makes a longer line than layer 9
+    viz.animate(maps, tmp_path / "a.gif", name="x" * 14)
+    assert len(frames_of(tmp_path / "a.gif")) == 12
+
+
+def test_without_ffmpeg_an_mp4_names_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unavailable, match="ffmpeg.*found none on the PATH.*write a GIF"):
+        viz.animate(maps_on(GRID), tmp_path / "a.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ffmpeg_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "ffmpeg"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\ncat > /dev/null\necho no such encoder >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    with pytest.raises(UnwritableOutput, match="no such encoder"):
+        viz.animate(maps_on(GRID), tmp_path / "a.mp4")
+    assert not (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.skipif(
+    shutil.which("ffmpeg") is None,
+    reason="no ffmpeg here: the same frames are tested as a GIF, and its absence as an error",
+)
+def test_an_mp4_has_the_frames(tmp_path):
+    maps = maps_on(GRID, layers=3)
+    viz.animate(maps, tmp_path / "a.mp4", seconds=0.5)
+    command = ["ffmpeg", "-loglevel", "error", "-i", str(tmp_path / "a.mp4")]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    raw = subprocess.run(command, capture_output=True, check=True).stdout
+    expected = [pixels_of(_frame(maps, layer, {}), FRAME_DPI).astype(int) for layer in range(3)]
+    height, width = (side + side % 2 for side in expected[0].shape[:2])
+    frames = np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3).astype(int)
+    assert len(frames) in range(13, 18)  # 1.5 seconds of ten
+    for layer in range(3):
+        shown = frames[min(5 * layer + 2, len(frames) - 1)]
+        rows, columns = expected[layer].shape[:2]
+        assert np.abs(shown[:rows, :columns] - expected[layer]).mean() < 6
+
+
+# The program
+
+
+def heatmap(*arguments):
+    return main(["heatmap", *map(str, arguments)])
+
+
+def pictures_in(folder):
+    """The files beside DINO v1's."""
+    plain = ("attn-", "mask_", "overlay-mean", "img.png", "attention.npy", "image.json")
+    return {path.name for path in folder.iterdir() if not path.name.startswith(plain)}
+
+
+@pytest.mark.parametrize(
+    ("options", "files"),
+    [
+        ([], {"heads.png", "overlay.png"}),
+        (["--threshold", 0.5], {"heads.png", "overlay.png", "masks.png"}),
+        (["--query", "1,5"], {"heads-1-5.png", "overlay-1-5.png"}),
+        (
+            ["--query", "3,6", "--query", "cls", "--query", "3,6", "--layers", "--format", "svg"],
+            {f"{n}{q}.svg" for n in ("heads", "overlay", "layers") for q in ("", "-3-6")},
+        ),
+    ],
+)
+def test_files_are_those_that_were_asked_for(image, weights, tmp_path, options, files):
+    assert heatmap(image, "-o", tmp_path, "--weights", weights, *options) == 0
+    assert pictures_in(tmp_path) == files
+    maps = np.load(tmp_path / "attention.npy")
+    assert np.unravel_index(maps[HEAD].argmax(), (4, 7)) == (1, 5)
+
+
+def test_dino_v1s_files_are_of_cls_whatever_is_asked(image, tmp_path):
+    for name, options in (("a", []), ("b", ["--query", "2,3"])):
+        assert heatmap(image, "-o", tmp_path / name, "--random-weights", *options) == 0
+    arrays = [np.load(tmp_path / name / "attention.npy") for name in ("a", "b")]
+    # Rows asked for together are made by another product.
+    assert_close(*arrays)
+
+
+def test_captions_say_what_the_program_was_told(image, weights, tmp_path):
+    options = ["--log", "--outliers", "none", "--format", "svg", "--query", "2,3", "--layers"]
+    assert heatmap(image, "-o", tmp_path, "--weights", weights, *options) == 0
+    for name in ("heads-2-3", "overlay-2-3", "layers-2-3"):
+        words = words_in(tmp_path / f"{name}.svg")
+        assert "query patch (2, 3)" in words
+        assert "Logarithmic colours" in words
+        assert "Outliers: not looked for." in words
+        assert "ViT-S/14" in words
+        assert NO_MEANING not in words
+
+
+@pytest.fixture(scope="module")
+def long_tokens(tmp_path_factory):
+    """Weights whose tokens are as long as their patch is brighter than dark, in every layer."""
+    upstreams.FIRST.module("dinov2.models.vision_transformer")
+    model = build("vit_small")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        project = model.patch_embed.proj
+        project.weight[0] = 1 / project.weight[0].numel()
+        dark = (20 / 255 - np.array(MEAN)) / DEVIATION
+        project.bias[0] = 0.1 - float(dark.mean())
+    path = tmp_path_factory.mktemp("weights") / "long.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def test_artifacts_are_said_in_the_log_and_in_the_caption(image, long_tokens, tmp_path, caplog):
+    options = ["--weights", long_tokens, "--format", "svg", "--outliers"]
+    assert heatmap(image, "-o", tmp_path / "a", *options, "mark") == 0
+    assert f"{image}: 1 of 28 patches with a norm above 0.25 after block 4: (1, 5)" in caplog.text
+    words = words_in(tmp_path / "a" / "heads.svg")
+    assert "Outliers: 1 patch marked by red squares (norm after layer 4 above 0.25)" in words
+    # Everybody looks everywhere alike here: at one token of 29.
+    assert f"holding {100 / 29:.1f} % of the attention" in words
+    assert f"CLS holds {100 / 29:.1f} %" in words
+    assert heatmap(image, "-o", tmp_path / "b", *options, "clip") == 0
+    assert "left out of the colours' limits" in words_in(tmp_path / "b" / "overlay.svg")
+    arrays = [np.load(tmp_path / name / "attention.npy") for name in ("a", "b")]
+    assert_close(*arrays)
+
+
+def test_random_weights_say_so_in_every_kind_of_file(image, tmp_path):
+    options = ["--random-weights", "--format", "svg", "--layers", "--threshold", 0.5]
+    assert heatmap(image, "-o", tmp_path, *options, "--animate", "gif") == 0
+    assert pictures_in(tmp_path) == {
+        "heads.svg", "overlay.svg", "masks.svg", "layers.svg", "layers.gif",
+    }  # fmt: skip
+    for path in tmp_path.glob("*.svg"):
+        assert NO_MEANING in words_in(path), path
+    frames = frames_of(tmp_path / "layers.gif")
+    assert len(frames) == 12
+    for frame, _ in frames:
+        assert np.abs(frame[-5, 3] - FIREBRICK).max() < 12
+
+
+def test_a_query_outside_of_an_image_fails_that_image_only(image, weights, tmp_path, caplog):
+    Image.fromarray(photograph_of((7, 4), (5, 1))).save(tmp_path / "tall.png")
+    images = [image, tmp_path / "tall.png"]
+    assert heatmap(*images, "-o", tmp_path / "out", "--weights", weights, "--query", "5,2") == 1
+    assert "expected a patch in the grid of 4 rows and 7 columns; found (5, 2)" in caplog.text
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tall"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--query", "register:1"], "expected a model with registers; found register 1"),
+        (["--animate", "mp4"], "expected the program ffmpeg"),
+    ],
+)
+def test_what_no_image_can_mend_is_said_before_the_first(
+    image, weights, tmp_path, caplog, monkeypatch, options, message
+):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert heatmap(image, "-o", tmp_path / "out", "--weights", weights, *options) == 2
+    assert message in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--query", "1"], "expected cls, register:K or ROW,COL; found '1'"),
+        (["--alpha", "0"], "expected a share in (0, 1]"),
+        (["--outliers", "hide"], "invalid choice: 'hide'"),
+        (["--interpolation", "bicubic"], "invalid choice"),
+        (["--format", "jpg"], "invalid choice"),
+        (["--animate", "webm"], "invalid choice"),
+    ],
+)
+def test_a_bad_option_is_explained(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        heatmap("x.png", "-o", tmp_path, *options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_query_is_checked_by_python_too():
+    with pytest.raises(OutOfRange, match="grid of 3 rows and 5 columns"):
+        viz.plot_heads(maps_on(GRID), query=(4, 2))

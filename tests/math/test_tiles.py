@@ -1,0 +1,232 @@
+"""Weights made tile by tile are those made at once, however small the tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from dinov2_attn.backbone import projection
+from dinov2_attn.math import attention, buffers, tiles
+from tests.support.strategies import attention_cases, noise, seeds
+from tests.support.tolerances import assert_close
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Tiles and pieces of a few numbers, so that every cut is made."""
+
+    def cut(size):
+        monkeypatch.setattr(tiles, "TILE_BYTES", size)
+        monkeypatch.setattr(tiles, "PIECE_BYTES", size)
+        monkeypatch.setattr(projection, "TILE_BYTES", size)
+
+    return cut
+
+
+SIZES = st.sampled_from([1, 64, 300, 2000, 2**20])
+
+
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 7), st.integers(0, 9)),
+    bias=st.sampled_from([None, (1, 1, 1, 1), (1, 1, 0, 0), (0, 0, 0, 0), (0, 1, 0, 0)]),
+    causal=st.booleans(),
+    heads=st.sampled_from([None, "mean"]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    fresh=st.booleans(),
+    size=SIZES,
+    seed=seeds,
+)
+def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, fresh, size, seed):
+    batch, count, rows, length = shape
+    query = noise(batch, count, rows, 5, seed=seed, dtype=dtype)
+    key = noise(batch, count, length, 5, seed=seed + 1, dtype=dtype)
+    kwargs = {"heads": heads}
+    if bias is not None:
+        sizes = [1 if one else n for one, n in zip(bias, shape, strict=True)]
+        kwargs["bias"] = noise(*sizes, seed=seed + 2)
+    if causal:
+        kwargs["causal_rows"] = torch.arange(rows)
+    whole = attention.attention_weights(query, key, 0.7, **kwargs)
+    before = tiles.TILE_BYTES, tiles.PIECE_BYTES
+    tiles.TILE_BYTES = tiles.PIECE_BYTES = size
+    try:
+        with torch.no_grad():
+            tiles.is_fresh = lambda result: fresh
+            tiled = attention.attention_weights(query, key, 0.7, **kwargs)
+    finally:
+        tiles.TILE_BYTES, tiles.PIECE_BYTES = before
+        tiles.is_fresh = buffers.is_fresh
+    assert tiled.dtype == dtype
+    assert_close(tiled, whole)
+
+
+@given(case=attention_cases(st.just(torch.float64)), size=SIZES, data=st.data())
+def test_pieces_equal_the_whole(layers, case, size, data):
+    module, tokens = case.build(layers)
+    queries = data.draw(st.sampled_from([None, 0, [-1, 0]]))
+    heads = data.draw(st.sampled_from([None, "mean"]))
+    whole = module(tokens, return_attn=True, queries=queries, heads=heads)
+    before = tiles.TILE_BYTES, tiles.PIECE_BYTES, projection.TILE_BYTES
+    tiles.TILE_BYTES = tiles.PIECE_BYTES = projection.TILE_BYTES = size
+    try:
+        with torch.no_grad():
+            assert_close(module(tokens, return_attn=True, queries=queries, heads=heads), whole)
+    finally:
+        tiles.TILE_BYTES, tiles.PIECE_BYTES, projection.TILE_BYTES = before
+
+
+@torch.no_grad()
+def test_a_piece_is_as_many_samples_as_fit(grafted, tiny):
+    """Their queries and keys together; one where not even that fits, or where there is none."""
+    module, tokens = grafted.attentions[0](12, num_heads=2), noise(5, 4, 12, seed=0)
+    one = 2 * tokens[0].numel() * tokens.element_size()
+    for size, count, expected in [
+        (2 * one, 5, [2, 2, 1]),
+        (2 * one - 1, 5, [1, 1, 1, 1, 1]),
+        (1, 1, [1]),
+        (1, 0, [0]),
+    ]:
+        tiny(size)
+        pieces = projection.Projection(module, tokens[:count]).pieces(slice(None))
+        assert [len(piece.query) for piece in pieces] == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("adorn", ["hook", "pre-hook", "global hook", "subclass", "forward"])
+def test_whatever_else_sits_at_qkv_is_called_once_with_everything(layers, adorn, tiny):
+    """Hooks, adapters and quantised layers see what upstream would show them."""
+    tiny(1)
+    module, tokens = layers.attentions[0](12, num_heads=2), noise(3, 4, 12, seed=0)
+    seen, undo = [], None
+    if adorn == "hook":
+        module.qkv.register_forward_hook(lambda m, a, out: seen.append(len(a[0])))
+    elif adorn == "pre-hook":
+        module.qkv.register_forward_pre_hook(lambda m, a: seen.append(len(a[0])))
+    elif adorn == "global hook":
+        undo = nn.modules.module.register_module_forward_hook(
+            lambda m, a, out: seen.append(len(a[0])) if m is module.qkv else None
+        )
+    elif adorn == "subclass":
+
+        class Adapter(nn.Linear):
+            def forward(self, x):
+                seen.append(len(x))
+                return super().forward(x)
+
+        module.qkv.__class__ = Adapter
+    else:
+        plain = module.qkv.forward
+        module.qkv.forward = lambda x: (seen.append(len(x)), plain(x))[1]
+    module(tokens, return_attn=True)
+    if undo is not None:
+        undo.remove()
+    assert seen == [3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [None, "mean"])
+def test_no_second_matrix_is_made(dtype, heads, tiny):
+    """The largest tensor beside the result is a tile; a result in float32 needs not even that."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not _shares_memory(out, result):
+                self.largest = max(self.largest, out.numel() * out.element_size())
+            return out
+
+    tiny(2**19)
+    query = noise(2, 3, 400, 16, seed=0, dtype=dtype)
+    result = torch.empty((2, 400, 400) if heads else (2, 3, 400, 400), dtype=dtype)
+    with Watch() as watch:
+        attention.attention_weights(query, query, 0.25, heads=heads, out=result)
+    if heads is None and dtype == torch.float32:
+        assert watch.largest <= query.numel() * 4
+    else:
+        assert 2**18 < watch.largest <= 2**19 < result.numel() * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("fresh", "products"), [(True, 1), (False, 4)])
+def test_scores_that_become_the_result_are_cut_into_fewer_pieces(fresh, products, monkeypatch):
+    """Others stay in the cache: a tile for each head here, where one piece holds all."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        products = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.products += func is torch.ops.aten.bmm.out
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(tiles, "TILE_BYTES", 2**14)
+    monkeypatch.setattr(tiles, "PIECE_BYTES", 2**16)
+    monkeypatch.setattr(tiles, "is_fresh", lambda result: fresh)
+    query = noise(1, 4, 64, 8, seed=0)
+    with Count() as count:
+        attention.attention_weights(query, query, 0.25)
+    assert count.products == products
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "together", "sizes"),
+    [
+        ((4, 1, 1), 2, False, [(2, 1, 1)] * 2),
+        ((1, 4, 1), 2, False, [(1, 2, 1)] * 2),
+        ((1, 3, 5), 4, False, [(1, 1, 4), (1, 1, 1)] * 3),
+        ((1, 3, 5), 6, True, [(1, 3, 2), (1, 3, 2), (1, 3, 1)]),
+        ((2, 3, 5), 1, True, [(1, 3, 1)] * 10),
+        ((2, 3, 5), 99, False, [(2, 3, 5)]),
+        ((0, 3, 5), 99, False, []),
+    ],
+)
+def test_pieces_are_whole_samples_else_heads_else_rows(shape, rows, together, sizes):
+    pieces = tiles._pieces(shape, rows, together=together)
+    assert [tuple(cut.stop - cut.start for cut in piece) for piece in pieces] == sizes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fresh", [True, False])
+def test_heads_that_share_their_keys_are_cut_too(fresh, tiny, monkeypatch):
+    monkeypatch.setattr(tiles, "is_fresh", lambda result: fresh)
+    query, key = noise(2, 3, 5, 4, seed=0), noise(2, 1, 6, 4, seed=1)
+    whole = (query.double() * 0.5 @ key.double().mT).softmax(-1)
+    for rows in range(1, 31):
+        tiny(rows * 6 * 4)
+        assert_close(attention.attention_weights(query, key, 0.5), whole)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor of the CPU that says it lies on a device which is not here."""
+
+    @property
+    def device(self):
+        return torch.device("mps")
+
+
+@torch.no_grad()
+def test_other_devices_take_the_softmax_of_the_same_rows():
+    """Their kernels are not known to read all of a row before they write any of it."""
+    scores, out = noise(2, 3, 4, 5, seed=0), torch.empty(2, 3, 4, 5)
+    tiles._softmax_into(out, scores.as_subclass(Elsewhere), biased=False)
+    assert_close(out, scores.double().softmax(-1))
+
+
+@torch.no_grad()
+def test_a_result_on_huge_pages_is_like_any_other():
+    """Large enough that its pages are asked for; what is refused is passed over."""
+    query = noise(1, 2, 1500, 8, seed=0)
+    weights = attention.attention_weights(query, query, 0.3)
+    assert weights.numel() * 4 > 2**22
+    assert_close(weights, (query.double() * 0.3 @ query.double().mT).softmax(-1))
+
+
+def _shares_memory(a, b):
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -1,0 +1,57 @@
+"""Copies that others vendor, by package and by live model: the README's table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import dinov2_attn
+from tests.support import reference, upstreams
+from tests.support.strategies import ModelCase, noise, randomise
+from tests.support.tolerances import assert_close
+
+CASE = ModelCase(
+    depth=2, chunks=0, registers=2, heads=2, grid=(2, 3), batch=2, dtype=torch.float64, seed=1
+)
+
+
+def assert_last_is_right(model):
+    expected = model.get_self_attention(CASE.images)[-1]
+    caught = []
+    last = [m for m in model.modules() if hasattr(m, "qkv")][-1]
+    hook = last.register_forward_pre_hook(lambda m, args: caught.append(args[0]))
+    model.forward_features(CASE.images)
+    hook.remove()
+    assert_close(expected, reference.weights(last, caught[-1]))
+
+
+@pytest.mark.parametrize("copy", upstreams.WITH_MODELS, ids=str)
+@pytest.mark.parametrize("how", ["package", "model"])
+def test_a_model_answers(copy, how):
+    model = CASE.build(copy)
+    with dinov2_attn.install(copy.package if how == "package" else model):
+        assert_last_is_right(model)
+    assert not hasattr(model, "get_self_attention")
+
+
+@pytest.mark.parametrize("how", ["package", "model"])
+def test_anomalibs_classes_answer(how):
+    copy = upstreams.ANOMALIB
+    block = copy.cls("Block")(12, num_heads=2, attn_class=copy.cls("MemEffAttention")).double()
+    tokens = noise(2, 5, 12, seed=0, dtype=torch.float64)
+    randomise(block, 0)
+    with dinov2_attn.install(copy.package if how == "package" else block):
+        weights = block(tokens, return_attention=True)
+    assert_close(weights, reference.weights(block.attn, block.norm1(tokens)))
+
+
+def test_the_readmes_table_names_every_copy():
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if line.startswith("|") and '`"' in line]
+    for copy in upstreams.ALL[1:]:
+        (row,) = [row for row in rows if f'`"{copy.package}"`' in row]
+        assert copy.wheel.version in row
+        assert "proven" in row
+    assert any("refused" in row and upstreams.DEPTH_ANYTHING_3.package in row for row in rows)
