@@ -25,7 +25,7 @@ except AttributeError as error:
 """
 
 
-@pytest.mark.parametrize("package", ["dinov2_attn", "dinov2_attn.show"])
+@pytest.mark.parametrize("package", ["dinov2_attn", "dinov2_attn.viz"])
 def test_lazy_names_are_listed_and_kept(package, tmp_path):
     result = python("-c", SCRIPT, package, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -328,7 +328,7 @@ def test_another_patch_size_has_no_published_weights(linear):
 def test_without_network_the_error_names_the_other_ways(tmp_path):
     code = """
 from torch import nn
-from dinov2_attn.upstream import published
+from dinov2_attn.apps.weights import published
 from dinov2_attn.apps.weights.published import load_pretrained
 try:
     load_pretrained(nn.Linear(3, 2), "vit_base", patch_size=14, registers=False)
