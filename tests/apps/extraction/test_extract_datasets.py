@@ -293,7 +293,6 @@ def test_who_stops_the_run_stops_it(model, tmp_path, error):
         (Dataset(), "without length"),
         ([torch.zeros(3, 6, 4), "a.png"], "a list with both, a Tensor at 0"),
     ],
-    ids=str,
 )
 def test_what_holds_no_picture_is_refused_with_a_way_out(model, tmp_path, source, match):
     with pytest.raises(InvalidInput, match=match):
