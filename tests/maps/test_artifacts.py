@@ -15,9 +15,9 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 import dinov2_attn
 from dinov2_attn import ArtifactTokens, artifact_tokens, record
+from dinov2_attn.backbone.backbone import flat_blocks
 from dinov2_attn.backbone.structure import Part, part_of_module
 from dinov2_attn.errors import InvalidInput, NotGrafted, OutOfRange, SuspiciousArtifacts
-from dinov2_attn.grafting.models import flat_blocks
 from dinov2_attn.maps.outliers import Rule
 from tests.support import reference
 from tests.support.recordings import IMAGES, assert_nothing_on, build

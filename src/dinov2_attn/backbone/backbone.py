@@ -1,23 +1,169 @@
-"""Whose attention is recorded: the one DINOv2 inside a model, and its attention modules."""
+"""What a vision transformer of this family is: its blocks, its tokens, its patch grid."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.structure import Part, part_of_module
-from dinov2_attn.backbone.validation import layers_to_take
+from dinov2_attn.backbone.validation import check_batch, check_list, layers_to_take
 from dinov2_attn.errors import IncompatibleUpstream, InvalidInput, NotGrafted
-from dinov2_attn.grafting.models import flat_blocks
-from dinov2_attn.grafting.modules import takes
-from dinov2_attn.typing import Layers
+from dinov2_attn.math.selection import place, spell_out
+from dinov2_attn.typing import Grid, Layers, Queries
+
+# The name under which a graft notes the keyword that it adds.
+MARK = "_dinov2_attn_keyword"
 
 
-def transformer_in(model: object) -> Any:
-    """Return the one vision transformer that ``model`` is or contains, wrapped or not."""
+class Backbone:
+    """A vision transformer: its blocks, and how images become its tokens.
+
+    Tokens are CLS, the registers, and the patches row by row: ``N = prefix + h · w``.
+
+    Attributes:
+        model: The vision transformer itself.
+        blocks: Its blocks in the order in which they run, chunked or not.
+
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.blocks = flat_blocks(model.blocks)
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def registers(self) -> int:
+        """The number of register tokens, which the first revisions of upstream do not have."""
+        return int(getattr(self.model, "num_register_tokens", 0))
+
+    @property
+    def prefix(self) -> int:
+        """The number of tokens in front of the patches: CLS and the registers."""
+        return 1 + self.registers
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        size = self.model.patch_size
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of its images."""
+        return int(self.model.patch_embed.in_chans)
+
+    @property
+    def is_channel_adaptive(self) -> bool:
+        """Whether it takes any number of channels, and runs each as an image of its own."""
+        # Upstream's name for it. With three channels it could run nothing of the kind.
+        return bool(getattr(self.model, "bag_of_channels", False)) and self.channels == 1
+
+    def grid(self, images: Tensor) -> Grid:
+        """Return the patch grid ``(h, w)`` of images ``(…, H, W)``."""
+        height, width = self.patch_size
+        return images.shape[-2] // height, images.shape[-1] // width
+
+    def length(self, images: Tensor) -> int:
+        """Return the number of tokens N of an image."""
+        height, width = self.grid(images)
+        return self.prefix + height * width
+
+    def layers(self, chosen: Layers) -> list[int]:
+        """Return the numbers of the blocks that ``chosen`` names, in ascending order."""
+        return layers_to_take(chosen, self.depth)
+
+    def spell_out(self, queries: Queries) -> Queries:
+        """Return ``queries`` with the words ``"registers"`` and ``"patches"`` as positions."""
+        return spell_out(queries, self.registers)
+
+    def batches(self, images: Any, masks: Any, queries: Queries = None) -> list[tuple[Any, Any]]:
+        """Return the images and the mask of each batch as the model runs them.
+
+        A tensor is one batch, a list is several. A channel-adaptive model gets each channel as
+        an image of its own, ``(B·C, 1, H, W)``, as from its ``get_intermediate_layers``: channel
+        ``c`` of image ``b`` is number ``b * C + c``, and has the mask of its image.
+
+        Raises:
+            InvalidInput: if the model cannot take them.
+            OutOfRange: if there is no token for one of ``queries``.
+
+        """
+        several = isinstance(images, list | tuple)
+        given = (
+            zip(images, check_list(images, masks), strict=True) if several else [(images, masks)]
+        )
+        pairs = [self._batch(batch, mask) for batch, mask in given]
+        for batch, _ in pairs:
+            place(queries, self.length(batch))
+        return pairs
+
+    def tokens(self, images: Any, masks: Any = None) -> Any:
+        """Return the tokens ``(B, N, C)`` that the first block is given."""
+        return self.model.prepare_tokens_with_masks(images, masks)
+
+    def walk(self, tokens: Any, stop: int | None = None) -> Iterator[tuple[int, nn.Module, Any]]:
+        """Yield the number, the block and its input for the blocks before ``stop``.
+
+        A block runs when the next one is asked for, and the last one does not run.
+        """
+        stop = self.depth if stop is None else stop
+        for i, block in enumerate(self.blocks[:stop]):
+            yield i, block, tokens
+            if i + 1 < stop:
+                tokens = block(tokens)
+
+    def attentions(self, chosen: Layers) -> dict[nn.Module, int]:
+        """Return the attention modules of the blocks that ``chosen`` names, with their numbers.
+
+        Raises:
+            NotGrafted: if ``install`` has not reached one of them.
+            IncompatibleUpstream: if blocks share one.
+            InvalidInput: if there is none.
+
+        """
+        layers = self.layers(chosen)
+        if not layers:
+            raise InvalidInput(
+                "at least one layer to record", f"layers={chosen!r}", "Leave layers out for all."
+            )
+        modules = {_attention_of(self.blocks[layer]): layer for layer in layers}
+        if len(modules) != len(layers):
+            raise IncompatibleUpstream(
+                f"an attention module of its own in each of the layers {layers}",
+                f"{len(modules)} modules",
+                "Weights of shared modules cannot be told apart.",
+            )
+        return modules
+
+    def other_attentions(self, recorded: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
+        """Return the attention modules that are not ``recorded``, with their numbers."""
+        found: dict[nn.Module, int] = {}
+        for layer, block in enumerate(self.blocks):
+            found.update(dict.fromkeys(filter(_is_attention, block.modules()), layer))
+        return {module: layer for module, layer in found.items() if module not in recorded}
+
+    def _batch(self, images: Any, masks: Any) -> tuple[Any, Any]:
+        groups = check_batch(self, images, masks)
+        if groups == 1:
+            return images, masks
+        masks = None if masks is None else masks.repeat_interleave(groups, 0)
+        return images.flatten(0, 1)[:, None], masks
+
+
+def backbone_in(model: object) -> Backbone:
+    """Return the one vision transformer that ``model`` is or contains, wrapped or not.
+
+    Raises:
+        InvalidInput: if there is none, or more than one.
+
+    """
     if not isinstance(model, nn.Module):
         raise InvalidInput(
             "a model: a DINOv2, or a torch.nn.Module that contains one",
@@ -32,34 +178,54 @@ def transformer_in(model: object) -> Any:
             f"{len(found)}: {names}" if found else "none",
             "Pass the one to record; the others may run too.",
         )
-    return next(iter(found.values()))
+    return Backbone(next(iter(found.values())))
 
 
-def attentions_of(transformer: Any, n: Layers) -> dict[nn.Module, int]:
-    """Return the attention modules of the blocks that ``n`` takes, with their layer."""
-    blocks = flat_blocks(transformer.blocks)
-    layers = layers_to_take(n, len(blocks))
-    if not layers:
-        raise InvalidInput("at least one layer to record", f"n={n!r}", "Leave n out for all.")
-    modules = {_attention_of(blocks[layer]): layer for layer in layers}
-    if len(modules) != len(layers):
-        raise IncompatibleUpstream(
-            f"an attention module of its own in each of the layers {layers}",
-            f"{len(modules)} modules",
-            "Weights of shared modules cannot be told apart.",
+def grafted_backbone(model: object) -> Backbone:
+    """Return the backbone of ``model``, a vision transformer that ``install`` has reached.
+
+    Raises:
+        NotGrafted: if it does not have the methods that ``install`` adds.
+
+    """
+    if not hasattr(model, "get_self_attention"):
+        raise NotGrafted(
+            "a vision transformer that install() has reached",
+            name_of(type(model)),
+            "Call dinov2_attn.install(model) first, and pass the transformer itself.",
         )
-    return modules
+    return Backbone(model)
 
 
-def other_attentions(transformer: Any, recorded: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
-    """Return the attention modules of ``transformer`` not ``recorded``, with their layer."""
-    found: dict[nn.Module, int] = {}
-    for layer, block in enumerate(flat_blocks(transformer.blocks)):
-        found.update(dict.fromkeys(filter(_is_attention, block.modules()), layer))
-    return {module: layer for module, layer in found.items() if module not in recorded}
+def flat_blocks(blocks: Sequence[nn.Module] | nn.ModuleList) -> list[nn.Module]:
+    """Return the blocks of a flat or a chunked model, in order.
+
+    Chunks are lists of blocks, padded in front with ``nn.Identity`` so that indices stay
+    those of the whole model.
+    """
+    flat: list[nn.Module] = []
+    for block in blocks:
+        chunk = _chunk_in(block)
+        flat.extend([block] if chunk is None else flat_blocks(chunk))
+    return [block for block in flat if not isinstance(block, nn.Identity)]
 
 
-# The first question of each is cheap, and no for almost every module.
+def accepts(module: nn.Module, keyword: str) -> bool:
+    """Return whether a graft gave ``keyword`` to the class of ``module``."""
+    return getattr(type(module).forward, MARK, None) == keyword
+
+
+def _chunk_in(module: nn.Module) -> nn.ModuleList | None:
+    """Return the chunk that ``module`` is, or wraps as its only child (checkpointed, compiled)."""
+    while not isinstance(module, nn.ModuleList):
+        children = list(module.children())
+        if len(children) != 1:
+            return None
+        module = children[0]
+    return module
+
+
+# The first test of each is cheap, and false for almost every module.
 
 
 def _is_transformer(module: nn.Module) -> bool:
@@ -73,7 +239,7 @@ def _is_attention(module: nn.Module) -> bool:
 def _attention_of(block: nn.Module) -> nn.Module:
     # Sharded, compiled and adapted modules are wrappers, around the block or in it.
     found = [m for m in block.modules() if _is_attention(m)]
-    if len(found) != 1 or not takes(found[0], "return_attn"):
+    if len(found) != 1 or not accepts(found[0], "return_attn"):
         raise NotGrafted(
             "one attention module in each block, whose forward install() has reached",
             f"in {name_of(type(block))}: "

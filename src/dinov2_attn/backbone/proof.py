@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dinov2_attn.backbone import contract
+from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.projection import project
-from dinov2_attn.backbone.structure import Part, count_registers, part_of_module
+from dinov2_attn.backbone.structure import Part, part_of_module
 from dinov2_attn.errors import IncompatibleUpstream
 from dinov2_attn.kernels.call import Kernel, branches
 from dinov2_attn.kernels.xformers_flags import is_gated
@@ -193,7 +194,7 @@ def _one_call_each(cls: type, calls: list[tuple[Any, ...]], expected: int) -> No
 
 
 def _layout_fits(cls: type, model: Any, tokens: int) -> None:
-    registers, patches = count_registers(model), _GRID[0] * _GRID[1]
+    registers, patches = Backbone(model).registers, _GRID[0] * _GRID[1]
     if tokens != 1 + registers + patches:
         raise IncompatibleUpstream(
             f"{name_of(cls)} to lay out 1 CLS + {registers} registers + {patches} patches",

@@ -90,11 +90,6 @@ def in_order(classes: Iterable[tuple[type, Part]]) -> list[tuple[type, Part]]:
     return sorted(classes, key=lambda item: list(Part).index(item[1]))
 
 
-def count_registers(model: object) -> int:
-    """Return R, which the first revisions of upstream do not know."""
-    return int(getattr(model, "num_register_tokens", 0))
-
-
 def _own_bases(cls: type) -> list[type]:
     """Return the bases of ``cls`` that bring code of a part, bases first, PyTorch's left out."""
     return [

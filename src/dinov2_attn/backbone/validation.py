@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dinov2_attn.backbone.structure import count_registers
 from dinov2_attn.errors import InvalidInput, OutOfRange
 from dinov2_attn.math.selection import whole_number
-from dinov2_attn.typing import Layers
+from dinov2_attn.typing import Grid, Layers
 
 
-def take_batch(model: Any, images: Any, masks: Any = None) -> tuple[Tensor, Tensor | None]:
-    """Return ``images`` and ``masks`` as ``model`` runs them, if they are one batch it can take.
+class Shape(Protocol):
+    """What images and masks are checked against."""
 
-    Images are ``(B, C, H, W)``, floating, with whole patches; masks ``(B, h·w)``,
-    boolean, true where a patch is replaced by the mask token, or ``None``. A
-    channel-adaptive model gets each channel as an image of its own, ``(B·C, 1, H, W)``, as
-    from its ``get_intermediate_layers``: channel ``c`` of image ``b`` is number
-    ``b * C + c``, and is masked like its image. Raises ``InvalidInput`` for anything else.
+    @property
+    def channels(self) -> int:
+        """The number of channels."""
+
+    @property
+    def is_channel_adaptive(self) -> bool:
+        """Whether any number of channels will do."""
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch."""
+
+    def grid(self, images: Tensor) -> Grid:
+        """Return the patch grid of ``images``."""
+
+
+def check_batch(model: Shape, images: object, masks: object = None) -> int:
+    """Return how many images the model runs for each of ``images``, if it can take them.
+
+    Args:
+        model: The backbone.
+        images: Floating, ``(B, C, H, W)``, of whole patches.
+        masks: Boolean, ``(B, h·w)``, true where a patch is replaced by the mask token, or None.
+
+    Returns:
+        The number of channels for a channel-adaptive model, otherwise 1.
+
+    Raises:
+        InvalidInput: if they are anything else.
+
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
         raise InvalidInput(
@@ -29,35 +54,27 @@ def take_batch(model: Any, images: Any, masks: Any = None) -> tuple[Tensor, Tens
             _describe(images),
             _to_floating(images),
         )
-    channels = images.shape[1] if is_channel_adaptive(model) else 1
-    _check_size(model, images, channels)
+    groups = images.shape[1] if model.is_channel_adaptive else 1
+    _check_channels(model.channels, images, groups)
+    height, width = model.patch_size
+    if images.shape[2] % height or images.shape[3] % width or 0 in images.shape[2:]:
+        raise InvalidInput(
+            f"height and width to be multiples of the patch size {height} × {width}",
+            f"{images.shape[2]} × {images.shape[3]}",
+            "Crop or resize the images to whole patches.",
+        )
     if masks is not None:
-        _check_masks(masks, images.shape[0], _count_patches(model, images))
-        masks = masks.repeat_interleave(channels, 0) if channels > 1 else masks
-    return images.flatten(0, 1)[:, None] if channels > 1 else images, masks
+        _check_masks(masks, images.shape[0], math.prod(model.grid(images)))
+    return groups
 
 
-def is_channel_adaptive(model: Any) -> bool:
-    """Return whether ``model`` takes any number of channels, and runs each by itself."""
-    # Upstream's name for it. With three channels it could run nothing of the kind.
-    return bool(getattr(model, "bag_of_channels", False)) and model.patch_embed.in_chans == 1
-
-
-def _check_size(model: Any, images: Tensor, groups: int) -> None:
-    channels = input_channels(model)
+def _check_channels(channels: int, images: Tensor, groups: int) -> None:
     if images.shape[1] != channels * groups or not groups:
         raise InvalidInput(
             f"images with {channels} channel{'s' * (channels != 1)} in dimension 1, as the model "
             "takes",
             f"{images.shape[1]}: {_describe(images)}",
             _way_to_channels(channels, images),
-        )
-    height, width = patch_size(model)
-    if images.shape[2] % height or images.shape[3] % width or 0 in images.shape[2:]:
-        raise InvalidInput(
-            f"height and width to be multiples of the patch size {height} × {width}",
-            f"{images.shape[2]} × {images.shape[3]}",
-            "Crop or resize the images to whole patches.",
         )
 
 
@@ -73,11 +90,6 @@ def _way_to_channels(channels: int, images: Tensor) -> str:
     return (
         f"Build the model with in_chans={images.shape[1]}, or pass the channels it was built for."
     )
-
-
-def input_channels(model: Any) -> int:
-    """Return how many channels the images of ``model`` have to have."""
-    return int(model.patch_embed.in_chans)
 
 
 def _to_floating(images: object) -> str:
@@ -146,22 +158,6 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
             "Blocks count from 0.",
         )
     return sorted({i % depth for i in layers})
-
-
-def count_tokens(model: Any, images: Tensor) -> int:
-    """Return N = 1 + R + h·w for a batch of images that ``take_batch`` has passed."""
-    return 1 + count_registers(model) + _count_patches(model, images)
-
-
-def _count_patches(model: Any, images: Tensor) -> int:
-    height, width = patch_size(model)
-    return images.shape[2] // height * (images.shape[3] // width)
-
-
-def patch_size(model: Any) -> tuple[int, int]:
-    """Return height and width of a patch in pixels."""
-    size = model.patch_size
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _check_masks(masks: object, batch: int, patches: int) -> None:

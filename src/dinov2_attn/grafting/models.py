@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from dinov2_attn.backbone.structure import count_registers
-from dinov2_attn.backbone.validation import check_list, count_tokens, layers_to_take, take_batch
+from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import NotGrafted
 from dinov2_attn.grafting.capture import prepare_recorded
 from dinov2_attn.grafting.channel import SWITCH, TAP, attentions_of_pass, unrecorded
 from dinov2_attn.grafting.modules import announce, weights_from
 from dinov2_attn.kernels.xformers_nesting import can_nest, check_stochastic_depth
 from dinov2_attn.math.attention import check_heads
-from dinov2_attn.math.selection import place, spell_out
 from dinov2_attn.typing import Forward, Heads, Layers, Queries
 
 
@@ -53,23 +52,18 @@ def get_self_attention(
     if SWITCH.on and TAP.recorders:  # no ordinary pass: it may end early
         with unrecorded():
             return get_self_attention(self, x, n, masks, queries=queries, heads=heads)
-    queries = spell_out(queries, count_registers(self))
+    backbone = Backbone(self)
+    queries = backbone.spell_out(queries)
     check_heads(heads)
-    blocks = flat_blocks(self.blocks)
-    wanted = layers_to_take(n, len(blocks))
-    pairs = _checked(self, x, masks, queries)
-    running = blocks[: max(wanted, default=-1) + 1]
+    wanted = backbone.layers(n)
+    pairs = backbone.batches(x, masks, queries)
+    walk = partial(_walk, backbone, wanted, {"queries": queries, "heads": heads})
     if not isinstance(x, list | tuple):
-        ((images, mask),) = pairs
-        return _walk(running, wanted, self.prepare_tokens_with_masks(images, mask), queries, heads)
-    if _nests(self, running, [images for images, _ in pairs]):
-        tokens = [self.prepare_tokens_with_masks(images, mask) for images, mask in pairs]
-        return _walk(running, wanted, tokens, queries, heads)
-    each = [
-        get_self_attention(self, images, n, mask, queries=queries, heads=heads)
-        for images, mask in pairs
-    ]
-    return tuple(map(list, zip(*each, strict=True)))
+        return walk(backbone.tokens(*pairs[0]))
+    tokens = [backbone.tokens(images, mask) for images, mask in pairs]
+    if _nests(self, backbone.blocks[: _end(wanted)], [images for images, _ in pairs]):
+        return walk(tokens)
+    return tuple(map(list, zip(*map(walk, tokens), strict=True)))
 
 
 def get_last_self_attention(
@@ -151,50 +145,21 @@ def graft_prepare_tokens(original: Forward) -> Forward:
     return prepare_tokens_with_masks
 
 
-def flat_blocks(blocks: nn.ModuleList) -> list[nn.Module]:
-    """Return the blocks of a flat or a chunked model, in order.
-
-    Chunks are lists of blocks, padded in front with ``nn.Identity`` so that indices stay
-    those of the whole model.
-    """
-    flat: list[nn.Module] = []
-    for block in blocks:
-        chunk = _chunk_in(block)
-        flat.extend([block] if chunk is None else flat_blocks(chunk))
-    return [block for block in flat if not isinstance(block, nn.Identity)]
-
-
-def _chunk_in(module: nn.Module) -> nn.ModuleList | None:
-    """Return the chunk that ``module`` is, or wraps as its only child (checkpointed, compiled)."""
-    while not isinstance(module, nn.ModuleList):
-        children = list(module.children())
-        if len(children) != 1:
-            return None
-        module = children[0]
-    return module
-
-
 def _walk(
-    blocks: Sequence[nn.Module], wanted: list[int], tokens: Any, queries: Queries, heads: Heads
+    backbone: Backbone, wanted: list[int], selection: dict[str, Any], tokens: Any
 ) -> tuple[Any, ...]:
-    weights = []
-    for i, block in enumerate(blocks):
-        if i in wanted:
-            selection = {"queries": queries, "heads": heads}
-            weights.append(weights_from(block, "return_attention", tokens, **selection))
-        if i < wanted[-1]:
-            tokens = block(tokens)
-    return tuple(weights)
+    """Return the weights of the blocks ``wanted``; blocks behind the last of these do not run."""
+    return tuple(
+        [
+            weights_from(block, "return_attention", given, **selection)
+            for i, block, given in backbone.walk(tokens, _end(wanted))
+            if i in wanted
+        ]
+    )
 
 
-def _checked(model: Any, x: Any, masks: Any, queries: Queries) -> list[tuple[Any, Any]]:
-    """Return images and mask of each batch, refusing what cannot be before anything runs."""
-    several = isinstance(x, list | tuple)
-    pairs = zip(x, check_list(x, masks), strict=True) if several else [(x, masks)]
-    pairs = [take_batch(model, images, mask) for images, mask in pairs]
-    for images, _ in pairs:
-        place(queries, count_tokens(model, images))
-    return pairs
+def _end(wanted: list[int]) -> int:
+    return max(wanted, default=-1) + 1
 
 
 def _nests(model: Any, blocks: Sequence[nn.Module], images: Sequence[Tensor]) -> bool:
@@ -217,14 +182,15 @@ def _answer(
     **kwargs: Any,
 ) -> Any:
     """Return ``(output, attentions)`` of one pass; for a list of tensors a list of these."""
-    queries = spell_out(queries, count_registers(model))
+    backbone = Backbone(model)
+    queries = backbone.spell_out(queries)
     check_heads(heads)
-    pairs = _checked(model, x, masks, queries)
+    pairs = backbone.batches(x, masks, queries)
     selection = {"queries": queries, "heads": heads}
     if not isinstance(x, list | tuple):
         return _one_pass(original, model, *pairs[0], selection, **kwargs)
     images, masks = map(list, zip(*pairs, strict=True))
-    if takes_lists and _nests(model, flat_blocks(model.blocks), images):
+    if takes_lists and _nests(model, backbone.blocks, images):
         outputs, attentions = _one_pass(original, model, images, masks, selection, **kwargs)
         return list(zip(outputs, zip(*attentions, strict=True), strict=True))
     return [_one_pass(original, model, *pair, selection, **kwargs) for pair in pairs]
@@ -239,7 +205,7 @@ def _one_pass(
     with attentions_of_pass(**selection) as collected:
         output = original(model, x, **kwargs)
     attentions = collected.all()
-    depth = len(flat_blocks(model.blocks))
+    depth = Backbone(model).depth
     if len(attentions) != depth:
         raise NotGrafted(
             f"the attention of {depth} blocks from one forward pass",

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from dinov2_attn.backbone.backbone import MARK, accepts
 from dinov2_attn.backbone.contract import argument_names, name_of
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Part
 from dinov2_attn.errors import InvalidInput, NotGrafted
@@ -25,8 +26,6 @@ from dinov2_attn.grafting.compute import attend, check_tokens
 from dinov2_attn.kernels.call import Kernel
 from dinov2_attn.kernels.xformers_nesting import check_stochastic_depth
 from dinov2_attn.typing import Forward
-
-_MARK = "_dinov2_attn_keyword"
 
 
 def graft_attention(original: Forward, kernel: Kernel) -> Forward:
@@ -91,7 +90,7 @@ def graft_block(original: Forward, part: Part) -> Forward:
 def weights_from(module: nn.Module, keyword: str, *args: Any, **selection: Any) -> Any:
     """Ask ``module``, or what it wraps, by ``keyword``; raise ``NotGrafted`` if nothing answers."""
     # Compiled, sharded and checkpointed modules are wrappers that pass keywords on.
-    if not (takes(module, keyword) or any(takes(inner, keyword) for inner in module.modules())):
+    if not (accepts(module, keyword) or any(accepts(inner, keyword) for inner in module.modules())):
         raise NotGrafted(
             f"a module whose forward takes {keyword}, as install() leaves it",
             f"{name_of(type(module))}, whose forward was never grafted",
@@ -118,7 +117,7 @@ def announce(original: Forward, forward: Forward, keyword: str) -> Forward:
         for name, default in ((keyword, False), ("queries", None), ("heads", None))
     ]
     forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    setattr(forward, _MARK, keyword)
+    setattr(forward, MARK, keyword)
     return forward
 
 
@@ -152,8 +151,3 @@ def _only_tokens(arguments: Mapping[str, Any]) -> Any:
             "Pass one tensor (B, N, C) or a list of them.",
         )
     return next(iter(arguments.values()))
-
-
-def takes(module: nn.Module, keyword: str) -> bool:
-    """Say whether the very class of ``module`` was given ``keyword`` by a graft."""
-    return getattr(type(module).forward, _MARK, None) == keyword

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn.backbone.structure import count_registers
-from dinov2_attn.backbone.validation import check_list, layers_to_take, take_batch
+from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
 from dinov2_attn.errors import SuspiciousArtifacts
 from dinov2_attn.grafting.channel import unrecorded
 from dinov2_attn.grafting.compute import Instead
-from dinov2_attn.grafting.models import flat_blocks
 from dinov2_attn.grafting.modules import weights_from
-from dinov2_attn.maps.ask import check_grafted, grid_of
 from dinov2_attn.maps.outliers import DEVIATIONS, FLOOR, Rule, median
 from dinov2_attn.maps.rollout import Layer
 from dinov2_attn.typing import Images, Masks, Model
@@ -184,17 +181,14 @@ def artifact_tokens(
     Sources: Darcet et al., *Vision Transformers Need Registers*, 2023 (norms); Jiang et al.,
     *Vision Transformers Don't Need Trained Registers*, 2025 (attention follows norms).
     """
-    check_grafted(model)
+    backbone = grafted_backbone(model)
     rule = Rule(deviations, floor)
-    layers = _candidates(layer, len(flat_blocks(model.blocks)))
-    several = isinstance(images, list | tuple)
-    batches: list[Any] = list(images) if several else [images]
-    given = zip(batches, check_list(batches, masks) if several else [masks], strict=True)
-    pairs = [take_batch(model, batch, mask) for batch, mask in given]
+    layers = _candidates(backbone, layer)
+    pairs = backbone.batches(images, masks)
     with unrecorded():
-        found = [_one(model, batch, mask, layers, rule) for batch, mask in pairs]
+        found = [_one(backbone, batch, mask, layers, rule) for batch, mask in pairs]
     _warn(found)
-    return found if several else found[0]
+    return found if isinstance(images, list | tuple) else found[0]
 
 
 # Shown the number of a block, the block and what it is given.
@@ -207,9 +201,9 @@ def artifacts_on_the_way(model: Any, images: Tensor, visit: Visit) -> ArtifactTo
 
     So a second question to the same tokens takes no second pass. Nothing is warned of.
     """
-    layers = _candidates(None, len(flat_blocks(model.blocks)))
+    backbone = Backbone(model)
     with unrecorded():
-        return _one(model, images, None, layers, Rule(), visit)
+        return _one(backbone, images, None, _candidates(backbone, None), Rule(), visit)
 
 
 def _pass_by(*_: object) -> None:
@@ -217,37 +211,30 @@ def _pass_by(*_: object) -> None:
 
 
 def _one(
-    model: Any,
+    backbone: Backbone,
     images: Tensor,
     masks: Any,
     layers: list[int],
     rule: Rule,
     visit: Visit = _pass_by,
 ) -> ArtifactTokens:
-    grid, prefix = grid_of(model, images), 1 + count_registers(model)
-    blocks = flat_blocks(model.blocks)
-    last = model.prepare_tokens_with_masks(images, masks)
-    best = torch.full((len(last),), -math.inf, device=last.device)
-    kept, layer = last.new_zeros(1), torch.zeros_like(best, dtype=torch.int64)
-    for i, tokens in _outputs(blocks[: max(layers[-1] + 1, len(blocks) - 1)], last, visit):
-        if i in layers:
-            norms = _norms(tokens[:, prefix:], grid)
-            excess = rule.excess(norms)
-            further = excess > best
-            kept = torch.where(further[:, None, None], norms, kept)
-            layer = torch.where(further, i, layer)
-            best = torch.maximum(excess, best)
-        if i == len(blocks) - 2:
-            last = tokens
-    visit(len(blocks) - 1, blocks[-1], last)
+    grid, prefix = backbone.grid(images), backbone.prefix
+    start = backbone.tokens(images, masks)
+    choice, block, tokens = _Choice(rule, start), backbone.blocks[0], start
+    for i, block, tokens in backbone.walk(start):  # the last one is asked below
+        visit(i, block, tokens)
+        if i - 1 in layers:
+            choice.add(i - 1, _norms(tokens[:, prefix:], grid))
+    if backbone.depth - 1 in layers:
+        choice.add(backbone.depth - 1, _norms(block(tokens)[:, prefix:], grid))
     from_cls, from_all = (
-        received[:, prefix:].reshape(-1, *grid) for received in _received(blocks[-1], last)
+        received[:, prefix:].reshape(-1, *grid) for received in _received(block, tokens)
     )
     return ArtifactTokens(
-        mask=rule.outliers(kept),
-        norms=kept,
-        layer=layer,
-        threshold=rule.thresholds(kept),
+        mask=rule.outliers(choice.norms),
+        norms=choice.norms,
+        layer=choice.layer,
+        threshold=rule.thresholds(choice.norms),
         from_cls=from_cls,
         from_all=from_all,
         cls_sinks=rule.outliers(from_cls),
@@ -255,18 +242,28 @@ def _one(
     )
 
 
-def _candidates(layer: int | None, depth: int) -> list[int]:
+class _Choice:
+    """Of each image the layer whose largest norm is furthest above its threshold."""
+
+    def __init__(self, rule: Rule, tokens: Tensor) -> None:
+        self._rule = rule
+        self._excess = torch.full((len(tokens),), -math.inf, device=tokens.device)
+        self.norms = tokens.new_zeros(1)
+        self.layer = torch.zeros_like(self._excess, dtype=torch.int64)
+
+    def add(self, layer: int, norms: Tensor) -> None:
+        """Take ``norms (B, h, w)`` after block ``layer`` for the images where they tell more."""
+        excess = self._rule.excess(norms)
+        further = excess > self._excess
+        self.norms = torch.where(further[:, None, None], norms, self.norms)
+        self.layer = torch.where(further, layer, self.layer)
+        self._excess = torch.maximum(excess, self._excess)
+
+
+def _candidates(backbone: Backbone, layer: int | None) -> list[int]:
     if layer is None:
-        return list(range(depth // 3, max(depth - 1, 1)))
-    return layers_to_take([layer], depth)
-
-
-def _outputs(blocks: list[nn.Module], tokens: Tensor, visit: Visit) -> Iterator[tuple[int, Tensor]]:
-    """Yield the number and the output of one block after the other, as in a forward pass."""
-    for i, block in enumerate(blocks):
-        visit(i, block, tokens)
-        tokens = block(tokens)
-        yield i, tokens
+        return list(range(backbone.depth // 3, max(backbone.depth - 1, 1)))
+    return backbone.layers([layer])
 
 
 def _norms(patches: Tensor, grid: tuple[int, int]) -> Tensor:

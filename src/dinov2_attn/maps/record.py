@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Any, Generic, overload
 
 from torch import Tensor, nn
 
-from dinov2_attn.backbone.backbone import attentions_of, other_attentions, transformer_in
-from dinov2_attn.backbone.structure import count_registers
+from dinov2_attn.backbone.backbone import backbone_in
 from dinov2_attn.errors import InvalidInput, NotRecorded
 from dinov2_attn.grafting.capture import in_a_graph
 from dinov2_attn.grafting.channel import SWITCH, TAP
-from dinov2_attn.maps.ask import grid_of
 from dinov2_attn.maps.attention_maps import AttentionMaps, W
 from dinov2_attn.maps.course import Course, advice
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.buffers import Scratch, SetAside
-from dinov2_attn.math.selection import positions, spell_out
+from dinov2_attn.math.selection import positions
 from dinov2_attn.math.tiles import is_compiling
 from dinov2_attn.typing import Grid, Heads, Layers, Model, Queries
 
@@ -192,12 +190,12 @@ class _Recorder:
                 f"{type(reduce).__name__}",
                 "Pass, for instance, lambda layer, weights: weights.mean(1).cpu().",
             )
-        self._transformer = transformer_in(model)
-        self._prefix = 1 + count_registers(self._transformer)
-        self._layers = attentions_of(self._transformer, n)
-        self._others = other_attentions(self._transformer, self._layers)
+        self._backbone = backbone_in(model)
+        self._prefix = self._backbone.prefix
+        self._layers = self._backbone.attentions(n)
+        self._others = self._backbone.other_attentions(self._layers)
         self._course = Course()
-        self._queries = spell_out(queries, self._prefix - 1)
+        self._queries = self._backbone.spell_out(queries)
         self._selection = {
             "queries": self._queries,
             "heads": heads,
@@ -213,10 +211,10 @@ class _Recorder:
 
     def begin(self, model: nn.Module, images: Tensor | None) -> None:
         """Note the patch grid of ``images``; several before the first layer make a list."""
-        if model is self._transformer:
+        if model is self._backbone.model:
             self._end_pass()
             self._begun = True
-            self._grids.append(None if images is None else grid_of(model, images))
+            self._grids.append(None if images is None else self._backbone.grid(images))
 
     def wants(self, attention: nn.Module) -> bool:
         """Say whether ``attention`` is that of a layer to record."""

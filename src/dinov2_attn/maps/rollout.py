@@ -16,16 +16,13 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor, nn
 
+from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
 from dinov2_attn.backbone.projection import Piece
-from dinov2_attn.backbone.structure import count_registers
-from dinov2_attn.backbone.validation import check_list, count_tokens, layers_to_take, take_batch
 from dinov2_attn.errors import InvalidInput
 from dinov2_attn.grafting.compute import Instead
-from dinov2_attn.grafting.models import flat_blocks
 from dinov2_attn.grafting.modules import weights_from
-from dinov2_attn.maps.ask import check_grafted, grid_of
 from dinov2_attn.math.attention import attention_weights
-from dinov2_attn.math.selection import place, spell_out
+from dinov2_attn.math.selection import place
 from dinov2_attn.math.tiles import cut
 from dinov2_attn.typing import Images, Layers, Masks, Model, Queries
 
@@ -125,28 +122,21 @@ def rollout(
     Source: Abnar and Zuidema, *Quantifying Attention Flow in Transformers*, 2020; the fusion
     of heads by min and max: Gildenblat, vit-explain.
     """
-    _check(model, heads, residual)
+    _check(heads, residual)
+    backbone = grafted_backbone(model)
     layer = Layer(heads, float(residual))
-    queries = spell_out(queries, count_registers(model))
-    blocks = flat_blocks(model.blocks)
-    wanted = layers_to_take(n, len(blocks))
+    queries = backbone.spell_out(queries)
+    wanted = backbone.layers(n)
     if not wanted:
         raise InvalidInput("at least one block to roll out over", f"n={n!r}", "Leave n out.")
-    several = isinstance(images, list | tuple)
-    batches: list[Any] = list(images) if several else [images]
-    given = zip(batches, check_list(batches, masks) if several else [masks], strict=True)
-    pairs = [take_batch(model, batch, mask) for batch, mask in given]
-    for batch, _ in pairs:
-        place(queries, count_tokens(model, batch))
     found = [
-        _one(model, batch, layer, _inputs(model, blocks, wanted, batch, mask), queries)
-        for batch, mask in pairs
+        _one(backbone, batch, layer, _inputs(backbone, wanted, batch, mask), queries)
+        for batch, mask in backbone.batches(images, masks, queries)
     ]
-    return found if several else found[0]
+    return found if isinstance(images, list | tuple) else found[0]
 
 
-def _check(model: object, heads: object, residual: object) -> None:
-    check_grafted(model)
+def _check(heads: object, residual: object) -> None:
     if not (isinstance(heads, str) and heads in get_args(Fusion)):
         raise InvalidInput(
             f"heads to be one of {', '.join(map(repr, get_args(Fusion)))}",
@@ -162,21 +152,18 @@ def _check(model: object, heads: object, residual: object) -> None:
 
 
 def _inputs(
-    model: Any, blocks: list[nn.Module], wanted: list[int], images: Tensor, masks: Any
+    backbone: Backbone, wanted: list[int], images: Tensor, masks: Any
 ) -> list[tuple[nn.Module, Tokens]]:
     """Return the ``wanted`` blocks with what makes the tokens that each is given in a pass.
 
     The tokens of all but the first are kept: those come out of the images again.
     """
-    prepare = partial(model.prepare_tokens_with_masks, images, masks)
-    found: list[tuple[nn.Module, Tokens]] = []
-    tokens = prepare()
-    for i, block in enumerate(blocks[: wanted[-1] + 1]):
-        if i in wanted:
-            found.append((block, prepare if i == 0 else partial(_same, tokens)))
-        if i < wanted[-1]:
-            tokens = block(tokens)
-    return found
+    prepare = partial(backbone.tokens, images, masks)
+    return [
+        (block, prepare if i == 0 else partial(_same, tokens))
+        for i, block, tokens in backbone.walk(prepare(), wanted[-1] + 1)
+        if i in wanted
+    ]
 
 
 def _same(tokens: Tensor) -> Tensor:
@@ -184,13 +171,13 @@ def _same(tokens: Tensor) -> Tensor:
 
 
 def _one(
-    model: Any,
+    backbone: Backbone,
     images: Tensor,
     layer: Layer,
     inputs: list[tuple[nn.Module, Tokens]],
     queries: Queries,
 ) -> Rollout:
-    length = count_tokens(model, images)
+    length = backbone.length(images)
     positions = torch.arange(length, device=images.device)
     start = positions[place(queries, length)]
     # Of the last layer no other rows are needed than those of the tokens to start from.
@@ -200,8 +187,7 @@ def _one(
         pieces = weights_from(block, "return_attention", tokens(), **ask)
         shares = torch.cat([layer.push(shares[p.samples], start, p, scale) for p, scale in pieces])
         queries, start = None, positions
-    grid = grid_of(model, images)
-    return Rollout(shares, grid, length - grid[0] * grid[1])
+    return Rollout(shares, backbone.grid(images), backbone.prefix)
 
 
 @dataclass(frozen=True)

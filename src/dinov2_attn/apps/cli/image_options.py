@@ -65,14 +65,14 @@ def add_image_size(parser: argparse.ArgumentParser) -> None:
 def read(model: Any, image: Path, size: ImageSize, args: argparse.Namespace) -> Photograph:
     """Read ``image`` as ``model`` and the options of ``add_image_size`` want it."""
     from dinov2_attn.apps.viz.images import read_photograph
-    from dinov2_attn.backbone.validation import input_channels
+    from dinov2_attn.backbone.backbone import Backbone
 
     return read_photograph(
         image,
         model.patch_size,
         size,
         args.max_pixels,
-        channels=input_channels(model),
+        channels=Backbone(model).channels,
         range=args.range,
         mean=args.mean,
         std=args.std,
@@ -82,9 +82,9 @@ def read(model: Any, image: Path, size: ImageSize, args: argparse.Namespace) -> 
 def check_reading(model: Any, args: argparse.Namespace) -> None:
     """Raise what no image can mend: a mean of other channels. Say what is assumed."""
     from dinov2_attn.apps.viz.reading import reading_for
-    from dinov2_attn.backbone.validation import input_channels
+    from dinov2_attn.backbone.backbone import Backbone
 
-    channels = input_channels(model)
+    channels = Backbone(model).channels
     reading = reading_for(channels, args.range, args.mean, args.std)
     if channels != 3 and None in (args.mean, args.std):
         log.warning(

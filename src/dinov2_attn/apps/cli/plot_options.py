@@ -129,9 +129,9 @@ def _artifacts(
 
 
 def _prefix(loaded: Loaded) -> int:
-    from dinov2_attn.backbone.structure import count_registers
+    from dinov2_attn.backbone.backbone import Backbone
 
-    return 1 + count_registers(loaded.model)
+    return Backbone(loaded.model).prefix
 
 
 def _of_query(

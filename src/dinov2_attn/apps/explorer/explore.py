@@ -15,11 +15,8 @@ from dinov2_attn.apps.explorer.quantise import Table
 from dinov2_attn.apps.explorer.write import Written, keep, quantise_layer, write
 from dinov2_attn.apps.viz.images import Photograph
 from dinov2_attn.apps.viz.inference import looking_at
-from dinov2_attn.backbone.structure import count_registers
-from dinov2_attn.backbone.validation import layers_to_take
-from dinov2_attn.grafting.models import flat_blocks
+from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
 from dinov2_attn.maps.artifacts import artifact_tokens
-from dinov2_attn.maps.ask import check_grafted, grid_of
 from dinov2_attn.maps.record import record
 from dinov2_attn.typing import Heads, Layers
 
@@ -46,11 +43,11 @@ def explore(
     Raises ``InvalidInput`` where the model cannot be run on this image here, and the errors of
     ``write_page`` and ``attention_maps``.
     """
-    check_grafted(model)
+    backbone = grafted_backbone(model)
     device = next(model.parameters()).device
     images = photograph.tensor[None]
-    layers = layers_to_take(n, len(flat_blocks(model.blocks)))
-    shape = _shape(model, images, heads)
+    layers = backbone.layers(n)
+    shape = _shape(backbone, images, heads)
     with looking_at(images):
         images = images.to(device)
         outliers = artifact_tokens(model, images)
@@ -64,10 +61,10 @@ def explore(
     return write(Path(path), frame, kept, tables)
 
 
-def _shape(model: Any, images: Tensor, heads: Heads) -> Shape:
-    prefix, (height, width) = 1 + count_registers(model), grid_of(model, images)
+def _shape(backbone: Backbone, images: Tensor, heads: Heads) -> Shape:
+    prefix, (height, width) = backbone.prefix, backbone.grid(images)
     queries = tuple(range(prefix + height * width))
-    return Shape(0 if heads else model.num_heads, queries, prefix, (height, width))
+    return Shape(0 if heads else backbone.model.num_heads, queries, prefix, (height, width))
 
 
 def _tables(

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from dinov2_attn import _optional
-from dinov2_attn.backbone.validation import is_channel_adaptive
+from dinov2_attn.backbone.backbone import grafted_backbone
 from dinov2_attn.errors import InvalidInput
-from dinov2_attn.maps.ask import check_grafted
 from dinov2_attn.typing import Heads, Layers, Model, Queries
 
 if TYPE_CHECKING:
@@ -162,10 +161,10 @@ def extract(
     from dinov2_attn.apps.extraction.plan import NO_MEANING
     from dinov2_attn.apps.extraction.sources import source_of
 
-    check_grafted(model)
+    backbone = grafted_backbone(model)
     if model.training:
         raise InvalidInput("a model in eval mode", "one in training mode", "Call model.eval().")
-    if is_channel_adaptive(model):
+    if backbone.is_channel_adaptive:
         raise InvalidInput(
             "a model that sees the three channels of a photograph together",
             "a channel-adaptive one, with maps of its own for each channel",

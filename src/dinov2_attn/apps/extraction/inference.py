@@ -15,14 +15,14 @@ from dinov2_attn.apps.extraction.options import DTYPES, Options
 from dinov2_attn.apps.viz.images import normalise
 from dinov2_attn.apps.viz.inference import cannot_run, check_alive
 from dinov2_attn.apps.viz.reading import Reading
-from dinov2_attn.backbone.structure import count_registers
+from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import Dinov2AttnError, InvalidInput
 from dinov2_attn.grafting.modules import weights_from
 from dinov2_attn.maps.artifacts import ArtifactTokens, artifacts_on_the_way
-from dinov2_attn.maps.ask import attention_maps, grid_of
+from dinov2_attn.maps.ask import attention_maps
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.resample import resample
-from dinov2_attn.math.selection import spell_out
+from dinov2_attn.math.selection import positions
 from dinov2_attn.typing import Grid
 
 
@@ -125,8 +125,8 @@ def _maps(
     asked: dict[str, Any] = {"queries": options.rows, "heads": options.heads}
     if not options.outliers:
         return attention_maps(model, images, options.layers, **asked), None
-    registers = count_registers(model)
-    asked["queries"] = spell_out(options.rows, registers)
+    backbone = Backbone(model)
+    asked["queries"] = backbone.spell_out(options.rows)
     weights = {}
 
     def visit(i: int, block: nn.Module, tokens: Tensor) -> None:
@@ -135,4 +135,6 @@ def _maps(
 
     artifacts = artifacts_on_the_way(model, images, visit)
     each = tuple(weights[layer] for layer in options.layers)
-    return AttentionMaps(each, options.layers, grid_of(model, images), 1 + registers), artifacts
+    rows = positions(asked["queries"], backbone.length(images))
+    grid = backbone.grid(images)
+    return AttentionMaps(each, options.layers, grid, backbone.prefix, rows), artifacts

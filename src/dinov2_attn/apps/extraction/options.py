@@ -11,11 +11,8 @@ import torch
 
 from dinov2_attn.apps.viz.images import LARGEST_SHORT_SIDE, ImageSize
 from dinov2_attn.apps.viz.reading import IMAGENET, Reading, reading_for
-from dinov2_attn.backbone.backbone import attentions_of
-from dinov2_attn.backbone.structure import count_registers
-from dinov2_attn.backbone.validation import input_channels, layers_to_take, patch_size
+from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import InvalidInput
-from dinov2_attn.grafting.models import flat_blocks
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.selection import spell_out, whole_number
 from dinov2_attn.typing import Grid, Heads, Layers, Queries, QueryWord
@@ -73,12 +70,13 @@ def check_options(
     check_heads(heads)
     if dtype not in DTYPES:
         raise InvalidInput(f"a dtype of {', '.join(DTYPES)}", repr(dtype), "Name one.")
-    taken = layers_to_take(layers, len(flat_blocks(model.blocks)))
+    backbone = Backbone(model)
+    taken = backbone.layers(layers)
     if not taken:
         raise InvalidInput("at least one layer", f"layers={layers!r}", "Leave it out for the last.")
     options = Options(
         layers=tuple(taken),
-        queries=_named(queries, count_registers(model)),
+        queries=_named(queries, backbone.registers),
         heads=heads,
         dtype=dtype,
         grid=None if grid is None else _sides("grid", grid),
@@ -86,7 +84,7 @@ def check_options(
         max_pixels=None if max_pixels is None else at_least(1, max_pixels, "max_pixels"),
         batch_size=1,
         shard_size=1,
-        reading=reading_for(input_channels(model), range, mean, std),
+        reading=reading_for(backbone.channels, range, mean, std),
         **others,
     )
     weights, stored = _bytes_of_one(model, options)
@@ -99,18 +97,23 @@ def check_options(
 
 def rows_of(model: Any, options: Options, grid: Grid) -> int:
     """Return how many rows of weights are asked of an image of ``grid``, all layers and heads."""
-    registers, patches = count_registers(model), math.prod(grid)
-    words = {"cls": 1, "registers": registers, "patches": patches, "all": 1 + registers + patches}
+    backbone, patches = Backbone(model), math.prod(grid)
+    words = {
+        "cls": 1,
+        "registers": backbone.registers,
+        "patches": patches,
+        "all": backbone.prefix + patches,
+    }
     queries = options.queries
     count = words[queries] if isinstance(queries, str) else len(queries)
-    (attention,) = attentions_of(model, [0])
+    (attention,) = backbone.attentions([0])
     heads = 1 if options.heads == "mean" else int(attention.num_heads)  # type: ignore[arg-type]
     return len(options.layers) * heads * count
 
 
 def stored_bytes(model: Any, options: Options, grid: Grid) -> int:
     """Return the bytes that an image of ``grid`` takes in a shard."""
-    columns = 1 + count_registers(model) + math.prod(options.grid or grid)
+    columns = Backbone(model).prefix + math.prod(options.grid or grid)
     return rows_of(model, options, grid) * columns * torch.finfo(DTYPES[options.dtype]).bits // 8
 
 
@@ -118,8 +121,9 @@ def _bytes_of_one(model: Any, options: Options) -> tuple[int, int]:
     """Return the bytes of the weights, and of what is stored, of an image as large as they come."""
     size = options.image_size or LARGEST_SHORT_SIDE
     sides = (size, size) if isinstance(size, int) else size
-    height, width = (side // patch for side, patch in zip(sides, patch_size(model), strict=True))
-    columns = 1 + count_registers(model) + height * width
+    backbone = Backbone(model)
+    height, width = (s // patch for s, patch in zip(sides, backbone.patch_size, strict=True))
+    columns = backbone.prefix + height * width
     weights = 4 * rows_of(model, options, (height, width)) * columns
     # With sides of less than a patch there may be nothing, and nothing to divide by.
     return max(1, weights), max(1, stored_bytes(model, options, (height, width)))

@@ -25,7 +25,7 @@ from dinov2_attn.apps.extraction.items import list_items
 from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.apps.extraction.passed_over import Sieve
 from dinov2_attn.apps.extraction.pickled import fingerprint
-from dinov2_attn.backbone.validation import patch_size
+from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import InvalidInput
 
 Transform = Callable[[Any], Any] | None
@@ -116,7 +116,9 @@ class Given:
 
 def wanted(model: Any, options: Options) -> Wanted:
     """Return what pictures have to be for ``model``."""
-    return Wanted(patch_size(model)[0], options.reading, options.image_size, options.max_pixels)
+    return Wanted(
+        Backbone(model).patch_size[0], options.reading, options.image_size, options.max_pixels
+    )
 
 
 def source_of(source: Any, transform: Transform) -> Source:
