@@ -232,7 +232,7 @@ def test_what_cannot_be_recorded_is_refused_at_once(models):
         (holding, {}, dinov2_attn.InvalidInput, "found 2: the model itself, teacher"),
         (model, {"n": 4}, dinov2_attn.OutOfRange, "between 0 and 3"),
         (model, {"n": []}, dinov2_attn.InvalidInput,
-         r"^expected at least one layer to record; found n=\[\]\. Leave n out for all\.$"),
+         r"^expected at least one layer to record; found n=\[\]\. Leave layers out for all\.$"),
         (model, {"queries": "cs"}, dinov2_attn.InvalidInput, "cls"),
         (model, {"heads": "max"}, dinov2_attn.InvalidInput, "heads"),
         (model, {"reduce": "mean"}, dinov2_attn.InvalidInput, "reduce"),
