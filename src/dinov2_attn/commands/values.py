@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInput, in_one_line
 from dinov2_attn.show.tokens import Token, read_token
 
 
@@ -59,4 +59,4 @@ def token(text: str) -> Token:
     try:
         return read_token(text)
     except InvalidInput as error:
-        raise ArgumentTypeError(str(error)) from error
+        raise ArgumentTypeError(in_one_line(error)) from error

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2_attn.dataset.items import Item
-from dinov2_attn.errors import Dinov2AttnError
+from dinov2_attn.errors import Dinov2AttnError, in_one_line
 from dinov2_attn.show.images import ImageSize, fit, fitted_size, open_upright, stored_size
 
 Size = tuple[int, int]
@@ -94,4 +94,4 @@ def _or_refused(decode: Callable[[int, Item], Any], number: int, item: Item) -> 
         item.check()
         return decode(number, item)
     except Dinov2AttnError as error:
-        return Refused(number, item, str(error))
+        return Refused(number, item, in_one_line(error))

@@ -15,7 +15,7 @@ from dinov2_attn.dataset.decode import Measurer, Refused
 from dinov2_attn.dataset.options import Options, stored_bytes
 from dinov2_attn.dataset.plan import Plan
 from dinov2_attn.dataset.run import decoded
-from dinov2_attn.errors import OutOfRange
+from dinov2_attn.errors import OutOfRange, in_one_line
 from dinov2_attn.queries import place
 from dinov2_attn.typing import Grid
 
@@ -98,7 +98,7 @@ def _lacks(grid: Grid, made: Plan, options: Options) -> str | None:
         if isinstance(options.queries, tuple):
             place(options.queries, made.about["model"]["prefix"] + math.prod(grid))
     except OutOfRange as error:
-        return str(error)
+        return in_one_line(error)
     return None
 
 

@@ -25,6 +25,7 @@ from dinov2_attn.errors import (
     Unavailable,
     UnreadableFile,
     UnwritableOutput,
+    in_one_line,
 )
 
 # Images that each worker decodes ahead.
@@ -75,8 +76,9 @@ class Run:
             try:
                 seen += look(self.model, batch, self.options)
             except OutOfRange as error:  # a query that images of this size do not have
+                reason = in_one_line(error)
                 for origin in (picture.origin for picture in batch):
-                    self._pass_over(Refused(origin.number, origin.item, str(error)), refused)
+                    self._pass_over(Refused(origin.number, origin.item, reason), refused)
         return seen, refused
 
     def _batches(
