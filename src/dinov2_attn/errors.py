@@ -6,16 +6,45 @@ from __future__ import annotations
 class Dinov2AttnError(Exception):
     """The base of all errors of this package.
 
-    The three parts are kept in ``args``, so that an error survives pickling on
-    its way out of a worker process.
+    What was ``expected``, what was ``found`` and a ``hint`` what to do next, which are the three
+    lines of ``str()``. They are kept in ``args``, so that an error survives pickling on its way
+    out of a worker process.
     """
 
-    def __init__(self, expected: str, found: str, next_step: str) -> None:
-        super().__init__(expected, found, next_step)
+    def __init__(self, expected: str, found: str, hint: str) -> None:
+        super().__init__(expected, found, hint)
+
+    @property
+    def expected(self) -> str:
+        """What was expected."""
+        return str(self.args[0])
+
+    @property
+    def found(self) -> str:
+        """What was found instead."""
+        return str(self.args[1])
+
+    @property
+    def hint(self) -> str:
+        """What to do next."""
+        return str(self.args[2])
 
     def __str__(self) -> str:
-        expected, found, next_step = self.args
-        return f"expected {expected}; found {found}. {next_step}"
+        return "\n".join(
+            (_sentence(f"Expected {self.expected}"), _sentence(f"Found {self.found}"), self.hint)
+        )
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what ``error`` says as one line, for lists, tables and other errors."""
+    text = str(error)
+    if isinstance(error, Dinov2AttnError):
+        text = f"expected {error.expected}; found {error.found}. {error.hint}"
+    return " ".join(text.splitlines())
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 class IncompatibleUpstream(Dinov2AttnError, RuntimeError):

@@ -60,7 +60,7 @@ def test_depth_anything_3_is_refused_when_imported_later():
 def test_depth_anything_3_is_refused_as_a_live_model():
     fork = upstreams.DEPTH_ANYTHING_3
     block = fork.cls("Block")(12, num_heads=2)
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=r"expected .* found .*"):
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=r"(?s)Expected .*\nFound .*"):
         dinov2_attn.install(block)
 
 
@@ -101,7 +101,7 @@ def test_any_other_formula_is_refused(change):
 
     with pytest.raises(
         dinov2_attn.IncompatibleUpstream,
-        match=r"expected proj\(weights @ v\) to equal .*nothing was",
+        match=r"(?s)Expected proj\(weights @ v\) to equal .*nothing was",
     ):
         dinov2_attn.install(Attention(12, num_heads=2))
     assert "return_attn" not in str(Attention.forward)
@@ -137,7 +137,7 @@ def test_what_is_off_by_more_than_rounding_is_refused_and_by_how_much_is_said():
         def forward(self, x):
             return super().forward(x) + 8e-9
 
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="found a difference of 8e-09"):
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="Found a difference of 8e-09"):
         dinov2_attn.install(Attention(12, num_heads=2))
 
 
@@ -221,7 +221,7 @@ def test_a_graft_that_returns_anything_else_is_refused():
 
     with (
         laboratory(),
-        pytest.raises(dinov2_attn.IncompatibleUpstream, match="expected the weights returned to"),
+        pytest.raises(dinov2_attn.IncompatibleUpstream, match="Expected the weights returned to"),
     ):
         prove_attention(cls, forward, wrong, measure_kernel(cls, forward))
 
@@ -282,7 +282,7 @@ def test_an_attribute_read_on_the_way_is_refused_even_when_it_does_nothing(attri
         def forward(self, x):
             return super().forward(getattr(self, attribute)(x))
 
-    said = rf"{__name__}.*Attention to compute .* also reads {attribute}"
+    said = rf"(?s){__name__}.*Attention to compute .* also reads {attribute}"
     with pytest.raises(dinov2_attn.IncompatibleUpstream, match=said):
         dinov2_attn.install(Attention(12, num_heads=2))
 
@@ -307,7 +307,7 @@ def test_a_copy_patched_by_hand_is_refused():
             return super().forward(x)
 
     model = Model(img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1)
-    taken = "found get_last_self_attention, get_last_selfattention already there"
+    taken = "Found get_last_self_attention, get_last_selfattention already there"
     with pytest.raises(dinov2_attn.IncompatibleUpstream, match=taken):
         dinov2_attn.install(model)
     assert dinov2_attn.status().grafted == ()
@@ -336,7 +336,7 @@ def test_a_block_that_attends_to_something_else_is_refused(which):
     block = _other_blocks()[which](12, num_heads=2)
     for parameter in block.norm1.parameters():
         nn.init.normal_(parameter)
-    said = "expected the attention of a block to equal" if which == 0 else "call its attention 1"
+    said = "Expected the attention of a block to equal" if which == 0 else "call its attention 1"
     with pytest.raises(dinov2_attn.IncompatibleUpstream, match=said):
         dinov2_attn.install(block)
 
@@ -359,7 +359,7 @@ def test_a_model_whose_pass_is_another_is_refused():
 
     for cls in (Trailing, Skipping):
         model = cls(img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1)
-        said = "found 11 tokens|expected the attention of a model to equal"
+        said = "Found 11 tokens|Expected the attention of a model to equal"
         with pytest.raises(dinov2_attn.IncompatibleUpstream, match=said):
             dinov2_attn.install(model)
         assert not hasattr(model, "get_self_attention")
@@ -432,7 +432,7 @@ def test_blocks_that_drop_tokens_are_refused(monkeypatch):
     block = upstreams.MOGE.cls("Block")
     upstream = block.forward
     monkeypatch.setattr(block, "forward", lambda self, x: upstream(self, x)[:, :-1])
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="patches; found 9 tokens"):
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="patches.\nFound 9 tokens"):
         dinov2_attn.install(small(upstreams.MOGE.cls("DinoVisionTransformer"), depth=2))
 
 
@@ -469,7 +469,7 @@ def test_whatever_foreign_code_raises_is_told_as_incompatible(change):
         def forward(self, x):
             return super().forward(x)
 
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="expected .*; found "):
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="(?s)Expected .*.\nFound "):
         dinov2_attn.install(Attention(10, num_heads=2))
     assert dinov2_attn.status().grafted == ()
 
@@ -535,12 +535,14 @@ def test_a_class_that_cannot_be_built_small_is_refused():
         def forward(self, x):
             return super().forward(x)
 
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="built and run small.*TypeError"):
+    with pytest.raises(
+        dinov2_attn.IncompatibleUpstream, match="(?s)built and run small.*TypeError"
+    ):
         dinov2_attn.install(Attention({"dim": 12, "num_heads": 2}))
 
 
 def test_a_model_without_attention_is_refused():
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="none in torch.nn.*Linear"):
+    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="(?s)none in torch.nn.*Linear"):
         dinov2_attn.install(nn.Linear(2, 2))
 
 

@@ -97,6 +97,6 @@ def test_what_somebody_took_away_is_not_put_back_in_silence():
     ledger = Ledger()
     ledger.set(Upstream, "old", lambda self: "first", "a")
     del Upstream.old
-    with pytest.raises(PatchedOnTop, match="found 'nothing'"):
+    with pytest.raises(PatchedOnTop, match="Found 'nothing'"):
         ledger.release("a")
     assert not hasattr(Upstream, "old")

@@ -32,7 +32,9 @@ def test_what_somebody_patched_on_top_is_not_undone():
     dinov2_attn.install()
     ours = block.forward
     block.forward = theirs = lambda self, x: ours(self, x)
-    with pytest.raises(dinov2_attn.PatchedOnTop, match=r"expected .*Block\.forward; found <func"):
+    with pytest.raises(
+        dinov2_attn.PatchedOnTop, match=r"(?s)Expected .*Block\.forward\.\nFound <func"
+    ):
         dinov2_attn.uninstall()
     assert block.forward is theirs
     assert is_grafted(upstreams.FIRST.cls("Attention"))  # nothing at all was undone

@@ -71,12 +71,14 @@ def test_a_bias_is_taken_where_the_kernel_that_runs_takes_it(memory_efficient, m
     dense = Kernel(upstreams.MOGE.cls("Attention").forward, {})
     bias = torch.zeros(2, 2)
     for kernel in (gated, dense):
-        with pytest.raises(InvalidInput, match=r"to be None, a dense tensor.*builtins\.str"):
+        with pytest.raises(InvalidInput, match=r"(?s)to be None, a dense tensor.*builtins\.str"):
             kernel.check_bias("causal")
-    with pytest.raises(InvalidInput, match=rf"no attn_bias.*{PINNED.attention}.{FLAG} is False"):
+    with pytest.raises(
+        InvalidInput, match=rf"(?s)no attn_bias.*{PINNED.attention}.{FLAG} is False"
+    ):
         gated.check_bias(bias)
     dense.check_bias(bias)
-    with pytest.raises(InvalidInput, match="as a dense tensor.*one of type Mask"):
+    with pytest.raises(InvalidInput, match="(?s)as a dense tensor.*one of type Mask"):
         dense.check_bias(Mask())
     flip(monkeypatch, PINNED.attention, True)
     gated.check_bias(bias)

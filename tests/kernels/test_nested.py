@@ -240,7 +240,9 @@ def test_what_a_list_draws_in_training_is_drawn_as_unasked(nested):
 
 def test_stochastic_depth_of_a_list_on_a_cpu_is_said_to_need_cuda(nested):
     block, tokens = block_of(nested, drop_path=0.3).train(), tokens_of([(2, 5), (1, 3)], 24, 0)
-    with pytest.raises(dinov2_attn.NoOperator, match=r"CUDA only; found .* drop path of 0\.3"):
+    with pytest.raises(
+        dinov2_attn.NoOperator, match=r"(?s)CUDA only\.\nFound .* drop path of 0\.3"
+    ):
         block(tokens, return_attention=True)
     assert block(tokens[0], return_attention=True).shape == (2, 3, 5, 5)
     assert block.eval()(tokens, return_attention=True)[1].shape == (1, 3, 3, 3)

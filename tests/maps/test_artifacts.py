@@ -316,7 +316,7 @@ def test_one_among_nothing_is_an_outlier_and_nan_is_none():
 @pytest.mark.parametrize("wrong", [0, -1, math.nan, math.inf, "7", True, None])
 @pytest.mark.parametrize("name", ["deviations", "floor"])
 def test_a_rule_of_no_sense_is_an_error(grafted, name, wrong):
-    with pytest.raises(InvalidInput, match=f"expected {name} as a number above 0"):
+    with pytest.raises(InvalidInput, match=f"Expected {name} as a number above 0"):
         artifact_tokens(build(grafted), IMAGES, **{name: wrong})
 
 

@@ -39,7 +39,7 @@ def test_every_pass_has_its_maps(models):
     asked |= {name: methodcaller(name) for name in called}
     asked["save"] = methodcaller("save", "absent.safetensors")
     for name, ask in asked.items():
-        words = rf"one recorded pass, whose {name}.*found 3.*\.passes"
+        words = rf"(?s)one recorded pass, whose {name}.*Found 3.*\.passes"
         with pytest.raises(dinov2_attn.NotRecorded, match=words):
             ask(maps)
     with pytest.raises(AttributeError, match="'Recording' object has no .* 'nothing_like_that'"):
@@ -113,7 +113,7 @@ def test_a_grid_that_is_not_known_may_be_said(models):
     with record(model) as maps:
         for block in model.blocks:
             tokens = block(tokens)
-    with pytest.raises(dinov2_attn.InvalidInput, match=r"dataclasses\.replace.*\.passes\[0\]"):
+    with pytest.raises(dinov2_attn.InvalidInput, match=r"(?s)dataclasses\.replace.*\.passes\[0\]"):
         maps.maps()
     said = dataclasses.replace(maps.passes[0], grid=(2, 3))
     assert said.maps()[0].shape == (2, 2, N, 2, 3)
@@ -168,7 +168,7 @@ def test_a_pass_in_another_thread_is_not_recorded(models):
 def test_nothing_recorded_is_an_error(models):
     model = build(models)
     with (
-        pytest.raises(dinov2_attn.NotRecorded, match=r"layers 0, 1, 2; found 0 of them\."),
+        pytest.raises(dinov2_attn.NotRecorded, match=r"layers 0, 1, 2\.\nFound 0 of them\."),
         record(model),
     ):
         pass
@@ -194,7 +194,7 @@ def test_a_pass_without_some_layers_is_an_error(models, blocks, order):
                         attention.forward = lambda x: x
                 model(IMAGES)
 
-    words = rf"layers 0, 1, 2; found {sum(order)} of them, and {order.count(False)} without"
+    words = rf"layers 0, 1, 2\.\nFound {sum(order)} of them, and {order.count(False)} without"
     with pytest.raises(dinov2_attn.NotRecorded, match=words):
         run()
     assert len(caught[0].passes) == sum(order)
@@ -225,14 +225,14 @@ def test_what_cannot_be_recorded_is_refused_at_once(models):
     model, holding = build(models), build(models)
     holding.teacher = model
     cases = [
-        (nn.Linear(2, 2), {}, dinov2_attn.InvalidInput, "one DINOv2 inside .*; found none"),
+        (nn.Linear(2, 2), {}, dinov2_attn.InvalidInput, "(?s)one DINOv2 inside .*.\nFound none"),
         ("model", {}, dinov2_attn.InvalidInput, "a model"),
         (nn.ModuleDict({"teacher": model, "student": build(models)}), {},
-         dinov2_attn.InvalidInput, "found 2: teacher, student"),
-        (holding, {}, dinov2_attn.InvalidInput, "found 2: the model itself, teacher"),
+         dinov2_attn.InvalidInput, "Found 2: teacher, student"),
+        (holding, {}, dinov2_attn.InvalidInput, "Found 2: the model itself, teacher"),
         (model, {"n": 4}, dinov2_attn.OutOfRange, "between 0 and 3"),
         (model, {"n": []}, dinov2_attn.InvalidInput,
-         r"^expected at least one layer to record; found n=\[\]\. Leave layers out for all\.$"),
+         r"^Expected at least one layer to record\.\nFound n=\[\]\.\nLeave layers out for all\.$"),
         (model, {"queries": "cs"}, dinov2_attn.InvalidInput, "cls"),
         (model, {"heads": "max"}, dinov2_attn.InvalidInput, "heads"),
         (model, {"reduce": "mean"}, dinov2_attn.InvalidInput, "reduce"),

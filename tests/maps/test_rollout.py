@@ -227,14 +227,14 @@ def test_the_tokens_of_the_first_block_are_not_kept(grafted):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"heads": None}, r"one of 'mean', 'min', 'max'; found heads=None"),
-        ({"heads": "median"}, r"found heads='median'"),
-        ({"residual": 1.5}, r"residual as a number from 0 to 1; found 1.5"),
-        ({"residual": float("nan")}, r"found nan"),
-        ({"residual": "half"}, r"found 'half'"),
-        ({"queries": 113}, r"there being [0-9]+ tokens; found 113"),
-        ({"queries": "CLS"}, r"found 'CLS'"),
-        ({"n": 0}, r"at least one block.*n=0"),
+        ({"heads": None}, r"one of 'mean', 'min', 'max'\.\nFound heads=None"),
+        ({"heads": "median"}, r"Found heads='median'"),
+        ({"residual": 1.5}, r"residual as a number from 0 to 1\.\nFound 1.5"),
+        ({"residual": float("nan")}, r"Found nan"),
+        ({"residual": "half"}, r"Found 'half'"),
+        ({"queries": 113}, r"there being [0-9]+ tokens\.\nFound 113"),
+        ({"queries": "CLS"}, r"Found 'CLS'"),
+        ({"n": 0}, r"(?s)at least one block.*n=0"),
         ({"n": [4]}, r"blocks between -4 and 3"),
         ({"masks": torch.ones(2, 3)}, r"masks as a boolean tensor"),
     ],
@@ -247,7 +247,7 @@ def test_what_cannot_be_is_refused(models, options, expected):
 
 def test_a_model_that_install_has_not_reached_is_refused(first):
     model = PLAIN.build(first)
-    with pytest.raises(dinov2_attn.NotGrafted, match=r"found .*DinoVisionTransformer.*install"):
+    with pytest.raises(dinov2_attn.NotGrafted, match=r"(?s)Found .*DinoVisionTransformer.*install"):
         dinov2_attn.rollout(model, PLAIN.images)
 
 
@@ -258,8 +258,8 @@ def test_causal_blocks_and_biases_are_refused():
     with dinov2_attn.install(upstream.package):
         block = randomise(upstream.cls("CausalAttentionBlock")(12, num_heads=2), 5)
         asked = module_of_rollout.Instead.QUERIES_AND_KEYS
-        with pytest.raises(dinov2_attn.InvalidInput, match=r"alike; found a causal block"):
+        with pytest.raises(dinov2_attn.InvalidInput, match=r"alike\.\nFound a causal block"):
             block(noise(2, 7, 12, seed=5), return_attention=True, heads=asked)
         module = upstream.cls("MemEffAttention")(12, num_heads=2)
-        with pytest.raises(dinov2_attn.InvalidInput, match="alike; found one with attn_bias"):
+        with pytest.raises(dinov2_attn.InvalidInput, match="alike.\nFound one with attn_bias"):
             module(noise(2, 7, 12, seed=5), torch.zeros(7, 7), return_attn=True, heads=asked)

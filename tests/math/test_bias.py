@@ -227,12 +227,12 @@ def test_an_unknown_kind_is_named(nested):
 def test_a_bias_that_does_not_fit_is_refused_with_both_numbers(nested):
     module, tokens = module_of(nested), tokens_of(4)
     blocks = masks().BlockDiagonalMask.from_seqlens([2, 3])
-    with pytest.raises(dinov2_attn.InvalidInput, match=r"\(1, 5, C\).*found \(1, 4, 24\)"):
+    with pytest.raises(dinov2_attn.InvalidInput, match=r"(?s)\(1, 5, C\).*Found \(1, 4, 24\)"):
         module(tokens, attn_bias=blocks, return_attn=True)
-    with pytest.raises(dinov2_attn.InvalidInput, match=r"\(1, 5, C\).*found \(2, 5, 24\)"):
+    with pytest.raises(dinov2_attn.InvalidInput, match=r"(?s)\(1, 5, C\).*Found \(2, 5, 24\)"):
         module(tokens.new_ones(2, 5, 24), attn_bias=blocks, return_attn=True)
     with pytest.raises(
-        dinov2_attn.InvalidInput, match=r"= \(1, 3, 4, 4\); found .* \(2, 3, 4, 4\)"
+        dinov2_attn.InvalidInput, match=r"(?s)= \(1, 3, 4, 4\)\.\nFound .* \(2, 3, 4, 4\)"
     ):
         module(tokens, attn_bias=torch.zeros(2, 3, 4, 4), return_attn=True)
 
@@ -248,22 +248,24 @@ def test_batch_sizes_that_do_not_add_up_are_refused(nested, sizes):
 @pytest.mark.parametrize(
     ("queries", "keys", "found"),
     [
-        ([1, 3], [1, 3], r"lengths \[1, 3\]\. Leave"),
-        ([1, 3], [2, 2], r"lengths \[1, 3\], of keys \[2, 2\]\. Leave"),
-        ([2, 2], [1, 3], r"lengths \[2, 2\], of keys \[1, 3\]\. Leave"),
+        ([1, 3], [1, 3], r"lengths \[1, 3\]\.\nLeave"),
+        ([1, 3], [2, 2], r"lengths \[1, 3\], of keys \[2, 2\]\.\nLeave"),
+        ([2, 2], [1, 3], r"lengths \[2, 2\], of keys \[1, 3\]\.\nLeave"),
     ],
 )
 def test_blocks_of_one_group_must_be_alike(nested, queries, keys, found):
     blocks = masks().BlockDiagonalMask.from_seqlens(queries, keys)
     blocks._batch_sizes = [2]
-    with pytest.raises(dinov2_attn.InvalidInput, match=rf"group 0 .*; found {found}"):
+    with pytest.raises(dinov2_attn.InvalidInput, match=rf"(?s)group 0 .*\.\nFound {found}"):
         module_of(nested)(torch.zeros(1, 4, 24).double(), attn_bias=blocks, return_attn=True)
 
 
 def test_blocks_of_queries_without_keys_are_refused(nested):
     blocks = OwnBlocks([2, 2])
     blocks.k_seqinfo = starts_of([4])
-    with pytest.raises(dinov2_attn.InvalidInput, match=r"blocks of keys as of queries.*1 and 2\."):
+    with pytest.raises(
+        dinov2_attn.InvalidInput, match=r"(?s)blocks of keys as of queries.*1 and 2\."
+    ):
         module_of(nested)(tokens_of(4), attn_bias=blocks, return_attn=True)
 
 

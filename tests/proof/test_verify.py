@@ -141,7 +141,7 @@ def test_a_distribution_on_pypi_is_named_by_its_requirement(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("pypi:dinov2", "expected pypi:NAME==VERSION"),
+        ("pypi:dinov2", "Expected pypi:NAME==VERSION"),
         ("pypi:dinov2==99.99", "dinov2==99.99 from PyPI"),
         ("/nowhere/at/all", "an answer to git clone"),
         ("/nowhere@all", "an answer to git clone"),

@@ -181,7 +181,7 @@ def test_traces(first):
             traced = trace(model)
         assert_all_close(maps.weights, model.get_self_attention(SQUARE))
         assert_close(traced(other), model(other))
-        with pytest.raises(dinov2_attn.NotRecorded, match="found 0"), record(model):
+        with pytest.raises(dinov2_attn.NotRecorded, match="Found 0"), record(model):
             traced(other)
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.errors import IncompatibleUpstream, InvalidInput
+from dinov2_attn.errors import IncompatibleUpstream, InvalidInput, in_one_line
 from dinov2_attn.grafting.import_hook import Finder
 from dinov2_attn.grafting.registry import Ledger
 from dinov2_attn.grafting.targets import UPSTREAM, UPSTREAM_MODULES, LiveModel, Package
@@ -130,7 +130,9 @@ def status() -> Status:
         recognised: dict[str, str] = {}
         for target in sorted(targets, key=str):
             recognised[_unused(str(target), recognised)] = _recognise(target)
-        failed = {p.name: f"refused: {p.failure}" for p in _PACKAGES.values() if p.failure}
+        failed = {
+            p.name: f"refused: {in_one_line(p.failure)}" for p in _PACKAGES.values() if p.failure
+        }
         return Status(
             grafted=tuple(str(graft) for graft in _LEDGER if graft.in_force),
             covered=tuple(str(graft) for graft in _LEDGER if not graft.in_force),

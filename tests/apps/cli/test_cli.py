@@ -100,33 +100,33 @@ def test_an_unreadable_image_is_reported_and_the_others_go_on(image, weights, tm
     assert status == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"planted", "Planted-2"}
     assert pixels(tmp_path / "out" / "Planted-2" / "img.png").shape == (28, 42, 3)
-    assert f"found {tmp_path / 'broken.png'}, which cannot be read" in caplog.text
-    assert f"found {tmp_path}, which cannot be read" in caplog.text
+    assert f"Found {tmp_path / 'broken.png'}, which cannot be read" in caplog.text
+    assert f"Found {tmp_path}, which cannot be read" in caplog.text
 
 
 def test_an_output_that_cannot_be_written_is_reported(image, weights, tmp_path, caplog):
     (tmp_path / "out").touch()
     assert heatmap(image, "-o", tmp_path / "out", "--weights", weights) == 1
-    assert f"expected a folder that can be written at {tmp_path / 'out'}" in caplog.text
+    assert f"Expected a folder that can be written at {tmp_path / 'out'}" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--random-weights"], "expected an image; found none. Name one, or try --sample."),
-        (["x.png", "--weights", "absent.pth"], "checkpoint at absent.pth; found nothing. Name"),
-        (["x.png", "--device", "abacus"], "device that this torch can use; found 'abacus'"),
-        (["x.png", "--device", "meta"], "device that this torch can use; found 'meta'"),
+        (["--random-weights"], "Expected an image.\nFound none.\nName one, or try --sample."),
+        (["x.png", "--weights", "absent.pth"], "checkpoint at absent.pth.\nFound nothing.\nName"),
+        (["x.png", "--device", "abacus"], "device that this torch can use.\nFound 'abacus'"),
+        (["x.png", "--device", "meta"], "device that this torch can use.\nFound 'meta'"),
         (["x.png", "--patch-size", "600", "--random-weights"], "patch size from 1 to 518"),
-        (["x.png", "--repo", "absent"], "expected a checkout of upstream: a folder"),
-        (["x.png", "--patch-size", "16"], "found patch size 16. Give your own with --weights"),
-        (["x.png", "--image-size", "1", "2", "3"], "two lengths in pixels; found 1 2 3. Give N"),
-        (["x.png", "--image-size", "0"], "one or two lengths in pixels; found 0. Give N"),
-        (["--image-size", "x.png"], "one or two lengths in pixels; found x.png. Give N"),
-        (["--image-size", "28.5", "x.png"], "lengths in pixels; found 28.5 x.png. Give N"),
+        (["x.png", "--repo", "absent"], "Expected a checkout of upstream: a folder"),
+        (["x.png", "--patch-size", "16"], "Found patch size 16.\nGive your own with --weights"),
+        (["x.png", "--image-size", "1", "2", "3"], "two lengths in pixels.\nFound 1 2 3.\nGive N"),
+        (["x.png", "--image-size", "0"], "one or two lengths in pixels.\nFound 0.\nGive N"),
+        (["--image-size", "x.png"], "one or two lengths in pixels.\nFound x.png.\nGive N"),
+        (["--image-size", "28.5", "x.png"], "lengths in pixels.\nFound 28.5 x.png.\nGive N"),
     ],
 )
-def test_a_user_error_is_one_line_and_status_two(arguments, message, tmp_path, caplog):
+def test_a_user_error_is_three_lines_and_status_two(arguments, message, tmp_path, caplog):
     assert heatmap("-o", tmp_path / "out", *arguments) == 2
     assert message in caplog.text
     assert not (tmp_path / "out").exists()
@@ -160,7 +160,7 @@ def test_a_bad_argument_is_explained(arguments, message, tmp_path, capsys):
 def test_pictures_need_an_extra(monkeypatch, tmp_path, caplog):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert heatmap("--sample", "-o", tmp_path, "--random-weights") == 2
-    assert "found no tqdm in this environment. Install" in caplog.text
+    assert "Found no tqdm in this environment.\nInstall" in caplog.text
     assert "pip install 'dinov2-attn[viz]'" in caplog.text
 
 
@@ -184,12 +184,14 @@ def test_the_sample_runs_with_nothing_else_at_hand(tmp_path):
     assert pixels(tmp_path / "out" / "img.png").shape == (56, 56, 3)
 
 
-def test_without_weights_or_network_one_line_names_the_way_out(tmp_path):
+def test_without_weights_or_network_the_way_out_is_named(tmp_path):
     arguments = ["heatmap", "--sample", "-o", "out"]
     result = python("-m", "dinov2_attn", *arguments, cwd=tmp_path, **OFFLINE, TORCH_HOME=tmp_path)
     assert result.returncode == 2
-    *_, last = result.stderr.splitlines()
-    assert last.startswith("dinov2-attn: error: expected upstream's dinov2 code")
+    *_, expected, found, hint = result.stderr.splitlines()
+    assert expected.startswith("dinov2-attn: error: Expected upstream's dinov2 code")
+    assert found.startswith("  Found no importable dinov2")
+    assert "--repo PATH" in hint
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 

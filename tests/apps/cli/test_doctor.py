@@ -44,12 +44,12 @@ def test_with_xformers_each_operator_is_tried(tmp_path):
     assert "without install(), whose fallback answers it" in said
 
 
-def test_code_that_is_refused_ends_in_one_line(tmp_path):
+def test_code_that_is_refused_ends_in_an_error_of_ours(tmp_path):
     layers = tmp_path / "dinov2" / "layers"
     layers.mkdir(parents=True)
     for file in (layers / "__init__.py", layers.parent / "__init__.py"):
         file.touch()
     done = subprocesses.python("-m", "dinov2_attn", "doctor", "--repo", tmp_path, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("dinov2-attn: error: expected ")
+    assert done.stderr.startswith("dinov2-attn: error: Expected ")
     assert "Traceback" not in done.stderr

@@ -92,14 +92,14 @@ def test_options_that_agree_are_welcome(file, tmp_path):
     ],
 )
 def test_options_that_contradict_are_an_error_with_both_sides(file, options, asked):
-    message = rf"expected {asked}, as asked; found {file}, which holds ViT-128x2/7\. Leave"
+    message = rf"Expected {asked}, as asked\.\nFound {file}, which holds ViT-128x2/7\.\nLeave"
     with pytest.raises(InvalidInput, match=message):
         load("--weights", file, *options)
 
 
 def test_heads_are_asked_for_where_weights_do_not_tell(tmp_path):
     path = saved_small(tmp_path / "mine.pth", embed_dim=96)
-    with pytest.raises(InvalidInput, match=r"found .* with 96 features.*--num-heads N"):
+    with pytest.raises(InvalidInput, match=r"(?s)Found .* with 96 features.*--num-heads N"):
         load("--weights", path)
     assert load("--weights", path, "--num-heads", 3).model.num_heads == 3
     for others in (["--random-weights"], []):
@@ -126,7 +126,9 @@ def test_a_checkpoint_with_registers(tmp_path, caplog):
         assert loaded.name == "ViT-64x2/2, 4 registers, mine.pth, heads assumed: 1"
         assert loaded.model.interpolate_antialias is True
     else:
-        with pytest.raises(Unavailable, match=r"with registers.*found one without.*--repo PATH"):
+        with pytest.raises(
+            Unavailable, match=r"(?s)with registers.*Found one without.*--repo PATH"
+        ):
             load("--weights", tmp_path / "mine.pth")
     assert "positions are interpolated as in the published models with registers" in caplog.text
 
@@ -161,6 +163,6 @@ def test_a_limit_on_pixels_is_one_line(file, tmp_path, caplog):
     arguments = ["heatmap", tmp_path / "photo.png", "-o", tmp_path / "out", "--weights", file]
     arguments = [*map(str, arguments)]
     assert main([*arguments, "--max-pixels", "734"]) == 1
-    assert "expected an image of at most 734 pixels; found" in caplog.text
+    assert "Expected an image of at most 734 pixels.\nFound" in caplog.text
     assert not (tmp_path / "out").exists()
     assert main([*arguments, "--max-pixels", "735"]) == 0

@@ -212,14 +212,16 @@ def test_a_file_that_is_not_the_shipped_one_is_an_error(tmp_path, monkeypatch):
     for content in (None, load.PATH.name.encode()):
         if content:
             load.PATH.write_bytes(content)
-        with pytest.raises(dinov2_attn.UnreadableFile, match=r"this package ships; .*anew"):
+        with pytest.raises(dinov2_attn.UnreadableFile, match=r"(?s)this package ships\..*anew"):
             load_demo_model()
 
 
 @pytest.mark.usefixtures("_imported")
 def test_without_safetensors_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(dinov2_attn.Unavailable, match=r"library safetensors.*dinov2-attn\[viz\]"):
+    with pytest.raises(
+        dinov2_attn.Unavailable, match=r"(?s)library safetensors.*dinov2-attn\[viz\]"
+    ):
         load_demo_model()
 
 
@@ -323,7 +325,7 @@ def test_what_it_says_of_a_miss(tmp_path, capsys, monkeypatch):
 
 def test_scenes_of_the_training_are_not_shown(tmp_path, caplog):
     assert main(["demo", "-o", str(tmp_path), "--seed", str(FIRST_TRAINING_SEED - 2)]) == 2
-    assert "expected scenes of seeds below 1,000,000,000" in caplog.text
+    assert "Expected scenes of seeds below 1,000,000,000" in caplog.text
 
 
 @pytest.mark.usefixtures("_imported")

@@ -72,10 +72,10 @@ def test_the_mean_of_heads_from_the_last_layer_on(image, path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--random-weights"], "expected one image; found none. Name one, or try --sample"),
-        (["x.png", "--sample", "--random-weights"], "expected one image; found x.png, "),
-        (["x.png", "--random-weights"], "complete image file; found x.png, which cannot be"),
-        (["{}", "--random-weights", "--layers", "12"], "expected blocks between -12 and 11"),
+        (["--random-weights"], "Expected one image.\nFound none.\nName one, or try --sample"),
+        (["x.png", "--sample", "--random-weights"], "Expected one image.\nFound x.png, "),
+        (["x.png", "--random-weights"], "complete image file.\nFound x.png, which cannot be"),
+        (["{}", "--random-weights", "--layers", "12"], "Expected blocks between -12 and 11"),
         (["{}", "--random-weights", "--max-mb", "0.01"], "Raise --max-mb (max_mb) by 0.0"),
     ],
 )
@@ -104,7 +104,7 @@ def test_an_output_that_cannot_be_written_is_reported(image, path, caplog):
     path.parent.parent.mkdir(exist_ok=True)
     path.parent.touch()
     assert explore(image, "-o", path, "--random-weights", "--layers", "0") == 2
-    assert f"expected a folder that can be written at {path.parent}" in caplog.text
+    assert f"Expected a folder that can be written at {path.parent}" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -317,8 +317,8 @@ def test_no_text_ends_the_element_that_holds_the_json():
         ({"max_mb": 0}, "max_mb above 0"),
         ({"max_mb": float("nan")}, "max_mb above 0"),
         ({"picture": PICTURE[:5]}, r"whole patches of a grid \(3, 5\)"),
-        ({"picture": PICTURE / 255}, "found float64"),
-        ({"picture": PICTURE[..., 0]}, r"found uint8 \(6, 10\)"),
+        ({"picture": PICTURE / 255}, "Found float64"),
+        ({"picture": PICTURE[..., 0]}, r"Found uint8 \(6, 10\)"),
     ],
 )
 def test_bad_arguments_are_explained(path, change, message):
@@ -339,7 +339,7 @@ def test_maps_that_no_page_can_show_are_refused(path):
         write_page(path, PICTURE, uneven)
     with pytest.raises(InvalidInput, match="3 \\+ 5 · 5 = 28 columns"):
         write_page(path, PICTURE, AttentionMaps((weights_of(0),), (0,), (5, 5), PREFIX))
-    with pytest.raises(OutOfRange, match="a sample between 0 and 0; found 1"):
+    with pytest.raises(OutOfRange, match="a sample between 0 and 0.\nFound 1"):
         write_page(path, PICTURE, maps_of(), sample=1)
 
 
@@ -430,7 +430,7 @@ def test_a_model_that_cannot_be_run_here_is_an_error_of_ours(model, photograph, 
 
     hook = model.blocks[0].register_forward_pre_hook(run_out)
     try:
-        with pytest.raises(InvalidInput, match=r"6 × 10 \(not enough memory\)\. Give"):
+        with pytest.raises(InvalidInput, match=r"6 × 10 \(not enough memory\)\.\nGive"):
             explore(path, model, photograph)
     finally:
         hook.remove()

@@ -53,7 +53,7 @@ def test_what_was_not_read_is_listed(out):
 
 @pytest.mark.parametrize("i", [23, -24])
 def test_an_image_that_is_not_there(out, i):
-    with pytest.raises(OutOfRange, match="expected an image from 0 to 22"):
+    with pytest.raises(OutOfRange, match="Expected an image from 0 to 22"):
         AttentionDataset(out)[i]
 
 
@@ -112,19 +112,19 @@ def test_a_shard_cut_short_is_noticed_and_made_again(model, out, tmp_path, lengt
 
 def test_an_extraction_that_is_not_finished_says_how_to_go_on(out):
     (out / "index.jsonl").unlink()
-    with pytest.raises(UnreadableFile, match="Run the same .* again: it goes on"):
+    with pytest.raises(UnreadableFile, match="(?s)Run the same .* again: it goes on"):
         AttentionDataset(out)
 
 
 @pytest.mark.parametrize("text", ["{", "[]\n", '{"number": 0}\n', "\n"])
 def test_an_index_that_was_spoilt_says_what_to_do(out, text):
     (out / "index.jsonl").write_text(text)
-    with pytest.raises(UnreadableFile, match="index.jsonl.*run the extraction again"):
+    with pytest.raises(UnreadableFile, match="(?s)index.jsonl.*run the extraction again"):
         AttentionDataset(out)[0]
 
 
 def test_a_folder_that_is_none(tmp_path):
-    with pytest.raises(UnreadableFile, match="expected an extraction"):
+    with pytest.raises(UnreadableFile, match="Expected an extraction"):
         AttentionDataset(tmp_path)
 
 

@@ -171,7 +171,7 @@ def test_options_that_cannot_be_are_explained(source, tmp_path, capsys, options,
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--layers", "4"], "expected blocks between -4 and 3"),
+        (["--layers", "4"], "Expected blocks between -4 and 3"),
         (["--queries", "registers"], "a model without"),
         (["--image-size", "0"], "--image-size"),
     ],
@@ -185,7 +185,7 @@ def test_what_the_model_does_not_have_is_an_error(source, tmp_path, caplog, opti
 
 def test_no_source_is_an_error(tmp_path, caplog):
     assert run("-o", tmp_path / "out") == 2
-    assert "expected a source of images" in caplog.text
+    assert "Expected a source of images" in caplog.text
 
 
 def test_random_weights_are_said_to_be_random(source, tmp_path, caplog):

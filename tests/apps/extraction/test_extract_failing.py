@@ -130,11 +130,11 @@ def test_both_stages_are_listed(model, images, failing, tmp_path):
 
 
 def test_strict_stops_at_the_first_and_names_it(model, images, failing, tmp_path):
-    with pytest.raises(UnreadableFile, match=r"is strict; found .*05\.png, .*RuntimeError: white"):
+    with pytest.raises(UnreadableFile, match=r"(?s)is strict\.\nFound .*05\.png, .*RuntimeError: white"):
         extract(model, images, tmp_path / "out", strict=True)
     assert not (tmp_path / "out" / "index.jsonl").exists()
     extract(model, images, tmp_path / "out")
-    with pytest.raises(UnreadableFile, match=r"is strict; found .*05\.png, .*RuntimeError: white"):
+    with pytest.raises(UnreadableFile, match=r"(?s)is strict\.\nFound .*05\.png, .*RuntimeError: white"):
         extract(model, images, tmp_path / "out", strict=True)
 
 
@@ -173,7 +173,7 @@ def test_a_device_that_is_gone_stops_the_run(monkeypatch):
         raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors …")
 
     monkeypatch.setattr(inference.torch, "zeros", gone)
-    with pytest.raises(Unavailable, match="device-side assert triggered\\. .*run again"):
+    with pytest.raises(Unavailable, match="(?s)device-side assert triggered\\. .*run again"):
         inference.check_alive(torch.device("cuda"))
     inference.check_alive(torch.device("cpu"))
 

@@ -43,7 +43,7 @@ def test_a_run_refuses_a_folder_that_another_is_writing_to(grafted, tmp_path):
     (tmp_path / "out").mkdir()
     with (
         filelock.FileLock(tmp_path / "out" / LOCK),
-        pytest.raises(UnwritableOutput, match="one that is locked. Wait for the other run"),
+        pytest.raises(UnwritableOutput, match="one that is locked.\nWait for the other run"),
     ):
         dinov2_attn.extract(build(grafted), images, tmp_path / "out")
     assert set(files_of(tmp_path / "out")) == {LOCK}
@@ -69,7 +69,7 @@ def test_a_killed_program_with_workers_frees_the_folder_at_once(first, tmp_path)
     running.send_signal(signal.SIGSTOP)
     refused = subprocess.run(program, check=False, timeout=120, **options)
     assert refused.returncode == 2, refused.stdout
-    assert "one that is locked. Wait for the other run" in refused.stdout
+    assert "one that is locked.\nWait for the other run" in refused.stdout
     running.send_signal(signal.SIGKILL)
     running.wait()
     running.stdout.close()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import dinov2_attn
+from dinov2_attn.errors import in_one_line
 from tests.support import upstreams
 from tests.support.strategies import noise
 
@@ -26,19 +27,22 @@ def model(models):
 BAD_IMAGES = {
     "three dimensions": (
         IMAGES[0],
-        r"\(B, C, H, W\).*; found a float32 tensor of shape \(3, 4, 6\)",
+        r"(?s)\(B, C, H, W\).*\.\nFound a float32 tensor of shape \(3, 4, 6\)",
     ),
-    "integers": (IMAGES.byte(), r"floating tensor.*; found a uint8 tensor.*images\.float\(\)"),
-    "an array": (IMAGES.numpy(), r"floating tensor.*; found ndarray"),
-    "a generator": ((x for x in [IMAGES]), r"floating tensor.*; found generator"),
-    "nothing": (None, r"floating tensor.*; found NoneType"),
-    "four channels": (noise(1, 4, 4, 4, seed=0), r"3 channels.*; found .*\(1, 4, 4, 4\)"),
-    "channels last": (IMAGES.permute(0, 2, 3, 1), r"3 channels.*; found .*\(2, 4, 6, 3\)"),
-    "height off": (noise(1, 3, 5, 4, seed=0), r"multiples of the patch size 2 × 2; found 5 × 4"),
-    "width off": (noise(1, 3, 4, 7, seed=0), r"patch size 2 × 2; found 4 × 7\. Crop"),
-    "no pixel": (noise(1, 3, 0, 4, seed=0), r"patch size 2 × 2; found 0 × 4"),
-    "empty list": ([], r"at least one tensor; found an empty list"),
-    "bad list": ([IMAGES, IMAGES[0]], r"found a float32 tensor of shape \(3, 4, 6\)"),
+    "integers": (
+        IMAGES.byte(),
+        r"(?s)floating tensor.*\.\nFound a uint8 tensor.*images\.float\(\)",
+    ),
+    "an array": (IMAGES.numpy(), r"(?s)floating tensor.*\.\nFound ndarray"),
+    "a generator": ((x for x in [IMAGES]), r"(?s)floating tensor.*\.\nFound generator"),
+    "nothing": (None, r"(?s)floating tensor.*\.\nFound NoneType"),
+    "four channels": (noise(1, 4, 4, 4, seed=0), r"(?s)3 channels.*\.\nFound .*\(1, 4, 4, 4\)"),
+    "channels last": (IMAGES.permute(0, 2, 3, 1), r"(?s)3 channels.*\.\nFound .*\(2, 4, 6, 3\)"),
+    "height off": (noise(1, 3, 5, 4, seed=0), r"multiples of the patch size 2 × 2\.\nFound 5 × 4"),
+    "width off": (noise(1, 3, 4, 7, seed=0), r"patch size 2 × 2\.\nFound 4 × 7\.\nCrop"),
+    "no pixel": (noise(1, 3, 0, 4, seed=0), r"patch size 2 × 2\.\nFound 0 × 4"),
+    "empty list": ([], r"at least one tensor\.\nFound an empty list"),
+    "bad list": ([IMAGES, IMAGES[0]], r"Found a float32 tensor of shape \(3, 4, 6\)"),
 }
 
 
@@ -53,11 +57,20 @@ def test_images_that_cannot_be(model, images, message):
 
 
 BAD_MASKS = {
-    "another grid": (torch.zeros(2, 5, dtype=torch.bool), r"\(2, 6\).*; found a bool tensor of"),
-    "another batch": (torch.zeros(3, 6, dtype=torch.bool), r"\(2, 6\).*; found a bool .*\(3, 6\)"),
+    "another grid": (
+        torch.zeros(2, 5, dtype=torch.bool),
+        r"(?s)\(2, 6\).*\.\nFound a bool tensor of",
+    ),
+    "another batch": (
+        torch.zeros(3, 6, dtype=torch.bool),
+        r"(?s)\(2, 6\).*\.\nFound a bool .*\(3, 6\)",
+    ),
     "a grid": (torch.zeros(2, 2, 3, dtype=torch.bool), r"Flatten the mask grid row by row"),
-    "floats": (torch.zeros(2, 6), r"boolean tensor.*; found a float32 tensor.*masks\.bool\(\)"),
-    "a list": ([None, None], r"found list"),
+    "floats": (
+        torch.zeros(2, 6),
+        r"(?s)boolean tensor.*\.\nFound a float32 tensor.*masks\.bool\(\)",
+    ),
+    "a list": ([None, None], r"Found list"),
 }
 
 
@@ -74,17 +87,17 @@ def test_masks_of_a_list_are_counted(model, masks):
 
 
 BAD_LAYERS = {
-    "too many": (3, dinov2_attn.OutOfRange, r"between 0 and 2; found 3"),
-    "negative": (-1, dinov2_attn.OutOfRange, r"between 0 and 2; found -1"),
-    "beyond": ([0, 2], dinov2_attn.OutOfRange, r"between -2 and 1, there being 2; found 2\."),
-    "before": ([-3], dinov2_attn.OutOfRange, r"found -3"),
-    "a word": ("last", dinov2_attn.InvalidInput, r"expected blocks as whole numbers; found 'l'"),
-    "a generator": ((i for i in [0]), dinov2_attn.InvalidInput, r"found <generator"),
-    "a set": ({0}, dinov2_attn.InvalidInput, r"whole numbers; found \{0\} of type set"),
+    "too many": (3, dinov2_attn.OutOfRange, r"between 0 and 2\.\nFound 3"),
+    "negative": (-1, dinov2_attn.OutOfRange, r"between 0 and 2\.\nFound -1"),
+    "beyond": ([0, 2], dinov2_attn.OutOfRange, r"between -2 and 1, there being 2\.\nFound 2\."),
+    "before": ([-3], dinov2_attn.OutOfRange, r"Found -3"),
+    "a word": ("last", dinov2_attn.InvalidInput, r"Expected blocks as whole numbers\.\nFound 'l'"),
+    "a generator": ((i for i in [0]), dinov2_attn.InvalidInput, r"Found <generator"),
+    "a set": ({0}, dinov2_attn.InvalidInput, r"whole numbers\.\nFound \{0\} of type set"),
     "a fraction": (
         1.5,
         dinov2_attn.InvalidInput,
-        r"expected n, the blocks to take, as whole numbers; found 1\.5 of type float",
+        r"Expected n, the blocks to take, as whole numbers\.\nFound 1\.5 of type float",
     ),
 }
 
@@ -97,7 +110,7 @@ def test_layers_that_are_not_there(model, n, error, message):
 
 @pytest.mark.parametrize("queries", [7, -8, [0, 99], "class"])
 def test_queries_that_are_not_there(model, queries):
-    with pytest.raises(dinov2_attn.InvalidInput, match="expected .*; found "):
+    with pytest.raises(dinov2_attn.InvalidInput, match="(?s)Expected .*.\nFound "):
         model.get_last_self_attention(IMAGES, queries=queries)
 
 
@@ -141,7 +154,7 @@ def test_patches_may_be_oblong(grafted):
     )
     images = noise(1, 3, 8, 8, seed=0)
     assert model.get_last_self_attention(images, queries=[8, -9]).shape == (1, 1, 2, 9)
-    with pytest.raises(dinov2_attn.InvalidInput, match="patch size 2 × 4; found 8 × 6"):
+    with pytest.raises(dinov2_attn.InvalidInput, match="patch size 2 × 4.\nFound 8 × 6"):
         model.get_last_self_attention(images[..., :6])
 
 
@@ -164,7 +177,9 @@ def test_a_module_that_was_never_grafted_says_so(models):
         img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0
     )
     model.blocks[1] = Block(4, num_heads=1)
-    with pytest.raises(dinov2_attn.NotGrafted, match=r"Block, whose forward was never.*install\("):
+    with pytest.raises(
+        dinov2_attn.NotGrafted, match=r"(?s)Block, whose forward was never.*install\("
+    ):
         model.get_last_self_attention(IMAGES)
     with dinov2_attn.install(model):
         assert len(model.get_self_attention(IMAGES)) == 2
@@ -183,7 +198,7 @@ def test_a_module_that_was_never_grafted_says_so(models):
 def test_too_many_positional_arguments_are_refused(layers):
     """UPSTREAM trap 2: what a hand-patched call passes by position lands nowhere by accident."""
     module = layers.attentions[1](4, num_heads=1)
-    with pytest.raises(dinov2_attn.InvalidInput, match="positional arguments.*; found 4"):
+    with pytest.raises(dinov2_attn.InvalidInput, match="(?s)positional arguments.*.\nFound 4"):
         module(noise(1, 3, 4, seed=0), None, None, True, return_attn=True)
 
 
@@ -194,7 +209,7 @@ def test_a_block_takes_tokens_and_nothing_else(layers, call):
     block = layers.cls("Block")(4, num_heads=1)
     with pytest.raises(
         dinov2_attn.InvalidInput,
-        match=r"tokens of a block.*; found nothing|x, queries.*; found pos",
+        match=r"(?s)tokens of a block.*\.\nFound nothing|x, queries.*\.\nFound pos",
     ):
         call(block, noise(1, 3, 4, seed=0))
 
@@ -203,7 +218,7 @@ def test_a_bias_of_unknown_kind_is_named():
     with dinov2_attn.install(upstreams.MOGE.package):
         module = upstreams.MOGE.cls("Attention")(4, num_heads=1)
         with pytest.raises(
-            dinov2_attn.InvalidInput, match=r"dense tensor.*; found .*builtins\.dict"
+            dinov2_attn.InvalidInput, match=r"(?s)dense tensor.*\.\nFound .*builtins\.dict"
         ):
             module(noise(1, 3, 4, seed=0), {}, return_attn=True)
 
@@ -214,7 +229,7 @@ def test_a_bias_that_upstream_would_refuse_is_refused(models):
     with pytest.raises(AssertionError):
         module(tokens, attn_bias=noise(3, 3, seed=0))
     with pytest.raises(
-        dinov2_attn.InvalidInput, match="XFORMERS_AVAILABLE is true; found one of type"
+        dinov2_attn.InvalidInput, match="XFORMERS_AVAILABLE is true.\nFound one of type"
     ):
         module(tokens, attn_bias=noise(3, 3, seed=0), return_attn=True)
 
@@ -224,7 +239,7 @@ def test_arguments_that_a_class_does_not_have_are_refused():
     with dinov2_attn.install(upstream.package):
         module, tokens = upstream.attentions[0](4, num_heads=1), noise(1, 3, 4, seed=0)
         for name in ("attn_bias", "is_causal", "pos"):
-            with pytest.raises(dinov2_attn.InvalidInput, match=f"arguments x, queries.*{name}"):
+            with pytest.raises(dinov2_attn.InvalidInput, match=f"(?s)arguments x, queries.*{name}"):
                 module(tokens, **{name: None}, return_attn=True)
 
 
@@ -242,15 +257,29 @@ def test_tokens_that_are_none_are_refused(layers, tokens, found):
         lambda t: layers.cls("Block")(4, num_heads=1)(t, return_attention=True),
         lambda t: layers.attentions[1](4, num_heads=1)(t, return_attn=True),
     ):
-        words = rf"tensor of shape \(B, N, C\).*; found {found}\."
+        words = rf"(?s)tensor of shape \(B, N, C\).*\.\nFound {found}\."
         with pytest.raises(dinov2_attn.InvalidInput, match=words):
             ask(tokens)
+
+
+def test_an_error_is_three_lines_and_three_attributes():
+    error = dinov2_attn.InvalidInput("whole patches", "5 × 4 pixels", "Crop the images.")
+    assert str(error) == "Expected whole patches.\nFound 5 × 4 pixels.\nCrop the images."
+    assert (error.expected, error.found, error.hint) == error.args
+    again = dinov2_attn.InvalidInput(error.expected, "what?", error.hint)
+    assert str(again).splitlines()[1] == "Found what?"
+
+
+def test_an_error_can_be_said_in_one_line():
+    error = dinov2_attn.InvalidInput("whole patches", "5\n× 4 pixels", "Crop the images.")
+    assert in_one_line(error) == "expected whole patches; found 5 × 4 pixels. Crop the images."
+    assert in_one_line(OSError("no\nroom")) == "no room"
 
 
 def test_errors_survive_pickling():
     """They cross process boundaries, out of data loader workers for instance."""
     error = dinov2_attn.OutOfRange("one", "two", "Three.")
     again = pickle.loads(pickle.dumps(error))
-    assert str(again) == str(error) == "expected one; found two. Three."
+    assert str(again) == str(error) == "Expected one.\nFound two.\nThree."
     assert isinstance(again, ValueError)
     assert isinstance(again, IndexError)

@@ -122,7 +122,7 @@ OTHERS = [(4, 3), (5, 3), (5, 1), (2, 3), (5, 4), (4, 2), (3, 5), (3, 4)]
 @pytest.mark.parametrize(("model", "image"), [*OTHERS, (1, 5), (3, 5)])
 def test_others_are_refused_with_both_numbers(tmp_path, model, image):
     path = save(tmp_path / "image.npy", values(image))
-    message = rf"an image of {model} channels?, as the model takes; found .*, which has {image}\."
+    message = rf"(?s)an image of {model} channels?, as the model takes\.\nFound .*, which has {image}\."
     with pytest.raises(InvalidInput, match=message):
         read_photograph(path, 14, channels=model)
 
@@ -131,14 +131,14 @@ def test_others_are_refused_with_both_numbers(tmp_path, model, image):
 def test_no_channel_is_invented(tmp_path, mode):
     Image.fromarray(values(3)).convert(mode).save(tmp_path / "image.png")
     found = {"RGB": 3, "P": 3, "L": 1, "LA": 2}[mode]
-    with pytest.raises(InvalidInput, match=f"4 channels, as the model takes.*which has {found}"):
+    with pytest.raises(InvalidInput, match=f"(?s)4 channels, as the model takes.*which has {found}"):
         read_photograph(tmp_path / "image.png", 14, channels=4)
 
 
 @pytest.mark.parametrize("channels", [3, 5])
 def test_channels_first_are_told_how_to_turn(tmp_path, channels):
     path = save(tmp_path / "image.npy", np.moveaxis(values(channels), -1, 0))
-    with pytest.raises(InvalidInput, match=r"channels last.*transpose\(1, 2, 0\)"):
+    with pytest.raises(InvalidInput, match=r"(?s)channels last.*transpose\(1, 2, 0\)"):
         read_photograph(path, 14, channels=channels)
     save(path, np.load(path).transpose(1, 2, 0))
     assert_close(tensor_of(path, channels), values(channels), within=0)
@@ -225,7 +225,7 @@ def test_an_image_of_other_channels_stops_before_anything_is_run(
     out = tmp_path / "out"
     given = [command, str(image), "-o", str(out), "--weights", str(checkpoint(5))]
     assert main([*given, "--mean", "0.5", "--std", "0.5"]) == (1 if command == "heatmap" else 2)
-    assert "an image of 5 channels, as the model takes; found" in caplog.text
+    assert "an image of 5 channels, as the model takes.\nFound" in caplog.text
     assert "which has 3" in caplog.text
     assert "the model takes 5 channels: " not in caplog.text  # both were given
     assert not out.exists()

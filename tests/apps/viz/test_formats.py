@@ -29,7 +29,7 @@ def test_a_missing_plugin_is_named_by_suffix_and_by_content(tmp_path, suffix, na
     name = name.format(suffix)
     path = tmp_path / (name.upper() if capitals else name)
     path.write_bytes(header)
-    with pytest.raises(UnreadableFile, match=f"needs a plug-in.*`pip install {package}`"):
+    with pytest.raises(UnreadableFile, match=f"(?s)needs a plug-in.*`pip install {package}`"):
         read_photograph(path, 14)
     assert plugin_for(header) == package
     assert plugin_for(f"a.{suffix}") == plugin_for(tmp_path / f"A.{suffix.upper()}") == package

@@ -114,7 +114,7 @@ SIGNED = {
 @pytest.mark.parametrize(("values", "ends"), SIGNED.values(), ids=SIGNED)
 def test_numbers_without_a_known_range_are_read_with_one(tmp_path, values, ends, suffix):
     path = write(tmp_path / f"deep.{suffix}", values)
-    with pytest.raises(UnreadableFile, match=r"no known range.*--range") as error:
+    with pytest.raises(UnreadableFile, match=r"(?s)no known range.*--range") as error:
         read_photograph(path, 14)
     assert f"run from {values.min():g} to {values.max():g}" in str(error.value)
     assert np.abs(grey(path, range=ends) - EIGHT).max() <= 1
@@ -151,7 +151,7 @@ def test_what_is_outside_of_a_range_is_black_or_white(tmp_path_factory, low, wid
 def test_nan_is_refused(tmp_path, range):
     values = PATTERN.astype(np.float32)
     values[3, 4] = np.nan
-    with pytest.raises(UnreadableFile, match=r"of which 1 value is NaN\. Replace"):
+    with pytest.raises(UnreadableFile, match=r"of which 1 value is NaN\.\nReplace"):
         read_photograph(tiff(tmp_path / "nan.tif", values), 14, range=range)
 
 
@@ -244,4 +244,4 @@ def _warned(caplog):
 def test_a_range_that_is_typed_wrong(value, capsys):
     with pytest.raises(SystemExit):
         main(["heatmap", "a.png", "-o", "out", f"--range={value}"])
-    assert "expected LOW,HIGH with LOW below HIGH, or auto" in capsys.readouterr().err
+    assert "Expected LOW,HIGH with LOW below HIGH, or auto" in capsys.readouterr().err

@@ -63,14 +63,14 @@ def test_numbers_of_every_kind_are_taken(path, kind):
 
 
 WRONG = {
-    "two": ({"mean": (0.5, 0.5)}, r"mean as one number, or 3.*; found 2 numbers"),
-    "of 0…255": ({"mean": (123.675, 116.28, 103.53)}, r"found 123\.675\. Divide by 255: 0\.485"),
-    "deviation of 0…255": ({"std": 58.395}, r"found 58\.395\. Divide by 255: 0\.229"),
-    "negative": ({"mean": -0.1}, r"mean between 0 and 1.*found -0\.1"),
+    "two": ({"mean": (0.5, 0.5)}, r"(?s)mean as one number, or 3.*\.\nFound 2 numbers"),
+    "of 0…255": ({"mean": (123.675, 116.28, 103.53)}, r"Found 123\.675\.\nDivide by 255: 0\.485"),
+    "deviation of 0…255": ({"std": 58.395}, r"Found 58\.395\.\nDivide by 255: 0\.229"),
+    "negative": ({"mean": -0.1}, r"(?s)mean between 0 and 1.*Found -0\.1"),
     "no deviation": ({"std": (0.2, 0, 0.2)}, r"std above 0"),
-    "no number": ({"mean": float("nan")}, r"found nan"),
-    "words": ({"std": "imagenet"}, r"found 'imagenet'"),
-    "none": ({"mean": ()}, r"found 0 numbers"),
+    "no number": ({"mean": float("nan")}, r"Found nan"),
+    "words": ({"std": "imagenet"}, r"Found 'imagenet'"),
+    "none": ({"mean": ()}, r"Found 0 numbers"),
 }
 
 
@@ -159,7 +159,7 @@ def test_a_folder_of_another_normalisation_is_refused(tmp_path, options, message
 def test_what_is_typed_wrong(option, value, capsys):
     with pytest.raises(SystemExit):
         main(["heatmap", "a.png", "-o", "out", f"{option}={value}"])
-    assert "expected numbers with commas between them" in capsys.readouterr().err
+    assert "Expected numbers with commas between them" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("imported")
@@ -167,5 +167,5 @@ def test_what_is_typed_wrong(option, value, capsys):
 def test_a_mean_of_other_channels_stops_before_anything_is_read(tmp_path, command, caplog):
     out = tmp_path / "out"
     assert run(command, tmp_path / "absent.png", out, "--mean", "0.5,0.5") == 2
-    assert "mean as one number, or 3, the model taking 3 channels; found 2" in caplog.text
+    assert "mean as one number, or 3, the model taking 3 channels.\nFound 2" in caplog.text
     assert not out.exists()

@@ -477,22 +477,22 @@ def test_maps_of_all_kinds_can_be_looked_at(grafted):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"query": (3, 0)}, OutOfRange, r"grid of 3 rows and 5 columns; found \(3, 0\)"),
+        ({"query": (3, 0)}, OutOfRange, r"grid of 3 rows and 5 columns\.\nFound \(3, 0\)"),
         ({"query": (0, 5)}, OutOfRange, "columns from 0 to 4"),
         ({"query": (-1, 0)}, OutOfRange, "grid of 3 rows and 5 columns"),
-        ({"query": (0, 0)}, OutOfRange, "a query whose row is there: CLS; found patch"),
-        ({"query": "register:1"}, OutOfRange, "a model with registers; found register 1"),
+        ({"query": (0, 0)}, OutOfRange, "a query whose row is there: CLS.\nFound patch"),
+        ({"query": "register:1"}, OutOfRange, "a model with registers.\nFound register 1"),
         ({"query": 16}, OutOfRange, "there being 16 tokens"),
-        ({"query": "patch"}, InvalidInput, "cls, register:K or ROW,COL; found 'patch'"),
+        ({"query": "patch"}, InvalidInput, "cls, register:K or ROW,COL.\nFound 'patch'"),
         ({"query": (1, 2, 3)}, InvalidInput, r"a patch as \(row, column\)"),
         ({"query": (0.5, 1)}, InvalidInput, "row and column of a patch as whole numbers"),
-        ({"layer": 2}, OutOfRange, "one of the layers 0, 1; found 2"),
-        ({"head": 3}, OutOfRange, "a head among 0, 1, 2, or 'mean'; found 3"),
-        ({"head": "max"}, OutOfRange, "found 'max'"),
-        ({"sample": 1}, OutOfRange, "an image from 0 to 0; found 1"),
+        ({"layer": 2}, OutOfRange, "one of the layers 0, 1.\nFound 2"),
+        ({"head": 3}, OutOfRange, "a head among 0, 1, 2, or 'mean'.\nFound 3"),
+        ({"head": "max"}, OutOfRange, "Found 'max'"),
+        ({"sample": 1}, OutOfRange, "an image from 0 to 0.\nFound 1"),
         ({"sample": (0, 0)}, InvalidInput, "there being one batch"),
-        ({"image": np.zeros((2, 3, 7))}, InvalidInput, r"found ndarray of shape \(2, 3, 7\)"),
-        ({"artifacts": artifacts_at((5, 3))}, InvalidInput, r"grid of 3 × 5; found a mask"),
+        ({"image": np.zeros((2, 3, 7))}, InvalidInput, r"Found ndarray of shape \(2, 3, 7\)"),
+        ({"artifacts": artifacts_at((5, 3))}, InvalidInput, r"grid of 3 × 5\.\nFound a mask"),
     ],
 )
 def test_what_cannot_be_drawn_is_an_error_with_the_numbers_in_it(options, error, message):
@@ -503,10 +503,10 @@ def test_what_cannot_be_drawn_is_an_error_with_the_numbers_in_it(options, error,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"outliers": "hide"}, "'mark', 'clip', 'mask', 'none'; found 'hide'"),
-        ({"interpolation": "bicubic"}, "'nearest', 'bilinear'; found 'bicubic'"),
-        ({"alpha": 0}, r"alpha as a number in \(0, 1\]; found 0"),
-        ({"alpha": math.nan}, "found nan"),
+        ({"outliers": "hide"}, "'mark', 'clip', 'mask', 'none'.\nFound 'hide'"),
+        ({"interpolation": "bicubic"}, "'nearest', 'bilinear'.\nFound 'bicubic'"),
+        ({"alpha": 0}, r"alpha as a number in \(0, 1\]\.\nFound 0"),
+        ({"alpha": math.nan}, "Found nan"),
     ],
 )
 def test_a_style_of_no_sense_is_an_error(options, message):
@@ -516,7 +516,7 @@ def test_a_style_of_no_sense_is_an_error(options, message):
 
 def test_reduced_and_listed_maps_are_told_what_to_do(grafted):
     model = build(grafted)
-    with pytest.raises(InvalidInput, match=r"sample as \(batch, image\).*list of 2 batches"):
+    with pytest.raises(InvalidInput, match=r"(?s)sample as \(batch, image\).*list of 2 batches"):
         viz.plot(attention_maps(model, [IMAGES, IMAGES]))
     with record(model, reduce=lambda _, weights: weights.mean((1, 2))) as maps:
         model(IMAGES)

@@ -87,9 +87,9 @@ def test_other_endings_are_refused(tmp_path, name):
 
 
 def test_a_place_that_is_none_is_an_error(tmp_path):
-    with pytest.raises(UnwritableOutput, match=r"a place for .*a\.png"):
+    with pytest.raises(UnwritableOutput, match=r"(?s)a place for .*a\.png"):
         viz.save(viz.plot(maps_on((1, 1))).figure, tmp_path / "missing" / "a.png")
-    with pytest.raises(UnwritableOutput, match=r"a place for .*a\.gif"):
+    with pytest.raises(UnwritableOutput, match=r"(?s)a place for .*a\.gif"):
         viz.animate(maps_on((1, 1)), tmp_path / "missing" / "a.gif")
 
 
@@ -128,7 +128,7 @@ def test_frames_are_of_one_size_whatever_the_length_of_their_captions(tmp_path):
 
 def test_without_ffmpeg_an_mp4_names_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Unavailable, match="ffmpeg.*found none on the PATH.*write a GIF"):
+    with pytest.raises(Unavailable, match="(?s)ffmpeg.*Found none on the PATH.*write a GIF"):
         viz.animate(maps_on(GRID), tmp_path / "a.mp4")
     assert not list(tmp_path.iterdir())
 
@@ -266,15 +266,15 @@ def test_a_query_outside_of_an_image_fails_that_image_only(image, weights, tmp_p
     Image.fromarray(photograph_of((7, 4), (5, 1))).save(tmp_path / "tall.png")
     images = [image, tmp_path / "tall.png"]
     assert heatmap(*images, "-o", tmp_path / "out", "--weights", weights, "--query", "5,2") == 1
-    assert "expected a patch in the grid of 4 rows and 7 columns; found (5, 2)" in caplog.text
+    assert "Expected a patch in the grid of 4 rows and 7 columns.\nFound (5, 2)" in caplog.text
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tall"}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--query", "register:1"], "expected a model with registers; found register 1"),
-        (["--animate", "mp4"], "expected the program ffmpeg"),
+        (["--query", "register:1"], "Expected a model with registers.\nFound register 1"),
+        (["--animate", "mp4"], "Expected the program ffmpeg"),
     ],
 )
 def test_what_no_image_can_mend_is_said_before_the_first(

@@ -52,18 +52,18 @@ def test_alpha_is_left_to_matplotlib():
 
 NORMALISED = (RGB / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
 REFUSED = {
-    "floats of 0…255": (RGB.astype(float), r"floats of 0…1.*to 255\. .*image / 255"),
-    "12 bits": (RGB.astype(np.uint16) * 16, r"integers of 0…255.*to 4080\. .*image / 4095"),
-    "16 bits": (RGB.astype(np.uint16) * 257, r"integers of 0…255.*image / 65535"),
-    "normalised": (NORMALISED, r"run from -2\.1.*image \* std \+ mean"),
-    "signed": (RGB.astype(int) - 128, r"integers of 0…255; .*from -128 to 127"),
-    "channels first": (np.moveaxis(RGB, -1, 0), r"\(3, 28, 42\)\. .*image\.transpose\(1, 2, 0\)"),
-    "a batch": (RGB[None], r"\(1, 28, 42, 3\)\. .*image\[0\]"),
+    "floats of 0…255": (RGB.astype(float), r"(?s)floats of 0…1.*to 255\. .*image / 255"),
+    "12 bits": (RGB.astype(np.uint16) * 16, r"(?s)integers of 0…255.*to 4080\. .*image / 4095"),
+    "16 bits": (RGB.astype(np.uint16) * 257, r"(?s)integers of 0…255.*image / 65535"),
+    "normalised": (NORMALISED, r"(?s)run from -2\.1.*image \* std \+ mean"),
+    "signed": (RGB.astype(int) - 128, r"(?s)integers of 0…255; .*from -128 to 127"),
+    "channels first": (np.moveaxis(RGB, -1, 0), r"(?s)\(3, 28, 42\)\. .*image\.transpose\(1, 2, 0\)"),
+    "a batch": (RGB[None], r"(?s)\(1, 28, 42, 3\)\. .*image\[0\]"),
     "five channels": (RGB[..., [0, 1, 2, 0, 1]], r"shape \(28, 42, 5\)"),
     "nan": (np.where(RGB == 255, np.nan, RGB / 255), r"finite"),
     "infinity": (np.where(RGB == 255, np.inf, RGB / 255), r"finite"),
-    "complex numbers": (RGB * 1j, r"numbers; found complex128"),
-    "words": (np.full((28, 42), "a"), r"numbers; found <U1"),
+    "complex numbers": (RGB * 1j, r"numbers\.\nFound complex128"),
+    "words": (np.full((28, 42), "a"), r"numbers\.\nFound <U1"),
     "no pixel": (RGB[:0], r"shape \(0, 42, 3\)"),
 }
 

@@ -205,7 +205,7 @@ def test_a_parameter_that_is_missing_left_over_or_of_another_shape_is_named(
     torch.save({f"{before}{key}": tensor for key, tensor in state.items()}, file)
     where = r", below teacher\.backbone," if "teacher" in before else ""
     shapes = rf" \(9, .*\) for \({tensor.shape[0]}," if change == "of another shape" else ""
-    message = rf"found {file}{where} with 1 {change}: {plain(name)}{shapes}"
+    message = rf"Found {file}{where} with 1 {change}: {plain(name)}{shapes}"
     assert_refused(other(case).build(models), file, message)
 
 
@@ -213,8 +213,8 @@ def test_many_differences_are_counted(model, file):
     deeper = replace(CASE, depth=9, heads=2).build(upstreams.FIRST)
     torch.save(deeper.state_dict(), file)
     message = (
-        r"with \d+ left over: blocks\.4\..*, …; \d+ of another shape: cls_token \(1, 1, 8\) for "
-        r"\(1, 1, 4\), .*…\. It holds ViT-8x9/2: build that in place of ViT-4x4/2\."
+        r"(?s)with \d+ left over: blocks\.4\..*, …; \d+ of another shape: cls_token \(1, 1, 8\) "
+        r"for \(1, 1, 4\), .*…\.\nIt holds ViT-8x9/2: build that in place of ViT-4x4/2\."
     )
     assert_refused(model, file, message)
 
@@ -224,7 +224,9 @@ def test_what_the_file_holds_is_said_where_it_can_be_read(model, file):
     torch.save({"teacher": checkpoint_files.training(larger).state_dict()}, file)
     assert_refused(model, file, r"It holds ViT-12x4/2: build that in place of ViT-4x4")
     torch.save({"weight": torch.ones(3)}, file)
-    assert_refused(model, file, r"missing: cls_token.*1 left over: weight\. Build the model as it")
+    assert_refused(
+        model, file, r"(?s)missing: cls_token.*1 left over: weight\.\nBuild the model as it"
+    )
 
 
 ONES = torch.ones(1, 1, 4)
@@ -241,7 +243,7 @@ KINDS = {
 @pytest.mark.parametrize(("tensor", "found"), KINDS.values(), ids=KINDS)
 def test_what_is_no_floating_numbers_is_of_another_kind(model, file, tensor, found):
     torch.save({**model.state_dict(), "cls_token": tensor}, file)
-    message = rf"{file} with 1 of another kind: cls_token \({found}\)\. Build the model as it was"
+    message = rf"{file} with 1 of another kind: cls_token \({found}\)\.\nBuild the model as it was"
     assert_refused(model, file, message)
 
 
@@ -251,20 +253,20 @@ def test_a_model_that_is_like_the_files_is_not_proposed(model, file):
     del state["norm.bias"]
     torch.save(state, file)
     assert_refused(
-        model, file, r"1 missing: norm\.bias\. Build the model as it was when it was saved"
+        model, file, r"1 missing: norm\.bias\.\nBuild the model as it was when it was saved"
     )
 
 
 def test_for_a_layer_of_another_kind_the_files_model_is_proposed(model, file):
     torch.save(model.state_dict(), file)
-    message = r"\d+ left over: .*\. It holds ViT-4x4/2: build that in place of this model\."
+    message = r"(?s)\d+ left over: .*\.\nIt holds ViT-4x4/2: build that in place of this model\."
     assert_refused(nn.ModuleDict({"norm": nn.Linear(3, 2)}), file, message)
 
 
 def test_models_of_equal_right_are_an_error(model, file):
     state = model.state_dict()
     torch.save({"model": state, "other": dict(state)}, file)
-    message = r"one model, or of a teacher.*one in each of model, other\. Choose one: --key other"
+    message = r"(?s)one model, or of a teacher.*one in each of model, other\.\nChoose one: --key other"
     assert_refused(model, file, message)
     torch.save({"a": {"teacher": state}, "b": {"teacher": dict(state)}}, file)
     assert_refused(model, file, r"one in each of a\.teacher, b\.teacher\.")
@@ -304,7 +306,9 @@ def test_chunks_that_count_from_zero_are_an_error(model, file):
             parts[1:2] = str(number // 2), str(number % 2)
         state[".".join(parts)] = tensor
     torch.save(state, file)
-    message = r"each parameter once; found .*blocks\.0\.0\.\S+ and blocks\.1\.0\.\S+, which are one"
+    message = (
+        r"(?s)each parameter once\.\nFound .*blocks\.0\.0\.\S+ and blocks\.1\.0\.\S+, which are one"
+    )
     assert_refused(model, file, message)
 
 
@@ -319,7 +323,9 @@ def test_one_name_twice_is_an_error(model, file):
 @pytest.mark.parametrize("key", ["_flat_param", "blocks.0._fsdp_wrapped_module._flat_param"])
 def test_a_shard_by_its_name(model, file, key):
     torch.save({"model": {f"teacher.backbone._fsdp_wrapped_module.{key}": torch.ones(9)}}, file)
-    assert_refused(model, file, r"one process's shard.*FSDP.*teacher_checkpoint\.pth.*FULL_STATE")
+    assert_refused(
+        model, file, r"(?s)one process's shard.*FSDP.*teacher_checkpoint\.pth.*FULL_STATE"
+    )
 
 
 def test_a_shard_by_its_class(model, file, tmp_path):
@@ -335,7 +341,9 @@ torch.save({{"model": {{"teacher.backbone._flat_param": shard}}}}, r"{file}")
         pytest.skip("this torch has no gloo: test_a_shard_by_its_name")
     result = python("-c", code, cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")
     assert result.returncode == 0, result.stderr
-    assert_refused(model, file, r"one process's shard.*FSDP.*teacher_checkpoint\.pth.*FULL_STATE")
+    assert_refused(
+        model, file, r"(?s)one process's shard.*FSDP.*teacher_checkpoint\.pth.*FULL_STATE"
+    )
 
 
 def test_code_beside_the_tensors_is_named(model, file):
@@ -357,7 +365,7 @@ def test_a_dict_that_holds_itself_has_an_end(model, file):
 def test_a_model_without_memory_is_refused(file):
     layer = nn.Linear(3, 2)
     torch.save(layer.state_dict(), file)
-    with pytest.raises(InvalidInput, match=r"one on the meta device\. Call model\.to_empty"):
+    with pytest.raises(InvalidInput, match=r"one on the meta device\.\nCall model\.to_empty"):
         load_checkpoint(layer.to("meta"), file)
 
 
@@ -389,8 +397,8 @@ def test_positions_are_resized_when_asked_as_upstream_does_in_a_pass(
     images = noise(2, 3, side * case.patch, side * case.patch, seed=case.seed, dtype=case.dtype)
     if side != 4:
         sizes = rf"pos_embed \(1, 17, {4 * case.heads}\) for \(1, {side**2 + 1}, "
-        asks = r"\. Have it resized with load_checkpoint\(…, interpolate_pos_embed=True\)\.$"
-        message = rf"1 of another square of patches: {sizes}.*{asks}"
+        asks = r"\.\nHave it resized with load_checkpoint\(…, interpolate_pos_embed=True\)\.$"
+        message = rf"(?s)1 of another square of patches: {sizes}.*{asks}"
         assert_refused(loaded, file, message)
     load_checkpoint(loaded, file, interpolate_pos_embed=True)
     with torch.no_grad():
@@ -431,7 +439,9 @@ def test_positions_of_another_square_that_are_no_numbers(model, file):
     """To be resized they would have to be: what is the matter first is their kind."""
     torch.save({**model.state_dict(), "pos_embed": torch.zeros(1, 10, 4).long()}, file)
     for asked in (False, True):
-        message = r"1 of another shape: pos_\S+ .*; 1 of another kind: pos_embed \(torch\.int64,"
+        message = (
+            r"(?s)1 of another shape: pos_\S+ .*; 1 of another kind: pos_embed \(torch\.int64,"
+        )
         assert_refused(model, file, message, interpolate_pos_embed=asked)
 
 

@@ -158,5 +158,5 @@ def test_a_key_is_the_command_lines_too(file, folder, caplog):
     assert main([*arguments, "--key", "b"]) == 0
     assert "took b, left out a" in caplog.text
     assert main([*arguments, "--key", "c"]) == 2
-    assert "by the name of 'c'; found models at a, b." in caplog.text
+    assert "by the name of 'c'.\nFound models at a, b." in caplog.text
     assert dinov2_attn.load_checkpoint(build_like(WIDE), folder / "both.pth", key="a") == ("b",)

@@ -79,7 +79,7 @@ def test_where_nothing_is_found_all_is_taken_for_it():
 def test_two_models_of_equal_right_are_named():
     tensors = {**model_below(""), **model_below("a.b."), **model_below("c.", ANCHORS[:2])}
     with pytest.raises(
-        UnreadableFile, match=r"x\.pth with one in each of , a\.b\. Choose one: --key a\.b"
+        UnreadableFile, match=r"x\.pth with one in each of , a\.b\.\nChoose one: --key a\.b"
     ):
         found_in(tensors)
 

@@ -153,7 +153,7 @@ def test_folders(tmp_path):
     torch.save(STATE, tmp_path / "b.pth")
     assert set(read(tmp_path).tensors) == {"w"}
     torch.save(STATE, tmp_path / "c.pth")
-    with pytest.raises(UnreadableFile, match=r"a directory with b\.pth, c\.pth\. Name the"):
+    with pytest.raises(UnreadableFile, match=r"a directory with b\.pth, c\.pth\.\nName the"):
         read(tmp_path)
 
 

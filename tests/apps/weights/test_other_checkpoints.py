@@ -195,5 +195,5 @@ def test_an_unknown_key_lists_the_names(file, key):
     one, two = random(SMALL, 0), random(SMALL, 1)
     torch.save({"model": checkpoint_files.both(two, one).state_dict(), "epoch": 3}, file)
     names = r"models at model\.student\.backbone, model\.teacher\.backbone"
-    with pytest.raises(InvalidInput, match=rf"by the name of {key!r}; found {names}"):
+    with pytest.raises(InvalidInput, match=rf"by the name of {key!r}\.\nFound {names}"):
         load_checkpoint(random(SMALL, 2), file, key=key)

@@ -147,7 +147,7 @@ def test_its_program_runs(user, site):
 def test_pictures_name_the_extra_they_need(user, site, command):
     done = user("-m", "dinov2_attn", *command.split(), "-o", "out")
     assert done.returncode == 2
-    assert "no torchvision in this environment. Install" in done.stderr
+    assert "Found no torchvision in this environment.\n  Install" in done.stderr
     assert "dinov2-attn[viz]" in done.stderr
 
 

@@ -6,7 +6,7 @@ import math
 from argparse import ArgumentTypeError
 
 from dinov2_attn.apps.viz.tokens import Token, read_token
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInput, in_one_line
 
 
 def positive(text: str) -> int:
@@ -88,4 +88,4 @@ def token(text: str) -> Token:
     try:
         return read_token(text)
     except InvalidInput as error:
-        raise ArgumentTypeError(str(error)) from error
+        raise ArgumentTypeError(in_one_line(error)) from error

@@ -54,10 +54,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Lines(logging.Formatter):
-    """``dinov2-attn: error: …``, the form of argparse's own complaints."""
+    """``dinov2-attn: error: …``, the form of argparse's own complaints, further lines indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"{PROGRAM}: {record.levelname.lower()}: {super().format(record)}"
+        text = super().format(record).replace("\n", "\n  ")
+        return f"{PROGRAM}: {record.levelname.lower()}: {text}"
 
 
 def _configure_log() -> None:

@@ -16,7 +16,7 @@ from dinov2_attn.apps.viz.images import normalise
 from dinov2_attn.apps.viz.inference import cannot_run, check_alive
 from dinov2_attn.apps.viz.reading import Reading
 from dinov2_attn.backbone.backbone import Backbone
-from dinov2_attn.errors import Dinov2AttnError, InvalidInput
+from dinov2_attn.errors import Dinov2AttnError, InvalidInput, in_one_line
 from dinov2_attn.grafting.modules import weights_from
 from dinov2_attn.maps.artifacts import ArtifactTokens, artifacts_on_the_way
 from dinov2_attn.maps.ask import attention_maps
@@ -84,7 +84,7 @@ def _seen_or_refused(model: Any, pictures: list[Picture], options: Options) -> S
 
 
 def _refused(picture: Picture, error: InvalidInput) -> Refused:
-    return Refused(picture.origin.number, picture.origin.item, str(error), "pass")
+    return Refused(picture.origin.number, picture.origin.item, in_one_line(error), "pass")
 
 
 @torch.inference_mode()

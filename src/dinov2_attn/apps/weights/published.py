@@ -42,9 +42,10 @@ def load_pretrained(model: nn.Module, arch: str, *, patch_size: int, registers: 
     try:
         load_checkpoint(model, path)
     except UnreadableFile as error:
-        expected, found, _ = error.args
         raise UnreadableFile(
-            expected, found, "The download may have been cut short: remove the file and run again."
+            error.expected,
+            error.found,
+            "The download may have been cut short: remove the file and run again.",
         ) from error
 
 
@@ -59,9 +60,8 @@ def _fill_and_keep(model: nn.Module, url: str, path: Path) -> None:
                 torch.hub.download_url_to_file(url, str(file))
             load_checkpoint(model, file)
     except UnreadableFile as error:
-        expected, found, _ = error.args
         raise UnreadableFile(
-            expected, found, "Nothing was kept. The line may have broken: run again."
+            error.expected, error.found, "Nothing was kept. The line may have broken: run again."
         ) from error
     except (OSError, HTTPException) as error:  # no network, a broken line, an unwritable cache
         raise Unavailable(

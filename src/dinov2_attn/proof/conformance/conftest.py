@@ -11,6 +11,7 @@ import torch
 
 import dinov2_attn
 from dinov2_attn.backbone.structure import Part
+from dinov2_attn.errors import in_one_line
 from dinov2_attn.proof.conformance.code import CODE, GATE, Code
 
 _HERE = Path(__file__).parent
@@ -84,7 +85,7 @@ def refusal(code: Code) -> str | None:
         with dinov2_attn.install(code.package):
             return None
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {in_one_line(error)}"
 
 
 @pytest.fixture(scope="session")

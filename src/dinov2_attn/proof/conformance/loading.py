@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 from dinov2_attn.backbone.structure import classes_in
+from dinov2_attn.errors import in_one_line
 from dinov2_attn.grafting.targets import UPSTREAM, UPSTREAM_MODULES
 from dinov2_attn.proof.conformance.code import GATE, Code
 
@@ -87,7 +88,7 @@ def _enter(code: Code, folders: list[str]) -> None:
         )
         return
     except Exception as error:  # the program around the copy can raise anything
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
     for name in set(sys.modules) - before:
         if name.partition(".")[0] == top:
             del sys.modules[name]
@@ -141,4 +142,4 @@ def _import(code: Code, name: str) -> None:
     try:
         code.modules.append(importlib.import_module(name))
     except Exception as error:  # foreign code; what matters is missed by test_install
-        code.passed_over[name] = f"{type(error).__name__}: {error}"
+        code.passed_over[name] = f"{type(error).__name__}: {in_one_line(error)}"
