@@ -11,24 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dinov2_attn import errors
 from dinov2_attn._lazy import lazily
-from dinov2_attn.errors import (
-    Dinov2AttnError,
-    IncompatibleUpstream,
-    InvalidInput,
-    KernelFallback,
-    NoOperator,
-    NotGrafted,
-    NotRecorded,
-    OutOfRange,
-    PatchedOnTop,
-    SuspiciousArtifacts,
-    SuspiciousRange,
-    Unavailable,
-    UnreadableFile,
-    UnwritableOutput,
-    UpstreamDrift,
-)
+from dinov2_attn.errors import Dinov2AttnError
 from dinov2_attn.grafting.api import Handle, Status, install, status, uninstall
 
 if TYPE_CHECKING:
@@ -49,24 +34,11 @@ __all__ = [
     "AttentionMaps",
     "Dinov2AttnError",
     "Handle",
-    "IncompatibleUpstream",
-    "InvalidInput",
-    "KernelFallback",
-    "NoOperator",
-    "NotGrafted",
-    "NotRecorded",
-    "OutOfRange",
-    "PatchedOnTop",
     "Recording",
     "Status",
-    "SuspiciousArtifacts",
-    "SuspiciousRange",
-    "Unavailable",
-    "UnreadableFile",
-    "UnwritableOutput",
-    "UpstreamDrift",
     "artifact_tokens",
     "attention_maps",
+    "errors",
     "extract",
     "grafted",
     "install",

@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from dinov2_attn.errors import Unavailable
+from dinov2_attn.errors import UnavailableError
 
 
 def safetensors() -> Any:
-    """Return the module ``safetensors``, its part for torch loaded; raise ``Unavailable``."""
+    """Return the module ``safetensors``, its part for torch loaded; raise ``UnavailableError``."""
     try:
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        raise Unavailable(
+        raise UnavailableError(
             "the library safetensors",
             str(error),
             "Install it with `pip install 'dinov2-attn[viz]'`.",
@@ -23,10 +23,10 @@ def safetensors() -> Any:
 
 
 def require(*modules: str) -> None:
-    """Raise ``Unavailable`` where one of these is missing."""
+    """Raise ``UnavailableError`` where one of these is missing."""
     for name in modules:
         if importlib.util.find_spec(name) is None:
-            raise Unavailable(
+            raise UnavailableError(
                 "the libraries for pictures",
                 f"no {name} in this environment",
                 "Install them with `pip install 'dinov2-attn[viz]'`.",

@@ -47,57 +47,57 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-class IncompatibleUpstream(Dinov2AttnError, RuntimeError):
+class IncompatibleUpstreamError(Dinov2AttnError, RuntimeError):
     """The classes at hand do not compute the attention this package would return."""
 
 
-class PatchedOnTop(Dinov2AttnError, RuntimeError):
+class PatchedOnTopError(Dinov2AttnError, RuntimeError):
     """Somebody replaced a graft after it was set, so it cannot be undone safely."""
 
 
-class NotGrafted(Dinov2AttnError, RuntimeError):
+class NotGraftedError(Dinov2AttnError, RuntimeError):
     """Attention was asked of a module that ``install`` has not reached."""
 
 
-class NotRecorded(Dinov2AttnError, RuntimeError):
+class NotRecordedError(Dinov2AttnError, RuntimeError):
     """A forward pass that should have been recorded was not, or not all of it."""
 
 
-class NoOperator(Dinov2AttnError, NotImplementedError):
+class NoOperatorError(Dinov2AttnError, NotImplementedError):
     """xFormers has no operator for the device that attention was asked for on."""
 
 
-class InvalidInput(Dinov2AttnError, ValueError):
+class InvalidInputError(Dinov2AttnError, ValueError):
     """An argument is of the wrong kind or shape."""
 
 
-class OutOfRange(InvalidInput, IndexError):
+class OutOfRangeError(InvalidInputError, IndexError):
     """A layer, a query or a mask points outside of what there is."""
 
 
-class Unavailable(Dinov2AttnError, RuntimeError):
+class UnavailableError(Dinov2AttnError, RuntimeError):
     """Code or weights could not be had in any of the ways that were tried."""
 
 
-class UnreadableFile(Dinov2AttnError, RuntimeError):
+class UnreadableFileError(Dinov2AttnError, RuntimeError):
     """A file given by the user is missing or is not what it should be."""
 
 
-class UnwritableOutput(Dinov2AttnError, RuntimeError):
+class UnwritableOutputError(Dinov2AttnError, RuntimeError):
     """A result could not be written; nothing half-written was left behind."""
 
 
-class KernelFallback(UserWarning):
+class KernelFallbackWarning(UserWarning):
     """xFormers has no operator for what it is given, so PyTorch's kernel is used."""
 
 
-class UpstreamDrift(UserWarning):
+class UpstreamDriftWarning(UserWarning):
     """Upstream's code is none that is known here, and holds all the same."""
 
 
-class SuspiciousArtifacts(UserWarning):
+class SuspiciousArtifactsWarning(UserWarning):
     """So many patches have outlying norms that something else than artifacts is going on."""
 
 
-class SuspiciousRange(UserWarning):
+class SuspiciousRangeWarning(UserWarning):
     """An image uses so little of the range of its format that the format may not tell it."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import dinov2_attn
 from dinov2_attn import artifact_tokens, attention_maps, record, rollout
+from dinov2_attn.errors import InvalidInputError
 from tests.support.recordings import assert_all_close
 from tests.support.strategies import noise, randomise
 from tests.support.tolerances import assert_close
@@ -124,7 +125,7 @@ def test_gradients_reach_every_channel(models):
 
 def test_an_ordinary_model_of_one_channel_takes_one(models):
     model = build(models, adaptive=False)
-    with pytest.raises(dinov2_attn.InvalidInput, match=r"(?s)with 1 channel in .*images\.mean\(1, "):
+    with pytest.raises(InvalidInputError, match=r"(?s)with 1 channel in .*images\.mean\(1, "):
         model.get_last_self_attention(draw(2, 3))
     assert model.get_last_self_attention(draw(2, 3).mean(1, keepdim=True)).shape[0] == 2
 
@@ -138,6 +139,6 @@ def test_a_model_of_three_channels_that_calls_itself_adaptive_sees_them_together
 
 
 def test_photographs_are_not_extracted_by_channel(grafted, tmp_path):
-    with pytest.raises(dinov2_attn.InvalidInput, match=r"(?s)channel-adaptive.*attention_maps\(model"):
+    with pytest.raises(InvalidInputError, match=r"(?s)channel-adaptive.*attention_maps\(model"):
         dinov2_attn.extract(build(grafted), tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import dinov2_attn
 from dinov2_attn.backbone.proof import laboratory, measure_kernel, prove_attention
 from dinov2_attn.backbone.structure import Part, classes_in, part_of_module
+from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError
 from dinov2_attn.kernels.call import branches
 from tests.support import upstreams
 from tests.support.strategies import noise
@@ -35,7 +36,7 @@ def test_depth_anything_3_is_refused_and_left_alone():
     fork = upstreams.DEPTH_ANYTHING_3
     attention = fork.module(fork.attention)
     before = all_forwards(attention)
-    with pytest.raises(dinov2_attn.IncompatibleUpstream) as caught:
+    with pytest.raises(IncompatibleUpstreamError) as caught:
         dinov2_attn.install(fork.package)
     assert "pos" in str(caught.value)
     assert all_forwards(attention) == before
@@ -50,17 +51,17 @@ def test_depth_anything_3_is_refused_when_imported_later():
         del sys.modules[name]
     dinov2_attn.install(fork.package)
     for _ in range(2):  # the second import must not succeed with nothing said
-        with pytest.raises(dinov2_attn.IncompatibleUpstream):
+        with pytest.raises(IncompatibleUpstreamError):
             fork.module(fork.attention)
     assert dinov2_attn.status().grafted == ()
-    assert "IncompatibleUpstream" not in dinov2_attn.status().grafted
+    assert "IncompatibleUpstreamError" not in dinov2_attn.status().grafted
     assert dinov2_attn.status().recognised[fork.package].startswith("refused: expected")
 
 
 def test_depth_anything_3_is_refused_as_a_live_model():
     fork = upstreams.DEPTH_ANYTHING_3
     block = fork.cls("Block")(12, num_heads=2)
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=r"(?s)Expected .*\nFound .*"):
+    with pytest.raises(IncompatibleUpstreamError, match=r"(?s)Expected .*\nFound .*"):
         dinov2_attn.install(block)
 
 
@@ -100,7 +101,7 @@ def test_any_other_formula_is_refused(change):
             return _kernel(self, x, change)
 
     with pytest.raises(
-        dinov2_attn.IncompatibleUpstream,
+        IncompatibleUpstreamError,
         match=r"(?s)Expected proj\(weights @ v\) to equal .*nothing was",
     ):
         dinov2_attn.install(Attention(12, num_heads=2))
@@ -117,7 +118,7 @@ def test_another_meaning_of_causal_is_refused():
                 return super().forward(x)
             return super().forward(x.flip(1), True).flip(1)  # the past hidden, not the future
 
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="causal attention to equal"):
+    with pytest.raises(IncompatibleUpstreamError, match="causal attention to equal"):
         dinov2_attn.install(Attention(12, num_heads=2))
 
 
@@ -128,7 +129,7 @@ def test_another_meaning_of_the_bias_is_refused():
         def forward(self, x, attn_bias=None):
             return super().forward(x, None if attn_bias is None else -attn_bias)
 
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="under a bias to equal"):
+    with pytest.raises(IncompatibleUpstreamError, match="under a bias to equal"):
         dinov2_attn.install(Attention(12, num_heads=2))
 
 
@@ -137,7 +138,7 @@ def test_what_is_off_by_more_than_rounding_is_refused_and_by_how_much_is_said():
         def forward(self, x):
             return super().forward(x) + 8e-9
 
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="Found a difference of 8e-09"):
+    with pytest.raises(IncompatibleUpstreamError, match="Found a difference of 8e-09"):
         dinov2_attn.install(Attention(12, num_heads=2))
 
 
@@ -149,7 +150,7 @@ def test_a_projection_whose_bias_is_left_out_is_refused():
             out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
             return self.proj(out.transpose(1, 2).reshape(B, N, C))
 
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="proj.weights @ v"):
+    with pytest.raises(IncompatibleUpstreamError, match="proj.weights @ v"):
         dinov2_attn.install(Attention(12, num_heads=2))
 
 
@@ -201,7 +202,7 @@ def asking(init="pass", change="pass"):
     ],
 )
 def test_what_only_the_branch_with_xformers_does_is_refused(change, said):
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=said):
+    with pytest.raises(IncompatibleUpstreamError, match=said):
         dinov2_attn.install(asking(change=change))
 
 
@@ -221,7 +222,7 @@ def test_a_graft_that_returns_anything_else_is_refused():
 
     with (
         laboratory(),
-        pytest.raises(dinov2_attn.IncompatibleUpstream, match="Expected the weights returned to"),
+        pytest.raises(IncompatibleUpstreamError, match="Expected the weights returned to"),
     ):
         prove_attention(cls, forward, wrong, measure_kernel(cls, forward))
 
@@ -283,7 +284,7 @@ def test_an_attribute_read_on_the_way_is_refused_even_when_it_does_nothing(attri
             return super().forward(getattr(self, attribute)(x))
 
     said = rf"(?s){__name__}.*Attention to compute .* also reads {attribute}"
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=said):
+    with pytest.raises(IncompatibleUpstreamError, match=said):
         dinov2_attn.install(Attention(12, num_heads=2))
 
 
@@ -294,7 +295,7 @@ def test_a_copy_patched_by_hand_is_refused():
         def forward(self, x, return_attn=False):
             return x if return_attn else super().forward(x)
 
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="patched by hand"):
+    with pytest.raises(IncompatibleUpstreamError, match="patched by hand"):
         dinov2_attn.install(Attention(12, num_heads=2))
 
     class Model(upstreams.MOGE.cls("DinoVisionTransformer")):
@@ -308,7 +309,7 @@ def test_a_copy_patched_by_hand_is_refused():
 
     model = Model(img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1)
     taken = "Found get_last_self_attention, get_last_selfattention already there"
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=taken):
+    with pytest.raises(IncompatibleUpstreamError, match=taken):
         dinov2_attn.install(model)
     assert dinov2_attn.status().grafted == ()
 
@@ -337,7 +338,7 @@ def test_a_block_that_attends_to_something_else_is_refused(which):
     for parameter in block.norm1.parameters():
         nn.init.normal_(parameter)
     said = "Expected the attention of a block to equal" if which == 0 else "call its attention 1"
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=said):
+    with pytest.raises(IncompatibleUpstreamError, match=said):
         dinov2_attn.install(block)
 
 
@@ -360,7 +361,7 @@ def test_a_model_whose_pass_is_another_is_refused():
     for cls in (Trailing, Skipping):
         model = cls(img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1)
         said = "Found 11 tokens|Expected the attention of a model to equal"
-        with pytest.raises(dinov2_attn.IncompatibleUpstream, match=said):
+        with pytest.raises(IncompatibleUpstreamError, match=said):
             dinov2_attn.install(model)
         assert not hasattr(model, "get_self_attention")
 
@@ -379,7 +380,7 @@ def test_a_copy_that_is_wrong_only_when_chunked_or_flat_is_refused(wrong_when_ch
             return {"x_norm_clstoken": x[:, 0]}
 
     model = Model(img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0)
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="attention of a model"):
+    with pytest.raises(IncompatibleUpstreamError, match="attention of a model"):
         dinov2_attn.install(model)
 
 
@@ -399,7 +400,7 @@ def test_an_attention_that_a_pass_does_not_call_is_refused():
         def forward(self, x):
             return super().forward(x)
 
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=r"zip\(\) argument 2 is shorter"):
+    with pytest.raises(IncompatibleUpstreamError, match=r"zip\(\) argument 2 is shorter"):
         dinov2_attn.install(small(Model, depth=2))
 
 
@@ -423,7 +424,7 @@ def test_a_block_with_a_second_attention_is_refused(monkeypatch):
         block, "forward", lambda self, x: x + self.attn(self.norm1(x)) + self.second(x)
     )
     monkeypatch.setattr(model, "__init__", of_half_the_depth)
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match=r"zip\(\) argument 2 is longer"):
+    with pytest.raises(IncompatibleUpstreamError, match=r"zip\(\) argument 2 is longer"):
         dinov2_attn.install(small(model, depth=2))
 
 
@@ -432,7 +433,7 @@ def test_blocks_that_drop_tokens_are_refused(monkeypatch):
     block = upstreams.MOGE.cls("Block")
     upstream = block.forward
     monkeypatch.setattr(block, "forward", lambda self, x: upstream(self, x)[:, :-1])
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="patches.\nFound 9 tokens"):
+    with pytest.raises(IncompatibleUpstreamError, match="patches.\nFound 9 tokens"):
         dinov2_attn.install(small(upstreams.MOGE.cls("DinoVisionTransformer"), depth=2))
 
 
@@ -469,7 +470,7 @@ def test_whatever_foreign_code_raises_is_told_as_incompatible(change):
         def forward(self, x):
             return super().forward(x)
 
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="(?s)Expected .*.\nFound "):
+    with pytest.raises(IncompatibleUpstreamError, match="(?s)Expected .*.\nFound "):
         dinov2_attn.install(Attention(10, num_heads=2))
     assert dinov2_attn.status().grafted == ()
 
@@ -535,20 +536,18 @@ def test_a_class_that_cannot_be_built_small_is_refused():
         def forward(self, x):
             return super().forward(x)
 
-    with pytest.raises(
-        dinov2_attn.IncompatibleUpstream, match="(?s)built and run small.*TypeError"
-    ):
+    with pytest.raises(IncompatibleUpstreamError, match="(?s)built and run small.*TypeError"):
         dinov2_attn.install(Attention({"dim": 12, "num_heads": 2}))
 
 
 def test_a_model_without_attention_is_refused():
-    with pytest.raises(dinov2_attn.IncompatibleUpstream, match="(?s)none in torch.nn.*Linear"):
+    with pytest.raises(IncompatibleUpstreamError, match="(?s)none in torch.nn.*Linear"):
         dinov2_attn.install(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("target", [3, "", b"dinov2", object(), nn.Linear, torch])
 def test_what_is_neither_package_nor_model_is_refused(target):
-    with pytest.raises(dinov2_attn.InvalidInput, match="name of a package or a live model"):
+    with pytest.raises(InvalidInputError, match="name of a package or a live model"):
         dinov2_attn.install(target)
 
 
@@ -561,7 +560,7 @@ def test_upstream_with_its_classes_gone_is_refused():
         del sys.modules[name]
     sys.modules.update(modules)
     try:
-        with pytest.raises(dinov2_attn.IncompatibleUpstream, match="moved or renamed"):
+        with pytest.raises(IncompatibleUpstreamError, match="moved or renamed"):
             dinov2_attn.install()
     finally:
         for name in modules:

@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 
 import dinov2_attn
+from dinov2_attn.errors import IncompatibleUpstreamError, NotGraftedError, PatchedOnTopError
 from tests.support.dinov2_package import at_once, passing_on, small_model, wrong_attention
 from tests.support.graft_oracle import (
     ABSENT,
@@ -173,7 +174,7 @@ class Events(RuleBasedStateMachine):
         module.Wrong = wrong = wrong_attention(module.Attention)
         forward = wrong.forward
         try:
-            with pytest.raises(dinov2_attn.IncompatibleUpstream):
+            with pytest.raises(IncompatibleUpstreamError):
                 importlib.reload(module) if by_reload else dinov2_attn.install(upstream.package)
         finally:
             del module.Wrong
@@ -190,7 +191,7 @@ class Events(RuleBasedStateMachine):
             return
         model = small_model(module)
         model.blocks[0].attn = wrong_attention(type(model.blocks[0].attn))(4, num_heads=1)
-        with pytest.raises(dinov2_attn.IncompatibleUpstream):
+        with pytest.raises(IncompatibleUpstreamError):
             dinov2_attn.install(model)
 
     # Patches of others
@@ -276,7 +277,7 @@ class Events(RuleBasedStateMachine):
             if all(s.answers for s in self._asked(model)):
                 assert model.get_last_self_attention(IMAGES).shape == (1, 1, 5, 5)
             else:
-                with pytest.raises(dinov2_attn.NotGrafted):
+                with pytest.raises(NotGraftedError):
                     model.get_last_self_attention(IMAGES)
 
     def teardown(self):
@@ -310,7 +311,7 @@ class Events(RuleBasedStateMachine):
         return released
 
     def _expecting(self, released):
-        return pytest.raises(dinov2_attn.PatchedOnTop) if not released else contextlib.nullcontext()
+        return pytest.raises(PatchedOnTopError) if not released else contextlib.nullcontext()
 
     def _asked(self, model):
         classes = [first_forward(m) for m in model.modules()]

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import dinov2_attn
 from dinov2_attn import record
+from dinov2_attn.errors import IncompatibleUpstreamError, NotGraftedError
 from tests.support import reference
 from tests.support.bit_identity import assert_unchanged, one_pass
 from tests.support.recordings import IMAGES, Adapted, assert_all_close, build
@@ -155,7 +156,7 @@ def test_the_same_block_twice_is_two_layers(first):
         output, attentions = model(IMAGES, return_attention=True)
         assert_close(output, other(IMAGES))
         assert_close(attentions, expected)
-        with pytest.raises(dinov2_attn.IncompatibleUpstream, match="shared"), record(model):
+        with pytest.raises(IncompatibleUpstreamError, match="shared"), record(model):
             model(IMAGES)
 
 
@@ -174,7 +175,7 @@ def test_a_subclass_that_calls_its_base(first):
     assert not are_close(model(IMAGES), expected[0])
     with dinov2_attn.install():
         for ask in (model.get_self_attention, _recorded(model)):
-            with pytest.raises(dinov2_attn.NotGrafted, match=r"install\(model\)"):
+            with pytest.raises(NotGraftedError, match=r"install\(model\)"):
                 ask(IMAGES)
 
 
@@ -188,9 +189,9 @@ def test_a_block_of_ones_own_that_calls_nothing(first):
     assert_unchanged(lambda: one_pass(model))
     with dinov2_attn.install():
         expected = _recorded(model)(IMAGES)
-        with pytest.raises(dinov2_attn.NotGrafted, match=r"install\(model\)"):
+        with pytest.raises(NotGraftedError, match=r"install\(model\)"):
             model.get_self_attention(IMAGES)
-        with pytest.raises(dinov2_attn.NotGrafted, match=r"install\(model\)"):
+        with pytest.raises(NotGraftedError, match=r"install\(model\)"):
             model(IMAGES, return_attention=True)
     with dinov2_attn.install(model):
         features = model(IMAGES)

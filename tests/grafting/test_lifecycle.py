@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import dinov2_attn
+from dinov2_attn.errors import IncompatibleUpstreamError
 from dinov2_attn.grafting.registry import Graft, Ledger
 from dinov2_attn.grafting.targets import UPSTREAM_MODULES
 from tests.support import upstreams
@@ -87,7 +88,7 @@ def test_two_models_of_one_class_are_two_targets_where_their_parts_differ():
     right.blocks[0].attn, wrong.blocks[0].attn = Right(4, num_heads=1), Wrong(4, num_heads=1)
     images = noise(1, 3, 4, 4, seed=0)
     first = dinov2_attn.install(good)
-    with pytest.raises(dinov2_attn.IncompatibleUpstream):
+    with pytest.raises(IncompatibleUpstreamError):
         dinov2_attn.install(wrong)
     assert good.get_last_self_attention(images).shape[-1] == 5  # the failure undid its own only
     second = dinov2_attn.install(right)
@@ -115,7 +116,7 @@ def test_a_failing_check_leaves_nothing_behind():
     upstream = block.forward
     block.forward = lambda self, x: x + self.attn(x)
     try:
-        with pytest.raises(dinov2_attn.IncompatibleUpstream):
+        with pytest.raises(IncompatibleUpstreamError):
             dinov2_attn.install()
     finally:
         block.forward = upstream

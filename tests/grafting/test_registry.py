@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from dinov2_attn.errors import PatchedOnTop
+from dinov2_attn.errors import PatchedOnTopError
 from dinov2_attn.grafting.registry import Ledger
 
 
@@ -84,7 +84,7 @@ def test_a_wrapper_from_the_classs_own_module_is_a_patch_all_the_same():
     ledger = Ledger()
     ledger.set(Upstream, "old", lambda self: "first", "a")
     Upstream.old = theirs
-    with pytest.raises(PatchedOnTop):
+    with pytest.raises(PatchedOnTopError):
         ledger.release("a")
     assert vars(Upstream)["old"] is theirs
 
@@ -97,6 +97,6 @@ def test_what_somebody_took_away_is_not_put_back_in_silence():
     ledger = Ledger()
     ledger.set(Upstream, "old", lambda self: "first", "a")
     del Upstream.old
-    with pytest.raises(PatchedOnTop, match="Found 'nothing'"):
+    with pytest.raises(PatchedOnTopError, match="Found 'nothing'"):
         ledger.release("a")
     assert not hasattr(Upstream, "old")

@@ -8,6 +8,7 @@ import warnings
 import pytest
 
 import dinov2_attn
+from dinov2_attn.errors import IncompatibleUpstreamError, PatchedOnTopError, UpstreamDriftWarning
 from tests.support import upstreams
 from tests.support.dinov2_package import (
     ATTENTION,
@@ -32,9 +33,7 @@ def test_what_somebody_patched_on_top_is_not_undone():
     dinov2_attn.install()
     ours = block.forward
     block.forward = theirs = lambda self, x: ours(self, x)
-    with pytest.raises(
-        dinov2_attn.PatchedOnTop, match=r"(?s)Expected .*Block\.forward\.\nFound <func"
-    ):
+    with pytest.raises(PatchedOnTopError, match=r"(?s)Expected .*Block\.forward\.\nFound <func"):
         dinov2_attn.uninstall()
     assert block.forward is theirs
     assert is_grafted(upstreams.FIRST.cls("Attention"))  # nothing at all was undone
@@ -58,7 +57,7 @@ def test_what_somebody_patched_below_comes_back():
     block.forward = theirs
     said = r"but for Block\.forward \(of test_patches_of_others\)"
     try:
-        with pytest.warns(dinov2_attn.UpstreamDrift, match=said):
+        with pytest.warns(UpstreamDriftWarning, match=said):
             handle = dinov2_attn.install()
         with handle:
             assert block.forward is not theirs
@@ -97,11 +96,11 @@ def test_what_somebody_has_undone_already_is_no_patch_on_top():
         return upstream(self, x)
 
     block.forward = theirs
-    with pytest.warns(dinov2_attn.UpstreamDrift):
+    with pytest.warns(UpstreamDriftWarning):
         dinov2_attn.install()
     block.forward = theirs  # put back what they remember
     assert dinov2_attn.status().covered == (f"{BLOCK}.Block.forward",)
-    with pytest.warns(dinov2_attn.UpstreamDrift):
+    with pytest.warns(UpstreamDriftWarning):
         dinov2_attn.install()
     assert block.forward is not theirs  # grafted anew, not left bare
     assert asks(load())
@@ -127,7 +126,7 @@ def test_a_patch_below_may_be_taken_off_first(monkeypatch, wrap):
         return upstream(self, x)
 
     monkeypatch.setattr(block, "forward", theirs)
-    with pytest.warns(dinov2_attn.UpstreamDrift):
+    with pytest.warns(UpstreamDriftWarning):
         dinov2_attn.install()
     monkeypatch.undo()
     assert dinov2_attn.status().covered == (f"{BLOCK}.Block.forward",)
@@ -170,7 +169,7 @@ def test_a_failure_takes_off_what_was_grafted_before():
     module = upstreams.FIRST.module(ATTENTION)
     module.Wrong = wrong_attention(module.Attention)
     try:
-        with pytest.raises(dinov2_attn.IncompatibleUpstream):
+        with pytest.raises(IncompatibleUpstreamError):
             dinov2_attn.install()
         assert dinov2_attn.status().grafted == ()
         assert not is_grafted(module.Attention)
@@ -194,7 +193,7 @@ def test_a_failure_under_somebody_elses_patch_is_the_error_that_is_raised():
     module = upstreams.FIRST.module(ATTENTION)
     module.Wrong = Wrong
     try:
-        with pytest.raises(dinov2_attn.IncompatibleUpstream):
+        with pytest.raises(IncompatibleUpstreamError):
             dinov2_attn.install()
         assert not is_grafted(Wrong)
     finally:

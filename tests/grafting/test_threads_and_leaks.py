@@ -12,6 +12,7 @@ import torch
 
 import dinov2_attn
 from dinov2_attn import record, rollout
+from dinov2_attn.errors import InvalidInputError, NotRecordedError
 from dinov2_attn.grafting.channel import TAP
 from tests.support import upstreams
 from tests.support.dinov2_package import at_once
@@ -47,9 +48,9 @@ def _fail(model):
 
     with pytest.raises(KeyError), record(model, reduce=stop):
         model(IMAGES)
-    with pytest.raises(dinov2_attn.InvalidInput):
+    with pytest.raises(InvalidInputError):
         model.get_self_attention(IMAGES[:, :2])
-    with pytest.raises(dinov2_attn.NotRecorded), record(model):
+    with pytest.raises(NotRecordedError), record(model):
         pass
     return []
 

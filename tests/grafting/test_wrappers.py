@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import dinov2_attn
+from dinov2_attn.errors import NotGraftedError
 from dinov2_attn.grafting.channel import SWITCH, TAP
 from tests.support import reference
 from tests.support.strategies import noise, randomise
@@ -62,7 +62,7 @@ def test_a_wrapper_that_drops_the_question_is_told(models, where):
         model.blocks[1] = Wrapper(model.blocks[1], hand_on=False)
     else:
         model.blocks[1].attn = Wrapper(model.blocks[1].attn, hand_on=False)
-    with pytest.raises(dinov2_attn.NotGrafted, match=r"(?s)called without it.*\*\*kwargs"):
+    with pytest.raises(NotGraftedError, match=r"(?s)called without it.*\*\*kwargs"):
         model.get_self_attention(IMAGES)
 
 

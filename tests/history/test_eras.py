@@ -15,6 +15,7 @@ import pytest
 import dinov2_attn
 from dinov2_attn.apps.weights.source import DINOV2_WHEEL
 from dinov2_attn.apps.weights.wheel import fetch_wheel
+from dinov2_attn.errors import UnavailableError
 from dinov2_attn.history import eras
 from dinov2_attn.proof.verify import rebuild_eras
 from tests.support import upstreams
@@ -86,7 +87,7 @@ def test_the_first_commit_is_the_first_era():
 def test_the_table_is_what_upstreams_history_gives():
     try:
         rebuilt = rebuild_eras.rebuild(HISTORY)
-    except dinov2_attn.Unavailable as error:
+    except UnavailableError as error:
         pytest.skip(f"{error}; the first era was held against PyPI's copy instead")
     assert rebuilt == eras.table()
 
@@ -115,7 +116,7 @@ def test_a_history_is_read_without_running_it(tmp_path):
     assert all(
         re.fullmatch(r"[0-9a-f]{7} \d{4}-\d\d-\d\d", str(c)) for e in found for c in e.commits
     )
-    with pytest.raises(dinov2_attn.Unavailable, match=r"(?s)Expected an answer to git clone.*Found"):
+    with pytest.raises(UnavailableError, match=r"(?s)Expected an answer to git clone.*Found"):
         rebuild_eras.rebuild(tmp_path / "absent")
 
 
@@ -133,7 +134,7 @@ SCRIPT = """
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
-        warnings.simplefilter(sys.argv[3], dinov2_attn.UpstreamDrift)
+        warnings.simplefilter(sys.argv[3], dinov2_attn.errors.UpstreamDriftWarning)
         try:
             for step in sys.argv[2].split():
                 if step == "import":
@@ -149,7 +150,7 @@ SCRIPT = """
                     model = load().DinoVisionTransformer(
                         img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1, block_chunks=0)
             print(*model.get_last_self_attention(torch.rand(1, 3, 4, 4)).shape)
-        except (NameError, dinov2_attn.IncompatibleUpstream, dinov2_attn.UpstreamDrift) as error:
+        except (NameError, dinov2_attn.Dinov2AttnError, UserWarning) as error:
             print(type(error).__name__, len(dinov2_attn.status().grafted))
     print(*dinov2_attn.status().recognised.values())
     print(*[warning.message for warning in caught], sep="\\n", end="")
@@ -252,14 +253,14 @@ def test_a_method_that_is_gone_is_drift(copy):
 def test_behaviour_that_breaks_is_refused_and_no_drift(copy, steps):
     change(copy, ATTENTION, r"softmax\(dim=-1\)", "softmax(dim=-2)")
     outcome, recognised, warned = run(copy, steps)
-    assert (outcome, warned) == ("IncompatibleUpstream 0", [])
+    assert (outcome, warned) == ("IncompatibleUpstreamError 0", [])
     assert " as in " not in recognised
 
 
 @pytest.mark.parametrize("steps", ["install import", "import model"])
 def test_where_warnings_are_errors_drift_leaves_nothing_behind(copy, steps):
     rename_a_local(copy)
-    assert run(copy, steps, "error")[0] == "UpstreamDrift 0"
+    assert run(copy, steps, "error")[0] == "UpstreamDriftWarning 0"
 
 
 def test_layers_without_a_model_are_recognised_and_not_yet_judged(copy):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import dinov2_attn
-from dinov2_attn.errors import UpstreamDrift
+from dinov2_attn.errors import UpstreamDriftWarning
 from dinov2_attn.grafting.registry import Ledger
 from dinov2_attn.grafting.targets import LiveModel
 from dinov2_attn.history import eras, identify
@@ -37,7 +37,7 @@ def warned(found, target="dinov2"):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         identify.warn_of_drift(Ledger(), target, found)
-    return [str(warning.message) for warning in caught if warning.category is UpstreamDrift]
+    return [str(warning.message) for warning in caught if warning.category is UpstreamDriftWarning]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dinov2_attn.backbone.proof import laboratory, measure_kernel
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.kernels.call import Kernel, branches
 from dinov2_attn.kernels.xformers_flags import (
     FLAG,
@@ -71,14 +71,16 @@ def test_a_bias_is_taken_where_the_kernel_that_runs_takes_it(memory_efficient, m
     dense = Kernel(upstreams.MOGE.cls("Attention").forward, {})
     bias = torch.zeros(2, 2)
     for kernel in (gated, dense):
-        with pytest.raises(InvalidInput, match=r"(?s)to be None, a dense tensor.*builtins\.str"):
+        with pytest.raises(
+            InvalidInputError, match=r"(?s)to be None, a dense tensor.*builtins\.str"
+        ):
             kernel.check_bias("causal")
     with pytest.raises(
-        InvalidInput, match=rf"(?s)no attn_bias.*{PINNED.attention}.{FLAG} is False"
+        InvalidInputError, match=rf"(?s)no attn_bias.*{PINNED.attention}.{FLAG} is False"
     ):
         gated.check_bias(bias)
     dense.check_bias(bias)
-    with pytest.raises(InvalidInput, match="(?s)as a dense tensor.*one of type Mask"):
+    with pytest.raises(InvalidInputError, match="(?s)as a dense tensor.*one of type Mask"):
         dense.check_bias(Mask())
     flip(monkeypatch, PINNED.attention, True)
     gated.check_bias(bias)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.nn.functional import dropout
 
-import dinov2_attn
+from dinov2_attn.errors import NoOperatorError
 from dinov2_attn.kernels.xformers_nesting import check_stochastic_depth
 from tests.support import reference, subprocesses, upstreams, xformers_visibility
 from tests.support.compiling import compiles
@@ -240,9 +240,7 @@ def test_what_a_list_draws_in_training_is_drawn_as_unasked(nested):
 
 def test_stochastic_depth_of_a_list_on_a_cpu_is_said_to_need_cuda(nested):
     block, tokens = block_of(nested, drop_path=0.3).train(), tokens_of([(2, 5), (1, 3)], 24, 0)
-    with pytest.raises(
-        dinov2_attn.NoOperator, match=r"(?s)CUDA only\.\nFound .* drop path of 0\.3"
-    ):
+    with pytest.raises(NoOperatorError, match=r"(?s)CUDA only\.\nFound .* drop path of 0\.3"):
         block(tokens, return_attention=True)
     assert block(tokens[0], return_attention=True).shape == (2, 3, 5, 5)
     assert block.eval()(tokens, return_attention=True)[1].shape == (1, 3, 3, 3)
@@ -256,7 +254,7 @@ def test_stochastic_depth_of_a_list_on_cuda_is_left_to_xformers(nested):
     except (RuntimeError, AssertionError):
         pytest.skip("old torch needs a GPU to fake one: newer ones run this anywhere")
     check_stochastic_depth(block, tokens)
-    with pytest.raises(dinov2_attn.NoOperator, match="a list on cpu, cuda"):
+    with pytest.raises(NoOperatorError, match="a list on cpu, cuda"):
         check_stochastic_depth(block, [*tokens, torch.empty(1, 3, 24)])
 
 
@@ -275,7 +273,7 @@ def test_a_model_says_so_before_anything_runs(nested, ask):
     ran = []
     hook = model.blocks.register_forward_pre_hook(lambda *_: ran.append(1))
     calls = {"features": partial(model.forward_features, return_attention=True)}
-    with pytest.raises(dinov2_attn.NoOperator, match="CUDA only"):
+    with pytest.raises(NoOperatorError, match="CUDA only"):
         calls.get(ask, getattr(model, ask, None))(images)
     hook.remove()
     assert not ran

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dinov2_attn
+from dinov2_attn.errors import KernelFallbackWarning, PatchedOnTopError
 from dinov2_attn.kernels.xformers_fallback import graft_kernel
 from tests.support import upstreams, xformers_visibility
 from tests.support.strategies import noise, seeds
@@ -119,7 +120,7 @@ def test_scale_and_dropout_mean_what_they_mean_to_xformers():
 
 def test_gradients_are_those_of_the_formula():
     tensors = [t.requires_grad_() for t in inputs(4, 0)]
-    with pytest.warns(dinov2_attn.KernelFallback):
+    with pytest.warns(KernelFallbackWarning):
         assert torch.autograd.gradcheck(graft_kernel(no_operator), tensors, fast_mode=True)
 
 
@@ -220,7 +221,7 @@ def test_upstream_runs_where_it_raised_and_warns_once(pristine):
         module(tokens)
     with dinov2_attn.install():
         with pytest.warns(
-            dinov2_attn.KernelFallback, match="attention in float32 on cpu, so.*No operator found"
+            KernelFallbackWarning, match="attention in float32 on cpu, so.*No operator found"
         ):
             output = module(tokens)
         assert_close(output, pristine.cls("Attention").forward(module, tokens))
@@ -234,7 +235,7 @@ def test_upstream_runs_where_it_raised_and_warns_once(pristine):
     reason="mutmut's own frames stand between: every run without it looks",
 )
 def test_the_warning_names_the_line_that_called_the_kernel():
-    with pytest.warns(dinov2_attn.KernelFallback) as caught:
+    with pytest.warns(KernelFallbackWarning) as caught:
         graft_kernel(no_operator)(*inputs(3, 0))
     assert [warning.filename for warning in caught] == [__file__]
 
@@ -256,7 +257,7 @@ def test_nothing_is_undone_where_somebody_patched_the_kernel_on_top(pristine):
     dinov2_attn.install()
     ours = vars(attention)[NAME]
     attention.memory_efficient_attention = no_operator
-    with pytest.raises(dinov2_attn.PatchedOnTop, match=f"layers.attention.{NAME}"):
+    with pytest.raises(PatchedOnTopError, match=f"layers.attention.{NAME}"):
         dinov2_attn.uninstall()
     attention.memory_efficient_attention = ours
     dinov2_attn.uninstall()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import dinov2_attn
+from dinov2_attn.errors import InvalidInputError, NoOperatorError
 from tests.kernels.test_nested import block_of, nest, tokens_of
 from tests.support import reference, subprocesses, upstreams, xformers_visibility
 from tests.support.strategies import ModelCase, noise
@@ -57,7 +57,7 @@ def test_a_bias_works_or_the_error_says_which_flag_said_what(nested, flags):
     if attention:
         assert len(module(together, attn_bias=bias, return_attn=True)) == 2
         return
-    with pytest.raises(dinov2_attn.InvalidInput) as error:
+    with pytest.raises(InvalidInputError) as error:
         module(together, attn_bias=bias, return_attn=True)
     assert f"{nested.attention}.XFORMERS_AVAILABLE is {attention}" in str(error.value)
     assert f"{nested.block}.XFORMERS_AVAILABLE is {block}" in str(error.value)
@@ -67,7 +67,7 @@ def test_a_bias_works_or_the_error_says_which_flag_said_what(nested, flags):
 def test_stochastic_depth_needs_cuda_only_where_upstream_would_nest(nested, flags):
     block, tokens = block_of(nested, drop_path=0.3).train(), tokens_of([(2, 5), (1, 3)], 24, 0)
     if all(flags):
-        with pytest.raises(dinov2_attn.NoOperator, match="CUDA only"):
+        with pytest.raises(NoOperatorError, match="CUDA only"):
             block(tokens, return_attention=True)
     else:
         assert [len(w) for w in block(tokens, return_attention=True)] == [2, 1]

@@ -17,7 +17,12 @@ import dinov2_attn
 from dinov2_attn import ArtifactTokens, artifact_tokens, record
 from dinov2_attn.backbone.backbone import flat_blocks
 from dinov2_attn.backbone.structure import Part, part_of_module
-from dinov2_attn.errors import InvalidInput, NotGrafted, OutOfRange, SuspiciousArtifacts
+from dinov2_attn.errors import (
+    InvalidInputError,
+    NotGraftedError,
+    OutOfRangeError,
+    SuspiciousArtifactsWarning,
+)
 from dinov2_attn.maps.outliers import Rule
 from tests.support import reference
 from tests.support.recordings import IMAGES, assert_nothing_on, build
@@ -316,7 +321,7 @@ def test_one_among_nothing_is_an_outlier_and_nan_is_none():
 @pytest.mark.parametrize("wrong", [0, -1, math.nan, math.inf, "7", True, None])
 @pytest.mark.parametrize("name", ["deviations", "floor"])
 def test_a_rule_of_no_sense_is_an_error(grafted, name, wrong):
-    with pytest.raises(InvalidInput, match=f"Expected {name} as a number above 0"):
+    with pytest.raises(InvalidInputError, match=f"Expected {name} as a number above 0"):
         artifact_tokens(build(grafted), IMAGES, **{name: wrong})
 
 
@@ -424,7 +429,7 @@ def test_too_many_are_warned_of_and_few_are_not(grafted):
     assert found.suspicious.tolist() == [False, False]
     with (
         Planted(model, 1, many),
-        pytest.warns(SuspiciousArtifacts, match="in 1 of 2 images"),
+        pytest.warns(SuspiciousArtifactsWarning, match="in 1 of 2 images"),
     ):
         found = artifact_tokens(model, CASE.images)
     assert found.suspicious.tolist() == [False, True]
@@ -439,7 +444,7 @@ def test_too_many_are_warned_of_and_few_are_not(grafted):
 def test_the_warning_is_of_the_line_that_asked(grafted):
     model = even(grafted)
     many = Planted(model, 1, [(1, 1 + i) for i in range(4)])
-    with many, pytest.warns(SuspiciousArtifacts) as caught:
+    with many, pytest.warns(SuspiciousArtifactsWarning) as caught:
         artifact_tokens(model, CASE.images)
     assert caught[0].filename == __file__
 
@@ -616,11 +621,11 @@ def test_the_matrix_is_not_kept(grafted, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((IMAGES, 3), OutOfRange, "blocks between -3 and 2"),
-        ((IMAGES, True), InvalidInput, "as whole numbers"),
-        ((IMAGES[0],), InvalidInput, r"\(B, C, H, W\)"),
-        (([],), InvalidInput, "a list of at least one tensor"),
-        ((IMAGES[..., :3],), InvalidInput, "multiples of the patch size"),
+        ((IMAGES, 3), OutOfRangeError, "blocks between -3 and 2"),
+        ((IMAGES, True), InvalidInputError, "as whole numbers"),
+        ((IMAGES[0],), InvalidInputError, r"\(B, C, H, W\)"),
+        (([],), InvalidInputError, "a list of at least one tensor"),
+        ((IMAGES[..., :3],), InvalidInputError, "multiples of the patch size"),
     ],
 )
 def test_what_cannot_be_is_an_error_before_anything_runs(grafted, arguments, error, message):
@@ -632,6 +637,6 @@ def test_what_cannot_be_is_an_error_before_anything_runs(grafted, arguments, err
 
 
 def test_a_model_that_was_not_reached_is_an_error(first):
-    with pytest.raises(NotGrafted, match="install"):
+    with pytest.raises(NotGraftedError, match="install"):
         artifact_tokens(build(first), IMAGES)
     assert dinov2_attn.ArtifactTokens.__name__ in dinov2_attn.__all__

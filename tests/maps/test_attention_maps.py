@@ -15,7 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinov2_attn import AttentionMaps, attention_maps, record
-from dinov2_attn.errors import InvalidInput, NotGrafted, UnreadableFile, UnwritableOutput
+from dinov2_attn.errors import (
+    InvalidInputError,
+    NotGraftedError,
+    UnreadableFileError,
+    UnwritableOutputError,
+)
 from dinov2_attn.math.selection import name_token
 from tests.support.recordings import IMAGES, build
 from tests.support.strategies import model_cases, noise
@@ -98,11 +103,13 @@ def test_gradients_flow_when_grad_is_on(grafted):
 @pytest.mark.parametrize("ask", ["maps", "prefix_mass"])
 def test_a_token_count_that_does_not_fit_is_an_error_with_the_arithmetic_in_it(ask):
     maps = whole(torch.rand(1, 2, 1, 8), prefix=5)
-    with pytest.raises(InvalidInput, match=r"(?s)5 \+ 2 · 3 = 11 columns.*Found.*\(1, 2, 1, 8\)"):
+    with pytest.raises(
+        InvalidInputError, match=r"(?s)5 \+ 2 · 3 = 11 columns.*Found.*\(1, 2, 1, 8\)"
+    ):
         getattr(maps, ask)()
-    with pytest.raises(InvalidInput, match="Found str"):
+    with pytest.raises(InvalidInputError, match="Found str"):
         getattr(whole("reduced to words"), ask)()
-    with pytest.raises(InvalidInput, match="no images of whole patches"):
+    with pytest.raises(InvalidInputError, match="no images of whole patches"):
         getattr(whole(torch.rand(1, 2, 1, 7), grid=None), ask)()
 
 
@@ -122,7 +129,7 @@ def test_what_reduce_kept_is_shown_where_it_kept_the_columns(grafted):
     assert maps.maps()[0].shape == (2, 2, 3)
     with record(model, reduce=lambda _, weights: weights.mean()) as maps:
         model(IMAGES)
-    with pytest.raises(InvalidInput, match="keep the columns in reduce"):
+    with pytest.raises(InvalidInputError, match="keep the columns in reduce"):
         maps.maps()
 
 
@@ -174,18 +181,18 @@ def test_a_file_of_something_else_is_an_error(tmp_path):
     from safetensors.torch import save_file
 
     path = tmp_path / "other.safetensors"
-    with pytest.raises(UnreadableFile, match=r"AttentionMaps\.save"):
+    with pytest.raises(UnreadableFileError, match=r"AttentionMaps\.save"):
         AttentionMaps.load(path)
     path.write_bytes(b"\x08" + bytes(7) + b"nonsense")
-    with pytest.raises(UnreadableFile):
+    with pytest.raises(UnreadableFileError):
         AttentionMaps.load(path)
     save_file({"layer.0": torch.rand(1)}, path)
-    with pytest.raises(UnreadableFile):
+    with pytest.raises(UnreadableFileError):
         AttentionMaps.load(path)
     whole(torch.rand(1, 2, 1, 7)).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UnreadableFile):
+    with pytest.raises(UnreadableFileError):
         AttentionMaps.load(path)
 
 
@@ -194,7 +201,7 @@ def test_a_file_that_lacks_a_layer_says_which(tmp_path):
 
     about = {"layers": "[7]", "grid": "null", "prefix": "1", "queries": "null"}
     save_file({"layer.70.0": torch.rand(1)}, tmp_path / "a", about)
-    with pytest.raises(UnreadableFile, match=r"KeyError: 'layer\.7'"):
+    with pytest.raises(UnreadableFileError, match=r"KeyError: 'layer\.7'"):
         AttentionMaps.load(tmp_path / "a")
 
 
@@ -207,12 +214,12 @@ def test_a_file_is_finished_beside_its_place(tmp_path, monkeypatch):
 
 def test_nothing_half_written_is_left(tmp_path):
     maps = whole(torch.rand(1, 2, 1, 7))
-    with pytest.raises(UnwritableOutput):
+    with pytest.raises(UnwritableOutputError):
         maps.save(tmp_path / "missing" / "a")
     (tmp_path / "folder" / "in").mkdir(parents=True)
-    with pytest.raises(UnwritableOutput, match=r"(?s)not a file: .*folder'"):
+    with pytest.raises(UnwritableOutputError, match=r"(?s)not a file: .*folder'"):
         maps.save(tmp_path / "folder")
-    with pytest.raises(InvalidInput, match=r"before \.numpy"):
+    with pytest.raises(InvalidInputError, match=r"before \.numpy"):
         maps.numpy().save(tmp_path / "b")
     with pytest.raises(ValueError, match="shorter"):
         dataclasses.replace(maps, layers=(4, 5)).save(tmp_path / "b")
@@ -223,7 +230,7 @@ def test_nothing_half_written_is_left(tmp_path):
 def test_a_pipe_is_not_replaced(tmp_path):
     """Nor is a device: root, as in a container, could take /dev/null from everybody."""
     os.mkfifo(tmp_path / "a")
-    with pytest.raises(UnwritableOutput, match="not a file"):
+    with pytest.raises(UnwritableOutputError, match="not a file"):
         whole(torch.rand(1, 2, 1, 7)).save(tmp_path / "a")
     assert (tmp_path / "a").is_fifo()
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
@@ -233,13 +240,14 @@ def test_without_safetensors_everything_but_files_works(tmp_path):
     code = """
 import sys, torch
 sys.modules["safetensors"] = sys.modules["safetensors.torch"] = None
-from dinov2_attn import AttentionMaps, Unavailable
+from dinov2_attn import AttentionMaps
+from dinov2_attn.errors import UnavailableError
 maps = AttentionMaps((torch.rand(1, 1, 7),), (0,), (2, 3), 1)
 assert maps.maps()[0].shape == (1, 1, 2, 3)
 for ask in (maps.save, maps.load):
     try:
         ask("a")
-    except Unavailable as error:
+    except UnavailableError as error:
         assert "dinov2-attn[viz]" in str(error)
     else:
         raise SystemExit(f"{ask} wrote")
@@ -259,7 +267,7 @@ def test_tokens_have_names():
 
 
 def test_a_model_that_was_not_reached_is_an_error(first):
-    with pytest.raises(NotGrafted, match="install"):
+    with pytest.raises(NotGraftedError, match="install"):
         attention_maps(build(first), IMAGES)
-    with pytest.raises(NotGrafted, match="Found torch.nn.modules.linear.Linear"):
+    with pytest.raises(NotGraftedError, match="Found torch.nn.modules.linear.Linear"):
         attention_maps(torch.nn.Linear(1, 1), IMAGES)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dinov2_attn
 from dinov2_attn import record
+from dinov2_attn.errors import NotRecordedError
 from tests.support.recordings import IMAGES, Around, assert_all_close, assert_nothing_on, build
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close
@@ -161,7 +162,7 @@ def test_a_projection_that_runs_twice_is_refused(models):
 
     attention.__class__ = type("Own", (base,), {"forward": forward})
     with dinov2_attn.install(model):
-        with pytest.raises(dinov2_attn.NotRecorded, match="2 calls"), record(model):
+        with pytest.raises(NotRecordedError, match="2 calls"), record(model):
             model(IMAGES)
         assert_nothing_on(model)
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import dinov2_attn
 from dinov2_attn import record
+from dinov2_attn.errors import NotRecordedError
 from tests.support.recordings import IMAGES, assert_nothing_on, build
 from tests.support.tolerances import assert_close
 
@@ -38,7 +38,7 @@ class Chosen(nn.Module):
 
 def refused(model, n=None):
     """Record, and return the error."""
-    with pytest.raises(dinov2_attn.NotRecorded) as caught, record(model, n):
+    with pytest.raises(NotRecordedError) as caught, record(model, n):
         model(IMAGES)
     assert_nothing_on(model)
     return caught.value
@@ -104,7 +104,7 @@ def test_following_records_every_run_of_every_block(grafted, passes, prepares, a
         with record(model, n):
             model(IMAGES)
         return
-    except dinov2_attn.NotRecorded as error:
+    except NotRecordedError as error:
         caught = error
     ran = weights_as_run(model)
     if not ran:

@@ -16,6 +16,7 @@ from torch import nn
 
 import dinov2_attn
 from dinov2_attn import record
+from dinov2_attn.errors import InvalidInputError, NotGraftedError, NotRecordedError, OutOfRangeError
 from dinov2_attn.grafting.channel import TAP
 from tests.support.recordings import IMAGES, N, assert_all_close, assert_nothing_on, build
 from tests.support.tolerances import assert_close, assert_same_bits
@@ -40,7 +41,7 @@ def test_every_pass_has_its_maps(models):
     asked["save"] = methodcaller("save", "absent.safetensors")
     for name, ask in asked.items():
         words = rf"(?s)one recorded pass, whose {name}.*Found 3.*\.passes"
-        with pytest.raises(dinov2_attn.NotRecorded, match=words):
+        with pytest.raises(NotRecordedError, match=words):
             ask(maps)
     with pytest.raises(AttributeError, match="'Recording' object has no .* 'nothing_like_that'"):
         _ = maps.nothing_like_that
@@ -113,7 +114,7 @@ def test_a_grid_that_is_not_known_may_be_said(models):
     with record(model) as maps:
         for block in model.blocks:
             tokens = block(tokens)
-    with pytest.raises(dinov2_attn.InvalidInput, match=r"(?s)dataclasses\.replace.*\.passes\[0\]"):
+    with pytest.raises(InvalidInputError, match=r"(?s)dataclasses\.replace.*\.passes\[0\]"):
         maps.maps()
     said = dataclasses.replace(maps.passes[0], grid=(2, 3))
     assert said.maps()[0].shape == (2, 2, N, 2, 3)
@@ -157,7 +158,7 @@ def test_threads_do_not_see_each_other(models):
 
 def test_a_pass_in_another_thread_is_not_recorded(models):
     model, other = build(models), ThreadPoolExecutor(1)
-    with pytest.raises(dinov2_attn.NotRecorded, match="in the same thread"), record(model):
+    with pytest.raises(NotRecordedError, match="in the same thread"), record(model):
         other.submit(model, IMAGES).result()
     other.shutdown()
 
@@ -168,7 +169,7 @@ def test_a_pass_in_another_thread_is_not_recorded(models):
 def test_nothing_recorded_is_an_error(models):
     model = build(models)
     with (
-        pytest.raises(dinov2_attn.NotRecorded, match=r"layers 0, 1, 2\.\nFound 0 of them\."),
+        pytest.raises(NotRecordedError, match=r"layers 0, 1, 2\.\nFound 0 of them\."),
         record(model),
     ):
         pass
@@ -195,7 +196,7 @@ def test_a_pass_without_some_layers_is_an_error(models, blocks, order):
                 model(IMAGES)
 
     words = rf"layers 0, 1, 2\.\nFound {sum(order)} of them, and {order.count(False)} without"
-    with pytest.raises(dinov2_attn.NotRecorded, match=words):
+    with pytest.raises(NotRecordedError, match=words):
         run()
     assert len(caught[0].passes) == sum(order)
 
@@ -225,17 +226,17 @@ def test_what_cannot_be_recorded_is_refused_at_once(models):
     model, holding = build(models), build(models)
     holding.teacher = model
     cases = [
-        (nn.Linear(2, 2), {}, dinov2_attn.InvalidInput, "(?s)one DINOv2 inside .*.\nFound none"),
-        ("model", {}, dinov2_attn.InvalidInput, "a model"),
+        (nn.Linear(2, 2), {}, InvalidInputError, "(?s)one DINOv2 inside .*.\nFound none"),
+        ("model", {}, InvalidInputError, "a model"),
         (nn.ModuleDict({"teacher": model, "student": build(models)}), {},
-         dinov2_attn.InvalidInput, "Found 2: teacher, student"),
-        (holding, {}, dinov2_attn.InvalidInput, "Found 2: the model itself, teacher"),
-        (model, {"n": 4}, dinov2_attn.OutOfRange, "between 0 and 3"),
-        (model, {"n": []}, dinov2_attn.InvalidInput,
+         InvalidInputError, "Found 2: teacher, student"),
+        (holding, {}, InvalidInputError, "Found 2: the model itself, teacher"),
+        (model, {"n": 4}, OutOfRangeError, "between 0 and 3"),
+        (model, {"n": []}, InvalidInputError,
          r"^Expected at least one layer to record\.\nFound n=\[\]\.\nLeave layers out for all\.$"),
-        (model, {"queries": "cs"}, dinov2_attn.InvalidInput, "cls"),
-        (model, {"heads": "max"}, dinov2_attn.InvalidInput, "heads"),
-        (model, {"reduce": "mean"}, dinov2_attn.InvalidInput, "reduce"),
+        (model, {"queries": "cs"}, InvalidInputError, "cls"),
+        (model, {"heads": "max"}, InvalidInputError, "heads"),
+        (model, {"reduce": "mean"}, InvalidInputError, "reduce"),
     ]  # fmt: skip
     for subject, options, error, words in cases:
         with pytest.raises(error, match=words), record(subject, **options):
@@ -247,7 +248,7 @@ def test_a_model_that_was_never_grafted_is_refused(models):
     model = build(models)
     dinov2_attn.uninstall()
     try:
-        with pytest.raises(dinov2_attn.NotGrafted, match=r"install\(model\)"), record(model):
+        with pytest.raises(NotGraftedError, match=r"install\(model\)"), record(model):
             raise AssertionError("entered")
     finally:
         dinov2_attn.install(models.package)
@@ -255,7 +256,7 @@ def test_a_model_that_was_never_grafted_is_refused(models):
 
 def test_the_public_names_are_there_when_they_are_asked_for():
     assert dinov2_attn.record is record
-    assert {"record", "AttentionMaps", "Recording", "NotRecorded"} <= set(dinov2_attn.__all__)
+    assert {"record", "AttentionMaps", "Recording", "NotRecordedError"} <= set(dinov2_attn.__all__)
     assert all(hasattr(dinov2_attn, name) for name in dinov2_attn.__all__)
     with pytest.raises(AttributeError, match="no attribute 'recrod'"):
         _ = dinov2_attn.recrod

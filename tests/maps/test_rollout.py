@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dinov2_attn
 from dinov2_attn.backbone.structure import Part, part_of_module
+from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.maps import rollout as module_of_rollout
 from tests.support import reference, upstreams
 from tests.support.strategies import ModelCase, model_cases, noise, randomise
@@ -241,13 +242,13 @@ def test_the_tokens_of_the_first_block_are_not_kept(grafted):
 )
 def test_what_cannot_be_is_refused(models, options, expected):
     model = PLAIN.build(models)
-    with pytest.raises(dinov2_attn.InvalidInput, match=expected):
+    with pytest.raises(InvalidInputError, match=expected):
         dinov2_attn.rollout(model, PLAIN.images, **options)
 
 
 def test_a_model_that_install_has_not_reached_is_refused(first):
     model = PLAIN.build(first)
-    with pytest.raises(dinov2_attn.NotGrafted, match=r"(?s)Found .*DinoVisionTransformer.*install"):
+    with pytest.raises(NotGraftedError, match=r"(?s)Found .*DinoVisionTransformer.*install"):
         dinov2_attn.rollout(model, PLAIN.images)
 
 
@@ -258,8 +259,8 @@ def test_causal_blocks_and_biases_are_refused():
     with dinov2_attn.install(upstream.package):
         block = randomise(upstream.cls("CausalAttentionBlock")(12, num_heads=2), 5)
         asked = module_of_rollout.Instead.QUERIES_AND_KEYS
-        with pytest.raises(dinov2_attn.InvalidInput, match=r"alike\.\nFound a causal block"):
+        with pytest.raises(InvalidInputError, match=r"alike\.\nFound a causal block"):
             block(noise(2, 7, 12, seed=5), return_attention=True, heads=asked)
         module = upstream.cls("MemEffAttention")(12, num_heads=2)
-        with pytest.raises(dinov2_attn.InvalidInput, match="alike.\nFound one with attn_bias"):
+        with pytest.raises(InvalidInputError, match="alike.\nFound one with attn_bias"):
             module(noise(2, 7, 12, seed=5), torch.zeros(7, 7), return_attn=True, heads=asked)

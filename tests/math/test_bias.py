@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import dinov2_attn
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math import bias as biases
 from tests.support import reference, xformers_visibility
 from tests.support.strategies import noise, randomise, seeds
@@ -220,20 +220,18 @@ def test_an_unknown_kind_is_named(nested):
     module, tokens = module_of(nested), tokens_of(4)
     for bias in ({"a": 1}, SimpleNamespace(), "mask", masks().AttentionBias()):
         kind = f"{type(bias).__module__}.{type(bias).__qualname__}"
-        with pytest.raises(dinov2_attn.InvalidInput, match=kind):
+        with pytest.raises(InvalidInputError, match=kind):
             module(tokens, attn_bias=bias, return_attn=True)
 
 
 def test_a_bias_that_does_not_fit_is_refused_with_both_numbers(nested):
     module, tokens = module_of(nested), tokens_of(4)
     blocks = masks().BlockDiagonalMask.from_seqlens([2, 3])
-    with pytest.raises(dinov2_attn.InvalidInput, match=r"(?s)\(1, 5, C\).*Found \(1, 4, 24\)"):
+    with pytest.raises(InvalidInputError, match=r"(?s)\(1, 5, C\).*Found \(1, 4, 24\)"):
         module(tokens, attn_bias=blocks, return_attn=True)
-    with pytest.raises(dinov2_attn.InvalidInput, match=r"(?s)\(1, 5, C\).*Found \(2, 5, 24\)"):
+    with pytest.raises(InvalidInputError, match=r"(?s)\(1, 5, C\).*Found \(2, 5, 24\)"):
         module(tokens.new_ones(2, 5, 24), attn_bias=blocks, return_attn=True)
-    with pytest.raises(
-        dinov2_attn.InvalidInput, match=r"(?s)= \(1, 3, 4, 4\)\.\nFound .* \(2, 3, 4, 4\)"
-    ):
+    with pytest.raises(InvalidInputError, match=r"(?s)= \(1, 3, 4, 4\)\.\nFound .* \(2, 3, 4, 4\)"):
         module(tokens, attn_bias=torch.zeros(2, 3, 4, 4), return_attn=True)
 
 
@@ -241,7 +239,7 @@ def test_a_bias_that_does_not_fit_is_refused_with_both_numbers(nested):
 def test_batch_sizes_that_do_not_add_up_are_refused(nested, sizes):
     blocks = masks().BlockDiagonalMask.from_seqlens([2, 2])
     blocks._batch_sizes = sizes
-    with pytest.raises(dinov2_attn.InvalidInput, match="_batch_sizes"):
+    with pytest.raises(InvalidInputError, match="_batch_sizes"):
         module_of(nested)(torch.zeros(1, 4, 24).double(), attn_bias=blocks, return_attn=True)
 
 
@@ -256,16 +254,14 @@ def test_batch_sizes_that_do_not_add_up_are_refused(nested, sizes):
 def test_blocks_of_one_group_must_be_alike(nested, queries, keys, found):
     blocks = masks().BlockDiagonalMask.from_seqlens(queries, keys)
     blocks._batch_sizes = [2]
-    with pytest.raises(dinov2_attn.InvalidInput, match=rf"(?s)group 0 .*\.\nFound {found}"):
+    with pytest.raises(InvalidInputError, match=rf"(?s)group 0 .*\.\nFound {found}"):
         module_of(nested)(torch.zeros(1, 4, 24).double(), attn_bias=blocks, return_attn=True)
 
 
 def test_blocks_of_queries_without_keys_are_refused(nested):
     blocks = OwnBlocks([2, 2])
     blocks.k_seqinfo = starts_of([4])
-    with pytest.raises(
-        dinov2_attn.InvalidInput, match=r"(?s)blocks of keys as of queries.*1 and 2\."
-    ):
+    with pytest.raises(InvalidInputError, match=r"(?s)blocks of keys as of queries.*1 and 2\."):
         module_of(nested)(tokens_of(4), attn_bias=blocks, return_attn=True)
 
 
@@ -273,5 +269,5 @@ def test_a_class_without_xformers_takes_tensors_only(nested):
     """MoGe's Attention hands its bias to PyTorch, which knows no masks of xFormers'."""
     attention = nested.cls("Attention")
     module = attention(24, num_heads=3)
-    with pytest.raises((dinov2_attn.InvalidInput, TypeError), match="dense tensor|takes|argument"):
+    with pytest.raises((InvalidInputError, TypeError), match="dense tensor|takes|argument"):
         module(torch.zeros(1, 4, 24), attn_bias=masks().LowerTriangularMask(), return_attn=True)

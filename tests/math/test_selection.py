@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import dinov2_attn
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math.selection import place, positions, spell_out
 from tests.support.strategies import AttentionCase, attention_cases, model_cases
 from tests.support.tolerances import assert_close
@@ -113,7 +113,7 @@ def test_positions_are_counted_from_the_first_token(queries, expected):
     ],
 )
 def test_a_query_that_cannot_be_says_what_can(queries, expected):
-    with pytest.raises(dinov2_attn.InvalidInput, match=expected):
+    with pytest.raises(InvalidInputError, match=expected):
         place(queries, 5)
 
 
@@ -122,12 +122,12 @@ def test_words_are_spelled_out_for_any_number_of_registers():
     assert spell_out("registers", 0) == slice(1, 1)
     assert spell_out("patches", 4) == slice(5, None)
     assert spell_out([3], 4) == [3]
-    with pytest.raises(dinov2_attn.InvalidInput, match="register'"):
+    with pytest.raises(InvalidInputError, match="register'"):
         spell_out("register", 4)
 
 
 @pytest.mark.parametrize("heads", ["max", 0, [1], True])
 def test_an_unknown_fusion_of_heads_is_refused(layers, heads):
     module, tokens = AttentionCase(1, 2, 4, 1, 5, True, torch.float32, 0).build(layers)
-    with pytest.raises(dinov2_attn.InvalidInput, match=r'heads="mean"\.\nFound heads='):
+    with pytest.raises(InvalidInputError, match=r'heads="mean"\.\nFound heads='):
         module(tokens, return_attn=True, heads=heads)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import dinov2_attn
-from dinov2_attn.errors import UnwritableOutput
+from dinov2_attn.errors import UnwritableOutputError
 from tests.support import upstreams
 from tests.support import xformers_visibility as xformers
 from tests.support.extraction import build, files_of, photographs
@@ -133,7 +133,7 @@ def limit(most):
 def unwritable(act):
     try:
         act()
-    except UnwritableOutput as error:
+    except UnwritableOutputError as error:
         raise SystemExit(3) from error
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import dinov2_attn
 from dinov2_attn import AttentionMaps, Recording
-from dinov2_attn.errors import InvalidInput, NotGrafted
+from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.grafting.models import METHODS
 from dinov2_attn.typing import GraftedVisionTransformer
 from tests.support.recordings import IMAGES, build
@@ -170,14 +170,14 @@ def test_grafted_returns_the_model_itself(models):
 def test_grafted_finds_the_transformer_inside(models):
     model = build(models)
     assert dinov2_attn.grafted(Around(nn.Linear(1, 1), model)) is model
-    with pytest.raises(InvalidInput, match=r"2: inner\.0, inner\.1"):
+    with pytest.raises(InvalidInputError, match=r"2: inner\.0, inner\.1"):
         dinov2_attn.grafted(Around(model, build(models)))
 
 
 def test_grafted_names_what_to_do_and_that_helps():
     model = build(WITH_MODELS[0])
     for some in (model, Around(model), nn.Linear(1, 1)):
-        with pytest.raises(NotGrafted, match=r"dinov2_attn\.install\(model\)"):
+        with pytest.raises(NotGraftedError, match=r"dinov2_attn\.install\(model\)"):
             dinov2_attn.grafted(some)
     with dinov2_attn.install(model):
         assert dinov2_attn.grafted(Around(model)) is model
@@ -185,5 +185,5 @@ def test_grafted_names_what_to_do_and_that_helps():
 
 @pytest.mark.parametrize("wrong", [None, "dinov2_vits14", torch.zeros(1), nn.Linear])
 def test_grafted_takes_a_model(wrong):
-    with pytest.raises(InvalidInput, match="Pass the model"):
+    with pytest.raises(InvalidInputError, match="Pass the model"):
         dinov2_attn.grafted(wrong)

@@ -85,7 +85,7 @@ def test_only_one_test_reports_a_refusal(tmp_path):
     result = run(tmp_path, fork.package, "-q")
     assert counts(result)["failed"] == 1
     assert counts(result).keys() <= {"failed", "skipped"}
-    assert "IncompatibleUpstream: expected" in result.stdout
+    assert "IncompatibleUpstreamError: expected" in result.stdout
     assert "found the argument pos" in result.stdout
     alone = run(tmp_path, fork.package, "-qx", suite=SUITE / "test_rows.py")
     assert alone.returncode == pytest.ExitCode.TESTS_FAILED, "nothing else told of the refusal"

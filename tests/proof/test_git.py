@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 
-from dinov2_attn.errors import Unavailable
+from dinov2_attn.errors import UnavailableError
 from dinov2_attn.proof.verify import git
 from dinov2_attn.proof.verify.git import Repository, is_bare
 from tests.proof.test_verify import git as run
@@ -53,7 +53,7 @@ def test_a_history_has_parents_before_children_whatever_their_dates(clone, commi
     assert clone.commits("main") == [ours]
     assert [clone.date(name) for name in (first, ours)] == ["2024-01-09", "2024-01-05"]
     for several in ("main..branch", "--all", "absent"):
-        with pytest.raises(Unavailable, match=r"(?s)an answer to git .* rev-parse"):
+        with pytest.raises(UnavailableError, match=r"(?s)an answer to git .* rev-parse"):
             clone.commits(several)
 
 
@@ -110,7 +110,7 @@ def test_a_link_that_leads_out_of_a_commit_is_refused(clone, commit, tmp_path):
     Path(clone.folder, "out").symlink_to(tmp_path / "secret")
     name = commit(a="1")
     with pytest.raises(
-        Unavailable, match=rf"(?s)a commit whose .*\.\nFound {name}, where 'out' is a link"
+        UnavailableError, match=rf"(?s)a commit whose .*\.\nFound {name}, where 'out' is a link"
     ):
         clone.unpack(name, tmp_path / "unpacked")
 
@@ -121,20 +121,20 @@ def test_a_link_that_leads_out_of_a_commit_is_refused(clone, commit, tmp_path):
 def test_the_last_line_of_what_git_says_is_told(tmp_path):
     """In whatever encoding: git repeats what it was given."""
     with pytest.raises(
-        Unavailable, match=r"(?s)git clone --quiet .*/absent/.*' does not exist\.\nName"
+        UnavailableError, match=r"(?s)git clone --quiet .*/absent/.*' does not exist\.\nName"
     ):
         Repository.at("/absent/\udcff", tmp_path)
 
 
 def test_a_git_that_never_answers_is_given_up(clone, monkeypatch):
     monkeypatch.setattr(git, "_SECONDS", 0.0)
-    with pytest.raises(Unavailable, match="timed out after 0.0 seconds"):
+    with pytest.raises(UnavailableError, match="timed out after 0.0 seconds"):
         clone.commits("HEAD")
 
 
 def test_without_git_it_is_named(clone, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Unavailable, match="No such file or directory: 'git'"):
+    with pytest.raises(UnavailableError, match="No such file or directory: 'git'"):
         clone.commits("HEAD")
 
 
@@ -156,6 +156,6 @@ def test_nobody_is_asked_for_a_password(tmp_path, monkeypatch):
 
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         Thread(target=http.serve_forever, daemon=True).start()
-        with pytest.raises(Unavailable, match="Found fatal: Authentication failed"):
+        with pytest.raises(UnavailableError, match="Found fatal: Authentication failed"):
             Repository.at(f"http://127.0.0.1:{http.server_port}/fork", tmp_path)
         http.shutdown()

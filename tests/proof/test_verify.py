@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-import dinov2_attn
 from dinov2_attn.apps.cli import main
+from dinov2_attn.errors import UnavailableError
 from dinov2_attn.history.eras import table as eras
 from dinov2_attn.proof.verify import proof, report, sources
 from tests.support import subprocesses, upstreams
@@ -155,7 +155,7 @@ def test_what_cannot_be_found_is_an_error_in_a_line(source, message, tmp_path, m
 
 
 def test_an_unknown_revision_is_an_error(history, tmp_path):
-    with pytest.raises(dinov2_attn.Unavailable, match="rev-parse"):
+    with pytest.raises(UnavailableError, match="rev-parse"):
         sources.find(f"{history[0]}@absent", None, tmp_path)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 # The fallback says so once for each copy of upstream, in whichever test comes first.
-quiet = pytest.mark.filterwarnings("ignore::dinov2_attn.KernelFallback")
+quiet = pytest.mark.filterwarnings("ignore::dinov2_attn.errors.KernelFallbackWarning")
 
 # Importing it a second time would define its operators a second time.
 _REAL: dict[str, ModuleType] = {}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import dinov2_attn
 from dinov2_attn import record
+from dinov2_attn.errors import NotRecordedError
 from tests.support.bit_identity import assert_unchanged, one_pass
 from tests.support.compiling import Graphs, asking, compiling
 from tests.support.recordings import IMAGES, assert_all_close, build
@@ -91,7 +92,7 @@ def test_a_model_compiled_before_install_works_on_and_is_never_half_asked(first)
         assert_same_bits(one_pass(compiled), before)
         expected = model.get_self_attention(IMAGES)
         assert_close(compiled.get_self_attention(IMAGES), expected)
-        with pytest.raises(dinov2_attn.NotRecorded), record(compiled):
+        with pytest.raises(NotRecordedError), record(compiled):
             compiled(IMAGES)
         _right_or_refused(lambda: compiled(IMAGES, return_attention=True)[1], expected)
     assert_same_bits(one_pass(compiled), before)
@@ -112,7 +113,7 @@ def test_parts_compiled_before_install_are_never_half_asked(first, where):
         assert_same_bits(one_pass(model), before)
         _right_or_refused(lambda: model.get_self_attention(IMAGES), expected)
         _right_or_refused(lambda: model(IMAGES, return_attention=True)[1], expected)
-        with pytest.raises(dinov2_attn.NotRecorded), record(model):
+        with pytest.raises(NotRecordedError), record(model):
             model(IMAGES)
         assert_same_bits(one_pass(model), before)
 
@@ -192,7 +193,7 @@ def test_a_thread_that_records_meets_the_graph_of_one_that_did_not(grafted):
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert [type(error) for error in caught] == [dinov2_attn.NotRecorded]
+    assert [type(error) for error in caught] == [NotRecordedError]
     graphs.runs = 0
     assert_same_bits(compiled(IMAGES), expected)
     assert graphs.runs

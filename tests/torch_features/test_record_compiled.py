@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import dinov2_attn
 from dinov2_attn import record
+from dinov2_attn.errors import NotRecordedError
 from tests.support.compiling import Graphs, asking, compiles, compiling_questions
 from tests.support.recordings import IMAGES, assert_all_close, assert_nothing_on, build
 from tests.support.tolerances import assert_close, assert_same_bits
@@ -47,7 +47,7 @@ class TestCompiled:
             assert_close(compiled(IMAGES), expected)
             assert graphs.runs
         for _ in range(2):
-            with pytest.raises(dinov2_attn.NotRecorded, match="_orig_mod"), record(compiled):
+            with pytest.raises(NotRecordedError, match="_orig_mod"), record(compiled):
                 compiled(IMAGES)
             with in_eager_mode(), record(compiled) as maps:
                 assert_close(compiled(IMAGES), expected)
@@ -74,7 +74,7 @@ class TestFullGraph:
         compiled = torch.compile(model, backend=graphs, fullgraph=True)
         if first == "compiled":
             assert_close(compiled(IMAGES), expected)
-        with pytest.raises(dinov2_attn.NotRecorded, match="_orig_mod"), record(compiled):
+        with pytest.raises(NotRecordedError, match="_orig_mod"), record(compiled):
             compiled(IMAGES)
         graphs.runs = 0
         assert_close(compiled(IMAGES), expected)
@@ -106,7 +106,7 @@ class TestCompiledProjection:
         try:
             with record(model) as maps:
                 assert_same_bits(model(IMAGES), expected)
-        except dinov2_attn.NotRecorded as error:
+        except NotRecordedError as error:
             assert "0 calls" in str(error)  # noqa: PT017  # a torch that guards hooks records
         else:
             assert_all_close(maps.weights, model.get_self_attention(IMAGES))
@@ -122,18 +122,18 @@ class TestCompiledProjection:
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports_are_refused(grafted, strict):
     model = build(grafted)
-    with pytest.raises(dinov2_attn.NotRecorded, match="torch.export"), record(model):
+    with pytest.raises(NotRecordedError, match="torch.export"), record(model):
         torch.export.export(model, (IMAGES,), strict=strict)
     assert_nothing_on(model)
     exported = torch.export.export(model, (IMAGES,), strict=strict).module()
     assert_close(exported(IMAGES), model(IMAGES))
-    with pytest.raises(dinov2_attn.NotRecorded, match="Found 0"), record(model):
+    with pytest.raises(NotRecordedError, match="Found 0"), record(model):
         exported(IMAGES)
 
 
 def test_function_transforms_are_refused(grafted):
     """What is recorded there would be wrappers that are dead afterwards."""
     model = build(grafted)
-    with pytest.raises(dinov2_attn.NotRecorded, match="torch.func"), record(model):
+    with pytest.raises(NotRecordedError, match="torch.func"), record(model):
         torch.func.grad(lambda x: model(x).sum())(IMAGES)
     assert_nothing_on(model)

@@ -11,6 +11,7 @@ from torch.func import functional_call, vmap
 
 import dinov2_attn
 from dinov2_attn import record
+from dinov2_attn.errors import NotRecordedError
 from tests.support.bit_identity import assert_unchanged, one_pass
 from tests.support.recordings import IMAGES, assert_all_close, build
 from tests.support.tolerances import are_close, assert_close, assert_same_bits
@@ -71,7 +72,7 @@ def test_vmap(first):
         with dinov2_attn.install():
             weights = vmap(model.get_last_self_attention)(images)
             assert_close(weights[:, 0], model.get_last_self_attention(IMAGES))
-            with pytest.raises(dinov2_attn.NotRecorded, match="torch.func"), record(model):
+            with pytest.raises(NotRecordedError, match="torch.func"), record(model):
                 run(images)
 
 
@@ -181,7 +182,7 @@ def test_traces(first):
             traced = trace(model)
         assert_all_close(maps.weights, model.get_self_attention(SQUARE))
         assert_close(traced(other), model(other))
-        with pytest.raises(dinov2_attn.NotRecorded, match="Found 0"), record(model):
+        with pytest.raises(NotRecordedError, match="Found 0"), record(model):
             traced(other)
 
 

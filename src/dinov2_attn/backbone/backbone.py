@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.structure import Part, part_of_module
 from dinov2_attn.backbone.validation import check_batch, check_list, layers_to_take
-from dinov2_attn.errors import IncompatibleUpstream, InvalidInput, NotGrafted
+from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, NotGraftedError
 from dinov2_attn.math.selection import place, spell_out
 from dinov2_attn.typing import Grid, Layers, Queries
 
@@ -91,8 +91,8 @@ class Backbone:
         ``c`` of image ``b`` is number ``b * C + c``, and has the mask of its image.
 
         Raises:
-            InvalidInput: if the model cannot take them.
-            OutOfRange: if there is no token for one of ``queries``.
+            InvalidInputError: if the model cannot take them.
+            OutOfRangeError: if there is no token for one of ``queries``.
 
         """
         several = isinstance(images, list | tuple)
@@ -123,19 +123,19 @@ class Backbone:
         """Return the attention modules of the blocks that ``chosen`` names, with their numbers.
 
         Raises:
-            NotGrafted: if ``install`` has not reached one of them.
-            IncompatibleUpstream: if blocks share one.
-            InvalidInput: if there is none.
+            NotGraftedError: if ``install`` has not reached one of them.
+            IncompatibleUpstreamError: if blocks share one.
+            InvalidInputError: if there is none.
 
         """
         layers = self.layers(chosen)
         if not layers:
-            raise InvalidInput(
+            raise InvalidInputError(
                 "at least one layer to record", f"layers={chosen!r}", "Leave layers out for all."
             )
         modules = {_attention_of(self.blocks[layer]): layer for layer in layers}
         if len(modules) != len(layers):
-            raise IncompatibleUpstream(
+            raise IncompatibleUpstreamError(
                 f"an attention module of its own in each of the layers {layers}",
                 f"{len(modules)} modules",
                 "Weights of shared modules cannot be told apart.",
@@ -161,11 +161,11 @@ def backbone_in(model: object) -> Backbone:
     """Return the one vision transformer that ``model`` is or contains, wrapped or not.
 
     Raises:
-        InvalidInput: if there is none, or more than one.
+        InvalidInputError: if there is none, or more than one.
 
     """
     if not isinstance(model, nn.Module):
-        raise InvalidInput(
+        raise InvalidInputError(
             "a model: a DINOv2, or a torch.nn.Module that contains one",
             f"{type(model).__name__}",
             "Pass the module whose forward will run.",
@@ -173,7 +173,7 @@ def backbone_in(model: object) -> Backbone:
     found = {name: m for name, m in model.named_modules() if _is_transformer(m)}
     if len(found) != 1:
         names = ", ".join(name or "the model itself" for name in found)
-        raise InvalidInput(
+        raise InvalidInputError(
             f"one DINOv2 inside {name_of(type(model))}",
             f"{len(found)}: {names}" if found else "none",
             "Pass the one to record; the others may run too.",
@@ -185,11 +185,11 @@ def grafted_backbone(model: object) -> Backbone:
     """Return the backbone of ``model``, a vision transformer that ``install`` has reached.
 
     Raises:
-        NotGrafted: if it does not have the methods that ``install`` adds.
+        NotGraftedError: if it does not have the methods that ``install`` adds.
 
     """
     if not hasattr(model, "get_self_attention"):
-        raise NotGrafted(
+        raise NotGraftedError(
             "a vision transformer that install() has reached",
             name_of(type(model)),
             "Call dinov2_attn.install(model) first, and pass the transformer itself.",
@@ -240,7 +240,7 @@ def _attention_of(block: nn.Module) -> nn.Module:
     # Sharded, compiled and adapted modules are wrappers, around the block or in it.
     found = [m for m in block.modules() if _is_attention(m)]
     if len(found) != 1 or not accepts(found[0], "return_attn"):
-        raise NotGrafted(
+        raise NotGraftedError(
             "one attention module in each block, whose forward install() has reached",
             f"in {name_of(type(block))}: "
             + (", ".join(name_of(type(m)) for m in found) or "no attention module"),

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dinov2_attn.backbone.structure import Part
-from dinov2_attn.errors import IncompatibleUpstream
+from dinov2_attn.errors import IncompatibleUpstreamError
 
 # What is known to be passed in. `attn_bias` and `is_causal` change the weights in ways that are
 # known here; a position, a rotary table or anything new would change them in ways that are not.
@@ -36,13 +36,13 @@ _OURS = {
 
 
 def check_arguments(cls: type, part: Part, method: str) -> None:
-    """Raise ``IncompatibleUpstream`` unless ``cls.method`` takes what the grafts can pass on."""
+    """Raise ``IncompatibleUpstreamError`` unless ``cls.method`` takes what grafts pass on."""
     names = argument_names(vars(cls)[method])
     if _OURS[part] in names:
         raise _patched_by_hand(cls, f"{method} with an argument {_OURS[part]}")
     allowed = _ARGUMENTS.get(part)
     if allowed is not None and (unknown := [name for name in names if name not in allowed]):
-        raise IncompatibleUpstream(
+        raise IncompatibleUpstreamError(
             f"{name_of(cls)}.{method} to take no more than {', '.join(sorted(allowed))}",
             f"the argument {', '.join(unknown)}",
             "What it does to the attention is not known here, so nothing was grafted.",
@@ -50,20 +50,20 @@ def check_arguments(cls: type, part: Part, method: str) -> None:
 
 
 def check_methods(cls: type, ours: Mapping[str, object]) -> None:
-    """Raise ``IncompatibleUpstream`` if ``cls`` has a method that one of ``ours`` would hide."""
+    """Raise ``IncompatibleUpstreamError`` if ``cls`` has a method that ``ours`` would hide."""
     if taken := [name for name, method in ours.items() if getattr(cls, name, method) is not method]:
         raise _patched_by_hand(cls, f"{', '.join(taken)} already there")
 
 
 def check_reads(module: nn.Module, run: Callable[[], object]) -> None:
-    """Raise ``IncompatibleUpstream`` unless ``run`` reads only what plain attention needs.
+    """Raise ``IncompatibleUpstreamError`` unless ``run`` reads only what plain attention needs.
 
     The attributes are seen as they are read, in whatever helper, rather than looked for
     in the source, which need not be there and may hold dead code.
     """
     cls = type(module)
     if unknown := sorted(_reads(module, run) - _READS):
-        raise IncompatibleUpstream(
+        raise IncompatibleUpstreamError(
             f"{name_of(cls)} to compute softmax(q kᵀ · scale) of its "
             f"own projection, reading {', '.join(sorted(_READS))} only",
             f"that its forward also reads {', '.join(unknown)}",
@@ -96,8 +96,8 @@ def name_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _patched_by_hand(cls: type, found: str) -> IncompatibleUpstream:
-    return IncompatibleUpstream(
+def _patched_by_hand(cls: type, found: str) -> IncompatibleUpstreamError:
+    return IncompatibleUpstreamError(
         f"{name_of(cls)} as upstream wrote it",
         found,
         "This copy was patched by hand: take the patch out, or use it without this package.",

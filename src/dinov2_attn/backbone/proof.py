@@ -1,7 +1,7 @@
 """Proof at install: tiny modules in float64, a few milliseconds, no random number drawn.
 
 Each check builds one small instance of the class at hand, runs upstream's own code on it
-and compares. What does not hold raises ``IncompatibleUpstream``.
+and compares. What does not hold raises ``IncompatibleUpstreamError``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.projection import project
 from dinov2_attn.backbone.structure import Part, part_of_module
-from dinov2_attn.errors import IncompatibleUpstream
+from dinov2_attn.errors import IncompatibleUpstreamError
 from dinov2_attn.kernels.call import Kernel, branches
 from dinov2_attn.kernels.xformers_flags import is_gated
 from dinov2_attn.math.attention import attention_weights
@@ -177,7 +177,7 @@ def _same(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
         return
     else:
         gap = f"a difference of {(ours - theirs).abs().max():.2g}"
-    raise IncompatibleUpstream(
+    raise IncompatibleUpstreamError(
         f"{what} to equal what {name_of(cls)} itself computes, within {_TOLERANCE:g} in float64",
         gap,
         "Its attention is not softmax(q kᵀ · scale) of its own projection, so nothing was grafted.",
@@ -186,7 +186,7 @@ def _same(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
 
 def _one_call_each(cls: type, calls: list[tuple[Any, ...]], expected: int) -> None:
     if len(calls) != expected:
-        raise IncompatibleUpstream(
+        raise IncompatibleUpstreamError(
             f"{name_of(cls)} to call its attention {expected} times in one pass",
             f"{len(calls)} calls",
             "Its forward pass is not upstream's, so nothing was grafted.",
@@ -196,7 +196,7 @@ def _one_call_each(cls: type, calls: list[tuple[Any, ...]], expected: int) -> No
 def _layout_fits(cls: type, model: Any, tokens: int) -> None:
     registers, patches = Backbone(model).registers, _GRID[0] * _GRID[1]
     if tokens != 1 + registers + patches:
-        raise IncompatibleUpstream(
+        raise IncompatibleUpstreamError(
             f"{name_of(cls)} to lay out 1 CLS + {registers} registers + {patches} patches",
             f"{tokens} tokens",
             "The rows of its attention cannot be named, so nothing was grafted.",

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dinov2_attn.errors import InvalidInput, OutOfRange
+from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.math.selection import whole_number
 from dinov2_attn.typing import Grid, Layers
 
@@ -45,11 +45,11 @@ def check_batch(model: Shape, images: object, masks: object = None) -> int:
         The number of channels for a channel-adaptive model, otherwise 1.
 
     Raises:
-        InvalidInput: if they are anything else.
+        InvalidInputError: if they are anything else.
 
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        raise InvalidInput(
+        raise InvalidInputError(
             "images as a floating tensor of shape (B, C, H, W), or a list of such tensors",
             _describe(images),
             _to_floating(images),
@@ -58,7 +58,7 @@ def check_batch(model: Shape, images: object, masks: object = None) -> int:
     _check_channels(model.channels, images, groups)
     height, width = model.patch_size
     if images.shape[2] % height or images.shape[3] % width or 0 in images.shape[2:]:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"height and width to be multiples of the patch size {height} × {width}",
             f"{images.shape[2]} × {images.shape[3]}",
             "Crop or resize the images to whole patches.",
@@ -70,7 +70,7 @@ def check_batch(model: Shape, images: object, masks: object = None) -> int:
 
 def _check_channels(channels: int, images: Tensor, groups: int) -> None:
     if images.shape[1] != channels * groups or not groups:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"images with {channels} channel{'s' * (channels != 1)} in dimension 1, as the model "
             "takes",
             f"{images.shape[1]}: {_describe(images)}",
@@ -117,13 +117,13 @@ _GREATEST = {"bool": 1, "uint16": 65535}
 def check_list(images: Sequence[object], masks: object) -> list[Any]:
     """Return one mask (or ``None``) for each tensor of a list of batches."""
     if not images:
-        raise InvalidInput(
+        raise InvalidInputError(
             "a list of at least one tensor", "an empty list", "Skip the call, or pass images."
         )
     if masks is None:
         return [None] * len(images)
     if not isinstance(masks, list | tuple) or len(masks) != len(images):
-        raise InvalidInput(
+        raise InvalidInputError(
             f"a list of {len(images)} masks, one for each tensor in the list of images",
             f"a list of {len(masks)}" if isinstance(masks, list | tuple) else _describe(masks),
             "Pass None in the list where a tensor has no mask.",
@@ -144,7 +144,7 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
     if not isinstance(n, Sequence):
         n = whole_number(n, "n, the blocks to take,")
         if not 0 <= n <= depth:
-            raise OutOfRange(
+            raise OutOfRangeError(
                 f"n, the number of last blocks to take, between 0 and {depth}",
                 str(n),
                 f"Pass a sequence to choose single blocks: n=[{depth - 1}] is the last.",
@@ -152,7 +152,7 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
         return list(range(depth - n, depth))
     layers = [whole_number(i, "blocks") for i in n]
     if wrong := [i for i in layers if not -depth <= i < depth]:
-        raise OutOfRange(
+        raise OutOfRangeError(
             f"blocks between {-depth} and {depth - 1}, there being {depth}",
             ", ".join(map(str, wrong)),
             "Blocks count from 0.",
@@ -166,7 +166,7 @@ def _check_masks(masks: object, batch: int, patches: int) -> None:
         or masks.dtype != torch.bool
         or tuple(masks.shape) != (batch, patches)
     ):
-        raise InvalidInput(
+        raise InvalidInputError(
             f"masks as a boolean tensor of shape ({batch}, {patches}): one entry for each patch",
             _describe(masks),
             "Flatten the mask grid row by row, and convert with masks.bool().",

@@ -16,7 +16,7 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.errors import IncompatibleUpstream, InvalidInput, in_one_line
+from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.import_hook import Finder
 from dinov2_attn.grafting.registry import Ledger
 from dinov2_attn.grafting.targets import UPSTREAM, UPSTREAM_MODULES, LiveModel, Package
@@ -90,10 +90,10 @@ def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> 
 
     Where xFormers is importable and has no kernel for a device (any CPU), upstream's call
     of it fails; unless ``fallback`` is false it is answered by PyTorch's kernel from then
-    on, with one ``KernelFallback`` warning.
+    on, with one ``KernelFallbackWarning`` warning.
 
     Every class is proved on a small instance in float64 first. Raises
-    ``IncompatibleUpstream`` where its attention is not softmax(q kᵀ · scale) of its own
+    ``IncompatibleUpstreamError`` where its attention is not softmax(q kᵀ · scale) of its own
     projection, and then nothing is grafted; for a package that is not imported yet, that
     is raised by its import.
     """
@@ -105,7 +105,7 @@ def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> 
     torch = sys.modules.get("torch")  # a live model has imported it
     if torch is not None and isinstance(target, torch.nn.Module):
         return _install_model(target, fallback)
-    raise InvalidInput(
+    raise InvalidInputError(
         "None, the name of a package or a live model (torch.nn.Module)",
         f"{target!r} of type {type(target).__name__}",
         'Call install(), install("some.vendored.package") or install(model).',
@@ -115,7 +115,7 @@ def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> 
 def uninstall() -> None:
     """Take every graft off: each class holds the very function objects it held before.
 
-    Raises ``PatchedOnTop``, and undoes nothing, where somebody patched on top of a graft.
+    Raises ``PatchedOnTopError``, and undoes nothing, where somebody patched on top of a graft.
     """
     with _LOCK:
         _LEDGER.release_all()
@@ -181,7 +181,7 @@ def _install_model(model: nn.Module, fallback: bool) -> Handle:
 
     classes = list(classes_behind(model))
     if not classes:
-        raise IncompatibleUpstream(
+        raise IncompatibleUpstreamError(
             "a model with attention modules (qkv, proj, num_heads, scale) inside",
             f"none in {name_of(type(model))}",
             "Pass DINOv2 itself or a model that contains it.",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn.backbone.contract import name_of
-from dinov2_attn.errors import NotRecorded
+from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.grafting.channel import TAP, unpacked, unrecorded
 from dinov2_attn.math.tiles import is_compiling, is_transformed
 from dinov2_attn.typing import Forward
@@ -50,7 +50,7 @@ def run_recorded(
         with _Listening(module.qkv, take) as listening:
             output = original(module, *args, **kwargs)
     if listening.calls != 1:
-        raise NotRecorded(
+        raise NotRecordedError(
             f"{name_of(type(module))} to call its qkv once in a pass",
             f"{listening.calls} calls",
             "Where qkv itself was compiled, run it in eager mode to record.",
@@ -72,9 +72,9 @@ def prepare_recorded(
     return tokens
 
 
-def in_a_graph() -> NotRecorded:
+def in_a_graph() -> NotRecordedError:
     """Return the error for a recording that a graph would not repeat."""
-    return NotRecorded(
+    return NotRecordedError(
         "a forward pass in eager mode inside record(...)",
         "one that torch.compile, torch.export or torch.func makes another function of, whose "
         "values end with it",

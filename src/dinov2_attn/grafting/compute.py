@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.backbone.projection import Piece, Projection
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.kernels.call import Kernel
 from dinov2_attn.math.attention import attention_weights, check_heads, shape_of_weights
 from dinov2_attn.math.bias import Group, dense, groups, is_block_diagonal
@@ -68,10 +68,10 @@ def attend(
 
 
 def check_tokens(tokens: object) -> None:
-    """Raise ``InvalidInput`` unless ``tokens`` are ``(B, N, C)``."""
+    """Raise ``InvalidInputError`` unless ``tokens`` are ``(B, N, C)``."""
     if not isinstance(tokens, Tensor) or tokens.ndim != 3:
         found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise InvalidInput(
+        raise InvalidInputError(
             "tokens as a tensor of shape (B, N, C), to a block also a list of such tensors",
             f"{found}",
             "Ask the model if images are at hand, or add the batch dimension.",
@@ -135,7 +135,7 @@ def _queries_and_keys(
     module: Any, kernel: Kernel, x: Tensor, attn_bias: Any, is_causal: bool, queries: Queries
 ) -> list[tuple[Piece, float]]:
     if attn_bias is not None or is_causal:
-        raise InvalidInput(
+        raise InvalidInputError(
             "attention that sees all tokens alike",
             "a causal block" if is_causal else "one with attn_bias",
             "Ask for the weights, which know of it, with get_self_attention.",

@@ -7,7 +7,7 @@ from typing import cast
 from torch import nn
 
 from dinov2_attn.backbone.contract import name_of
-from dinov2_attn.errors import InvalidInput, NotGrafted
+from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.typing import GraftedVisionTransformer, Model
 
 _ASKED = "get_self_attention"
@@ -22,24 +22,24 @@ def grafted(model: Model) -> GraftedVisionTransformer:
     Nothing is changed or copied. A model that does not have the methods but contains exactly
     one vision transformer that has (a depth model, ``DistributedDataParallel``) gives that one.
 
-    Raises ``NotGrafted`` if ``install`` has not reached the model, and ``InvalidInput`` if it is
-    not a ``torch.nn.Module`` or contains several such transformers.
+    Raises ``NotGraftedError`` if ``install`` has not reached the model, and ``InvalidInputError``
+    if it is not a ``torch.nn.Module`` or contains several such transformers.
     """
     if not isinstance(model, nn.Module):
-        raise InvalidInput(
+        raise InvalidInputError(
             "a model: a torch.nn.Module", type(model).__name__, "Pass the model, not its output."
         )
     if hasattr(model, _ASKED):  # wrappers of torch.compile and FSDP hand it on
         return cast(GraftedVisionTransformer, model)
     found = {name: m for name, m in model.named_modules() if hasattr(type(m), _ASKED)}
     if not found:
-        raise NotGrafted(
+        raise NotGraftedError(
             "a vision transformer that install() has reached, or a model that contains one",
             name_of(type(model)),
             "Call dinov2_attn.install(model) first.",
         )
     if len(found) > 1:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"one grafted vision transformer inside {name_of(type(model))}",
             f"{len(found)}: {', '.join(found)}",
             "Pass the one to ask.",

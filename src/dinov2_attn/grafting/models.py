@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinov2_attn.backbone.backbone import Backbone
-from dinov2_attn.errors import NotGrafted
+from dinov2_attn.errors import NotGraftedError
 from dinov2_attn.grafting.capture import prepare_recorded
 from dinov2_attn.grafting.channel import SWITCH, TAP, attentions_of_pass, unrecorded
 from dinov2_attn.grafting.modules import announce, weights_from
@@ -46,8 +46,8 @@ def get_self_attention(
     dropout, in the dtype of the projection. Blocks behind the last one asked for do not
     run, and of that one only norm and projection. A channel-adaptive model sees each
     channel as an image of its own, and so ``B`` is ``B·C``: channel ``c`` of image ``b``
-    is number ``b * C + c``. Raises ``InvalidInput`` and
-    ``OutOfRange`` for what cannot be, ``NotGrafted`` where a block's class is unknown.
+    is number ``b * C + c``. Raises ``InvalidInputError`` and
+    ``OutOfRangeError`` for what cannot be, ``NotGraftedError`` where a block's class is unknown.
     """
     if SWITCH.on and TAP.recorders:  # no ordinary pass: it may end early
         with unrecorded():
@@ -207,7 +207,7 @@ def _one_pass(
     attentions = collected.all()
     depth = Backbone(model).depth
     if len(attentions) != depth:
-        raise NotGrafted(
+        raise NotGraftedError(
             f"the attention of {depth} blocks from one forward pass",
             f"that of {len(attentions)}",
             "Call dinov2_attn.install(model) with the live model, and do so before compiling it. "

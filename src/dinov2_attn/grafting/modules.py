@@ -19,7 +19,7 @@ from torch import nn
 from dinov2_attn.backbone.backbone import MARK, accepts
 from dinov2_attn.backbone.contract import argument_names, name_of
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Part
-from dinov2_attn.errors import InvalidInput, NotGrafted
+from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.grafting.capture import run_recorded
 from dinov2_attn.grafting.channel import SWITCH, TAP, answer, ask
 from dinov2_attn.grafting.compute import attend, check_tokens
@@ -88,17 +88,17 @@ def graft_block(original: Forward, part: Part) -> Forward:
 
 
 def weights_from(module: nn.Module, keyword: str, *args: Any, **selection: Any) -> Any:
-    """Ask ``module``, or what it wraps, by ``keyword``; raise ``NotGrafted`` if nothing answers."""
+    """Ask ``module``, or what it wraps; raise ``NotGraftedError`` if ``keyword`` has no answer."""
     # Compiled, sharded and checkpointed modules are wrappers that pass keywords on.
     if not (accepts(module, keyword) or any(accepts(inner, keyword) for inner in module.modules())):
-        raise NotGrafted(
+        raise NotGraftedError(
             f"a module whose forward takes {keyword}, as install() leaves it",
             f"{name_of(type(module))}, whose forward was never grafted",
             "Call dinov2_attn.install(model) with the live model: its own classes are found.",
         )
     weights = ask(module, *args, **{keyword: True}, **selection)
     if weights is None:
-        raise NotGrafted(
+        raise NotGraftedError(
             f"{name_of(type(module))} to hand {keyword} on to the module it wraps",
             "that the wrapped module was called without it",
             "Let the wrapper's forward pass **kwargs on.",
@@ -128,14 +128,14 @@ def _by_name(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """
     extra = {"queries", "heads"}
     if names and (unknown := [name for name in kwargs if name not in {*names, *extra}]):
-        raise InvalidInput(
+        raise InvalidInputError(
             f"the arguments {', '.join(names)}, queries and heads",
             ", ".join(unknown),
             "This class takes no other.",
         )
     names = names or ["x"]
     if len(args) > len(names):
-        raise InvalidInput(
+        raise InvalidInputError(
             f"at most {len(names)} positional arguments ({', '.join(names)})",
             f"{len(args)}",
             "Pass return_attn, return_attention, queries and heads by keyword.",
@@ -145,7 +145,7 @@ def _by_name(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 def _only_tokens(arguments: Mapping[str, Any]) -> Any:
     if len(arguments) != 1:
-        raise InvalidInput(
+        raise InvalidInputError(
             "the tokens of a block, and besides them return_attention, queries and heads",
             ", ".join(arguments) or "nothing",
             "Pass one tensor (B, N, C) or a list of them.",

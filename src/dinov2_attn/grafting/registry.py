@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
-from dinov2_attn.errors import PatchedOnTop
+from dinov2_attn.errors import PatchedOnTopError
 
 _ABSENT = object()
 
@@ -154,7 +154,7 @@ def _refuse_if_covered(covered: list[Graft]) -> None:
     if not covered:
         return
     found = content(covered[0].owner).get(covered[0].name, "nothing")
-    raise PatchedOnTop(
+    raise PatchedOnTopError(
         f"the graft of dinov2_attn at {', '.join(map(str, covered))}",
         f"{found!r}, set by somebody else on top of it",
         "Nothing was undone. Take that patch off first, then call uninstall() again.",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from dinov2_attn.errors import IncompatibleUpstream
+from dinov2_attn.errors import IncompatibleUpstreamError
 
 if TYPE_CHECKING:
     from dinov2_attn.backbone.structure import Part
@@ -74,8 +74,8 @@ def _is_initializing(module: ModuleType) -> bool:
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
-def _missing(part: str, module: str) -> IncompatibleUpstream:
-    return IncompatibleUpstream(
+def _missing(part: str, module: str) -> IncompatibleUpstreamError:
+    return IncompatibleUpstreamError(
         f"a class in {module} with the structure of upstream's {part.lower()}",
         "none",
         "Upstream moved or renamed them: call install(model) with a live model instead.",

@@ -9,7 +9,7 @@ from typing import Any
 
 from dinov2_attn.backbone import contract, proof
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Part, in_order
-from dinov2_attn.errors import Dinov2AttnError, IncompatibleUpstream, PatchedOnTop
+from dinov2_attn.errors import Dinov2AttnError, IncompatibleUpstreamError, PatchedOnTopError
 from dinov2_attn.grafting.models import (
     METHODS,
     graft_forward,
@@ -48,7 +48,7 @@ def operate(
             warn_of_drift(ledger, target, [cls for cls, _ in found])
     except BaseException:
         ledger.roll_back(before)
-        with suppress(PatchedOnTop):  # what was proved before may stay under somebody's patch
+        with suppress(PatchedOnTopError):  # what was proved before may stay under somebody's patch
             ledger.release(target)
         raise
 
@@ -61,7 +61,7 @@ def _graft(
     except Dinov2AttnError:
         raise
     except Exception as error:  # foreign code: whatever it raises, it is not what we know
-        raise IncompatibleUpstream(
+        raise IncompatibleUpstreamError(
             f"{contract.name_of(cls)} to be built and run small, as upstream's class can be",
             f"{type(error).__name__}: {error}",
             "This class is not supported, so nothing was grafted.",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov2_attn.errors import UpstreamDrift
+from dinov2_attn.errors import UpstreamDriftWarning
 from dinov2_attn.grafting.registry import Ledger, Owner, content
 from dinov2_attn.grafting.targets import UPSTREAM
 from dinov2_attn.history import eras
@@ -83,7 +83,7 @@ def warn_of_drift(ledger: Ledger, target: Hashable, classes: Iterable[type]) -> 
             f"{eras.span(eras.agreeing(shared))} but for {', '.join(changed)}. Contract and "
             "behaviour hold, so it works. "
             f"To report it: dinov2-attn verify {_checkout()} --update",
-            UpstreamDrift,
+            UpstreamDriftWarning,
             stacklevel=2,
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.kernels.xformers_flags import FLAG, KERNEL, describe_flags, flag_of, is_gated
 from dinov2_attn.math import bias as biases
 from dinov2_attn.typing import Forward
@@ -41,17 +41,17 @@ class Kernel:
         return 1 / math.sqrt(head_dim)
 
     def check_bias(self, bias: object) -> None:
-        """Raise ``InvalidInput`` unless ``forward`` has a kernel that takes such a ``bias``."""
+        """Raise ``InvalidInputError`` unless ``forward`` has a kernel that takes this ``bias``."""
         if not biases.is_known(bias):
             raise biases.unknown(bias)
         if is_gated(self._forward) and not flag_of(self._forward):
-            raise InvalidInput(
+            raise InvalidInputError(
                 f"no attn_bias, which this attention takes only where its module's {FLAG} is true",
                 f"one of type {type(bias).__name__}, where {describe_flags(self._forward)}",
                 "Leave it out, or install xFormers and import upstream without XFORMERS_DISABLED.",
             )
         if not (is_gated(self._forward) or isinstance(bias, Tensor)):
-            raise InvalidInput(
+            raise InvalidInputError(
                 "attn_bias as a dense tensor: this class hands it to PyTorch's kernel",
                 f"one of type {type(bias).__name__}",
                 "Use MemEffAttention, or pass attn_bias.materialize(...).",

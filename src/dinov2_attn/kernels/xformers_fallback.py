@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_attn.errors import KernelFallback
+from dinov2_attn.errors import KernelFallbackWarning
 from dinov2_attn.math.bias import dense, groups, is_block_diagonal, is_known
 from dinov2_attn.math.tiles import is_compiling
 
@@ -27,7 +27,7 @@ def graft_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Where xFormers finds an operator its result is returned, bit for bit. Where it finds
     none, the same attention ``(B, N, heads, head_dim)`` is computed by PyTorch, under a
-    block-diagonal bias group by group (Σ n²), and one ``KernelFallback`` warning says why.
+    block-diagonal bias group by group (Σ n²), and one ``KernelFallbackWarning`` warning says why.
     Its errors about wrong inputs stay its own. It replaces the name in the module whose
     ``MemEffAttention.forward`` calls it.
     """
@@ -84,7 +84,7 @@ def _warn(query: Tensor, reason: str) -> None:
         f"xFormers has no operator for attention in {kind}, so PyTorch's "
         f"scaled_dot_product_attention computes it from here on (xFormers: {reason}). "
         "install(fallback=False) leaves that out.",
-        KernelFallback,
+        KernelFallbackWarning,
         stacklevel=3,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dinov2_attn.errors import NoOperator
+from dinov2_attn.errors import NoOperatorError
 from dinov2_attn.kernels.xformers_flags import nests
 
 
@@ -21,7 +21,7 @@ def can_nest(model: Any, blocks: Iterable[nn.Module], images: Sequence[Tensor]) 
 
 
 def check_stochastic_depth(block: nn.Module, tensors: Sequence[Tensor]) -> None:
-    """Raise ``NoOperator`` where ``block`` would drop samples of a nested list off a GPU.
+    """Raise ``NoOperatorError`` where ``block`` would drop samples of a nested list off a GPU.
 
     Upstream selects and adds them by ``index_select_cat`` and ``scaled_index_add``, which
     xFormers has for CUDA only.
@@ -29,7 +29,7 @@ def check_stochastic_depth(block: nn.Module, tensors: Sequence[Tensor]) -> None:
     ratio = getattr(block, "sample_drop_ratio", 0.0)
     devices = {tensor.device.type for tensor in tensors}
     if block.training and ratio > 0 and nests(block) and devices != {"cuda"}:
-        raise NoOperator(
+        raise NoOperatorError(
             "nested tensors on a CUDA device, or no stochastic depth: in training upstream drops "
             "samples of a list with operators that xFormers has for CUDA only",
             f"a list on {', '.join(sorted(devices))} in training, with a drop path of {ratio:g}",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
-from dinov2_attn.errors import SuspiciousArtifacts
+from dinov2_attn.errors import SuspiciousArtifactsWarning
 from dinov2_attn.grafting.channel import unrecorded
 from dinov2_attn.grafting.compute import Instead
 from dinov2_attn.grafting.modules import weights_from
@@ -174,9 +174,9 @@ def artifact_tokens(
     memory is that of the tokens of one block. Nothing is differentiated, no hook is set,
     recordings around it see nothing.
 
-    Warns with ``SuspiciousArtifacts`` where more than 10 % of an image's patches (and more
-    than one) are flagged: that is no artifact any more. Raises ``InvalidInput`` and
-    ``OutOfRange`` for what cannot be, ``NotGrafted`` where ``install`` has not reached.
+    Warns with ``SuspiciousArtifactsWarning`` where more than 10 % of an image's patches (and more
+    than one) are flagged: that is no artifact any more. Raises ``InvalidInputError`` and
+    ``OutOfRangeError`` for what cannot be, ``NotGraftedError`` where ``install`` has not reached.
 
     Sources: Darcet et al., *Vision Transformers Need Registers*, 2023 (norms); Jiang et al.,
     *Vision Transformers Don't Need Trained Registers*, 2025 (attention follows norms).
@@ -297,7 +297,7 @@ def _warn(found: list[ArtifactTokens]) -> None:
             f"more than {MOST:.0%} of the patches have outlying norms in {count} of "
             f"{sum(len(artifacts.mask) for artifacts in found)} images: artifacts are rarer. "
             "Look at .norms: weights may be random, or images flat.",
-            SuspiciousArtifacts,
+            SuspiciousArtifactsWarning,
             stacklevel=4,
         )
 

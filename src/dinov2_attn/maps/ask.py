@@ -51,7 +51,7 @@ def attention_maps(
     >>> maps.prefix_mass()[0]  # (B, heads, 1)
 
     Arguments, weights and errors are those of ``model.get_self_attention``: a list of
-    batches gives lists. Gradients flow when grad is on. Raises ``NotGrafted`` where
+    batches gives lists. Gradients flow when grad is on. Raises ``NotGraftedError`` where
     ``install`` has not reached the model; of a model that only contains a DINOv2, ``record``
     takes the attention.
     """

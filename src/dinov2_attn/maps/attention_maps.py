@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, overload
 
 from torch import Tensor
 
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.typing import Grid
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class AttentionMaps(Generic[W]):
 
         The equivalent code is ``weights[..., prefix:].unflatten(-1, grid)``: nothing is
         rescaled, so that a map sums to one only together with ``prefix_mass()``. Raises
-        ``InvalidInput`` where the columns are not the prefix and the grid.
+        ``InvalidInputError`` where the columns are not the prefix and the grid.
         """
         return self._each(self._map)
 
@@ -82,8 +82,8 @@ class AttentionMaps(Generic[W]):
         """Write all of it to one safetensors file, which appears whole or not at all.
 
         Tensors are named ``layer.11``, or ``layer.11.0`` for the first of a list of batches;
-        grid, prefix, layers and queries stand in the metadata as JSON. Raises ``InvalidInput``
-        unless weights are tensors, and ``UnwritableOutput``.
+        grid, prefix, layers and queries stand in the metadata as JSON. Raises ``InvalidInputError``
+        unless weights are tensors, and ``UnwritableOutputError``.
         """
         from dinov2_attn.maps.storage import save
 
@@ -91,7 +91,7 @@ class AttentionMaps(Generic[W]):
 
     @classmethod
     def load(cls, path: str | Path) -> AttentionMaps[Any]:
-        """Read what ``save`` wrote. Raises ``UnreadableFile``."""
+        """Read what ``save`` wrote. Raises ``UnreadableFileError``."""
         from dinov2_attn.maps.storage import load
 
         return load(Path(path))
@@ -107,7 +107,7 @@ class AttentionMaps(Generic[W]):
     def _checked(self, weights: Any, grid: Grid | None) -> Grid:
         shape = tuple(getattr(weights, "shape", ()))
         if grid is None:
-            raise InvalidInput(
+            raise InvalidInputError(
                 "maps whose patch grid is known",
                 f"weights {shape} of tokens that came from no images of whole patches",
                 "Say dataclasses.replace(maps, grid=(h, w)) if you know it; of a recording "
@@ -115,7 +115,7 @@ class AttentionMaps(Generic[W]):
             )
         count = self.prefix + grid[0] * grid[1]
         if not shape or shape[-1] != count:
-            raise InvalidInput(
+            raise InvalidInputError(
                 f"{self.prefix} + {grid[0]} · {grid[1]} = {count} columns: CLS and registers, "
                 "then one for each patch",
                 f"weights of shape {shape}" if shape else f"{type(weights).__name__}",

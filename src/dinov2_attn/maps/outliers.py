@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 # 7.5 median absolute deviations are five standard deviations of a bell curve.
 DEVIATIONS = 7.5
@@ -28,7 +28,7 @@ class Rule:
             value = getattr(self, field.name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (is_number and 0 < value < math.inf):
-                raise InvalidInput(
+                raise InvalidInputError(
                     f"{field.name} as a number above 0",
                     repr(value),
                     "Leave it out for the default.",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, overload
 from torch import Tensor, nn
 
 from dinov2_attn.backbone.backbone import backbone_in
-from dinov2_attn.errors import InvalidInput, NotRecorded
+from dinov2_attn.errors import InvalidInputError, NotRecordedError
 from dinov2_attn.grafting.capture import in_a_graph
 from dinov2_attn.grafting.channel import SWITCH, TAP
 from dinov2_attn.maps.attention_maps import AttentionMaps, W
@@ -91,7 +91,7 @@ class Recording(Generic[W]):
 
     def _one(self, name: str) -> AttentionMaps[W]:
         if len(self.passes) != 1:
-            raise NotRecorded(
+            raise NotRecordedError(
                 f"one recorded pass, whose {name} that is",
                 f"{len(self.passes)}",
                 "Each forward pass is an entry of .passes.",
@@ -156,11 +156,11 @@ def record(
     ``return_attention=True`` is one like any other. Other threads, and so the replicas
     of ``DataParallel``, are not recorded.
 
-    Raises ``InvalidInput`` unless there is exactly one DINOv2 in ``model``, ``NotGrafted``
-    where ``install`` has not reached it, and ``NotRecorded`` at the end of the block where
-    no pass was recorded or one lacks layers (an exported model, an exception caught inside),
-    and in the middle of it where ``torch.compile``, ``torch.export`` or ``torch.func`` would
-    make another function of one.
+    Raises ``InvalidInputError`` unless there is exactly one DINOv2 in ``model``,
+    ``NotGraftedError`` where ``install`` has not reached it, and ``NotRecordedError`` at the end of
+    the block where no pass was recorded or one lacks layers (an exported model, an exception caught
+    inside), and in the middle of it where ``torch.compile``, ``torch.export`` or ``torch.func``
+    would make another function of one.
     """
     recorder = _Recorder(model, n, queries, heads, reduce)
     TAP.recorders = (*TAP.recorders, recorder)
@@ -169,7 +169,9 @@ def record(
             yield recorder.recording
     except Exception as error:
         # Dynamo wraps what is raised while it traces, and keeps only the words.
-        if type(error).__module__ == "torch._dynamo.exc" and NotRecorded.__name__ in str(error):
+        if type(error).__module__ == "torch._dynamo.exc" and NotRecordedError.__name__ in str(
+            error
+        ):
             raise in_a_graph() from error
         raise
     finally:
@@ -185,7 +187,7 @@ class _Recorder:
     ) -> None:
         check_heads(heads)
         if not (reduce is None or callable(reduce)):
-            raise InvalidInput(
+            raise InvalidInputError(
                 "reduce to be None or a function of a layer's number and its weights",
                 f"{type(reduce).__name__}",
                 "Pass, for instance, lambda layer, weights: weights.mean(1).cpu().",
@@ -243,12 +245,12 @@ class _Recorder:
                 self._course.end(whole=True)
 
     def check(self) -> None:
-        """Raise ``NotRecorded`` unless there were passes, and each with all of its layers."""
+        """Raise ``NotRecordedError`` unless there were passes, and each with all of its layers."""
         self._end_pass()
         if self._broken or not self._whole:
             layers = list(self._layers.values())
             calls = self._course.calls(layers)
-            raise NotRecorded(
+            raise NotRecordedError(
                 "forward passes inside record(...), each with the layers "
                 + ", ".join(map(str, layers)),
                 f"{self._whole} of them"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
 from dinov2_attn.backbone.projection import Piece
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.compute import Instead
 from dinov2_attn.grafting.modules import weights_from
 from dinov2_attn.math.attention import attention_weights
@@ -116,8 +116,8 @@ def rollout(
             product = (layer / layer.sum(-1, keepdim=True)) @ product
         return product[:, queries]
 
-    Raises ``InvalidInput`` and ``OutOfRange`` for what cannot be, ``NotGrafted`` for a model
-    that ``install`` has not reached.
+    Raises ``InvalidInputError`` and ``OutOfRangeError`` for what cannot be, ``NotGraftedError`` for
+    a model that ``install`` has not reached.
 
     Source: Abnar and Zuidema, *Quantifying Attention Flow in Transformers*, 2020; the fusion
     of heads by min and max: Gildenblat, vit-explain.
@@ -128,7 +128,7 @@ def rollout(
     queries = backbone.spell_out(queries)
     wanted = backbone.layers(n)
     if not wanted:
-        raise InvalidInput("at least one block to roll out over", f"n={n!r}", "Leave n out.")
+        raise InvalidInputError("at least one block to roll out over", f"n={n!r}", "Leave n out.")
     found = [
         _one(backbone, batch, layer, _inputs(backbone, wanted, batch, mask), queries)
         for batch, mask in backbone.batches(images, masks, queries)
@@ -138,13 +138,13 @@ def rollout(
 
 def _check(heads: object, residual: object) -> None:
     if not (isinstance(heads, str) and heads in get_args(Fusion)):
-        raise InvalidInput(
+        raise InvalidInputError(
             f"heads to be one of {', '.join(map(repr, get_args(Fusion)))}",
             f"heads={heads!r}",
             "A rollout goes through one matrix per layer, so heads are fused.",
         )
     if not (isinstance(residual, int | float) and 0 <= residual <= 1):
-        raise InvalidInput(
+        raise InvalidInputError(
             "residual as a number from 0 to 1",
             repr(residual),
             "0.5 weighs what goes past the attention of a layer as much as what goes through.",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinov2_attn import _optional
 from dinov2_attn._files import replacing
-from dinov2_attn.errors import InvalidInput, UnreadableFile, UnwritableOutput
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError, UnwritableOutputError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 
 
@@ -24,7 +24,7 @@ def save(maps: AttentionMaps[Any], path: Path) -> None:
         with replacing(path) as unfinished:
             unfinished.write_bytes(content)
     except OSError as error:
-        raise UnwritableOutput(
+        raise UnwritableOutputError(
             f"a file that can be written at {path}",
             f"{type(error).__name__}: {error}",
             "Nothing was left there. Name another file, or make the folder or room in it.",
@@ -47,7 +47,7 @@ def load(path: Path) -> AttentionMaps[Any]:
             queries=_tuples(about["queries"]),
         )
     except Exception as error:  # the reader raises whatever foreign bytes provoke
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "a file that AttentionMaps.save wrote",
             f"{path} ({type(error).__name__}: {error})",
             "Name the .safetensors file itself.",
@@ -60,7 +60,7 @@ def _named(maps: AttentionMaps[Any]) -> dict[str, Tensor]:
         several = isinstance(entry, list)
         for i, weights in enumerate(entry if several else [entry]):
             if not isinstance(weights, Tensor):
-                raise InvalidInput(
+                raise InvalidInputError(
                     "weights as tensors", type(weights).__name__, "Save before .numpy()."
                 )
             # Of their own memory each: queries of several layers may be views of one.

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math.buffers import new_result
 from dinov2_attn.math.tiles import fill, may_tile, see_nothing
 from dinov2_attn.typing import Heads
@@ -95,9 +95,9 @@ def shape_of_weights(query: Tensor, key: Tensor, heads: Heads) -> tuple[int, ...
 
 
 def check_heads(heads: object) -> None:
-    """Raise ``InvalidInput`` unless ``heads`` is ``None`` (keep all) or ``"mean"``."""
+    """Raise ``InvalidInputError`` unless ``heads`` is ``None`` (keep all) or ``"mean"``."""
     if not (heads is None or (isinstance(heads, str) and heads == "mean")):
-        raise InvalidInput(
+        raise InvalidInputError(
             'heads=None (every head) or heads="mean"',
             f"heads={heads!r}",
             "Leave heads out and select from dimension 1 of the result.",

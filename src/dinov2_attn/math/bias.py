@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math.tiles import is_compiling
 
 _Span = tuple[int, int]
@@ -66,7 +66,7 @@ def groups(bias: Any, tokens: Tensor, dtype: torch.dtype) -> list[Group]:
     """Return the blocks of a block-diagonal ``bias`` over ``tokens (1, ΣN, …)``.
 
     They are grouped by ``_batch_sizes`` where somebody nested a list, otherwise each block
-    is a group. Raises ``InvalidInput`` where bias and tokens do not fit.
+    is a group. Raises ``InvalidInputError`` where bias and tokens do not fit.
     """
     _check_length(bias, tokens)
     blocks = list(
@@ -92,7 +92,7 @@ def dense(bias: Any, shape: tuple[int, ...], device: torch.device, dtype: torch.
         own in (1, needed) for own, needed in zip(made.shape[::-1], shape[::-1], strict=False)
     )
     if not fits:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"an attn_bias that broadcasts to (B, heads, N, N) = {shape}",
             f"one of shape {tuple(made.shape)}",
             "Check heads and tokens; the tokens count CLS and registers too.",
@@ -101,10 +101,10 @@ def dense(bias: Any, shape: tuple[int, ...], device: torch.device, dtype: torch.
     return made if made.dtype == torch.bool else made.to(dtype)
 
 
-def unknown(bias: object) -> InvalidInput:
+def unknown(bias: object) -> InvalidInputError:
     """Return the error that names a kind of bias that cannot be read."""
     kind = type(bias)
-    return InvalidInput(
+    return InvalidInputError(
         "attn_bias to be None, a dense tensor or an object with a method materialize",
         f"one of type {kind.__module__}.{kind.__qualname__}",
         "Pass the dense tensor of what is added to the scores.",
@@ -133,7 +133,7 @@ def _sizes(bias: Any, blocks: int) -> list[int]:
     if sizes is None:
         return [1] * blocks
     if sum(sizes) != blocks or any(size < 1 for size in sizes):
-        raise InvalidInput(
+        raise InvalidInputError(
             f"_batch_sizes of at least 1 that add up to the {blocks} blocks of attn_bias",
             f"{list(sizes)}",
             "Leave _batch_sizes at None for one result for each block.",
@@ -145,7 +145,7 @@ def _check_lengths(blocks: Sequence[tuple[_Span, _Span]], group: int) -> None:
     lengths = [queries[1] - queries[0] for queries, _ in blocks]
     of_keys = [span[1] - span[0] for _, span in blocks]
     if len({*zip(lengths, of_keys, strict=True)}) > 1:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"blocks of one length in group {group} of attn_bias._batch_sizes",
             f"lengths {lengths}" + ("" if of_keys == lengths else f", of keys {of_keys}"),
             "Leave _batch_sizes at None for one result for each block.",
@@ -155,14 +155,14 @@ def _check_lengths(blocks: Sequence[tuple[_Span, _Span]], group: int) -> None:
 def _check_length(bias: Any, tokens: Tensor) -> None:
     queries, keys = _queries(bias).seqstart_py, _keys(bias).seqstart_py
     if len(queries) != len(keys):
-        raise InvalidInput(
+        raise InvalidInputError(
             "as many blocks of keys as of queries in attn_bias",
             f"{len(keys) - 1} and {len(queries) - 1}",
             "Name the keys that each block of queries sees.",
         )
     ends = (queries[-1], keys[-1])
     if tokens.shape[0] != 1 or ends != (tokens.shape[1],) * 2:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"tokens of shape (1, {ends[0]}, C), as many as the blocks of attn_bias hold"
             + ("" if ends[0] == ends[1] else f", which hold {ends[1]} keys"),
             f"{tuple(tokens.shape)}",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from operator import index
 from typing import get_args
 
-from dinov2_attn.errors import InvalidInput, OutOfRange
+from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.typing import Queries, QueryWord
 
 Rows = slice | list[int]
@@ -39,7 +39,7 @@ def place(queries: Queries, length: int) -> Rows:
 
     The result indexes a token dimension and always keeps it: an int gives one row.
     Negative positions count from the end, as everywhere in Python. Raises
-    ``OutOfRange`` for a position that is not there.
+    ``OutOfRangeError`` for a position that is not there.
     """
     if queries is None:
         return slice(None)
@@ -78,7 +78,7 @@ def _place_slice(queries: slice, length: int) -> Rows:
     try:
         positions = range(length)[queries]
     except (TypeError, ValueError) as error:
-        raise InvalidInput(
+        raise InvalidInputError(
             "a slice of whole numbers with a step other than 0",
             f"{queries} ({error})",
             "Count tokens: CLS, registers, patches row by row.",
@@ -89,7 +89,7 @@ def _place_slice(queries: slice, length: int) -> Rows:
 
 def _check_word(word: str) -> None:
     if word not in _WORDS:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"queries to be None, one of {', '.join(map(repr, _WORDS))}, an int, "
             "a slice or a sequence of ints",
             repr(word),
@@ -101,7 +101,7 @@ def _place_word(word: str) -> slice:
     if word == "cls":
         return slice(0, 1)
     _check_word(word)
-    raise InvalidInput(
+    raise InvalidInputError(
         "positions, since a single block or attention module does not know how many "
         "registers its model has",
         repr(word),
@@ -110,14 +110,14 @@ def _place_word(word: str) -> slice:
 
 
 def whole_number(value: object, what: str) -> int:
-    """Return ``value`` as an int, or raise ``InvalidInput`` that says ``what`` it should be."""
+    """Return ``value`` as an int, or raise ``InvalidInputError`` saying ``what`` it should be."""
     # A list of booleans looks like a mask but would be read as positions 0 and 1.
     if not isinstance(value, bool):
         try:
             return index(value)  # type: ignore[arg-type]  # the TypeError is the answer
         except TypeError:
             pass
-    raise InvalidInput(
+    raise InvalidInputError(
         f"{what} as whole numbers",
         f"{value!r} of type {type(value).__name__}",
         "Pass an int or a sequence of ints.",
@@ -127,7 +127,7 @@ def whole_number(value: object, what: str) -> int:
 def _position(query: object, length: int) -> int:
     position = whole_number(query, "queries")
     if not -length <= position < length:
-        raise OutOfRange(
+        raise OutOfRangeError(
             f"a query between {-length} and {length - 1}, there being {length} tokens",
             str(position),
             "Positions count CLS first, then the registers, then the patches row by row.",

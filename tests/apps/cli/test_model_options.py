@@ -15,7 +15,7 @@ from PIL import Image
 from dinov2_attn.apps.cli.main import main
 from dinov2_attn.apps.cli.model_options import add_options, load_model
 from dinov2_attn.apps.weights.models import build_like
-from dinov2_attn.errors import InvalidInput, Unavailable
+from dinov2_attn.errors import InvalidInputError, UnavailableError
 from dinov2_attn.proof.conformance.synthetic_models import look_at_what_is_bright
 from tests.apps.weights.test_architecture import SMALL
 from tests.support import checkpoint_files, upstreams
@@ -93,17 +93,17 @@ def test_options_that_agree_are_welcome(file, tmp_path):
 )
 def test_options_that_contradict_are_an_error_with_both_sides(file, options, asked):
     message = rf"Expected {asked}, as asked\.\nFound {file}, which holds ViT-128x2/7\.\nLeave"
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         load("--weights", file, *options)
 
 
 def test_heads_are_asked_for_where_weights_do_not_tell(tmp_path):
     path = saved_small(tmp_path / "mine.pth", embed_dim=96)
-    with pytest.raises(InvalidInput, match=r"(?s)Found .* with 96 features.*--num-heads N"):
+    with pytest.raises(InvalidInputError, match=r"(?s)Found .* with 96 features.*--num-heads N"):
         load("--weights", path)
     assert load("--weights", path, "--num-heads", 3).model.num_heads == 3
     for others in (["--random-weights"], []):
-        with pytest.raises(InvalidInput, match="--num-heads together with --weights PATH"):
+        with pytest.raises(InvalidInputError, match="--num-heads together with --weights PATH"):
             load("--num-heads", 3, *others)
 
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_with_registers(tmp_path, caplog):
         assert loaded.model.interpolate_antialias is True
     else:
         with pytest.raises(
-            Unavailable, match=r"(?s)with registers.*Found one without.*--repo PATH"
+            UnavailableError, match=r"(?s)with registers.*Found one without.*--repo PATH"
         ):
             load("--weights", tmp_path / "mine.pth")
     assert "positions are interpolated as in the published models with registers" in caplog.text

@@ -20,6 +20,7 @@ from dinov2_attn.apps.cli.main import main
 from dinov2_attn.apps.demo import game, load, train
 from dinov2_attn.apps.demo.load import ARCHITECTURE, load_demo_model
 from dinov2_attn.apps.demo.scenes import FIRST_TRAINING_SEED, PATCH, draw
+from dinov2_attn.errors import UnavailableError, UnreadableFileError
 from tests.support import upstreams
 from tests.support.tolerances import are_close, assert_close, assert_same_bits, same_bits
 
@@ -212,16 +213,14 @@ def test_a_file_that_is_not_the_shipped_one_is_an_error(tmp_path, monkeypatch):
     for content in (None, load.PATH.name.encode()):
         if content:
             load.PATH.write_bytes(content)
-        with pytest.raises(dinov2_attn.UnreadableFile, match=r"(?s)this package ships\..*anew"):
+        with pytest.raises(UnreadableFileError, match=r"(?s)this package ships\..*anew"):
             load_demo_model()
 
 
 @pytest.mark.usefixtures("_imported")
 def test_without_safetensors_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(
-        dinov2_attn.Unavailable, match=r"(?s)library safetensors.*dinov2-attn\[viz\]"
-    ):
+    with pytest.raises(UnavailableError, match=r"(?s)library safetensors.*dinov2-attn\[viz\]"):
         load_demo_model()
 
 

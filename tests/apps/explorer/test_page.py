@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import dinov2_attn
-from dinov2_attn import AttentionMaps, InvalidInput, OutOfRange, UnwritableOutput, attention_maps
+from dinov2_attn import AttentionMaps, attention_maps
 from dinov2_attn.apps.explorer.assemble import at_least, embedded_json
 from dinov2_attn.apps.explorer.budget import Keep, Shape, cost, describe, everything, left_out, plan
 from dinov2_attn.apps.explorer.explore import explore
@@ -25,6 +25,7 @@ from dinov2_attn.apps.explorer.quantise import LEVELS, quantise
 from dinov2_attn.apps.explorer.write import write_page
 from dinov2_attn.apps.viz.banner import NO_MEANING
 from dinov2_attn.apps.viz.images import Photograph
+from dinov2_attn.errors import InvalidInputError, OutOfRangeError, UnwritableOutputError
 from dinov2_attn.math.selection import name_token
 from tests.support import upstreams
 from tests.support.pages import Page
@@ -90,7 +91,7 @@ def test_small_weights_survive_beside_a_large_one():
 def test_weights_that_are_no_numbers_are_refused(path, odd):
     maps = maps_of()
     maps.weights[1][0, 1, 2, 3] = odd
-    with pytest.raises(InvalidInput, match="NaN or infinity among them"):
+    with pytest.raises(InvalidInputError, match="NaN or infinity among them"):
         write_page(path, PICTURE, maps)
     assert not path.exists()
 
@@ -194,7 +195,7 @@ def test_what_is_kept_fits_and_grows_with_the_room(shape, count, share):
     room = int(share * total(dict.fromkeys(layers, everything(shape)), shape))
     try:
         kept = plan(layers, shape, room)
-    except InvalidInput:
+    except InvalidInputError:
         assert room < cost(everything(shape), shape)
         return
     assert total(kept, shape) <= room
@@ -249,7 +250,7 @@ def test_heads_give_way_to_their_mean(path):
 
 
 def test_a_size_that_nothing_fits_in_says_how_much_does(path):
-    with pytest.raises(InvalidInput, match="Raise --max-mb") as caught:
+    with pytest.raises(InvalidInputError, match="Raise --max-mb") as caught:
         write_page(path, PICTURE, maps_of(), max_mb=0.001)
     more = float(re.search(r"by ([\d.]+)", str(caught.value))[1])
     assert not path.exists()
@@ -323,23 +324,23 @@ def test_no_text_ends_the_element_that_holds_the_json():
 )
 def test_bad_arguments_are_explained(path, change, message):
     arguments = {"picture": PICTURE, "maps": maps_of(), **change}
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         write_page(path, **arguments)
     assert not path.exists()
 
 
 def test_maps_that_no_page_can_show_are_refused(path):
     lists = AttentionMaps(([weights_of(0)],), (0,), [GRID], PREFIX, [None])
-    with pytest.raises(InvalidInput, match="a list of batches"):
+    with pytest.raises(InvalidInputError, match="a list of batches"):
         write_page(path, PICTURE, lists)
-    with pytest.raises(InvalidInput, match="no layer"):
+    with pytest.raises(InvalidInputError, match="no layer"):
         write_page(path, PICTURE, AttentionMaps((), (), GRID, PREFIX))
     uneven = AttentionMaps((weights_of(0), weights_of(0, heads=3)), (0, 1), GRID, PREFIX)
-    with pytest.raises(InvalidInput, match="one shape in every layer"):
+    with pytest.raises(InvalidInputError, match="one shape in every layer"):
         write_page(path, PICTURE, uneven)
-    with pytest.raises(InvalidInput, match="3 \\+ 5 · 5 = 28 columns"):
+    with pytest.raises(InvalidInputError, match="3 \\+ 5 · 5 = 28 columns"):
         write_page(path, PICTURE, AttentionMaps((weights_of(0),), (0,), (5, 5), PREFIX))
-    with pytest.raises(OutOfRange, match="a sample between 0 and 0.\nFound 1"):
+    with pytest.raises(OutOfRangeError, match="a sample between 0 and 0.\nFound 1"):
         write_page(path, PICTURE, maps_of(), sample=1)
 
 
@@ -347,7 +348,7 @@ def test_maps_that_no_page_can_show_are_refused(path):
 def test_an_output_that_is_a_folder_is_an_error(tmp_path, name):
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UnwritableOutput):
+    with pytest.raises(UnwritableOutputError):
         write_page(tmp_path / name, PICTURE, maps_of())
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -430,7 +431,7 @@ def test_a_model_that_cannot_be_run_here_is_an_error_of_ours(model, photograph, 
 
     hook = model.blocks[0].register_forward_pre_hook(run_out)
     try:
-        with pytest.raises(InvalidInput, match=r"6 × 10 \(not enough memory\)\.\nGive"):
+        with pytest.raises(InvalidInputError, match=r"6 × 10 \(not enough memory\)\.\nGive"):
             explore(path, model, photograph)
     finally:
         hook.remove()

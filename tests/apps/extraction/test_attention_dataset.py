@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from dinov2_attn import AttentionDataset, extract
 from dinov2_attn.apps.extraction.read import MOST_OPEN
-from dinov2_attn.errors import OutOfRange, UnreadableFile
+from dinov2_attn.errors import OutOfRangeError, UnreadableFileError
 from tests.support.extraction import build, photographs, stored
 from tests.support.tolerances import assert_same_bits
 
@@ -53,7 +53,7 @@ def test_what_was_not_read_is_listed(out):
 
 @pytest.mark.parametrize("i", [23, -24])
 def test_an_image_that_is_not_there(out, i):
-    with pytest.raises(OutOfRange, match="Expected an image from 0 to 22"):
+    with pytest.raises(OutOfRangeError, match="Expected an image from 0 to 22"):
         AttentionDataset(out)[i]
 
 
@@ -63,7 +63,7 @@ def test_nothing_is_opened_before_it_is_asked_for(out):
         if path.stem != "00003":
             path.unlink()
     assert dataset[3]["maps"].shape[:3] == (3, 2, 1)
-    with pytest.raises(UnreadableFile, match="00004"):
+    with pytest.raises(UnreadableFileError, match="00004"):
         dataset[4]
 
 
@@ -85,7 +85,7 @@ def test_other_bytes_are_noticed(out):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UnreadableFile, match=r"other bytes for image 5 in shards/00005"):
+    with pytest.raises(UnreadableFileError, match=r"other bytes for image 5 in shards/00005"):
         AttentionDataset(out)[5]
     assert AttentionDataset(out, verify=False)[5]["number"] == 5
 
@@ -104,7 +104,7 @@ def test_a_shard_cut_short_is_noticed_and_made_again(model, out, tmp_path, lengt
     path = out / "shards" / "00005.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:length])
-    with pytest.raises(UnreadableFile, match="run the extraction again"):
+    with pytest.raises(UnreadableFileError, match="run the extraction again"):
         AttentionDataset(out)[5]
     extract(model, tmp_path / "in", out, shard_size=1, layers=None, dtype="bfloat16")
     assert path.read_bytes() == whole
@@ -112,19 +112,19 @@ def test_a_shard_cut_short_is_noticed_and_made_again(model, out, tmp_path, lengt
 
 def test_an_extraction_that_is_not_finished_says_how_to_go_on(out):
     (out / "index.jsonl").unlink()
-    with pytest.raises(UnreadableFile, match="(?s)Run the same .* again: it goes on"):
+    with pytest.raises(UnreadableFileError, match="(?s)Run the same .* again: it goes on"):
         AttentionDataset(out)
 
 
 @pytest.mark.parametrize("text", ["{", "[]\n", '{"number": 0}\n', "\n"])
 def test_an_index_that_was_spoilt_says_what_to_do(out, text):
     (out / "index.jsonl").write_text(text)
-    with pytest.raises(UnreadableFile, match="(?s)index.jsonl.*run the extraction again"):
+    with pytest.raises(UnreadableFileError, match="(?s)index.jsonl.*run the extraction again"):
         AttentionDataset(out)[0]
 
 
 def test_a_folder_that_is_none(tmp_path):
-    with pytest.raises(UnreadableFile, match="Expected an extraction"):
+    with pytest.raises(UnreadableFileError, match="Expected an extraction"):
         AttentionDataset(tmp_path)
 
 

@@ -23,13 +23,13 @@ from dinov2_attn.apps.extraction.items import list_items
 from dinov2_attn.apps.extraction.worker import WORTH_A_WORKER, decoded
 from dinov2_attn.apps.viz.images import read_photograph
 from dinov2_attn.errors import (
-    InvalidInput,
-    NotGrafted,
-    OutOfRange,
-    SuspiciousArtifacts,
-    Unavailable,
-    UnreadableFile,
-    UnwritableOutput,
+    InvalidInputError,
+    NotGraftedError,
+    OutOfRangeError,
+    SuspiciousArtifactsWarning,
+    UnavailableError,
+    UnreadableFileError,
+    UnwritableOutputError,
 )
 from dinov2_attn.maps.resample import resample
 from tests.support.extraction import SIZES, build, draw, files_of, index_of, photographs, stored
@@ -143,12 +143,12 @@ def test_outliers_are_those_of_artifact_tokens(model, tmp_path):
     flat[4:6, 6:8] = 255
     Image.fromarray(flat).save(tmp_path / "in" / "b.png")
     with warnings.catch_warnings():
-        warnings.simplefilter("error", SuspiciousArtifacts)  # the index says it
+        warnings.simplefilter("error", SuspiciousArtifactsWarning)  # the index says it
         extract(model, tmp_path / "in", tmp_path / "out", outliers=True)
     for entry in index_of(tmp_path / "out"):
         images = read_photograph(tmp_path / "in" / entry["path"], 2).tensor[None]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SuspiciousArtifacts)
+            warnings.simplefilter("ignore", SuspiciousArtifactsWarning)
             (expected,) = artifact_tokens(model, images).report()
         ours = entry["outliers"]
         assert ours["layer"] == expected["layer"]
@@ -237,14 +237,16 @@ def test_a_shard_of_nothing_that_can_be_read_is_a_shard(model, tmp_path):
 
 
 def test_strict_stops_at_the_first(model, spoilt, tmp_path):
-    with pytest.raises(UnreadableFile, match=r"(?s)since the run is strict\.\nFound .*\.(png|jpg)"):
+    with pytest.raises(
+        UnreadableFileError, match=r"(?s)since the run is strict\.\nFound .*\.(png|jpg)"
+    ):
         extract(model, spoilt, tmp_path / "out", strict=True, shard_size=4)
     assert not (tmp_path / "out" / "index.jsonl").exists()
 
 
 def test_strict_stops_at_what_an_earlier_run_passed_over(model, spoilt, tmp_path):
     extract(model, spoilt, tmp_path / "out")
-    with pytest.raises(UnreadableFile, match="since the run is strict"):
+    with pytest.raises(UnreadableFileError, match="since the run is strict"):
         extract(model, spoilt, tmp_path / "out", strict=True)
 
 
@@ -254,7 +256,7 @@ def test_a_query_that_a_small_image_lacks_is_a_reason(model, images, tmp_path):
     assert 0 < done.unreadable == small < 12
     for entry in index_of(tmp_path, "unreadable.jsonl"):
         assert "expected a query between" in entry["reason"]
-    with pytest.raises(UnreadableFile, match="expected a query between"):
+    with pytest.raises(UnreadableFileError, match="expected a query between"):
         extract(model, images, tmp_path / "strict", queries=[0, 7], strict=True)
 
 
@@ -323,9 +325,9 @@ def test_a_second_run_has_nothing_to_do(model, images, tmp_path):
 def test_another_extraction_is_refused_and_the_first_stays(model, images, tmp_path, change, said):
     extract(model, images, tmp_path)
     before = files_of(tmp_path)
-    with pytest.raises(InvalidInput, match=said):
+    with pytest.raises(InvalidInputError, match=said):
         extract(model, images, tmp_path, **change)
-    with pytest.raises(InvalidInput, match=said):
+    with pytest.raises(InvalidInputError, match=said):
         extract(model, images, tmp_path, **change, dry_run=True)
     assert files_of(tmp_path) == before
 
@@ -335,32 +337,34 @@ def test_other_weights_and_other_images_are_another_extraction(grafted, model, i
     other = build(grafted)
     with torch.no_grad():
         other.norm.bias[0] += 1
-    with pytest.raises(InvalidInput, match="weights: "):
+    with pytest.raises(InvalidInputError, match="weights: "):
         extract(other, images, tmp_path / "out")
     photographs(tmp_path / "in", 11)
-    with pytest.raises(InvalidInput, match="images: 12, now 11; listing: "):
+    with pytest.raises(InvalidInputError, match="images: 12, now 11; listing: "):
         extract(model, tmp_path / "in", tmp_path / "out")
 
 
 def test_a_folder_of_something_else_is_left_alone(model, images, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(InvalidInput, match="other files there"):
+    with pytest.raises(InvalidInputError, match="other files there"):
         extract(model, images, tmp_path)
     assert set(files_of(tmp_path)) == {"thesis.txt", ".lock"}
 
 
 def test_a_file_in_place_of_the_folder(model, images, tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(UnwritableOutput, match="FileExistsError"):
+    with pytest.raises(UnwritableOutputError, match="FileExistsError"):
         extract(model, images, tmp_path / "out")
-    with pytest.raises(UnwritableOutput, match="NotADirectoryError"):
+    with pytest.raises(UnwritableOutputError, match="NotADirectoryError"):
         extract(model, images, tmp_path / "out", dry_run=True)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 0}', "\0"])
 def test_what_the_folder_says_of_itself_may_be_anything(model, images, tmp_path, text):
     (tmp_path / "extraction.json").write_text(text)
-    with pytest.raises((InvalidInput, UnreadableFile), match=r"Expected (the|an) extraction"):
+    with pytest.raises(
+        (InvalidInputError, UnreadableFileError), match=r"Expected (the|an) extraction"
+    ):
         extract(model, images, tmp_path)
 
 
@@ -377,31 +381,31 @@ def test_random_weights_are_said_to_be_random(model, images, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "error", "match"),
     [
-        ({"layers": 4}, OutOfRange, "between 0 and 3"),
-        ({"layers": 0}, InvalidInput, "at least one layer"),
-        ({"layers": [3]}, OutOfRange, "blocks between -3 and 2"),
-        ({"queries": "clss"}, InvalidInput, "'clss'"),
-        ({"queries": "registers"}, InvalidInput, "a model without"),
-        ({"queries": slice(3)}, InvalidInput, "Spell the positions out"),
-        ({"queries": []}, InvalidInput, "at least one query"),
-        ({"queries": [True]}, InvalidInput, "whole numbers"),
-        ({"heads": 3}, InvalidInput, "heads"),
-        ({"dtype": "int8"}, InvalidInput, "'int8'"),
-        ({"grid": (0, 3)}, InvalidInput, "1 at least"),
-        ({"grid": (3,)}, InvalidInput, "grid as"),
-        ({"grid": (3, 2.5)}, InvalidInput, "whole numbers"),
-        ({"batch_size": 0}, InvalidInput, "batch_size of at least 1"),
-        ({"shard_size": -1}, InvalidInput, "shard_size of at least 1"),
-        ({"max_pixels": 0}, InvalidInput, "max_pixels of at least 1"),
-        ({"max_pixels": 2.5}, InvalidInput, "max_pixels as whole numbers"),
-        ({"image_size": 0}, InvalidInput, "image_size of at least 1"),
-        ({"image_size": (8, -8)}, InvalidInput, "image_size as"),
-        ({"image_size": (8,)}, InvalidInput, "image_size as"),
-        ({"image_size": "8"}, InvalidInput, "whole numbers"),
-        ({"image_size": 8.5}, InvalidInput, "whole numbers"),
-        ({"grid": 3}, InvalidInput, "grid as"),
-        ({"workers": -1}, InvalidInput, "workers of at least 0"),
-        ({"workers": None}, InvalidInput, "workers as whole numbers"),
+        ({"layers": 4}, OutOfRangeError, "between 0 and 3"),
+        ({"layers": 0}, InvalidInputError, "at least one layer"),
+        ({"layers": [3]}, OutOfRangeError, "blocks between -3 and 2"),
+        ({"queries": "clss"}, InvalidInputError, "'clss'"),
+        ({"queries": "registers"}, InvalidInputError, "a model without"),
+        ({"queries": slice(3)}, InvalidInputError, "Spell the positions out"),
+        ({"queries": []}, InvalidInputError, "at least one query"),
+        ({"queries": [True]}, InvalidInputError, "whole numbers"),
+        ({"heads": 3}, InvalidInputError, "heads"),
+        ({"dtype": "int8"}, InvalidInputError, "'int8'"),
+        ({"grid": (0, 3)}, InvalidInputError, "1 at least"),
+        ({"grid": (3,)}, InvalidInputError, "grid as"),
+        ({"grid": (3, 2.5)}, InvalidInputError, "whole numbers"),
+        ({"batch_size": 0}, InvalidInputError, "batch_size of at least 1"),
+        ({"shard_size": -1}, InvalidInputError, "shard_size of at least 1"),
+        ({"max_pixels": 0}, InvalidInputError, "max_pixels of at least 1"),
+        ({"max_pixels": 2.5}, InvalidInputError, "max_pixels as whole numbers"),
+        ({"image_size": 0}, InvalidInputError, "image_size of at least 1"),
+        ({"image_size": (8, -8)}, InvalidInputError, "image_size as"),
+        ({"image_size": (8,)}, InvalidInputError, "image_size as"),
+        ({"image_size": "8"}, InvalidInputError, "whole numbers"),
+        ({"image_size": 8.5}, InvalidInputError, "whole numbers"),
+        ({"grid": 3}, InvalidInputError, "grid as"),
+        ({"workers": -1}, InvalidInputError, "workers of at least 0"),
+        ({"workers": None}, InvalidInputError, "workers as whole numbers"),
     ],
     ids=str,
 )
@@ -429,7 +433,7 @@ def test_a_size_of_less_than_one_patch_is_a_reason(model, images, tmp_path):
 
 
 def test_a_source_that_is_not_there_leaves_no_folder(model, tmp_path):
-    with pytest.raises(UnreadableFile, match="nowhere"):
+    with pytest.raises(UnreadableFileError, match="nowhere"):
         extract(model, tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -437,14 +441,14 @@ def test_a_source_that_is_not_there_leaves_no_folder(model, tmp_path):
 def test_a_model_in_training_is_refused(model, images, tmp_path):
     model.train()
     try:
-        with pytest.raises(InvalidInput, match=r"Call model\.eval\(\)"):
+        with pytest.raises(InvalidInputError, match=r"Call model\.eval\(\)"):
             extract(model, images, tmp_path)
     finally:
         model.eval()
 
 
 def test_a_model_that_is_not_grafted_is_refused(images, tmp_path):
-    with pytest.raises(NotGrafted, match="install"):
+    with pytest.raises(NotGraftedError, match="install"):
         extract(torch.nn.Linear(2, 2).eval(), images, tmp_path)
 
 
@@ -499,7 +503,7 @@ class Dying:
 
 def test_a_worker_that_dies_is_an_error(tmp_path):
     items = enumerate(list_items([draw(tmp_path / "a.png", (4, 4), 0)] * WORTH_A_WORKER))
-    with pytest.raises(Unavailable, match="try fewer workers"):
+    with pytest.raises(UnavailableError, match="try fewer workers"):
         list(decoded(Dying(), items, WORTH_A_WORKER, workers=1))
 
 

@@ -21,7 +21,7 @@ from dinov2_attn.apps.extraction.given import GivenDecoder, Wanted
 from dinov2_attn.apps.extraction.pickled import can_be_sent, fingerprint
 from dinov2_attn.apps.extraction.sources import source_of
 from dinov2_attn.apps.viz.reading import IMAGENET
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support.extraction import build, draw, files_of, index_of, photographs, stored
 from tests.support.tolerances import assert_close
 
@@ -235,7 +235,7 @@ def test_an_item_that_fails_is_one_that_fails(model, tmp_path):
     assert "multiples of the patch size 2.\nFound item-000002 of 7 × 4" in reasons[1]
     assert "floating tensor (C, H, W).\nFound item-000005: uint8 (3, 6, 4)" in reasons[3]
     assert "3 channels" in reasons[5]
-    with pytest.raises(UnreadableFile, match="no such record"):
+    with pytest.raises(UnreadableFileError, match="no such record"):
         extract(model, Items(*items), tmp_path / "strict", strict=True)
 
 
@@ -295,15 +295,15 @@ def test_who_stops_the_run_stops_it(model, tmp_path, error):
     ],
 )
 def test_what_holds_no_picture_is_refused_with_a_way_out(model, tmp_path, source, match):
-    with pytest.raises(InvalidInput, match=match):
+    with pytest.raises(InvalidInputError, match=match):
         extract(model, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_tensors_have_their_size(model, tmp_path):
-    with pytest.raises(InvalidInput, match="Leave image_size out"):
+    with pytest.raises(InvalidInputError, match="Leave image_size out"):
         extract(model, tensors(), tmp_path / "out", image_size=4)
-    with pytest.raises(InvalidInput, match="transform as a function"):
+    with pytest.raises(InvalidInputError, match="transform as a function"):
         extract(model, tensors(), tmp_path / "out", transform="resize")
 
 
@@ -321,9 +321,9 @@ class Stream(IterableDataset):
 
 def test_a_loader_and_a_stream_are_refused_and_the_advice_works(model, tmp_path):
     for loader in (DataLoader(Items(*tensors()), batch_size=2), DataLoader(Stream())):
-        with pytest.raises(InvalidInput, match=r"Give (list\()?loader\.dataset"):
+        with pytest.raises(InvalidInputError, match=r"Give (list\()?loader\.dataset"):
             extract(model, loader, tmp_path / "out")
-    with pytest.raises(InvalidInput, match=r"Give list\(source\)"):
+    with pytest.raises(InvalidInputError, match=r"Give list\(source\)"):
         extract(model, Stream(), tmp_path / "out")
     loader = DataLoader(Items(*tensors()), batch_size=2)
     extract(model, loader.dataset, tmp_path / "loader")
@@ -350,11 +350,11 @@ def test_it_goes_on_where_it_was_stopped(model, folder, tmp_path):
 
 def test_another_dataset_or_transform_is_another_extraction(model, folder, tmp_path):
     extract(model, ImageFolder(folder, MINE), tmp_path / "out")
-    with pytest.raises(InvalidInput, match="(?s)transform: .*now null"):
+    with pytest.raises(InvalidInputError, match="(?s)transform: .*now null"):
         extract(model, ImageFolder(folder), tmp_path / "out")
-    with pytest.raises(InvalidInput, match="(?s)transform: .*Resize"):
+    with pytest.raises(InvalidInputError, match="(?s)transform: .*Resize"):
         extract(model, ImageFolder(folder, MINE), tmp_path / "out", transform=T.Resize(4))
-    with pytest.raises(InvalidInput, match="images: 5, now 4; listing"):
+    with pytest.raises(InvalidInputError, match="images: 5, now 4; listing"):
         extract(model, Subset(ImageFolder(folder, MINE), range(4)), tmp_path / "out")
 
 

@@ -12,7 +12,12 @@ from PIL import Image
 from dinov2_attn import AttentionDataset, extract
 from dinov2_attn.apps.extraction import inference as looking
 from dinov2_attn.apps.viz import inference
-from dinov2_attn.errors import InvalidInput, NotGrafted, Unavailable, UnreadableFile
+from dinov2_attn.errors import (
+    InvalidInputError,
+    NotGraftedError,
+    UnavailableError,
+    UnreadableFileError,
+)
 from tests.support.extraction import build, draw, files_of, index_of, photographs, stored
 from tests.support.tolerances import assert_close
 
@@ -130,11 +135,15 @@ def test_both_stages_are_listed(model, images, failing, tmp_path):
 
 
 def test_strict_stops_at_the_first_and_names_it(model, images, failing, tmp_path):
-    with pytest.raises(UnreadableFile, match=r"(?s)is strict\.\nFound .*05\.png, .*RuntimeError: white"):
+    with pytest.raises(
+        UnreadableFileError, match=r"(?s)is strict\.\nFound .*05\.png, .*RuntimeError: white"
+    ):
         extract(model, images, tmp_path / "out", strict=True)
     assert not (tmp_path / "out" / "index.jsonl").exists()
     extract(model, images, tmp_path / "out")
-    with pytest.raises(UnreadableFile, match=r"(?s)is strict\.\nFound .*05\.png, .*RuntimeError: white"):
+    with pytest.raises(
+        UnreadableFileError, match=r"(?s)is strict\.\nFound .*05\.png, .*RuntimeError: white"
+    ):
         extract(model, images, tmp_path / "out", strict=True)
 
 
@@ -159,10 +168,10 @@ def test_a_batch_that_fails_together_only_fails_nobody(model, images, tmp_path):
 
 def test_a_model_that_is_grafted_no_more_stops_the_run(model, images, tmp_path, monkeypatch):
     def gone(*_):
-        raise NotGrafted("a graft", "none", "Install it.")
+        raise NotGraftedError("a graft", "none", "Install it.")
 
     monkeypatch.setattr(looking, "_look", gone)
-    with pytest.raises(NotGrafted):
+    with pytest.raises(NotGraftedError):
         extract(model, images, tmp_path / "out")
 
 
@@ -173,7 +182,7 @@ def test_a_device_that_is_gone_stops_the_run(monkeypatch):
         raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors …")
 
     monkeypatch.setattr(inference.torch, "zeros", gone)
-    with pytest.raises(Unavailable, match="(?s)device-side assert triggered\\. .*run again"):
+    with pytest.raises(UnavailableError, match="(?s)device-side assert triggered\\. .*run again"):
         inference.check_alive(torch.device("cuda"))
     inference.check_alive(torch.device("cpu"))
 
@@ -208,10 +217,12 @@ def test_an_image_whose_memory_nobody_has(model, tmp_path, monkeypatch):
     assert "(MemoryError)" in line["reason"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, InvalidInput("a", "b", "c.")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, SystemExit, InvalidInputError("a", "b", "c.")]
+)
 def test_looking_at_lets_pass_what_is_not_of_the_image(error):
     with (
-        pytest.raises(error if isinstance(error, type) else InvalidInput),
+        pytest.raises(error if isinstance(error, type) else InvalidInputError),
         inference.looking_at(torch.zeros(1, 3, 2, 2)),
     ):
         raise error
@@ -223,7 +234,7 @@ def test_looking_at_advises_a_smaller_image_for_memory_only():
         (ValueError("x"), "Leave it out"),
     ):
         with (
-            pytest.raises(InvalidInput, match=advice),
+            pytest.raises(InvalidInputError, match=advice),
             inference.looking_at(torch.zeros(1, 3, 2, 2)),
         ):
             raise error

@@ -15,7 +15,7 @@ import pytest
 import dinov2_attn
 from dinov2_attn.apps.demo.load import PATH as DEMO
 from dinov2_attn.apps.extraction.layout import LOCK
-from dinov2_attn.errors import UnwritableOutput
+from dinov2_attn.errors import UnwritableOutputError
 from tests.support.extraction import build, files_of, photographs
 from tests.support.subprocesses import OFFLINE
 
@@ -43,7 +43,7 @@ def test_a_run_refuses_a_folder_that_another_is_writing_to(grafted, tmp_path):
     (tmp_path / "out").mkdir()
     with (
         filelock.FileLock(tmp_path / "out" / LOCK),
-        pytest.raises(UnwritableOutput, match="one that is locked.\nWait for the other run"),
+        pytest.raises(UnwritableOutputError, match="one that is locked.\nWait for the other run"),
     ):
         dinov2_attn.extract(build(grafted), images, tmp_path / "out")
     assert set(files_of(tmp_path / "out")) == {LOCK}

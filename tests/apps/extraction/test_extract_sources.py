@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dinov2_attn.apps.extraction.decode import Decoder, Measurer
 from dinov2_attn.apps.extraction.items import list_items
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support.extraction import draw, photographs
 
 
@@ -62,7 +62,7 @@ def test_a_link_to_itself_is_no_folder(tmp_path):
 def test_a_broken_link_is_listed_for_a_reason_to_be_given(tmp_path):
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     (item,) = list_items([tmp_path])
-    with pytest.raises(UnreadableFile, match=r"Found gone\.png \(FileNotFoundError"):
+    with pytest.raises(UnreadableFileError, match=r"Found gone\.png \(FileNotFoundError"):
         item.read()
 
 
@@ -76,7 +76,7 @@ def test_a_list_is_read_from_its_own_folder(tmp_path, monkeypatch):
     assert [item.path for item in items] == ["in/b/001.png", absolute, "not here"]
     assert items[0].read() == (tmp_path / "in" / "b" / "001.png").read_bytes()
     assert items[1].read() == (tmp_path / "in" / "000.png").read_bytes()
-    with pytest.raises(UnreadableFile, match="Found not here"):
+    with pytest.raises(UnreadableFileError, match="Found not here"):
         items[2].read()
 
 
@@ -136,7 +136,7 @@ def test_what_is_no_file_in_a_tar_is_not_opened(tmp_path, spoil):
         info.linkname = "/etc/passwd"
         spoil(tar, info)
         tar.addfile(info)
-    with pytest.raises(InvalidInput, match="Expected images in"):
+    with pytest.raises(InvalidInputError, match="Expected images in"):
         paths(tmp_path / "t.tar")
 
 
@@ -147,7 +147,7 @@ def test_a_tar_that_was_cut_short_is_an_error_or_a_short_image(tmp_path):
         (tmp_path / "cut.tar").write_bytes(whole[:length])
         try:
             found = list_items([tmp_path / "cut.tar"])
-        except (UnreadableFile, InvalidInput):
+        except (UnreadableFileError, InvalidInputError):
             continue
         assert [item.path for item in found] == [item.path for item in items][: len(found)]
 
@@ -165,7 +165,7 @@ def test_a_second_name_of_an_image_in_a_tar_is_an_image(tmp_path):
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
 def test_compressed_tars_are_refused_with_a_way_out(tmp_path, mode):
     tar = tar_of(photographs(tmp_path / "in", 3), tmp_path / f"t.tar.{mode}", f"w:{mode}")
-    with pytest.raises(InvalidInput, match="which is compressed.\nDecompress it first"):
+    with pytest.raises(InvalidInputError, match="which is compressed.\nDecompress it first"):
         list_items([tar])
 
 
@@ -178,11 +178,11 @@ def test_an_image_is_a_source_and_several_sources_follow_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda path: None, UnreadableFile, "FileNotFoundError"),
-        (lambda path: path.mkdir(), InvalidInput, "none called"),
-        (lambda path: path.write_bytes(b""), InvalidInput, "none called"),
-        (lambda path: path.write_bytes(b"\n\r\n"), InvalidInput, "none called"),
-        (lambda path: path.write_bytes(b"\x89PNG\r\n\0\0"), InvalidInput, "none of these"),
+        (lambda path: None, UnreadableFileError, "FileNotFoundError"),
+        (lambda path: path.mkdir(), InvalidInputError, "none called"),
+        (lambda path: path.write_bytes(b""), InvalidInputError, "none called"),
+        (lambda path: path.write_bytes(b"\n\r\n"), InvalidInputError, "none called"),
+        (lambda path: path.write_bytes(b"\x89PNG\r\n\0\0"), InvalidInputError, "none of these"),
     ],
     ids=["absent", "empty folder", "empty file", "empty lines", "binary"],
 )
@@ -197,7 +197,7 @@ def test_what_is_no_source_is_an_error(tmp_path, make, error, match):
 def test_a_pipe_is_no_source(tmp_path, name):
     """It can be read once, and a look at its first bytes would take them from the list."""
     os.mkfifo(tmp_path / name)
-    with pytest.raises(InvalidInput, match="neither.\nWrite a list into a file first"):
+    with pytest.raises(InvalidInputError, match="neither.\nWrite a list into a file first"):
         list_items([tmp_path / name])
 
 
@@ -211,7 +211,7 @@ def test_a_pipe_among_images_is_not_waited_for(tmp_path, decoder):
 
 
 def test_no_source_is_an_error():
-    with pytest.raises(InvalidInput, match="Expected a source of images"):
+    with pytest.raises(InvalidInputError, match="Expected a source of images"):
         list_items([])
 
 
@@ -221,5 +221,5 @@ def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
     for _ in range(20):
         os.mkdir("x" * 250)
         os.chdir("x" * 250)
-    with pytest.raises(UnreadableFile, match="File name too long"):
+    with pytest.raises(UnreadableFileError, match="File name too long"):
         list_items([tmp_path / "in"])

@@ -15,7 +15,7 @@ from dinov2_attn import extract
 from dinov2_attn.apps.extraction.items import list_items
 from dinov2_attn.apps.extraction.passed_over import Sieve, describe, image_suffixes
 from dinov2_attn.apps.viz.images import read_photograph
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from tests.support.extraction import build, draw, files_of, index_of, photographs, stored
 from tests.support.tolerances import assert_close
 
@@ -151,7 +151,7 @@ def test_a_file_named_by_itself_is_told_by_its_content(tmp_path):
 @pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\nmoveto\n", b"%PDF-1.4\nx\n"])
 def test_a_program_is_no_list_of_paths(tmp_path, content):
     (tmp_path / "a.eps").write_bytes(content)
-    with pytest.raises(InvalidInput, match="none of these"):
+    with pytest.raises(InvalidInputError, match="none of these"):
         list_items([tmp_path / "a.eps"])
 
 
@@ -192,9 +192,9 @@ def test_a_plugin_that_is_missing_is_named(tmp_path):
 def test_a_source_of_nothing_else_names_it_too(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "IMG_0001.HEIC").write_bytes(HEIC)
-    with pytest.raises(InvalidInput, match="(?s)none called .*pip install pillow-heif"):
+    with pytest.raises(InvalidInputError, match="(?s)none called .*pip install pillow-heif"):
         list_items([tmp_path / "in"])
-    with pytest.raises(InvalidInput, match="pip install pillow-heif"):
+    with pytest.raises(InvalidInputError, match="pip install pillow-heif"):
         list_items([tmp_path / "in" / "IMG_0001.HEIC"])
 
 
@@ -253,5 +253,5 @@ def test_a_name_with_brackets_is_a_name(tmp_path):
 
 
 def test_a_glob_of_nothing_is_an_error(tmp_path):
-    with pytest.raises(InvalidInput, match=r"(?s)Expected images in .*\*\.png"):
+    with pytest.raises(InvalidInputError, match=r"(?s)Expected images in .*\*\.png"):
         list_items([f"{tmp_path}/*.png"])

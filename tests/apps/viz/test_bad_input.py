@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dinov2_attn
-from dinov2_attn.errors import in_one_line
+from dinov2_attn.errors import InvalidInputError, NotGraftedError, OutOfRangeError, in_one_line
 from tests.support import upstreams
 from tests.support.strategies import noise
 
@@ -49,10 +49,10 @@ BAD_IMAGES = {
 @pytest.mark.parametrize(("images", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES)
 def test_images_that_cannot_be(model, images, message):
     for ask in (model.get_last_self_attention, model.get_self_attention):
-        with pytest.raises(dinov2_attn.InvalidInput, match=message):
+        with pytest.raises(InvalidInputError, match=message):
             ask(images)
     for ask in (model, model.forward_features):
-        with pytest.raises(dinov2_attn.InvalidInput, match=message):
+        with pytest.raises(InvalidInputError, match=message):
             ask(images, return_attention=True)
 
 
@@ -76,27 +76,27 @@ BAD_MASKS = {
 
 @pytest.mark.parametrize(("masks", "message"), BAD_MASKS.values(), ids=BAD_MASKS)
 def test_masks_that_cannot_be(model, masks, message):
-    with pytest.raises(dinov2_attn.InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         model.get_last_self_attention(IMAGES, masks)
 
 
 @pytest.mark.parametrize("masks", [[None], torch.zeros(2, 6, dtype=torch.bool)])
 def test_masks_of_a_list_are_counted(model, masks):
-    with pytest.raises(dinov2_attn.InvalidInput, match="list of 3 masks, one for each tensor"):
+    with pytest.raises(InvalidInputError, match="list of 3 masks, one for each tensor"):
         model.get_self_attention([IMAGES] * 3, masks=masks)
 
 
 BAD_LAYERS = {
-    "too many": (3, dinov2_attn.OutOfRange, r"between 0 and 2\.\nFound 3"),
-    "negative": (-1, dinov2_attn.OutOfRange, r"between 0 and 2\.\nFound -1"),
-    "beyond": ([0, 2], dinov2_attn.OutOfRange, r"between -2 and 1, there being 2\.\nFound 2\."),
-    "before": ([-3], dinov2_attn.OutOfRange, r"Found -3"),
-    "a word": ("last", dinov2_attn.InvalidInput, r"Expected blocks as whole numbers\.\nFound 'l'"),
-    "a generator": ((i for i in [0]), dinov2_attn.InvalidInput, r"Found <generator"),
-    "a set": ({0}, dinov2_attn.InvalidInput, r"whole numbers\.\nFound \{0\} of type set"),
+    "too many": (3, OutOfRangeError, r"between 0 and 2\.\nFound 3"),
+    "negative": (-1, OutOfRangeError, r"between 0 and 2\.\nFound -1"),
+    "beyond": ([0, 2], OutOfRangeError, r"between -2 and 1, there being 2\.\nFound 2\."),
+    "before": ([-3], OutOfRangeError, r"Found -3"),
+    "a word": ("last", InvalidInputError, r"Expected blocks as whole numbers\.\nFound 'l'"),
+    "a generator": ((i for i in [0]), InvalidInputError, r"Found <generator"),
+    "a set": ({0}, InvalidInputError, r"whole numbers\.\nFound \{0\} of type set"),
     "a fraction": (
         1.5,
-        dinov2_attn.InvalidInput,
+        InvalidInputError,
         r"Expected n, the blocks to take, as whole numbers\.\nFound 1\.5 of type float",
     ),
 }
@@ -110,7 +110,7 @@ def test_layers_that_are_not_there(model, n, error, message):
 
 @pytest.mark.parametrize("queries", [7, -8, [0, 99], "class"])
 def test_queries_that_are_not_there(model, queries):
-    with pytest.raises(dinov2_attn.InvalidInput, match="(?s)Expected .*.\nFound "):
+    with pytest.raises(InvalidInputError, match="(?s)Expected .*.\nFound "):
         model.get_last_self_attention(IMAGES, queries=queries)
 
 
@@ -123,9 +123,9 @@ def test_nothing_runs_before_the_refusal(model):
             partial(model, return_attention=True),
             partial(model.forward_features, return_attention=True),
         ):
-            with pytest.raises(dinov2_attn.InvalidInput):
+            with pytest.raises(InvalidInputError):
                 ask(IMAGES, **options)
-    with pytest.raises(dinov2_attn.InvalidInput):
+    with pytest.raises(InvalidInputError):
         model.get_self_attention(IMAGES, n=9)
     hook.remove()
     assert ran == []
@@ -142,7 +142,7 @@ def test_every_row_that_a_model_has_may_be_asked_and_no_other(models):
     ran = []
     model.patch_embed.register_forward_pre_hook(lambda *_: ran.append(1))
     for query in (rows, -rows - 1):
-        with pytest.raises(dinov2_attn.OutOfRange, match=f"there being {rows} tokens"):
+        with pytest.raises(OutOfRangeError, match=f"there being {rows} tokens"):
             model.get_last_self_attention(IMAGES, queries=query)
     assert ran == []
 
@@ -154,7 +154,7 @@ def test_patches_may_be_oblong(grafted):
     )
     images = noise(1, 3, 8, 8, seed=0)
     assert model.get_last_self_attention(images, queries=[8, -9]).shape == (1, 1, 2, 9)
-    with pytest.raises(dinov2_attn.InvalidInput, match="patch size 2 × 4.\nFound 8 × 6"):
+    with pytest.raises(InvalidInputError, match="patch size 2 × 4.\nFound 8 × 6"):
         model.get_last_self_attention(images[..., :6])
 
 
@@ -177,9 +177,7 @@ def test_a_module_that_was_never_grafted_says_so(models):
         img_size=4, patch_size=2, embed_dim=4, depth=2, num_heads=1, block_chunks=0
     )
     model.blocks[1] = Block(4, num_heads=1)
-    with pytest.raises(
-        dinov2_attn.NotGrafted, match=r"(?s)Block, whose forward was never.*install\("
-    ):
+    with pytest.raises(NotGraftedError, match=r"(?s)Block, whose forward was never.*install\("):
         model.get_last_self_attention(IMAGES)
     with dinov2_attn.install(model):
         assert len(model.get_self_attention(IMAGES)) == 2
@@ -189,16 +187,16 @@ def test_a_module_that_was_never_grafted_says_so(models):
 
     model.blocks[1] = models.cls("NestedTensorBlock")(4, num_heads=1)
     model.blocks[1].attn = nn.Linear(4, 4)
-    with pytest.raises(dinov2_attn.NotGrafted, match="Linear, whose forward was never grafted"):
+    with pytest.raises(NotGraftedError, match="Linear, whose forward was never grafted"):
         model.get_last_self_attention(IMAGES)
-    with pytest.raises(dinov2_attn.NotGrafted):
+    with pytest.raises(NotGraftedError):
         model(IMAGES, return_attention=True)
 
 
 def test_too_many_positional_arguments_are_refused(layers):
     """UPSTREAM trap 2: what a hand-patched call passes by position lands nowhere by accident."""
     module = layers.attentions[1](4, num_heads=1)
-    with pytest.raises(dinov2_attn.InvalidInput, match="(?s)positional arguments.*.\nFound 4"):
+    with pytest.raises(InvalidInputError, match="(?s)positional arguments.*.\nFound 4"):
         module(noise(1, 3, 4, seed=0), None, None, True, return_attn=True)
 
 
@@ -208,7 +206,7 @@ def test_too_many_positional_arguments_are_refused(layers):
 def test_a_block_takes_tokens_and_nothing_else(layers, call):
     block = layers.cls("Block")(4, num_heads=1)
     with pytest.raises(
-        dinov2_attn.InvalidInput,
+        InvalidInputError,
         match=r"(?s)tokens of a block.*\.\nFound nothing|x, queries.*\.\nFound pos",
     ):
         call(block, noise(1, 3, 4, seed=0))
@@ -218,7 +216,7 @@ def test_a_bias_of_unknown_kind_is_named():
     with dinov2_attn.install(upstreams.MOGE.package):
         module = upstreams.MOGE.cls("Attention")(4, num_heads=1)
         with pytest.raises(
-            dinov2_attn.InvalidInput, match=r"(?s)dense tensor.*\.\nFound .*builtins\.dict"
+            InvalidInputError, match=r"(?s)dense tensor.*\.\nFound .*builtins\.dict"
         ):
             module(noise(1, 3, 4, seed=0), {}, return_attn=True)
 
@@ -228,9 +226,7 @@ def test_a_bias_that_upstream_would_refuse_is_refused(models):
     module, tokens = models.attentions[1](4, num_heads=1), noise(1, 3, 4, seed=0)
     with pytest.raises(AssertionError):
         module(tokens, attn_bias=noise(3, 3, seed=0))
-    with pytest.raises(
-        dinov2_attn.InvalidInput, match="XFORMERS_AVAILABLE is true.\nFound one of type"
-    ):
+    with pytest.raises(InvalidInputError, match="XFORMERS_AVAILABLE is true.\nFound one of type"):
         module(tokens, attn_bias=noise(3, 3, seed=0), return_attn=True)
 
 
@@ -239,7 +235,7 @@ def test_arguments_that_a_class_does_not_have_are_refused():
     with dinov2_attn.install(upstream.package):
         module, tokens = upstream.attentions[0](4, num_heads=1), noise(1, 3, 4, seed=0)
         for name in ("attn_bias", "is_causal", "pos"):
-            with pytest.raises(dinov2_attn.InvalidInput, match=f"(?s)arguments x, queries.*{name}"):
+            with pytest.raises(InvalidInputError, match=f"(?s)arguments x, queries.*{name}"):
                 module(tokens, **{name: None}, return_attn=True)
 
 
@@ -258,27 +254,27 @@ def test_tokens_that_are_none_are_refused(layers, tokens, found):
         lambda t: layers.attentions[1](4, num_heads=1)(t, return_attn=True),
     ):
         words = rf"(?s)tensor of shape \(B, N, C\).*\.\nFound {found}\."
-        with pytest.raises(dinov2_attn.InvalidInput, match=words):
+        with pytest.raises(InvalidInputError, match=words):
             ask(tokens)
 
 
 def test_an_error_is_three_lines_and_three_attributes():
-    error = dinov2_attn.InvalidInput("whole patches", "5 × 4 pixels", "Crop the images.")
+    error = InvalidInputError("whole patches", "5 × 4 pixels", "Crop the images.")
     assert str(error) == "Expected whole patches.\nFound 5 × 4 pixels.\nCrop the images."
     assert (error.expected, error.found, error.hint) == error.args
-    again = dinov2_attn.InvalidInput(error.expected, "what?", error.hint)
+    again = InvalidInputError(error.expected, "what?", error.hint)
     assert str(again).splitlines()[1] == "Found what?"
 
 
 def test_an_error_can_be_said_in_one_line():
-    error = dinov2_attn.InvalidInput("whole patches", "5\n× 4 pixels", "Crop the images.")
+    error = InvalidInputError("whole patches", "5\n× 4 pixels", "Crop the images.")
     assert in_one_line(error) == "expected whole patches; found 5 × 4 pixels. Crop the images."
     assert in_one_line(OSError("no\nroom")) == "no room"
 
 
 def test_errors_survive_pickling():
     """They cross process boundaries, out of data loader workers for instance."""
-    error = dinov2_attn.OutOfRange("one", "two", "Three.")
+    error = OutOfRangeError("one", "two", "Three.")
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error) == "Expected one.\nFound two.\nThree."
     assert isinstance(again, ValueError)

@@ -15,7 +15,7 @@ import dinov2_attn
 from dinov2_attn.apps.cli.main import main
 from dinov2_attn.apps.viz.decoding import shown
 from dinov2_attn.apps.viz.images import read_photograph
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support import upstreams
 from tests.support.extraction import build, index_of, stored
 from tests.support.raw_files import tiff
@@ -112,7 +112,7 @@ def test_channels_of_a_tiff(tmp_path, channels, dtype):
 @pytest.mark.parametrize("channels", [2, 5])
 def test_channels_of_a_tiff_need_a_library(tmp_path, channels):
     path = tiff(tmp_path / "image.tif", values(channels))
-    with pytest.raises(UnreadableFile, match="pip install tifffile"):
+    with pytest.raises(UnreadableFileError, match="pip install tifffile"):
         read_photograph(path, 14, channels=channels)
 
 
@@ -122,8 +122,10 @@ OTHERS = [(4, 3), (5, 3), (5, 1), (2, 3), (5, 4), (4, 2), (3, 5), (3, 4)]
 @pytest.mark.parametrize(("model", "image"), [*OTHERS, (1, 5), (3, 5)])
 def test_others_are_refused_with_both_numbers(tmp_path, model, image):
     path = save(tmp_path / "image.npy", values(image))
-    message = rf"(?s)an image of {model} channels?, as the model takes\.\nFound .*, which has {image}\."
-    with pytest.raises(InvalidInput, match=message):
+    message = (
+        rf"(?s)an image of {model} channels?, as the model takes\.\nFound .*, which has {image}\."
+    )
+    with pytest.raises(InvalidInputError, match=message):
         read_photograph(path, 14, channels=model)
 
 
@@ -131,14 +133,16 @@ def test_others_are_refused_with_both_numbers(tmp_path, model, image):
 def test_no_channel_is_invented(tmp_path, mode):
     Image.fromarray(values(3)).convert(mode).save(tmp_path / "image.png")
     found = {"RGB": 3, "P": 3, "L": 1, "LA": 2}[mode]
-    with pytest.raises(InvalidInput, match=f"(?s)4 channels, as the model takes.*which has {found}"):
+    with pytest.raises(
+        InvalidInputError, match=f"(?s)4 channels, as the model takes.*which has {found}"
+    ):
         read_photograph(tmp_path / "image.png", 14, channels=4)
 
 
 @pytest.mark.parametrize("channels", [3, 5])
 def test_channels_first_are_told_how_to_turn(tmp_path, channels):
     path = save(tmp_path / "image.npy", np.moveaxis(values(channels), -1, 0))
-    with pytest.raises(InvalidInput, match=r"(?s)channels last.*transpose\(1, 2, 0\)"):
+    with pytest.raises(InvalidInputError, match=r"(?s)channels last.*transpose\(1, 2, 0\)"):
         read_photograph(path, 14, channels=channels)
     save(path, np.load(path).transpose(1, 2, 0))
     assert_close(tensor_of(path, channels), values(channels), within=0)
@@ -150,13 +154,13 @@ def test_channels_first_are_told_how_to_turn(tmp_path, channels):
 )
 def test_arrays_that_are_no_image(tmp_path, array):
     np.save(tmp_path / "image.npy", array)
-    with pytest.raises(UnreadableFile):
+    with pytest.raises(UnreadableFileError):
         read_photograph(tmp_path / "image.npy", 1)
 
 
 def test_an_array_has_the_limit_of_images(tmp_path):
     path = save(tmp_path / "image.npy", values(3))
-    with pytest.raises(InvalidInput, match="at most 1,175 pixels"):
+    with pytest.raises(InvalidInputError, match="at most 1,175 pixels"):
         read_photograph(path, 14, max_pixels=1175)
 
 
@@ -248,7 +252,7 @@ MODELS = [(5, 4), (5, 3), (3, 1), (3, 4), (1, 3), (1, 5)]
 def test_a_tensor_of_other_channels_says_both_numbers(grafted, model, images):
     built = build(grafted, in_chans=model).eval()
     batch = noise(2, images, 4, 6, seed=0)
-    with pytest.raises(InvalidInput) as error:
+    with pytest.raises(InvalidInputError) as error:
         built.get_last_self_attention(batch)
     expected, found, advice = error.value.args
     assert f"{model} channel" in expected
@@ -282,7 +286,7 @@ def test_the_advice_for_integers_leads_to_the_right_map(grafted, dtype, white, l
     images = {"batch": images, "single": images[0], "channels last": images.permute(0, 2, 3, 1)}[
         layout
     ]
-    with pytest.raises(InvalidInput, match="floating tensor") as error:
+    with pytest.raises(InvalidInputError, match="floating tensor") as error:
         model.get_last_self_attention(images)
     call = error.value.args[2]
     call = call[call.index("torchvision.") :].rstrip(".")

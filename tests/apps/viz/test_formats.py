@@ -10,7 +10,7 @@ from PIL import Image
 
 from dinov2_attn.apps.viz.formats import plugin_for, readable_suffixes, register_plugins
 from dinov2_attn.apps.viz.images import read_photograph
-from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.errors import UnreadableFileError
 
 HEADERS = {
     "heic": (b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf", "pillow-heif", "pillow_heif"),
@@ -29,7 +29,7 @@ def test_a_missing_plugin_is_named_by_suffix_and_by_content(tmp_path, suffix, na
     name = name.format(suffix)
     path = tmp_path / (name.upper() if capitals else name)
     path.write_bytes(header)
-    with pytest.raises(UnreadableFile, match=f"(?s)needs a plug-in.*`pip install {package}`"):
+    with pytest.raises(UnreadableFileError, match=f"(?s)needs a plug-in.*`pip install {package}`"):
         read_photograph(path, 14)
     assert plugin_for(header) == package
     assert plugin_for(f"a.{suffix}") == plugin_for(tmp_path / f"A.{suffix.upper()}") == package
@@ -72,7 +72,7 @@ def test_a_photograph_that_was_taken_sideways(tmp_path, suffix):
 def test_what_is_no_image_of_theirs_has_no_plugin(tmp_path):
     assert plugin_for(b"no pixels") is plugin_for(b"") is plugin_for("a.png") is None
     (tmp_path / "a.png").write_bytes(b"no pixels")
-    with pytest.raises(UnreadableFile, match="an image viewer opens it"):
+    with pytest.raises(UnreadableFileError, match="an image viewer opens it"):
         read_photograph(tmp_path / "a.png", 14)
 
 

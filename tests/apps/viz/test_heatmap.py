@@ -18,7 +18,7 @@ from dinov2_attn.apps.viz.colours import heaviest, stain, upsample, viridis
 from dinov2_attn.apps.viz.folders import together
 from dinov2_attn.apps.viz.heatmap import cls_maps, draw, write
 from dinov2_attn.apps.viz.images import Photograph, read_photograph
-from dinov2_attn.errors import UnwritableOutput
+from dinov2_attn.errors import InvalidInputError, UnwritableOutputError
 from dinov2_attn.proof.conformance.synthetic_models import HEAD, look_at_what_is_bright
 from tests.support import upstreams
 from tests.support.bright_patch import photograph_of
@@ -85,9 +85,7 @@ def test_a_device_that_cannot_run_the_model_is_an_error_of_ours(planted, folder)
     Image.fromarray(photograph_of((2, 3), (0, 0))).save(folder / "small.png")
     hook = planted.blocks[0].register_forward_pre_hook(run_out)
     try:
-        with pytest.raises(
-            dinov2_attn.InvalidInput, match=r"28 × 42 \(not enough memory\)\.\nGive"
-        ):
+        with pytest.raises(InvalidInputError, match=r"28 × 42 \(not enough memory\)\.\nGive"):
             cls_maps(planted, read_photograph(folder / "small.png", 14))
     finally:
         hook.remove()
@@ -262,7 +260,9 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, error):
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
     full = OSError("No space left on device")
-    with pytest.raises(UnwritableOutput, match=rf"(?s)written at {tmp_path}.*No space.*make room"):
+    with pytest.raises(
+        UnwritableOutputError, match=rf"(?s)written at {tmp_path}.*No space.*make room"
+    ):
         write_one_and_raise(tmp_path / "out", full)
     assert list(tmp_path.iterdir()) == []
 
@@ -270,7 +270,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
 def test_a_file_that_cannot_be_replaced_brings_the_others_back(tmp_path):
     (tmp_path / "a.png").write_bytes(b"old")
     (tmp_path / "c.png").mkdir()
-    with pytest.raises(UnwritableOutput, match=r"(?s)Expected a folder .*c\.png.*Name another"):
+    with pytest.raises(
+        UnwritableOutputError, match=r"(?s)Expected a folder .*c\.png.*Name another"
+    ):
         write_new(tmp_path, "a.png", "b.png", "c.png")
     assert content(tmp_path) == {"a.png": b"old"}
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "c.png"}
@@ -281,7 +283,7 @@ def test_a_pipe_is_not_replaced(tmp_path):
     """Nor is a device: root, as in a container, could take /dev/null from everybody."""
     (tmp_path / "a.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "c.png")
-    with pytest.raises(UnwritableOutput, match=r"(?s)not a file.*c\.png"):
+    with pytest.raises(UnwritableOutputError, match=r"(?s)not a file.*c\.png"):
         write_new(tmp_path, "a.png", "b.png", "c.png")
     assert (tmp_path / "a.png").is_symlink()
     assert (tmp_path / "c.png").is_fifo()
@@ -292,7 +294,7 @@ def test_a_pipe_is_not_replaced(tmp_path):
 def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path, below):
     (tmp_path / "out").write_bytes(b"mine")
     with pytest.raises(
-        UnwritableOutput, match=r"(?s)Expected a folder .*\.\nFound NotADirectoryError"
+        UnwritableOutputError, match=r"(?s)Expected a folder .*\.\nFound NotADirectoryError"
     ):
         write_new(tmp_path / "out" / below, "a.png")
     assert content(tmp_path) == {"out": b"mine"}

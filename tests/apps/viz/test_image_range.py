@@ -15,7 +15,7 @@ from PIL import Image
 import dinov2_attn
 from dinov2_attn.apps.cli.main import main
 from dinov2_attn.apps.viz.images import read_photograph
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support.raw_files import png, tiff
 from tests.support.tolerances import assert_close
 
@@ -56,7 +56,7 @@ def write(path, values):
 @pytest.mark.parametrize("bits", [8, 10, 12, 14])
 def test_few_bits_of_sixteen_are_warned_of_and_the_advice_is_right(tmp_path, suffix, bits):
     path = write(tmp_path / f"deep.{suffix}", deep(bits))
-    with pytest.warns(dinov2_attn.SuspiciousRange) as warned:
+    with pytest.warns(dinov2_attn.errors.SuspiciousRangeWarning) as warned:
         dark = read_photograph(path, 14).picture
     assert dark.max() <= 64
     message = str(warned[0].message)
@@ -114,7 +114,7 @@ SIGNED = {
 @pytest.mark.parametrize(("values", "ends"), SIGNED.values(), ids=SIGNED)
 def test_numbers_without_a_known_range_are_read_with_one(tmp_path, values, ends, suffix):
     path = write(tmp_path / f"deep.{suffix}", values)
-    with pytest.raises(UnreadableFile, match=r"(?s)no known range.*--range") as error:
+    with pytest.raises(UnreadableFileError, match=r"(?s)no known range.*--range") as error:
         read_photograph(path, 14)
     assert f"run from {values.min():g} to {values.max():g}" in str(error.value)
     assert np.abs(grey(path, range=ends) - EIGHT).max() <= 1
@@ -124,7 +124,7 @@ def test_numbers_without_a_known_range_are_read_with_one(tmp_path, values, ends,
 @pytest.mark.parametrize("name", ["unit floats", "signed floats", "int32"])
 def test_the_range_that_is_advised_is_right_where_it_is_usual(tmp_path, name):
     path = write(tmp_path / "deep.tif", SIGNED[name][0])
-    with pytest.raises(UnreadableFile) as error:
+    with pytest.raises(UnreadableFileError) as error:
         read_photograph(path, 14)
     low, high = re.search(r"--range[ =](\S+?),(\S+?),? or", str(error.value)).groups()
     assert np.abs(grey(path, range=(float(low), float(high))) - EIGHT).max() <= 1
@@ -151,7 +151,7 @@ def test_what_is_outside_of_a_range_is_black_or_white(tmp_path_factory, low, wid
 def test_nan_is_refused(tmp_path, range):
     values = PATTERN.astype(np.float32)
     values[3, 4] = np.nan
-    with pytest.raises(UnreadableFile, match=r"of which 1 value is NaN\.\nReplace"):
+    with pytest.raises(UnreadableFileError, match=r"of which 1 value is NaN\.\nReplace"):
         read_photograph(tiff(tmp_path / "nan.tif", values), 14, range=range)
 
 
@@ -167,7 +167,7 @@ def test_infinity_is_black_or_white(tmp_path, range):
 
 def test_auto_of_a_constant_image_says_so(tmp_path):
     path = write(tmp_path / "flat.png", np.full((28, 42), 700, np.uint16))
-    with pytest.warns(dinov2_attn.SuspiciousRange, match=r"every value is 700"):
+    with pytest.warns(dinov2_attn.errors.SuspiciousRangeWarning, match=r"every value is 700"):
         assert (read_photograph(path, 14, range="auto").picture == 0).all()
 
 
@@ -181,7 +181,7 @@ def test_a_range_of_eight_bits_is_heard_too(tmp_path, mode):
 @pytest.mark.parametrize("range", [(1, 1), (2, 1), (0, float("nan")), "most", (0, 1, 2), 5, "0,1"])
 def test_a_range_that_is_none(tmp_path, range):
     path = write(tmp_path / "deep.png", deep(12))
-    with pytest.raises(InvalidInput, match=r"range as \(low, high\)"):
+    with pytest.raises(InvalidInputError, match=r"range as \(low, high\)"):
         read_photograph(path, 14, range=range)
 
 
@@ -195,7 +195,7 @@ COLOURS = np.stack([PATTERN, PATTERN[::-1], PATTERN[:, ::-1]], axis=-1)
 @pytest.mark.parametrize("bits", [8, 12, 14])
 def test_colours_of_few_bits_are_warned_of_and_read_in_full(tmp_path, suffix, bits):
     path = write(tmp_path / f"colour.{suffix}", np.rint(COLOURS * (2**bits - 1)).astype(np.uint16))
-    with pytest.warns(dinov2_attn.SuspiciousRange, match=f"--range 0,{2**bits - 1} "):
+    with pytest.warns(dinov2_attn.errors.SuspiciousRangeWarning, match=f"--range 0,{2**bits - 1} "):
         read_photograph(path, 14)
     picture = read_photograph(path, 14, range=(0, 2**bits - 1)).picture
     assert np.abs(picture - COLOURS * 255).max() <= 1
@@ -213,7 +213,7 @@ def test_colours_that_pillow_cannot_read_name_what_can(tmp_path):
     if importlib.util.find_spec("tifffile"):
         pytest.skip("tifffile reads it")
     path = write(tmp_path / "colour.tif", (COLOURS * 4095).astype(np.uint16))
-    with pytest.raises(UnreadableFile, match="pip install tifffile"):
+    with pytest.raises(UnreadableFileError, match="pip install tifffile"):
         read_photograph(path, 14)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
 from dinov2_attn.apps.viz.images import read_photograph
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support.tolerances import assert_close, assert_same_bits
 
 
@@ -42,7 +42,9 @@ def test_the_crop_keeps_the_top_left_in_whole_patches(folder, height, width, pat
     pixels = noise(height, width, seed)
     path = save(folder, pixels)
     if min(height, width) < patch_size:
-        with pytest.raises(InvalidInput, match=rf"(?s)Found .*{height} × {width} .*--image-size"):
+        with pytest.raises(
+            InvalidInputError, match=rf"(?s)Found .*{height} × {width} .*--image-size"
+        ):
             read_photograph(path, patch_size)
         return
     picture = read_photograph(path, patch_size).picture
@@ -140,7 +142,7 @@ def test_sixteen_bits_are_scaled_to_eight(folder, suffix, turned):
 def test_deeper_images_are_refused_rather_than_clipped(folder, dtype):
     path = save(folder, noise(28, 42)[..., 0].astype(dtype), "deep.tif")
     with pytest.raises(
-        UnreadableFile, match=r"(?s)8 or 16 bits.*\.\nFound .* of 32 bits, .*--range 0,255"
+        UnreadableFileError, match=r"(?s)8 or 16 bits.*\.\nFound .* of 32 bits, .*--range 0,255"
     ):
         read_photograph(path, 14)
 
@@ -165,7 +167,9 @@ def test_one_frame_is_nothing_to_say(folder, caplog):
 
 def test_an_image_of_one_pixel_is_too_small_unless_it_is_enlarged(folder):
     path = save(folder, noise(1, 1))
-    with pytest.raises(InvalidInput, match=r"(?s)at least one patch, 14 × 14\.\nFound .*of 1 × 1"):
+    with pytest.raises(
+        InvalidInputError, match=r"(?s)at least one patch, 14 × 14\.\nFound .*of 1 × 1"
+    ):
         read_photograph(path, 14)
     picture = read_photograph(path, 14, 14).picture
     assert picture.shape == (14, 14, 3)
@@ -190,7 +194,7 @@ def test_a_large_image_is_refused_by_its_header(folder, size):
     """There are no pixels in it that could have been decoded."""
     path = header_only(folder / "large.png", *size)
     with pytest.raises(
-        InvalidInput, match=r"(?s)at most 100,000,000 pixels\.\nFound .*--max-pixels N"
+        InvalidInputError, match=r"(?s)at most 100,000,000 pixels\.\nFound .*--max-pixels N"
     ):
         read_photograph(path, 14)
 
@@ -199,7 +203,7 @@ def test_the_limit_is_one_of_pixels_and_up_to_the_user(folder):
     path = save(folder, noise(28, 42))
     assert read_photograph(path, 14, max_pixels=28 * 42).picture.shape == (28, 42, 3)
     for pixels in (1, 28 * 42 // 2 - 1, 28 * 42 - 1):
-        with pytest.raises(InvalidInput, match=f"at most {pixels:,} pixels.\nFound {path} "):
+        with pytest.raises(InvalidInputError, match=f"at most {pixels:,} pixels.\nFound {path} "):
             read_photograph(path, 14, max_pixels=pixels)
 
 
@@ -207,7 +211,7 @@ def test_below_the_limit_pillow_neither_warns_nor_refuses(folder):
     """Its own limits are 89 and 179 million; incomplete is all that these files are then."""
     for size in [(10_000, 10_000), (20_000, 30_000)]:
         path = header_only(folder / "large.png", *size)
-        with pytest.raises(UnreadableFile, match="a complete image file"):
+        with pytest.raises(UnreadableFileError, match="a complete image file"):
             read_photograph(path, 14, max_pixels=10**9)
 
 
@@ -215,7 +219,7 @@ def test_the_limit_of_the_process_is_left_alone(folder):
     before = Image.MAX_IMAGE_PIXELS
     path = save(folder, noise(28, 42))
     read_photograph(path, 14)
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInputError):
         read_photograph(path, 14, max_pixels=1)
     assert before == Image.MAX_IMAGE_PIXELS
 
@@ -228,7 +232,7 @@ def test_a_truncated_image_is_unreadable(folder, suffix, part):
     cut = folder / f"cut.{suffix}"
     cut.write_bytes(content[: int(len(content) * part)])
     with pytest.raises(
-        UnreadableFile, match=r"(?s)a complete image file\.\nFound .*cut.*\.\nCheck"
+        UnreadableFileError, match=r"(?s)a complete image file\.\nFound .*cut.*\.\nCheck"
     ):
         read_photograph(cut, 14)
 
@@ -236,7 +240,7 @@ def test_a_truncated_image_is_unreadable(folder, suffix, part):
 @pytest.mark.parametrize("name", ["", "absent.png", "text.png"])
 def test_what_is_no_image_is_unreadable(folder, name):
     (folder / "text.png").write_text("no pixels here")
-    with pytest.raises(UnreadableFile, match=rf"Found {folder / name}, which cannot be read"):
+    with pytest.raises(UnreadableFileError, match=rf"Found {folder / name}, which cannot be read"):
         read_photograph(folder / name, 14)
 
 
@@ -250,6 +254,6 @@ def test_postscript_is_not_run(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # where it keeps what it found
     path = folder / "photograph.jpg"
     Image.fromarray(noise(20, 20)).save(path, "EPS")
-    with pytest.raises(UnreadableFile, match=r"photograph\.jpg, which is PostScript"):
+    with pytest.raises(UnreadableFileError, match=r"photograph\.jpg, which is PostScript"):
         read_photograph(path, 14)
     assert not (tmp_path / "log").exists()

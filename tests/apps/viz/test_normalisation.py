@@ -16,7 +16,7 @@ from dinov2_attn.apps.cli.main import main
 from dinov2_attn.apps.demo.load import PATH as DEMO
 from dinov2_attn.apps.explorer.explore import explore
 from dinov2_attn.apps.viz.images import read_photograph
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from tests.support.extraction import build, draw, files_of, stored
 from tests.support.tolerances import assert_close
 
@@ -76,9 +76,9 @@ WRONG = {
 
 @pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=WRONG)
 def test_what_cannot_be(path, tmp_path, options, message, grafted):
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         read_photograph(path, 14, **options)
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         dinov2_attn.extract(build(grafted).eval(), path, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
@@ -148,7 +148,7 @@ def test_a_folder_of_another_normalisation_is_refused(tmp_path, options, message
     model = build(grafted).eval()
     dinov2_attn.extract(model, path, tmp_path / "out", **options)
     before = files_of(tmp_path / "out")
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         dinov2_attn.extract(model, path, tmp_path / "out")
     assert files_of(tmp_path / "out") == before
     assert dinov2_attn.extract(model, path, tmp_path / "out", **options).written == 0

@@ -23,7 +23,7 @@ from dinov2_attn.apps.viz.rows import look
 from dinov2_attn.apps.viz.style import GREY
 from dinov2_attn.apps.viz.tokens import position_of, read_token
 from dinov2_attn.backbone.structure import Part, part_of_module
-from dinov2_attn.errors import InvalidInput, OutOfRange
+from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.math.selection import name_token
 from tests.support import reference
 from tests.support.figure_probes import (
@@ -470,29 +470,29 @@ def test_maps_of_all_kinds_can_be_looked_at(grafted):
     assert_close(averaged.row(1, "mean"), row.mean(0).detach())
     assert averaged.heads == ("mean",)
     assert len(Drawn(viz.plot_heads(attention_maps(model, IMAGES, heads="mean"))).cells) == 1
-    with pytest.raises(OutOfRange, match="a head among mean"):
+    with pytest.raises(OutOfRangeError, match="a head among mean"):
         averaged.row(1, 0)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"query": (3, 0)}, OutOfRange, r"grid of 3 rows and 5 columns\.\nFound \(3, 0\)"),
-        ({"query": (0, 5)}, OutOfRange, "columns from 0 to 4"),
-        ({"query": (-1, 0)}, OutOfRange, "grid of 3 rows and 5 columns"),
-        ({"query": (0, 0)}, OutOfRange, "a query whose row is there: CLS.\nFound patch"),
-        ({"query": "register:1"}, OutOfRange, "a model with registers.\nFound register 1"),
-        ({"query": 16}, OutOfRange, "there being 16 tokens"),
-        ({"query": "patch"}, InvalidInput, "cls, register:K or ROW,COL.\nFound 'patch'"),
-        ({"query": (1, 2, 3)}, InvalidInput, r"a patch as \(row, column\)"),
-        ({"query": (0.5, 1)}, InvalidInput, "row and column of a patch as whole numbers"),
-        ({"layer": 2}, OutOfRange, "one of the layers 0, 1.\nFound 2"),
-        ({"head": 3}, OutOfRange, "a head among 0, 1, 2, or 'mean'.\nFound 3"),
-        ({"head": "max"}, OutOfRange, "Found 'max'"),
-        ({"sample": 1}, OutOfRange, "an image from 0 to 0.\nFound 1"),
-        ({"sample": (0, 0)}, InvalidInput, "there being one batch"),
-        ({"image": np.zeros((2, 3, 7))}, InvalidInput, r"Found ndarray of shape \(2, 3, 7\)"),
-        ({"artifacts": artifacts_at((5, 3))}, InvalidInput, r"grid of 3 × 5\.\nFound a mask"),
+        ({"query": (3, 0)}, OutOfRangeError, r"grid of 3 rows and 5 columns\.\nFound \(3, 0\)"),
+        ({"query": (0, 5)}, OutOfRangeError, "columns from 0 to 4"),
+        ({"query": (-1, 0)}, OutOfRangeError, "grid of 3 rows and 5 columns"),
+        ({"query": (0, 0)}, OutOfRangeError, "a query whose row is there: CLS.\nFound patch"),
+        ({"query": "register:1"}, OutOfRangeError, "a model with registers.\nFound register 1"),
+        ({"query": 16}, OutOfRangeError, "there being 16 tokens"),
+        ({"query": "patch"}, InvalidInputError, "cls, register:K or ROW,COL.\nFound 'patch'"),
+        ({"query": (1, 2, 3)}, InvalidInputError, r"a patch as \(row, column\)"),
+        ({"query": (0.5, 1)}, InvalidInputError, "row and column of a patch as whole numbers"),
+        ({"layer": 2}, OutOfRangeError, "one of the layers 0, 1.\nFound 2"),
+        ({"head": 3}, OutOfRangeError, "a head among 0, 1, 2, or 'mean'.\nFound 3"),
+        ({"head": "max"}, OutOfRangeError, "Found 'max'"),
+        ({"sample": 1}, OutOfRangeError, "an image from 0 to 0.\nFound 1"),
+        ({"sample": (0, 0)}, InvalidInputError, "there being one batch"),
+        ({"image": np.zeros((2, 3, 7))}, InvalidInputError, r"Found ndarray of shape \(2, 3, 7\)"),
+        ({"artifacts": artifacts_at((5, 3))}, InvalidInputError, r"grid of 3 × 5\.\nFound a mask"),
     ],
 )
 def test_what_cannot_be_drawn_is_an_error_with_the_numbers_in_it(options, error, message):
@@ -510,17 +510,19 @@ def test_what_cannot_be_drawn_is_an_error_with_the_numbers_in_it(options, error,
     ],
 )
 def test_a_style_of_no_sense_is_an_error(options, message):
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         viz.Style(**options)
 
 
 def test_reduced_and_listed_maps_are_told_what_to_do(grafted):
     model = build(grafted)
-    with pytest.raises(InvalidInput, match=r"(?s)sample as \(batch, image\).*list of 2 batches"):
+    with pytest.raises(
+        InvalidInputError, match=r"(?s)sample as \(batch, image\).*list of 2 batches"
+    ):
         viz.plot(attention_maps(model, [IMAGES, IMAGES]))
     with record(model, reduce=lambda _, weights: weights.mean((1, 2))) as maps:
         model(IMAGES)
-    with pytest.raises(InvalidInput, match="without reduce"):
+    with pytest.raises(InvalidInputError, match="without reduce"):
         viz.plot(maps)
 
 
@@ -540,7 +542,7 @@ def test_tokens_are_where_their_names_say(registers, grid, data):
              "-1,2", "1.0,2", "²,1", "٣,1", "9" * 30 + ",1"]
 )  # fmt: skip
 def test_words_that_name_no_token(text):
-    with pytest.raises(InvalidInput, match="cls, register:K or ROW,COL"):
+    with pytest.raises(InvalidInputError, match="cls, register:K or ROW,COL"):
         read_token(text)
 
 

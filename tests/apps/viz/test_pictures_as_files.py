@@ -18,7 +18,12 @@ from dinov2_attn.apps.viz.banner import NO_MEANING
 from dinov2_attn.apps.viz.reading import DEVIATION, MEAN
 from dinov2_attn.apps.viz.saving import FRAME_DPI, pixels_of
 from dinov2_attn.apps.weights.models import build
-from dinov2_attn.errors import InvalidInput, OutOfRange, Unavailable, UnwritableOutput
+from dinov2_attn.errors import (
+    InvalidInputError,
+    OutOfRangeError,
+    UnavailableError,
+    UnwritableOutputError,
+)
 from dinov2_attn.proof.conformance.synthetic_models import HEAD
 from tests.support import upstreams
 from tests.support.bright_patch import photograph_of
@@ -79,17 +84,17 @@ def test_an_svg_holds_the_caption_as_words(tmp_path, draw):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a", "png", ".png"])
 def test_other_endings_are_refused(tmp_path, name):
-    with pytest.raises(InvalidInput, match=r"ends in \.png or \.svg"):
+    with pytest.raises(InvalidInputError, match=r"ends in \.png or \.svg"):
         viz.save(viz.plot(maps_on((1, 1))).figure, tmp_path / name)
-    with pytest.raises(InvalidInput, match=r"ends in \.gif or \.mp4"):
+    with pytest.raises(InvalidInputError, match=r"ends in \.gif or \.mp4"):
         viz.animate(maps_on((1, 1)), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_is_none_is_an_error(tmp_path):
-    with pytest.raises(UnwritableOutput, match=r"(?s)a place for .*a\.png"):
+    with pytest.raises(UnwritableOutputError, match=r"(?s)a place for .*a\.png"):
         viz.save(viz.plot(maps_on((1, 1))).figure, tmp_path / "missing" / "a.png")
-    with pytest.raises(UnwritableOutput, match=r"(?s)a place for .*a\.gif"):
+    with pytest.raises(UnwritableOutputError, match=r"(?s)a place for .*a\.gif"):
         viz.animate(maps_on((1, 1)), tmp_path / "missing" / "a.gif")
 
 
@@ -128,7 +133,7 @@ def test_frames_are_of_one_size_whatever_the_length_of_their_captions(tmp_path):
 
 def test_without_ffmpeg_an_mp4_names_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Unavailable, match="(?s)ffmpeg.*Found none on the PATH.*write a GIF"):
+    with pytest.raises(UnavailableError, match="(?s)ffmpeg.*Found none on the PATH.*write a GIF"):
         viz.animate(maps_on(GRID), tmp_path / "a.mp4")
     assert not list(tmp_path.iterdir())
 
@@ -139,7 +144,7 @@ def test_an_ffmpeg_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\ncat > /dev/null\necho no such encoder >&2\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
-    with pytest.raises(UnwritableOutput, match="no such encoder"):
+    with pytest.raises(UnwritableOutputError, match="no such encoder"):
         viz.animate(maps_on(GRID), tmp_path / "a.mp4")
     assert not (tmp_path / "a.mp4").exists()
 
@@ -304,5 +309,5 @@ def test_a_bad_option_is_explained(options, message, tmp_path, capsys):
 
 
 def test_a_query_is_checked_by_python_too():
-    with pytest.raises(OutOfRange, match="grid of 3 rows and 5 columns"):
+    with pytest.raises(OutOfRangeError, match="grid of 3 rows and 5 columns"):
         viz.plot_heads(maps_on(GRID), query=(4, 2))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import dinov2_attn
 from dinov2_attn import viz
 from dinov2_attn.apps.explorer.write import write_page
 from dinov2_attn.apps.viz.pixels import as_pixels
+from dinov2_attn.errors import InvalidInputError
 from tests.support.figure_probes import maps_on
 from tests.support.tolerances import assert_close
 
@@ -57,7 +57,10 @@ REFUSED = {
     "16 bits": (RGB.astype(np.uint16) * 257, r"(?s)integers of 0…255.*image / 65535"),
     "normalised": (NORMALISED, r"(?s)run from -2\.1.*image \* std \+ mean"),
     "signed": (RGB.astype(int) - 128, r"(?s)integers of 0…255; .*from -128 to 127"),
-    "channels first": (np.moveaxis(RGB, -1, 0), r"(?s)\(3, 28, 42\)\. .*image\.transpose\(1, 2, 0\)"),
+    "channels first": (
+        np.moveaxis(RGB, -1, 0),
+        r"(?s)\(3, 28, 42\)\. .*image\.transpose\(1, 2, 0\)",
+    ),
     "a batch": (RGB[None], r"(?s)\(1, 28, 42, 3\)\. .*image\[0\]"),
     "five channels": (RGB[..., [0, 1, 2, 0, 1]], r"shape \(28, 42, 5\)"),
     "nan": (np.where(RGB == 255, np.nan, RGB / 255), r"finite"),
@@ -71,14 +74,14 @@ REFUSED = {
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 @pytest.mark.parametrize(("image", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_is_not_certain_is_refused(image, message, draw):
-    with pytest.raises(dinov2_attn.InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         draw(image)
 
 
 @pytest.mark.parametrize("name", ["floats of 0…255", "12 bits", "16 bits", "normalised", "signed"])
 def test_the_advice_leads_to_the_photograph(name):
     image = REFUSED[name][0]
-    with pytest.raises(dinov2_attn.InvalidInput) as error:
+    with pytest.raises(InvalidInputError) as error:
         as_pixels(image)
     for expression in ("image / 255", "image / 4095", "image / 65535", "image * std + mean"):
         if expression in error.value.args[2].replace(" if", " ").split("; or")[0] + " ":
@@ -95,6 +98,6 @@ def test_the_advice_leads_to_the_photograph(name):
 )
 def test_a_page_takes_the_picture_of_a_photograph_only(tmp_path, picture):
     maps = maps_on(GRID, queries=range(7))
-    with pytest.raises(dinov2_attn.InvalidInput, match=r"uint8 \(H, W, 3\)"):
+    with pytest.raises(InvalidInputError, match=r"uint8 \(H, W, 3\)"):
         write_page(tmp_path / "page.html", picture, maps)
     assert not list(tmp_path.iterdir())

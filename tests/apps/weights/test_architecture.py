@@ -14,7 +14,7 @@ from dinov2_attn.apps.weights.architecture import describe, infer
 from dinov2_attn.apps.weights.checkpoints import fill
 from dinov2_attn.apps.weights.models import Architecture, build, build_like
 from dinov2_attn.apps.weights.reading import Checkpoint, read
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support import checkpoint_files, upstreams
 from tests.support.strategies import noise, randomise
 from tests.support.tolerances import assert_close, assert_same_bits
@@ -164,18 +164,23 @@ def test_heads_are_64_features_unless_it_is_said_otherwise(caplog):
         (
             {},
             None,
-            InvalidInput,
+            InvalidInputError,
             r"(?s)weights do not tell\.\nFound x.pth with 96 fea.*--num-heads N.*'num_",
         ),
-        ({}, 5, InvalidInput, r"96 features can be divided among\.\nFound 5\.\nGive another"),
-        ({"num_heads": "7"}, None, InvalidInput, r"divided among\.\nFound 7\."),
-        ({"num_heads": "3"}, 6, InvalidInput, r"6 heads, as asked\.\nFound x.pth with 3\.\nLeave"),
-        ({"num_heads": "0"}, None, UnreadableFile, r"(?s)above 0 as num_heads .*with '0'"),
-        ({"num_heads": "-1"}, 3, UnreadableFile, r"Found x.pth with '-1'"),
-        ({"num_heads": "9" * 5000}, None, UnreadableFile, r"Found x.pth with '9{20}'"),
-        ({"num_heads": "100000"}, None, UnreadableFile, r"with '100000'"),
-        ({"num_heads": "99999"}, None, InvalidInput, r"divided among\.\nFound 99999\."),
-        ({"num_heads": "²"}, None, UnreadableFile, r"Found x.pth with '²'"),
+        ({}, 5, InvalidInputError, r"96 features can be divided among\.\nFound 5\.\nGive another"),
+        ({"num_heads": "7"}, None, InvalidInputError, r"divided among\.\nFound 7\."),
+        (
+            {"num_heads": "3"},
+            6,
+            InvalidInputError,
+            r"6 heads, as asked\.\nFound x.pth with 3\.\nLeave",
+        ),
+        ({"num_heads": "0"}, None, UnreadableFileError, r"(?s)above 0 as num_heads .*with '0'"),
+        ({"num_heads": "-1"}, 3, UnreadableFileError, r"Found x.pth with '-1'"),
+        ({"num_heads": "9" * 5000}, None, UnreadableFileError, r"Found x.pth with '9{20}'"),
+        ({"num_heads": "100000"}, None, UnreadableFileError, r"with '100000'"),
+        ({"num_heads": "99999"}, None, InvalidInputError, r"divided among\.\nFound 99999\."),
+        ({"num_heads": "²"}, None, UnreadableFileError, r"Found x.pth with '²'"),
     ],
 )
 def test_heads_that_are_unknown_impossible_or_contradicted(metadata, asked, error, message):
@@ -284,7 +289,7 @@ NONE = {
 def test_weights_that_are_not_of_upstreams_classes(damage, found):
     state = damage(dict(build_like(SMALL).state_dict()))
     message = rf"(?s)Expected a checkpoint of a DINOv2 backbone, .*\.\nFound x.pth, ({found})"
-    with pytest.raises(UnreadableFile, match=message):
+    with pytest.raises(UnreadableFileError, match=message):
         infer(Checkpoint("x.pth", state))
 
 
@@ -312,5 +317,5 @@ def test_damaged_weights_are_an_error_before_or_after_building(changes):
         elif kind == "rename":
             state[more[0]] = tensor
     file = Checkpoint("x.pth", state)
-    with contextlib.suppress(UnreadableFile, InvalidInput):
+    with contextlib.suppress(UnreadableFileError, InvalidInputError):
         fill(build_like(infer(file)), file)

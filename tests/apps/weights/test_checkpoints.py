@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dinov2_attn import InvalidInput, UnreadableFile, load_checkpoint
+from dinov2_attn import load_checkpoint
 from dinov2_attn.apps.weights.checkpoints import fill
 from dinov2_attn.apps.weights.layouts import WRAPPERS, plain
 from dinov2_attn.apps.weights.reading import read
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support import checkpoint_files, upstreams
 from tests.support.checkpoint_files import OPTIMIZER
 from tests.support.strategies import ModelCase, model_cases, noise, randomise
@@ -61,7 +62,7 @@ def untouched(model):
     return lambda: same_bits(dict(model.state_dict()), before)
 
 
-def assert_refused(model, file, message, error=UnreadableFile, **options):
+def assert_refused(model, file, message, error=UnreadableFileError, **options):
     intact = untouched(model)
     with pytest.raises(error, match=message):
         load_checkpoint(model, file, **options)
@@ -266,7 +267,9 @@ def test_for_a_layer_of_another_kind_the_files_model_is_proposed(model, file):
 def test_models_of_equal_right_are_an_error(model, file):
     state = model.state_dict()
     torch.save({"model": state, "other": dict(state)}, file)
-    message = r"(?s)one model, or of a teacher.*one in each of model, other\.\nChoose one: --key other"
+    message = (
+        r"(?s)one model, or of a teacher.*one in each of model, other\.\nChoose one: --key other"
+    )
     assert_refused(model, file, message)
     torch.save({"a": {"teacher": state}, "b": {"teacher": dict(state)}}, file)
     assert_refused(model, file, r"one in each of a\.teacher, b\.teacher\.")
@@ -365,7 +368,7 @@ def test_a_dict_that_holds_itself_has_an_end(model, file):
 def test_a_model_without_memory_is_refused(file):
     layer = nn.Linear(3, 2)
     torch.save(layer.state_dict(), file)
-    with pytest.raises(InvalidInput, match=r"one on the meta device\.\nCall model\.to_empty"):
+    with pytest.raises(InvalidInputError, match=r"one on the meta device\.\nCall model\.to_empty"):
         load_checkpoint(layer.to("meta"), file)
 
 
@@ -463,7 +466,7 @@ def test_positions_that_are_no_square_are_of_another_shape(model, file, position
 
 def test_a_file_that_was_read_before_is_not_resized_unasked_either(model, file):
     torch.save({**model.state_dict(), "pos_embed": torch.zeros(1, 10, 4)}, file)
-    with pytest.raises(UnreadableFile, match="1 of another square of patches"):
+    with pytest.raises(UnreadableFileError, match="1 of another square of patches"):
         fill(model, read(file))
 
 
@@ -485,7 +488,7 @@ sys.modules["safetensors"] = sys.modules["safetensors.torch"] = None
 import dinov2_attn, torch
 try:
     dinov2_attn.load_checkpoint(torch.nn.Linear(3, 2), "w.safetensors")
-except dinov2_attn.Unavailable as error:
+except dinov2_attn.errors.UnavailableError as error:
     print(error)
 """
     printed = python("-c", code, cwd=tmp_path).stdout

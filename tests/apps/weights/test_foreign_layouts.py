@@ -17,7 +17,7 @@ from dinov2_attn.apps.weights.architecture import infer
 from dinov2_attn.apps.weights.checkpoints import fill, load_checkpoint
 from dinov2_attn.apps.weights.models import build_like
 from dinov2_attn.apps.weights.reading import read
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support import upstreams
 from tests.support.bright_patch import photograph_of
 from tests.support.strategies import noise
@@ -146,11 +146,13 @@ def test_a_classifier_in_parts(tmp_path):
     for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
         assert assert_attends_alike(path, theirs) == ("classifier",)
     part = min(tmp_path.glob("model-*.safetensors"))
-    with pytest.raises(UnreadableFile, match=rf"(?s)one of its parts\.\nName the folder.*{tmp_path}"):
+    with pytest.raises(
+        UnreadableFileError, match=rf"(?s)one of its parts\.\nName the folder.*{tmp_path}"
+    ):
         read(part)
     part.unlink()
     for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
-        with pytest.raises(UnreadableFile, match=rf"no {part.name}\.\nDownload the parts"):
+        with pytest.raises(UnreadableFileError, match=rf"no {part.name}\.\nDownload the parts"):
             read(path)
 
 
@@ -200,7 +202,9 @@ def test_dino_v1_of_transformers(tmp_path):
     assert assert_attends_alike(tmp_path, attentions_of(model)) == ("pooler",)
     found = build_like(infer(read(tmp_path)))
     found.norm.eps = 1e-6
-    with pytest.raises(InvalidInput, match=r"(?s)eps=0\.01, as .*config\.json says\.\nFound 1e-06, 0"):
+    with pytest.raises(
+        InvalidInputError, match=r"(?s)eps=0\.01, as .*config\.json says\.\nFound 1e-06, 0"
+    ):
         load_checkpoint(found, tmp_path)
 
 
@@ -210,15 +214,21 @@ def test_a_model_of_other_heads_than_the_config_says_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     other = build_like(infer(read(tmp_path)))
     other.num_heads = 2
-    with pytest.raises(InvalidInput, match=r"(?s)num_heads=4, as .*config\.json.*Found num_heads=2"):
+    with pytest.raises(
+        InvalidInputError, match=r"(?s)num_heads=4, as .*config\.json.*Found num_heads=2"
+    ):
         load_checkpoint(other, tmp_path)
-    with pytest.raises(InvalidInput, match=r"(?s)3 heads, as asked\.\nFound .*config\.json with 4"):
+    with pytest.raises(
+        InvalidInputError, match=r"(?s)3 heads, as asked\.\nFound .*config\.json with 4"
+    ):
         infer(read(tmp_path), 3)
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
-    with pytest.raises(UnreadableFile, match=r"(?s)with GELU.*config\.json with 'relu'"):
+    with pytest.raises(UnreadableFileError, match=r"(?s)with GELU.*config\.json with 'relu'"):
         infer(read(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": "x"}))
-    with pytest.raises(UnreadableFile, match=r"(?s)above 0 as num_attention_heads\.\nFound .* with 'x'"):
+    with pytest.raises(
+        UnreadableFileError, match=r"(?s)above 0 as num_attention_heads\.\nFound .* with 'x'"
+    ):
         read(tmp_path)
 
 
@@ -226,18 +236,18 @@ def test_a_config_of_another_model_is_not_used(tmp_path):
     transformers.Dinov2Model(of_transformers("Dinov2")).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
-    with pytest.raises(InvalidInput, match="the number of heads, which weights do not tell"):
+    with pytest.raises(InvalidInputError, match="the number of heads, which weights do not tell"):
         infer(read(tmp_path))
 
 
 def test_dinov3_is_named(tmp_path):
     config = of_transformers("DINOv3ViT", num_register_tokens=4)
     transformers.DINOv3ViTModel(config).save_pretrained(tmp_path)
-    with pytest.raises(UnreadableFile, match="a DINOv3 checkpoint"):
+    with pytest.raises(UnreadableFileError, match="a DINOv3 checkpoint"):
         infer(read(tmp_path))
     metas = {"rope_embed.periods": torch.ones(4), "storage_tokens": torch.ones(1, 4, 8)}
     torch.save({**metas, "cls_token": torch.ones(1, 1, 8)}, tmp_path / "w.pth")
-    with pytest.raises(UnreadableFile, match="a DINOv3 checkpoint"):
+    with pytest.raises(UnreadableFileError, match="a DINOv3 checkpoint"):
         infer(read(tmp_path / "w.pth"))
 
 
@@ -259,8 +269,10 @@ def test_a_name_of_the_hub(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub", reason="it has the cache that is looked at")
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    message = r"(?s)some/model, which is no path.*`pip install huggingface_hub` and `hf download some/m"
-    with pytest.raises(UnreadableFile, match=message):
+    message = (
+        r"(?s)some/model, which is no path.*`pip install huggingface_hub` and `hf download some/m"
+    )
+    with pytest.raises(UnreadableFileError, match=message):
         read("some/model")
     model = sharp(transformers.Dinov2Model(of_transformers("Dinov2")))
     cache = tmp_path / "models--some--model"
@@ -337,9 +349,9 @@ def test_a_mapping_is_taken_in_place_of_a_file(tmp_path):
     assert load_checkpoint(filled, {"net": model.state_dict(), "epoch": 3}) == ("epoch",)
     for mine, theirs in zip(filled.parameters(), ours.parameters(), strict=True):
         assert_close(mine, theirs)
-    with pytest.raises(InvalidInput, match=r"a path or a mapping\.\nFound a module"):
+    with pytest.raises(InvalidInputError, match=r"a path or a mapping\.\nFound a module"):
         load_checkpoint(filled, model)
-    with pytest.raises(InvalidInput, match=r"(?s)names to tensors.*Found an empty dict"):
+    with pytest.raises(InvalidInputError, match=r"(?s)names to tensors.*Found an empty dict"):
         load_checkpoint(filled, {})
 
 
@@ -348,7 +360,7 @@ def test_tensors_of_shared_memory_are_not_joined(tmp_path):
     model = transformers.Dinov2Model(of_transformers("Dinov2"))
     state = {name: torch.ones(1).expand(t.shape) for name, t in model.state_dict().items()}
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(UnreadableFile, match="share their memory"):
+    with pytest.raises(UnreadableFileError, match="share their memory"):
         infer(read(tmp_path / "w.pth"))
 
 
@@ -356,6 +368,6 @@ def test_an_index_leads_nowhere_else(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for name in ("../w.safetensors", "/w", "..", ""):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(UnreadableFile, match="which names no files"):
+        with pytest.raises(UnreadableFileError, match="which names no files"):
             read(index)
     shutil.rmtree(tmp_path)

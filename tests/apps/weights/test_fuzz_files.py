@@ -20,7 +20,7 @@ from torch import nn
 
 from dinov2_attn.apps.viz.images import read_photograph
 from dinov2_attn.apps.weights.checkpoints import load_checkpoint
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support.tolerances import assert_same_bits
 
 WEIGHT, BIAS = torch.full((2, 3), 2.0), torch.full((2,), 3.0)
@@ -116,7 +116,7 @@ def load(folder, content):
     file.write_bytes(content)
     try:
         load_checkpoint(layer, file)
-    except UnreadableFile:
+    except UnreadableFileError:
         assert_same_bits(layer.state_dict(), before)
         return False
     finally:
@@ -300,7 +300,7 @@ def read(folder, content, **options):
     file.write_bytes(content)
     try:
         photograph = read_photograph(file, 14, **options)
-    except (UnreadableFile, InvalidInput):
+    except (UnreadableFileError, InvalidInputError):
         return False
     finally:
         assert [path.name for path in folder.iterdir()] == [file.name]

@@ -15,7 +15,7 @@ from dinov2_attn.apps.weights.architecture import infer
 from dinov2_attn.apps.weights.heads import candidates, doubt, heads_of
 from dinov2_attn.apps.weights.models import build_like
 from dinov2_attn.apps.weights.reading import Checkpoint, read
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from tests.apps.weights.test_architecture import SMALL
 from tests.support import upstreams
 from tests.support.bright_patch import photograph_of
@@ -137,7 +137,7 @@ def test_upstreams_config_tells(folder):
 def test_where_64_do_not_divide_they_are_asked_for_with_candidates(folder):
     torch.save(build_like(replace(WIDE, embed_dim=96, num_heads=1)).state_dict(), folder / "x.pth")
     message = r"--num-heads N: 1 \(96 features each\), 2 \(48\), 3 \(32\)"
-    with pytest.raises(InvalidInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         infer(read(folder / "x.pth"))
     assert infer(read(folder / "x.pth"), 3).num_heads == 3
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dinov2_attn.apps.weights.layouts import ANCHORS, find_backbone
 from dinov2_attn.apps.weights.reading import Checkpoint
-from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.errors import UnreadableFileError
 
 NAMES = (*ANCHORS, "norm.bias", "blocks.0.norm1.weight", "blocks.1.norm1.weight")
 
@@ -79,7 +79,7 @@ def test_where_nothing_is_found_all_is_taken_for_it():
 def test_two_models_of_equal_right_are_named():
     tensors = {**model_below(""), **model_below("a.b."), **model_below("c.", ANCHORS[:2])}
     with pytest.raises(
-        UnreadableFile, match=r"x\.pth with one in each of , a\.b\.\nChoose one: --key a\.b"
+        UnreadableFileError, match=r"x\.pth with one in each of , a\.b\.\nChoose one: --key a\.b"
     ):
         found_in(tensors)
 
@@ -91,7 +91,7 @@ def test_wrappers_of_a_parameter_do_not_make_a_second_model():
     message = (
         r"x\.pth with net\.cls_token and module\.net\.cls_token and net\.module\.cls_token, which"
     )
-    with pytest.raises(UnreadableFile, match=message):
+    with pytest.raises(UnreadableFileError, match=message):
         found_in(tensors)
 
 

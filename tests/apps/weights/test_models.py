@@ -17,7 +17,7 @@ from dinov2_attn.apps.weights import published
 from dinov2_attn.apps.weights.checkpoints import load_checkpoint
 from dinov2_attn.apps.weights.models import build
 from dinov2_attn.apps.weights.published import load_pretrained
-from dinov2_attn.errors import InvalidInput, Unavailable, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnavailableError, UnreadableFileError
 from tests.support import upstreams
 from tests.support.subprocesses import OFFLINE, python
 from tests.support.tolerances import assert_same_bits, same_bits
@@ -85,12 +85,14 @@ def test_registers_come_with_their_positional_embedding(with_registers):
 def test_a_revision_without_registers_names_the_way_out():
     if upstreams.FIRST.has_registers:
         pytest.skip("the checkout under test has registers")
-    with pytest.raises(Unavailable, match=r"(?s)2023-10-27.*Found one without.*--repo PATH"):
+    with pytest.raises(UnavailableError, match=r"(?s)2023-10-27.*Found one without.*--repo PATH"):
         build("vit_small", registers=True)
 
 
 def test_an_unknown_architecture_lists_the_known():
-    with pytest.raises(InvalidInput, match=r"(?s)vit_small, .*Found 'vit_tiny'\.\nName one\.$"):
+    with pytest.raises(
+        InvalidInputError, match=r"(?s)vit_small, .*Found 'vit_tiny'\.\nName one\.$"
+    ):
         build("vit_tiny")
 
 
@@ -99,7 +101,7 @@ def test_a_patch_is_a_pixel_at_least_and_the_image_at_most():
         assert build("vit_small", patch_size=patch_size, img_size=4).patch_size == patch_size
     for patch_size in (0, 5):
         with pytest.raises(
-            InvalidInput, match=rf"(?s)size from 1 to 4, .*\.\nFound {patch_size}\.\nThe"
+            InvalidInputError, match=rf"(?s)size from 1 to 4, .*\.\nFound {patch_size}\.\nThe"
         ):
             build("vit_small", patch_size=patch_size, img_size=4)
 
@@ -136,7 +138,7 @@ def test_a_checkpoint_that_does_not_fit_says_where(linear, tmp_path, state, foun
     torch.save(state, tmp_path / "weights.pth")
     intact = untouched(linear)
     with pytest.raises(
-        UnreadableFile, match=rf"(?s)Expected .*key by key\.\nFound .*{found}.*Build the model"
+        UnreadableFileError, match=rf"(?s)Expected .*key by key\.\nFound .*{found}.*Build the model"
     ):
         load_checkpoint(linear, tmp_path / "weights.pth")
     assert intact()
@@ -153,7 +155,7 @@ def test_a_checkpoint_that_does_not_fit_says_where(linear, tmp_path, state, foun
 )
 def test_a_checkpoint_without_named_tensors_says_what_it_holds(linear, tmp_path, content, found):
     torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(UnreadableFile, match=f"(?s)names to tensors.*holds {found}.\nSave"):
+    with pytest.raises(UnreadableFileError, match=f"(?s)names to tensors.*holds {found}.\nSave"):
         load_checkpoint(linear, tmp_path / "weights.pth")
 
 
@@ -163,14 +165,18 @@ def test_a_truncated_checkpoint_is_unreadable(linear, tmp_path, length):
     torch.save(linear.state_dict(), file)
     file.write_bytes(file.read_bytes()[:length])
     intact = untouched(linear)
-    with pytest.raises(UnreadableFile, match=r"(?s)Found .*(cut short|empty|text).*Download it again"):
+    with pytest.raises(
+        UnreadableFileError, match=r"(?s)Found .*(cut short|empty|text).*Download it again"
+    ):
         load_checkpoint(linear, file)
     assert intact()
 
 
 def test_a_file_that_is_no_checkpoint_is_unreadable(linear, tmp_path):
     (tmp_path / "notes.txt").write_text("no tensors here")
-    with pytest.raises(UnreadableFile, match=r"notes.txt, text that begins with 'no tensors here'"):
+    with pytest.raises(
+        UnreadableFileError, match=r"notes.txt, text that begins with 'no tensors here'"
+    ):
         load_checkpoint(linear, tmp_path / "notes.txt")
 
 
@@ -186,7 +192,7 @@ class Code:
 
 def test_code_in_a_checkpoint_is_not_run(linear, tmp_path):
     torch.save(Code(tmp_path / "trace"), tmp_path / "weights.pth")
-    with pytest.raises(UnreadableFile, match=r"(?s)and plain data\.\nFound .*does not load"):
+    with pytest.raises(UnreadableFileError, match=r"(?s)and plain data\.\nFound .*does not load"):
         load_checkpoint(linear, tmp_path / "weights.pth")
     assert not (tmp_path / "trace").exists()
 
@@ -220,7 +226,9 @@ def test_torchscript_in_a_checkpoint_is_not_run(linear, tmp_path):
     torch.jit.load(file)
     assert trace.exists(), "the archive would not have run anywhere"
     trace.unlink()
-    with pytest.raises(UnreadableFile, match=r"(?s)Found .*, a TorchScript archive, which holds"):
+    with pytest.raises(
+        UnreadableFileError, match=r"(?s)Found .*, a TorchScript archive, which holds"
+    ):
         load_checkpoint(linear, file)
     assert not trace.exists()
 
@@ -230,7 +238,7 @@ def test_a_tar_is_not_unpacked(linear, tmp_path):
     with tarfile.open(tmp_path / "weights.pth", "w") as tar:
         tar.add(__file__, "storages")
     with pytest.raises(
-        UnreadableFile, match=r"(?s)Found .*, a tar archive, which PyTorch would unpack"
+        UnreadableFileError, match=r"(?s)Found .*, a tar archive, which PyTorch would unpack"
     ):
         load_checkpoint(linear, tmp_path / "weights.pth")
 
@@ -240,7 +248,7 @@ def test_a_tar_is_not_unpacked(linear, tmp_path):
 )
 def test_a_path_without_a_file_is_unreadable(linear, tmp_path, name, found):
     with pytest.raises(
-        UnreadableFile, match=rf"(?s)Expected a checkpoint at .*\.\nFound {found}\.\nName"
+        UnreadableFileError, match=rf"(?s)Expected a checkpoint at .*\.\nFound {found}\.\nName"
     ):
         load_checkpoint(linear, tmp_path / name)
 
@@ -263,7 +271,9 @@ def test_a_download_that_was_cut_short_says_what_to_remove(linear, tmp_path, mon
     file = tmp_path / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"PK")
-    with pytest.raises(UnreadableFile, match=f"(?s)Found {file}.*remove the file and run again"):
+    with pytest.raises(
+        UnreadableFileError, match=f"(?s)Found {file}.*remove the file and run again"
+    ):
         load_pretrained(linear, "vit_small", patch_size=14, registers=False)
 
 
@@ -301,7 +311,7 @@ def test_a_download_is_kept_once_the_model_is_filled_with_it(linear, tmp_path, s
     server.update(announced=len(whole), content=whole[: len(whole) - missing])
     cache = tmp_path / "hub" / "checkpoints"
     if missing:
-        with pytest.raises((UnreadableFile, Unavailable)):
+        with pytest.raises((UnreadableFileError, UnavailableError)):
             load_pretrained(linear, "vit_small", patch_size=14, registers=False)
         assert list(cache.iterdir()) == []
     else:
@@ -326,7 +336,7 @@ def test_a_download_is_finished_beside_its_place(linear, tmp_path, server, monke
 
 def test_another_patch_size_has_no_published_weights(linear):
     with pytest.raises(
-        Unavailable, match=r"(?s)patch size 14.*Found patch size 16.*--random-weights"
+        UnavailableError, match=r"(?s)patch size 14.*Found patch size 16.*--random-weights"
     ):
         load_pretrained(linear, "vit_small", patch_size=16, registers=False)
 
@@ -342,7 +352,7 @@ except Exception as error:
     print(type(error).__name__, error)
 """
     printed = python("-c", code, cwd=tmp_path, **OFFLINE, TORCH_HOME=tmp_path).stdout
-    assert printed.startswith("Unavailable Expected the published weights")
+    assert printed.startswith("UnavailableError Expected the published weights")
     assert "/dinov2_vitb14/dinov2_vitb14_pretrain.pth.\nFound URLError" in printed
     assert "--weights PATH" in printed
     assert "--random-weights" in printed

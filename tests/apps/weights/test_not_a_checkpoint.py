@@ -20,7 +20,7 @@ from dinov2_attn.apps.weights.architecture import infer
 from dinov2_attn.apps.weights.checkpoints import load_checkpoint
 from dinov2_attn.apps.weights.models import build_like
 from dinov2_attn.apps.weights.reading import read
-from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.errors import UnreadableFileError
 from tests.apps.weights.test_architecture import SMALL
 from tests.support import upstreams
 from tests.support.strategies import randomise
@@ -127,7 +127,7 @@ FILES = {
 def test_it_is_named_in_our_words(tmp_path, make, found, request):
     path = tmp_path / request.node.callspec.id
     make(path)
-    with pytest.raises(UnreadableFile, match=found) as caught:
+    with pytest.raises(UnreadableFileError, match=found) as caught:
         read(path)
     said = str(caught.value)
     assert "\n" not in said
@@ -138,22 +138,24 @@ def test_it_is_named_in_our_words(tmp_path, make, found, request):
 @pytest.mark.filterwarnings("ignore")
 def test_advice_about_torchscript_leads_to_a_file_that_loads(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "t.pt")
-    with pytest.raises(UnreadableFile, match=r"torch\.save\(torch\.jit\.load\(PATH\)\.state_dict"):
+    with pytest.raises(
+        UnreadableFileError, match=r"torch\.save\(torch\.jit\.load\(PATH\)\.state_dict"
+    ):
         read(tmp_path / "t.pt")
     torch.save(torch.jit.load(tmp_path / "t.pt").state_dict(), tmp_path / "n.pth")
     assert set(read(tmp_path / "n.pth").tensors) == {"weight", "bias"}
 
 
 def test_folders(tmp_path):
-    with pytest.raises(UnreadableFile, match="a directory with no file of weights"):
+    with pytest.raises(UnreadableFileError, match="a directory with no file of weights"):
         read(tmp_path)
     image("PNG")(tmp_path / "a.png")
-    with pytest.raises(UnreadableFile, match="a directory with no file of weights"):
+    with pytest.raises(UnreadableFileError, match="a directory with no file of weights"):
         read(tmp_path)
     torch.save(STATE, tmp_path / "b.pth")
     assert set(read(tmp_path).tensors) == {"w"}
     torch.save(STATE, tmp_path / "c.pth")
-    with pytest.raises(UnreadableFile, match=r"a directory with b\.pth, c\.pth\.\nName the"):
+    with pytest.raises(UnreadableFileError, match=r"a directory with b\.pth, c\.pth\.\nName the"):
         read(tmp_path)
 
 
@@ -161,7 +163,7 @@ def test_an_index_without_files(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for content in ("", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "\xff"):
         index.write_text(content)
-        with pytest.raises(UnreadableFile, match="which names no files"):
+        with pytest.raises(UnreadableFileError, match="which names no files"):
             read(index)
 
 
@@ -174,7 +176,7 @@ def test_the_distributed_format_and_the_way_out_of_it(tmp_path):
     folder = tmp_path / "a folder"
     dcp.save({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
     for path in (folder, folder / "__0_0.distcp", folder / ".metadata"):
-        with pytest.raises(UnreadableFile, match="PyTorch's distributed format") as caught:
+        with pytest.raises(UnreadableFileError, match="PyTorch's distributed format") as caught:
             read(path)
         assert "weights_only" not in str(caught.value)
     command = str(caught.value).partition("convert it: ")[2]

@@ -14,7 +14,7 @@ from dinov2_attn.apps.weights.architecture import infer
 from dinov2_attn.apps.weights.checkpoints import fill, load_checkpoint
 from dinov2_attn.apps.weights.models import build_like
 from dinov2_attn.apps.weights.reading import read
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.apps.weights.test_architecture import SMALL
 from tests.support import checkpoint_files, upstreams
 from tests.support.strategies import noise, randomise
@@ -125,7 +125,7 @@ def test_a_classifier_is_left_out_and_said(file, name, before, caplog):
 @pytest.mark.parametrize("name", ["norm_pre.weight", "blocks.0.attn.q_norm.weight", "rope.freqs"])
 def test_what_attention_depends_on_is_not_left_out(file, name):
     torch.save({**random(SMALL).state_dict(), name: torch.ones(64)}, file)
-    with pytest.raises(UnreadableFile, match=r"unlike blocks\.0|1 left over"):
+    with pytest.raises(UnreadableFileError, match=r"unlike blocks\.0|1 left over"):
         built_of(file)
 
 
@@ -138,7 +138,7 @@ def test_a_head_that_the_model_has_is_taken(file):
     assert load_checkpoint(other, file) == ()
     assert_close(other.head.weight, model.head.weight)
     torch.save(random(SMALL).state_dict(), file)
-    with pytest.raises(UnreadableFile, match=r"2 missing: head\.weight, head\.bias"):
+    with pytest.raises(UnreadableFileError, match=r"2 missing: head\.weight, head\.bias"):
         load_checkpoint(other, file)
 
 
@@ -146,7 +146,7 @@ def test_only_a_mask_token_may_be_missing(file):
     state = without_mask(random(SMALL))
     del state["norm.bias"]
     torch.save(state, file)
-    with pytest.raises(UnreadableFile, match=r"with 1 missing: norm\.bias\. "):
+    with pytest.raises(UnreadableFileError, match=r"with 1 missing: norm\.bias\. "):
         built_of(file)
 
 
@@ -154,7 +154,7 @@ def test_only_a_mask_token_may_be_missing(file):
 def test_layer_scale_that_one_of_the_two_lacks_is_named(file, there):
     torch.save(random(replace(SMALL, layer_scale=there)).state_dict(), file)
     advice = rf"Build the model with init_values={'1.0' if there else 'None'}"
-    with pytest.raises(UnreadableFile, match=advice):
+    with pytest.raises(UnreadableFileError, match=advice):
         load_checkpoint(build_like(replace(SMALL, layer_scale=not there)), file)
 
 
@@ -195,5 +195,5 @@ def test_an_unknown_key_lists_the_names(file, key):
     one, two = random(SMALL, 0), random(SMALL, 1)
     torch.save({"model": checkpoint_files.both(two, one).state_dict(), "epoch": 3}, file)
     names = r"models at model\.student\.backbone, model\.teacher\.backbone"
-    with pytest.raises(InvalidInput, match=rf"by the name of {key!r}\.\nFound {names}"):
+    with pytest.raises(InvalidInputError, match=rf"by the name of {key!r}\.\nFound {names}"):
         load_checkpoint(random(SMALL, 2), file, key=key)

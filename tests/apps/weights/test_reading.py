@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dinov2_attn.apps.weights.reading import read
-from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.errors import UnreadableFileError
 from tests.support.tolerances import assert_same_bits
 
 ONE, TWO, THREE = torch.ones(1), torch.full((2,), 2.0), torch.full((3,), 3.0)
@@ -38,7 +38,7 @@ def nested(depth, innermost):
 
 
 def assert_refused(file, message):
-    with pytest.raises(UnreadableFile, match=message):
+    with pytest.raises(UnreadableFileError, match=message):
         read(file)
 
 
@@ -121,7 +121,7 @@ def test_a_file_without_a_named_tensor_is_described(file, content, found):
 def test_what_is_no_file_is_said_to_be_so(tmp_path):
     assert_refused(
         tmp_path,
-        rf"a checkpoint at {tmp_path}\.\nFound a directory with no file of weights\.\nName the \.pth",
+        rf"at {tmp_path}\.\nFound a directory with no file of weights\.\nName the \.pth",
     )
     assert_refused(tmp_path / "none.pth", r"none\.pth\.\nFound nothing\.")
 
@@ -153,7 +153,7 @@ def test_an_archive_as_large_as_what_it_holds_is_read(file):
         if file.stat().st_size == size:
             break
     assert file.stat().st_size == size
-    with pytest.raises(UnreadableFile) as caught:
+    with pytest.raises(UnreadableFileError) as caught:
         read(file)
     assert "unpack" not in str(caught.value)
 
@@ -190,7 +190,7 @@ def test_weights_of_a_gpu_are_read_onto_the_cpu(file):
 
 def test_of_pytorchs_own_error_only_the_kind_is_shown(file):
     file.write_bytes(b"\x80\2no checkpoint")
-    with pytest.raises(UnreadableFile, match=r"pth, which does not load \(\w+\)") as caught:
+    with pytest.raises(UnreadableFileError, match=r"pth, which does not load \(\w+\)") as caught:
         read(file)
     assert "\n" not in caught.value.found
     assert "weights_only" not in str(caught.value)

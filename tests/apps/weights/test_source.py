@@ -17,7 +17,7 @@ import pytest
 from dinov2_attn.apps.weights.network import TIMEOUT, brief
 from dinov2_attn.apps.weights.source import DINOV2_WHEEL, from_checkout
 from dinov2_attn.apps.weights.wheel import Wheel, download, fetch_wheel
-from dinov2_attn.errors import Unavailable, UnreadableFile
+from dinov2_attn.errors import UnavailableError, UnreadableFileError
 from tests.support.subprocesses import OFFLINE, python
 
 MODELS = "dinov2/models/vision_transformer.py"
@@ -79,14 +79,14 @@ def test_the_cached_wheel_needs_no_network(wheel, torch_home, offline):
 def test_a_wheel_with_another_digest_is_refused_and_not_kept(torch_home):
     pinned = Wheel("dinov2", "0.0.1.dev2", "0" * 64)
     with pytest.raises(
-        Unavailable, match=f"(?s)Expected .*{'0' * 64}.\nFound .*{DINOV2_WHEEL.sha256}"
+        UnavailableError, match=f"(?s)Expected .*{'0' * 64}.\nFound .*{DINOV2_WHEEL.sha256}"
     ):
         fetch_wheel(pinned)
     assert list(torch_home.parent.iterdir()) == []
 
 
 def test_what_pip_says_reaches_the_user(torch_home, offline):
-    with pytest.raises(Unavailable, match=r"(?s)No matching distribution found.*pip download"):
+    with pytest.raises(UnavailableError, match=r"(?s)No matching distribution found.*pip download"):
         fetch_wheel(DINOV2_WHEEL)
     assert list(torch_home.parent.iterdir()) == []
 
@@ -99,14 +99,14 @@ def test_the_last_line_of_what_pip_says_is_told(tmp_path, monkeypatch, said, fou
     pip.write_text(f"#!/bin/sh\nprintf {shlex.quote(said)} >&2\nexit 1\n")
     pip.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(pip))
-    with pytest.raises(Unavailable, match=rf"Found {found}\.\nSee that"):
+    with pytest.raises(UnavailableError, match=rf"Found {found}\.\nSee that"):
         download(DINOV2_WHEEL.requirement, tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_names_torch_home(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
     (tmp_path / "file").touch()
-    with pytest.raises(Unavailable, match=r"(?s)Not a directory.*Set TORCH_HOME"):
+    with pytest.raises(UnavailableError, match=r"(?s)Not a directory.*Set TORCH_HOME"):
         fetch_wheel(DINOV2_WHEEL)
 
 
@@ -209,7 +209,7 @@ def test_code_that_the_selfcheck_refuses_is_not_passed_over(checkout, tmp_path):
         dinov2_attn.install()
         try:
             obtain()
-        except dinov2_attn.IncompatibleUpstream:
+        except dinov2_attn.errors.IncompatibleUpstreamError:
             print("dinov2.layers.attention" in sys.modules)
         """,
         cwd=tmp_path,
@@ -318,7 +318,7 @@ def test_without_any_way_the_error_lists_them_all(tmp_path):
         "no dinov2==0.0.1.dev2 from PyPI through pip (ERROR: No matching",
     ]
     assert all(reason.startswith(start) for reason, start in zip(reasons, starts, strict=True))
-    assert expected == "Unavailable Expected upstream's dinov2 code from one of three places."
+    assert expected == "UnavailableError Expected upstream's dinov2 code from one of three places."
     assert found == f"Found {'; '.join(reasons)}."
     assert "--repo PATH" in hint
 
@@ -327,6 +327,6 @@ def test_without_any_way_the_error_lists_them_all(tmp_path):
 def test_a_folder_that_is_no_checkout_is_an_error(tmp_path, checkout, inside):
     folder = tmp_path if inside is None else checkout / inside
     with pytest.raises(
-        UnreadableFile, match=rf"(?s)Expected a checkout.*\.\nFound {folder}.*git clone"
+        UnreadableFileError, match=rf"(?s)Expected a checkout.*\.\nFound {folder}.*git clone"
     ):
         from_checkout(folder)

@@ -6,7 +6,7 @@ import math
 from argparse import ArgumentTypeError
 
 from dinov2_attn.apps.viz.tokens import Token, read_token
-from dinov2_attn.errors import InvalidInput, in_one_line
+from dinov2_attn.errors import InvalidInputError, in_one_line
 
 
 def positive(text: str) -> int:
@@ -87,5 +87,5 @@ def token(text: str) -> Token:
     """Read cls, register:K or ROW,COL."""
     try:
         return read_token(text)
-    except InvalidInput as error:
+    except InvalidInputError as error:
         raise ArgumentTypeError(in_one_line(error)) from error

@@ -12,7 +12,7 @@ from dinov2_attn.apps.cli.argtypes import positive, whole
 from dinov2_attn.apps.cli.image_options import require_libraries
 from dinov2_attn.apps.cli.model_options import Loaded, load_model
 from dinov2_attn.apps.demo.load import PATH
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.demo.scenes import Scene
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from dinov2_attn.apps.demo.scenes import FIRST_TRAINING_SEED, draw
 
     if args.seed + args.count > FIRST_TRAINING_SEED:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"scenes of seeds below {FIRST_TRAINING_SEED:,}, where those of the training begin",
             f"{args.count} from {args.seed} on",
             "Choose a smaller --seed.",

@@ -114,7 +114,7 @@ def _would_fail(kernels: dict[str, str]) -> Iterator[str]:
     if not (attention and block):
         yield "upstream's own forward of a list; asked for attention, lists are answered one by one"
     elif kernels.get("xFormers' stochastic depth"):
-        yield "lists in training with a drop path above 0 (NoOperator); anything else runs"
+        yield "lists in training with a drop path above 0 (NoOperatorError); anything else runs"
     for name, problem in kernels.items():
         if name.startswith("PyTorch's") and problem:
             yield f"everything in {name.rpartition(' ')[2]}"

@@ -18,7 +18,7 @@ from dinov2_attn.apps.cli.image_options import (
     sample,
 )
 from dinov2_attn.apps.cli.model_options import add_options, load_model
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _only(images: list[Path]) -> Path:
     if len(images) != 1:
-        raise InvalidInput(
+        raise InvalidInputError(
             "one image",
             ", ".join(map(str, images)) or "none",
             "Name one, or try --sample; a page shows one image.",

@@ -19,7 +19,7 @@ from dinov2_attn.apps.cli.image_options import (
     sample,
 )
 from dinov2_attn.apps.cli.model_options import Loaded, add_options, load_model
-from dinov2_attn.errors import Dinov2AttnError, InvalidInput
+from dinov2_attn.errors import Dinov2AttnError, InvalidInputError
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.viz.images import ImageSize
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     size, swallowed = image_size(args.image_size or [])
     images = [*args.images, *swallowed, *([sample()] if args.sample else [])]
     if not images:
-        raise InvalidInput("an image", "none", "Name one, or try --sample.")
+        raise InvalidInputError("an image", "none", "Name one, or try --sample.")
     loaded = load_model(args)
     plot_options.check(args, loaded)
     check_reading(loaded.model, args)

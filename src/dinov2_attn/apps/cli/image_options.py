@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinov2_attn import _optional
 from dinov2_attn.apps.cli.argtypes import numbers, positive, value_range
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.viz.images import ImageSize, Photograph
@@ -94,7 +94,7 @@ def check_reading(model: Any, args: argparse.Namespace) -> None:
 
 
 def require_libraries() -> None:
-    """Raise ``Unavailable`` where a library for pictures is missing."""
+    """Raise ``UnavailableError`` where a library for pictures is missing."""
     _optional.require("torchvision", "matplotlib", "PIL", "tqdm")
 
 
@@ -116,7 +116,7 @@ def image_size(values: list[str]) -> tuple[ImageSize, list[Path]]:
             return short_side, images
         case [int(height), int(width)] if height and width:
             return (height, width), images
-    raise InvalidInput(
+    raise InvalidInputError(
         "--image-size with one or two lengths in pixels",
         " ".join(values),
         "Give N for the short side, or height and width.",

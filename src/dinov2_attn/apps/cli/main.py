@@ -13,7 +13,7 @@ from typing import Any
 
 from dinov2_attn import __version__
 from dinov2_attn.apps.cli import demo, doctor, explore, extract, heatmap, verify
-from dinov2_attn.errors import Dinov2AttnError, SuspiciousRange
+from dinov2_attn.errors import Dinov2AttnError, SuspiciousRangeWarning
 
 PROGRAM = "dinov2-attn"
 COMMANDS = (demo, heatmap, explore, extract, verify, doctor)
@@ -76,11 +76,11 @@ def _configure_log() -> None:
 def _warnings_as_lines() -> Iterator[None]:
     """Log what is doubtful about an image as a line of its own, each time."""
     with warnings.catch_warnings():
-        warnings.simplefilter("always", SuspiciousRange)
+        warnings.simplefilter("always", SuspiciousRangeWarning)
         show = warnings.showwarning
 
         def tell(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-            if issubclass(category, SuspiciousRange):
+            if issubclass(category, SuspiciousRangeWarning):
                 log.warning("%s", message)
             else:
                 show(message, category, *rest, **more)

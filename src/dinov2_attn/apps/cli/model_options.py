@@ -19,7 +19,7 @@ from dinov2_attn.apps.weights.models import (
     build_like,
     caption,
 )
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 log = logging.getLogger(__name__)
 
@@ -86,19 +86,21 @@ def load_model(args: argparse.Namespace) -> Loaded:
     """Return the grafted model that the options of ``add_options`` describe, on its device.
 
     With ``--weights`` the checkpoint says what model it is, and options that say otherwise
-    are errors. Raises ``InvalidInput``, ``Unavailable`` and ``UnreadableFile``.
+    are errors. Raises ``InvalidInputError``, ``UnavailableError`` and ``UnreadableFileError``.
     """
     import torch
 
     check_device(args.device)
     if args.num_heads is not None and args.weights is None:
-        raise InvalidInput(
+        raise InvalidInputError(
             "--num-heads together with --weights PATH",
             "no checkpoint",
             "Leave it out: a name tells.",
         )
     if args.key is not None and args.weights is None:
-        raise InvalidInput("--key together with --weights PATH", "no checkpoint", "Leave it out.")
+        raise InvalidInputError(
+            "--key together with --weights PATH", "no checkpoint", "Leave it out."
+        )
     choose = _named if args.weights is None else _from_file
     make, name, doubt = choose(args)
     if torch.device(args.device).type == "cpu":
@@ -171,7 +173,7 @@ def _from_file(args: argparse.Namespace) -> Choice:
 
 
 def _require_agreement(args: argparse.Namespace, found: Architecture) -> None:
-    """Raise ``InvalidInput`` where an option says otherwise than the file."""
+    """Raise ``InvalidInputError`` where an option says otherwise than the file."""
     arch = None if args.arch is None else PUBLISHED[args.arch][0]
     agree = {
         f"--arch {args.arch}": arch in (None, found.family),
@@ -180,7 +182,7 @@ def _require_agreement(args: argparse.Namespace, found: Architecture) -> None:
     }
     asked = [option for option, agrees in agree.items() if not agrees]
     if asked:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"{', '.join(asked)}, as asked",
             f"{args.weights}, which holds {found}",
             "Leave the options out: the file tells.",
@@ -188,13 +190,13 @@ def _require_agreement(args: argparse.Namespace, found: Architecture) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raise ``InvalidInput`` unless torch can use the device called ``name``."""
+    """Raise ``InvalidInputError`` unless torch can use the device called ``name``."""
     import torch
 
     try:
         torch.empty(1, device=name).cpu()  # nothing comes back from the meta device
     except Exception as error:  # a torch without CUDA asserts, one without hpu imports in vain
         reason = str(error).partition("\n")[0]
-        raise InvalidInput(
+        raise InvalidInputError(
             "a device that this torch can use", f"{name!r} ({reason})", "Try --device cpu."
         ) from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dinov2_attn.apps.cli.argtypes import share, token
 from dinov2_attn.apps.cli.model_options import Loaded
 from dinov2_attn.apps.viz.tokens import Token, file_name, position_of
-from dinov2_attn.errors import SuspiciousArtifacts
+from dinov2_attn.errors import SuspiciousArtifactsWarning
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.viz.colours import Grid
@@ -119,7 +119,7 @@ def _artifacts(
     from dinov2_attn.maps.artifacts import artifact_tokens
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SuspiciousArtifacts)  # the log says it
+        warnings.simplefilter("ignore", SuspiciousArtifactsWarning)  # the log says it
         found: ArtifactTokens = run(
             lambda images: artifact_tokens(loaded.model, images), photograph, args.device
         )

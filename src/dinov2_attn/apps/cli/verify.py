@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dinov2_attn.apps.cli.argtypes import positive
-from dinov2_attn.errors import UnwritableOutput
+from dinov2_attn.errors import UnwritableOutputError
 from dinov2_attn.history import eras
 from dinov2_attn.proof.verify.proof import PROVEN, Proof, prove
 from dinov2_attn.proof.verify.rebuild_eras import UPSTREAM
@@ -122,7 +122,7 @@ def _write(file: str | None, form: Callable[[Iterable[Line]], str], lines: list[
             text = form(lines) + "\n"
             Path(file).write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
-            raise UnwritableOutput(
+            raise UnwritableOutputError(
                 f"a file that can be written at {file}", str(error), "Name another."
             ) from error
 

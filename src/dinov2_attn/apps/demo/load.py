@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_attn import _optional
-from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.errors import UnreadableFileError
 
 PATH = Path(__file__).with_name("model.safetensors")
 
@@ -43,8 +43,8 @@ def load_demo_model(vision_transformer: Any = None) -> Any:
     >>> load_demo_model().get_last_self_attention(images, queries="cls", heads="mean")
 
     It takes images ``(B, 3, H, W)`` of whole patches of 14, normalised by ImageNet's mean and
-    deviation. See ``build`` for the argument. Raises ``Unavailable`` without the library
-    safetensors and ``UnreadableFile`` where the package is not as it was published.
+    deviation. See ``build`` for the argument. Raises ``UnavailableError`` without the library
+    safetensors and ``UnreadableFileError`` where the package is not as it was published.
     """
     return fill(build(vision_transformer), PATH)
 
@@ -55,7 +55,7 @@ def fill(model: Any, path: Path) -> Any:
     try:
         model.load_state_dict(library.torch.load_file(path))
     except Exception as error:  # the reader raises whatever foreign bytes provoke
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "the weights that this package ships",
             f"{path} ({type(error).__name__}: {error})",
             "Install the package anew.",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math.selection import name_token
 
 MEGABYTE = 1_000_000
@@ -67,7 +67,7 @@ def plan(layers: Sequence[int], shape: Shape, room: int) -> dict[int, Keep]:
     In this order, while it fits: the CLS row of each head of every layer, from the last
     layer to the first; the rows of the registers; then, again from the last layer on, all
     rows of each head, or else all rows of the mean of heads. Where there are no rows of CLS
-    and registers, the first row takes their place. Raises ``InvalidInput`` if not one row of
+    and registers, the first row takes their place. Raises ``InvalidInputError`` if not one row of
     the last layer fits.
     """
     few, full = _choices(shape)
@@ -163,9 +163,9 @@ def _layers(layers: Iterable[int]) -> str:
     return f"layer{'s' * (len(numbers) > 1)} {', '.join(named)}"
 
 
-def _too_small(room: int, needed: int) -> InvalidInput:
+def _too_small(room: int, needed: int) -> InvalidInputError:
     short = max(needed - room, 1)
-    return InvalidInput(
+    return InvalidInputError(
         "room for one row of the last layer beside the photograph and the page itself",
         f"{max(room, 0) / MEGABYTE:.3f} MB, of {needed / MEGABYTE:.3f} MB that it takes",
         f"Raise --max-mb (max_mb) by {short / MEGABYTE:.3f} or more.",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dinov2_attn.apps.explorer.budget import MEGABYTE, Shape
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 
 class Outliers(Protocol):
@@ -61,7 +61,7 @@ class Frame:
         wanted = self.picture.ndim == 3 and self.picture.dtype == np.uint8
         wanted = wanted and self.picture.shape[2] == 3
         if not wanted or self.picture.shape[0] % height or self.picture.shape[1] % width:
-            raise InvalidInput(
+            raise InvalidInputError(
                 f"a picture, uint8 (H, W, 3), cropped to whole patches of a grid {self.shape.grid}",
                 f"{self.picture.dtype} {self.picture.shape}",
                 "Pass Photograph.picture, from which the images of these maps were made.",
@@ -102,7 +102,7 @@ class Frame:
 
 
 def bytes_in(megabytes: float) -> int:
-    """Return a number of bytes. Raises ``InvalidInput`` unless it is above 0 and finite."""
+    """Return a number of bytes. Raises ``InvalidInputError`` unless it is above 0 and finite."""
     if not 0 < megabytes < float("inf"):
-        raise InvalidInput("max_mb above 0", repr(megabytes), "25 is the default.")
+        raise InvalidInputError("max_mb above 0", repr(megabytes), "25 is the default.")
     return int(megabytes * MEGABYTE)

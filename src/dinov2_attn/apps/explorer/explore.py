@@ -40,7 +40,7 @@ def explore(
     grafted vision transformer on any device; ``n`` and ``heads`` are as in
     ``get_self_attention``, ``name`` is what the caption calls the model. Outliers are marked.
 
-    Raises ``InvalidInput`` where the model cannot be run on this image here, and the errors of
+    Raises ``InvalidInputError`` where the model cannot be run on this image here, and the errors of
     ``write_page`` and ``attention_maps``.
     """
     backbone = grafted_backbone(model)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 # What the codes 0 … 255 stand for, between the least value of a row (0) and its greatest (1).
 # Attention is a few large values and many small ones. On rows of 1374 logits with a deviation
@@ -53,7 +53,7 @@ class Table:
 def quantise(weights: Tensor, queries: tuple[int, ...]) -> Table:
     """Quantise ``(heads, Q, N)`` weights, whose rows belong to the tokens at ``queries``.
 
-    Each weight gets the nearest of the 256 values of its row. Raises ``InvalidInput`` where
+    Each weight gets the nearest of the 256 values of its row. Raises ``InvalidInputError`` where
     a weight is no finite number.
     """
     shape = tuple(weights.shape)
@@ -63,7 +63,7 @@ def quantise(weights: Tensor, queries: tuple[int, ...]) -> Table:
     for head in range(shape[0]):  # a whole layer in float64 would be twice the layer
         exact = weights[head].detach().cpu().double().numpy()
         if not np.isfinite(exact).all():
-            raise InvalidInput(
+            raise InvalidInputError(
                 "weights that are finite numbers",
                 "NaN or infinity among them",
                 "Run the model in float32, and look for NaN in its checkpoint.",

@@ -17,7 +17,7 @@ from dinov2_attn.apps.explorer.budget import NOTHING, Keep, Shape, describe, lef
 from dinov2_attn.apps.explorer.content import Frame, Outliers, bytes_in
 from dinov2_attn.apps.explorer.quantise import Table, quantise
 from dinov2_attn.apps.viz.folders import together
-from dinov2_attn.errors import InvalidInput, OutOfRange
+from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 
 
@@ -58,8 +58,8 @@ def write_page(
     max_mb    the greatest size of the page, in 1,000,000 bytes; ``plan`` says what is kept
     ========  ==================================================================
 
-    Raises ``InvalidInput`` for maps or a picture that cannot be shown, or a size that cannot
-    be kept, ``OutOfRange`` for a sample that is not there, and ``UnwritableOutput``.
+    Raises ``InvalidInputError`` for maps or a picture that cannot be shown, or a size that cannot
+    be kept, ``OutOfRangeError`` for a sample that is not there, and ``UnwritableOutputError``.
     """
     entries = {
         layer: _entry(weights, sample)
@@ -102,7 +102,7 @@ def quantise_layer(weights: Tensor, queries: tuple[int, ...], keep: Keep) -> dic
 def write(
     path: Path, frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables]
 ) -> Written:
-    """Write the page whole or not at all, and say what is in it. Raises ``UnwritableOutput``."""
+    """Write the page whole or not at all; say what is in it. Raises ``UnwritableOutputError``."""
     content = assemble(frame, kept, tables)
     with together(path.parent) as unfinished:
         (unfinished / path.name).write_bytes(content)
@@ -119,13 +119,13 @@ def _rows(weights: Tensor, queries: tuple[int, ...], chosen: tuple[int, ...]) ->
 
 def _entry(weights: Any, sample: int) -> Tensor:
     if isinstance(weights, list) or getattr(weights, "ndim", 0) not in (3, 4):
-        raise InvalidInput(
+        raise InvalidInputError(
             "weights (B, heads, Q, N) or (B, Q, N) for each layer",
             "a list of batches" if isinstance(weights, list) else f"{type(weights).__name__}",
             "Pass the maps of one batch, as attention_maps or record return them.",
         )
     if not -len(weights) <= sample < len(weights):
-        raise OutOfRange(
+        raise OutOfRangeError(
             f"a sample between 0 and {len(weights) - 1}", str(sample), "One page shows one image."
         )
     return torch.as_tensor(weights)[sample]
@@ -135,7 +135,7 @@ def _shape(maps: AttentionMaps, entries: Mapping[int, Tensor]) -> Shape:
     maps.maps()  # raises unless the columns are the prefix and the grid
     shapes = {tuple(weights.shape) for weights in entries.values()}
     if len(shapes) != 1 or 0 in next(iter(shapes)):
-        raise InvalidInput(
+        raise InvalidInputError(
             "weights of one shape in every layer, with at least one row",
             ", ".join(map(str, shapes)) or "no layer",
             "Ask all layers for the same queries and heads.",

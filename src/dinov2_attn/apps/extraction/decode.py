@@ -17,7 +17,7 @@ from dinov2_attn.apps.viz.decoding import decode, stored_size
 from dinov2_attn.apps.viz.images import ImageSize, fit, fitted_size
 from dinov2_attn.apps.viz.inference import told
 from dinov2_attn.apps.viz.reading import IMAGENET, Reading
-from dinov2_attn.errors import Dinov2AttnError, UnreadableFile, in_one_line
+from dinov2_attn.errors import Dinov2AttnError, UnreadableFileError, in_one_line
 
 Size = tuple[int, int]
 
@@ -117,7 +117,7 @@ def or_refused(decode: Callable[[int, Item], Any], number: int, item: Item) -> A
     except Dinov2AttnError as error:
         return Refused(number, item, in_one_line(error))
     except Exception as error:  # no memory for it, or what libraries raise
-        reason = UnreadableFile(
+        reason = UnreadableFileError(
             "an image that can be decoded",
             f"{item.path} ({told(error)})",
             "Check that an image viewer opens it.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from dinov2_attn import _optional
 from dinov2_attn.backbone.backbone import grafted_backbone
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.typing import Heads, Layers, Model, Queries
 
 if TYPE_CHECKING:
@@ -150,10 +150,10 @@ def extract(
     number of threads; elsewhere the last bits of maps differ. ``AttentionDataset`` reads ``out``.
     Nothing is differentiated. Returns a ``Summary``.
 
-    Raises ``InvalidInput`` where ``out`` is another extraction's, ``UnwritableOutput`` where it
-    cannot be written or another run is writing there, ``UnreadableFile`` for a source that
-    cannot be read and, if ``strict``, an image, ``Unavailable`` where the device works no more,
-    and ``NotGrafted``.
+    Raises ``InvalidInputError`` where ``out`` is another extraction's, ``UnwritableOutputError``
+    where it cannot be written or another run is writing there, ``UnreadableFileError`` for a source
+    that cannot be read and, if ``strict``, an image, ``UnavailableError`` where the device works no
+    more, and ``NotGraftedError``.
     """
     _optional.require("torchvision", "PIL", "tqdm", "safetensors", "filelock")
     from dinov2_attn.apps.extraction.job import Job
@@ -163,9 +163,11 @@ def extract(
 
     backbone = grafted_backbone(model)
     if model.training:
-        raise InvalidInput("a model in eval mode", "one in training mode", "Call model.eval().")
+        raise InvalidInputError(
+            "a model in eval mode", "one in training mode", "Call model.eval()."
+        )
     if backbone.is_channel_adaptive:
-        raise InvalidInput(
+        raise InvalidInputError(
             "a model that sees the three channels of a photograph together",
             "a channel-adaptive one, with maps of its own for each channel",
             "Pass tensors of your channels (B, C, H, W) to attention_maps(model, images).",

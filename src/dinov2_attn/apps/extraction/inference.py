@@ -16,7 +16,7 @@ from dinov2_attn.apps.viz.images import normalise
 from dinov2_attn.apps.viz.inference import cannot_run, check_alive
 from dinov2_attn.apps.viz.reading import Reading
 from dinov2_attn.backbone.backbone import Backbone
-from dinov2_attn.errors import Dinov2AttnError, InvalidInput, in_one_line
+from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.modules import weights_from
 from dinov2_attn.maps.artifacts import ArtifactTokens, artifacts_on_the_way
 from dinov2_attn.maps.ask import attention_maps
@@ -53,7 +53,7 @@ def look(model: Any, pictures: list[Picture], options: Options) -> Iterator[Seen
     They are seen together or, where that fails, one by one: an image on which the model fails
     by itself is refused with what it raised. Which images run together depends on the images
     alone, so that a second run makes the same bytes. Raises what is about every image: errors
-    of ours such as ``NotGrafted``, and ``Unavailable`` where the device works no more.
+    of ours such as ``NotGraftedError``, and ``UnavailableError`` where the device works no more.
     """
     seen = _seen_or_refused(model, pictures, options)
     if isinstance(seen, Refused):
@@ -72,7 +72,7 @@ def _seen_or_refused(model: Any, pictures: list[Picture], options: Options) -> S
     """
     try:
         return _look(model, pictures, options)
-    except InvalidInput as error:
+    except InvalidInputError as error:
         return _refused(pictures[0], error)
     except (Dinov2AttnError, Warning):
         raise
@@ -83,7 +83,7 @@ def _seen_or_refused(model: Any, pictures: list[Picture], options: Options) -> S
         return _refused(pictures[0], cannot_run(error, found, smaller))
 
 
-def _refused(picture: Picture, error: InvalidInput) -> Refused:
+def _refused(picture: Picture, error: InvalidInputError) -> Refused:
     return Refused(picture.origin.number, picture.origin.item, in_one_line(error), "pass")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.errors import UnreadableFileError
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Item:
     place: tuple[int, int] | None = None
 
     def check(self) -> None:
-        """Raise ``UnreadableFile`` for what is there but no file: a pipe is waited for forever."""
+        """Raise ``UnreadableFileError`` for what is no file: a pipe is waited for forever."""
         if os.path.exists(self.file) and not os.path.isfile(self.file):
-            raise UnreadableFile(
+            raise UnreadableFileError(
                 "a file that can be read",
                 f"{self.path}, which is a pipe, a device or a folder",
                 "Leave it out of the source.",
             )
 
     def read(self) -> bytes:
-        """Return the bytes of the image. Raises ``UnreadableFile``."""
+        """Return the bytes of the image. Raises ``UnreadableFileError``."""
         try:
             with open(self.file, "rb") as file:
                 if self.place is None:
@@ -45,7 +45,7 @@ class Item:
                 return file.read(self.place[1])
         except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
             reason = getattr(error, "strerror", None) or error
-            raise UnreadableFile(
+            raise UnreadableFileError(
                 "a file that can be read",
                 f"{self.path} ({type(error).__name__}: {reason})",
                 "Check the path and who may read it.",

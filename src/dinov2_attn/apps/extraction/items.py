@@ -16,7 +16,7 @@ from dinov2_attn.apps.extraction.passed_over import LINKS, Sieve, describe, is_h
 from dinov2_attn.apps.extraction.tars import is_tar, members
 from dinov2_attn.apps.viz.decoding import stored_size
 from dinov2_attn.apps.viz.formats import plugin_for
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 
 
 def list_items(sources: Sequence[str | Path], sieve: Sieve | None = None) -> list[Item]:
@@ -32,8 +32,8 @@ def list_items(sources: Sequence[str | Path], sieve: Sieve | None = None) -> lis
     a list    any other file: a path on each line, absolute or from the list's own folder
     ========  ======================================================================
 
-    What lies beside them is counted by ``sieve``. Raises ``UnreadableFile`` for a source that
-    cannot be read and ``InvalidInput`` for one without images, or compressed.
+    What lies beside them is counted by ``sieve``. Raises ``UnreadableFileError`` for a source that
+    cannot be read and ``InvalidInputError`` for one without images, or compressed.
     """
     sieve = sieve or Sieve()
     items: list[Item] = []
@@ -41,14 +41,14 @@ def list_items(sources: Sequence[str | Path], sieve: Sieve | None = None) -> lis
         found = list(_items_of(source, sieve))
         if not found:
             passed_over = sieve.passed_over
-            raise InvalidInput(
+            raise InvalidInputError(
                 f"images in {source}",
                 "none called like one" + f" ({describe(passed_over)})" * bool(passed_over),
                 "Name a folder, a tar, or a list with a path on each line.",
             )
         items += found
     if not items:
-        raise InvalidInput("a source of images", "none", "Name a folder, a list or a tar.")
+        raise InvalidInputError("a source of images", "none", "Name a folder, a list or a tar.")
     return items
 
 
@@ -60,7 +60,7 @@ def _items_of(source: Path, sieve: Sieve) -> Iterator[Item]:
         elif source.is_dir():
             yield from _in_folder(source, name, sieve)
         elif not stat.S_ISREG(source.stat().st_mode):
-            raise InvalidInput(
+            raise InvalidInputError(
                 "a folder or a file",
                 f"{source}, which is neither",
                 "Write a list into a file first: a pipe can be read only once.",
@@ -71,10 +71,10 @@ def _items_of(source: Path, sieve: Sieve) -> Iterator[Item]:
             yield from _in_tar(source, name, sieve)
         else:
             yield from _in_list(source, name)
-    except InvalidInput:  # which is a ValueError
+    except InvalidInputError:  # which is a ValueError
         raise
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "a folder, a list of paths, an uncompressed tar or an image",
             f"{source} ({type(error).__name__}: {error})",
             "Check the path and who may read it.",
@@ -148,7 +148,7 @@ def _in_list(source: Path, name: str) -> Iterator[Item]:
             yield Item(name, name, str(source))
             return
         package = plugin_for(content[:32]) or plugin_for(source)
-        raise InvalidInput(
+        raise InvalidInputError(
             "a folder, an uncompressed tar, an image, or a text with a path on each line",
             f"{source}, which is none of these that can be read here",
             f"Install its reader with `pip install {package}`."
@@ -166,8 +166,8 @@ def _is_image(source: Path) -> bool:
     """Return whether a file that is not called like an image is one."""
     try:
         stored_size(source)
-    except UnreadableFile:
+    except UnreadableFileError:
         return False
-    except InvalidInput:  # too large a one
+    except InvalidInputError:  # too large a one
         return True
     return True

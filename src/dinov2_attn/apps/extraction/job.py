@@ -24,7 +24,7 @@ from dinov2_attn.apps.extraction.plan import Plan, plan
 from dinov2_attn.apps.extraction.preview import Preview, preview
 from dinov2_attn.apps.extraction.sources import Source, wanted
 from dinov2_attn.apps.extraction.worker import Run, refuse, writing_to
-from dinov2_attn.errors import UnwritableOutput
+from dinov2_attn.errors import UnwritableOutputError
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise UnwritableOutput(
+        raise UnwritableOutputError(
             f"a folder that no other run is writing to at {folder}",
             "one that is locked",
             "Wait for the other run, or name another folder.",

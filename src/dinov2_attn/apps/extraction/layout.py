@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.errors import UnreadableFileError
 
 ABOUT, INDEX, UNREADABLE, SHARDS = "extraction.json", "index.jsonl", "unreadable.jsonl", "shards"
 LOCK = ".lock"
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """Return what the extraction in ``folder`` is about. Raises ``UnreadableFile``."""
+    """Return what the extraction in ``folder`` is about. Raises ``UnreadableFileError``."""
     try:
         about = json.loads((folder / ABOUT).read_text())
         if isinstance(about, dict):
@@ -34,7 +34,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         reason = "no JSON object"
     except (OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-    raise UnreadableFile(
+    raise UnreadableFileError(
         f"an extraction at {folder}",
         f"{ABOUT} that cannot be read ({reason})",
         "Name the folder that `dinov2-attn extract -o` was given.",

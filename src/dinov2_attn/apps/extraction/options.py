@@ -12,7 +12,7 @@ import torch
 from dinov2_attn.apps.viz.images import LARGEST_SHORT_SIDE, ImageSize
 from dinov2_attn.apps.viz.reading import IMAGENET, Reading, reading_for
 from dinov2_attn.backbone.backbone import Backbone
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.selection import spell_out, whole_number
 from dinov2_attn.typing import Grid, Heads, Layers, Queries, QueryWord
@@ -66,14 +66,16 @@ def check_options(
     std: Any = None,
     **others: Any,
 ) -> Options:
-    """Return the options for ``model``; raise ``InvalidInput`` and ``OutOfRange``."""
+    """Return the options for ``model``; raise ``InvalidInputError`` and ``OutOfRangeError``."""
     check_heads(heads)
     if dtype not in DTYPES:
-        raise InvalidInput(f"a dtype of {', '.join(DTYPES)}", repr(dtype), "Name one.")
+        raise InvalidInputError(f"a dtype of {', '.join(DTYPES)}", repr(dtype), "Name one.")
     backbone = Backbone(model)
     taken = backbone.layers(layers)
     if not taken:
-        raise InvalidInput("at least one layer", f"layers={layers!r}", "Leave it out for the last.")
+        raise InvalidInputError(
+            "at least one layer", f"layers={layers!r}", "Leave it out for the last."
+        )
     options = Options(
         layers=tuple(taken),
         queries=_named(queries, backbone.registers),
@@ -135,12 +137,12 @@ def _named(queries: Queries, registers: int) -> Named:
     if isinstance(queries, str):
         spell_out(queries, registers)  # an unknown word is reported
         if queries == "registers" and not registers:
-            raise InvalidInput(
+            raise InvalidInputError(
                 "queries that the model has", "registers asked of a model without", "Try cls."
             )
         return queries
     if isinstance(queries, slice):
-        raise InvalidInput(
+        raise InvalidInputError(
             "queries as a word or as positions, since images differ in their tokens",
             repr(queries),
             "Spell the positions out.",
@@ -150,7 +152,7 @@ def _named(queries: Queries, registers: int) -> Named:
     several = queries if isinstance(queries, Sequence) else [queries]
     positions = tuple(whole_number(query, "queries") for query in several)
     if not positions:
-        raise InvalidInput("at least one query", repr(queries), "Leave it out for CLS.")
+        raise InvalidInputError("at least one query", repr(queries), "Leave it out for CLS.")
     return positions
 
 
@@ -164,7 +166,9 @@ def _sides(name: str, sides: Iterable[int]) -> Grid:
     several = sides if isinstance(sides, Iterable) else [sides]
     lengths = tuple(whole_number(length, f"the sides of {name}") for length in several)
     if len(lengths) != 2 or min(lengths) < 1:
-        raise InvalidInput(f"{name} as (height, width), 1 at least", repr(sides), "Try (16, 16).")
+        raise InvalidInputError(
+            f"{name} as (height, width), 1 at least", repr(sides), "Try (16, 16)."
+        )
     return lengths
 
 
@@ -173,8 +177,8 @@ def _count(name: str, given: int | None, fitting: int, most: int) -> int:
 
 
 def at_least(least: int, number: int, name: str) -> int:
-    """Return ``number`` as an int; raise ``InvalidInput`` below ``least``, by its ``name``."""
+    """Return ``number`` as an int; raise ``InvalidInputError`` below ``least``, by its ``name``."""
     found = whole_number(number, name)
     if found < least:
-        raise InvalidInput(f"{name} of at least {least}", str(found), "Leave it out.")
+        raise InvalidInputError(f"{name} of at least {least}", str(found), "Leave it out.")
     return found

@@ -17,14 +17,14 @@ from torch import Tensor
 from dinov2_attn.apps.viz.decoding import Decoded, decode, decode_open
 from dinov2_attn.apps.viz.opening import MOST_PIXELS
 from dinov2_attn.apps.viz.reading import Reading
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 # Where a dict has its picture.
 KEYS = ("image", "pixel_values")
 KINDS = "a floating tensor (C, H, W), an image of Pillow's or a path"
 
 
-class NoPicture(InvalidInput):
+class NoPicture(InvalidInputError):
     """An item is of a kind in which there is no picture, as all of its dataset may be."""
 
 
@@ -32,7 +32,7 @@ def pictured(found: Any, name: str, reading: Reading, max_pixels: int | None) ->
     """Return the picture in what an item called ``name`` holds, a path being opened.
 
     Images come upright and in the channels of ``reading``. Raises ``NoPicture``, and
-    ``InvalidInput`` for more than ``max_pixels``.
+    ``InvalidInputError`` for more than ``max_pixels``.
     """
     if isinstance(found, Decoded):
         return found
@@ -56,7 +56,7 @@ def checked(
     """Return a tensor that a model can take.
 
     Raises ``NoPicture`` unless it is floating ``(C, H, W)`` of as many ``channels``, and
-    ``InvalidInput`` for other sizes than whole patches, or more than ``max_pixels``.
+    ``InvalidInputError`` for other sizes than whole patches, or more than ``max_pixels``.
     """
     found = _described(tensor, name)
     if tensor.ndim != 3 or not tensor.is_floating_point():
@@ -70,7 +70,7 @@ def checked(
     height, width = tensor.shape[1:]
     _check_pixels(height, width, name, max_pixels)
     if height % patch_size or width % patch_size or not height or not width:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"height and width to be multiples of the patch size {patch_size}",
             f"{name} of {height} × {width}",
             "Crop or resize it, in its transform say.",
@@ -123,7 +123,7 @@ def _described(tensor: Tensor, name: str) -> str:
 def _check_pixels(height: int, width: int, name: str, max_pixels: int | None) -> None:
     most = max_pixels or MOST_PIXELS
     if height * width > most:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"an image of at most {most:,} pixels",
             f"{name} of {height} × {width}",
             "Shrink it, or allow it with --max-pixels N.",

@@ -16,7 +16,7 @@ from dinov2_attn.apps.extraction.options import Options, stored_bytes
 from dinov2_attn.apps.extraction.passed_over import describe
 from dinov2_attn.apps.extraction.plan import Plan
 from dinov2_attn.apps.extraction.worker import decoded
-from dinov2_attn.errors import OutOfRange, in_one_line
+from dinov2_attn.errors import OutOfRangeError, in_one_line
 from dinov2_attn.math.selection import place
 from dinov2_attn.typing import Grid
 
@@ -102,7 +102,7 @@ def _lacks(grid: Grid, made: Plan, options: Options) -> str | None:
     try:
         if isinstance(options.queries, tuple):
             place(options.queries, made.about["model"]["prefix"] + math.prod(grid))
-    except OutOfRange as error:
+    except OutOfRangeError as error:
         return in_one_line(error)
     return None
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from dinov2_attn import _optional
 from dinov2_attn.apps.extraction import layout
-from dinov2_attn.errors import OutOfRange, UnreadableFile
+from dinov2_attn.errors import OutOfRangeError, UnreadableFileError
 
 # Shards that are kept open; no more than their headers are in memory.
 MOST_OPEN = 16
@@ -32,7 +32,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
     first needed, in each worker of a ``DataLoader`` anew; with a ``grid`` all maps have one
     shape, and torch's own collation makes batches of them.
 
-    Raises ``UnreadableFile`` where there is no extraction or it is not finished and, unless
+    Raises ``UnreadableFileError`` where there is no extraction or it is not finished and, unless
     ``verify`` is false, where a map is not what was stored (sha256).
     """
 
@@ -63,7 +63,9 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         """Return the line of the index at ``i``, from the end where it is negative."""
         position = index(i)
         if not -len(self) <= position < len(self):
-            raise OutOfRange(f"an image from 0 to {len(self) - 1}", str(i), "len() counts them.")
+            raise OutOfRangeError(
+                f"an image from 0 to {len(self) - 1}", str(i), "len() counts them."
+            )
         with (self._folder / layout.INDEX).open("rb") as file:
             file.seek(self._starts[position])
             line = file.readline()
@@ -91,8 +93,8 @@ class AttentionDataset(Dataset[dict[str, Any]]):
             self._open[name] = _optional.safetensors().safe_open(self._folder / name, "pt")
         return self._open[name]
 
-    def _wrong(self, found: str) -> UnreadableFile:
-        return UnreadableFile(
+    def _wrong(self, found: str) -> UnreadableFileError:
+        return UnreadableFileError(
             f"the shards at {self._folder} as they were written",
             found,
             "Remove the shard, its .jsonl and index.jsonl, and run the extraction again.",
@@ -119,7 +121,7 @@ def _line_starts(folder: Path) -> array[int]:
                 starts.append(position)
                 position += len(line)
     except OSError as error:
-        raise UnreadableFile(
+        raise UnreadableFileError(
             f"a finished extraction at {folder}",
             f"no {layout.INDEX} that can be read ({type(error).__name__})",
             "Run the same `dinov2-attn extract` again: it goes on where it was stopped.",

@@ -27,21 +27,21 @@ from dinov2_attn.apps.extraction.layout import (
     read_about,
 )
 from dinov2_attn.apps.extraction.plan import Plan, differences
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 
 def check(folder: Path, plan: Plan) -> None:
-    """Raise ``InvalidInput`` unless ``folder`` is that of ``plan``, or empty."""
+    """Raise ``InvalidInputError`` unless ``folder`` is that of ``plan``, or empty."""
     if (folder / ABOUT).exists():
         found = differences(plan.about, read_about(folder))
         if found:
-            raise InvalidInput(
+            raise InvalidInputError(
                 f"the extraction that {folder} was begun for",
                 "another: " + "; ".join(found),
                 "Name another folder, or ask as before.",
             )
     elif any(not path.name.startswith((LOCK, UNFINISHED)) for path in folder.iterdir()):
-        raise InvalidInput(
+        raise InvalidInputError(
             f"a folder of an extraction, or an empty one, at {folder}",
             "other files there",
             "Name another folder.",

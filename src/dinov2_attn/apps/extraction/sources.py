@@ -26,7 +26,7 @@ from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.apps.extraction.passed_over import Sieve
 from dinov2_attn.apps.extraction.pickled import fingerprint
 from dinov2_attn.backbone.backbone import Backbone
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 Transform = Callable[[Any], Any] | None
 
@@ -63,7 +63,7 @@ class Files:
         return list_items(self.sources, sieve)
 
     def check(self, items: Sequence[Item], wanted: Wanted) -> None:
-        """Raise ``InvalidInput`` where a transform makes no pictures."""
+        """Raise ``InvalidInputError`` where a transform makes no pictures."""
         if self.own is not None:
             check_first(self.decoder(wanted), items)
 
@@ -98,7 +98,7 @@ class Given:
         return [Item(name, path, "") for path in paths_of(self.dataset)]
 
     def check(self, items: Sequence[Item], wanted: Wanted) -> None:
-        """Raise ``InvalidInput`` where there are no pictures."""
+        """Raise ``InvalidInputError`` where there are no pictures."""
         check_first(self.decoder(wanted), items)
 
     def decoder(self, wanted: Wanted) -> Any:
@@ -122,9 +122,9 @@ def wanted(model: Any, options: Options) -> Wanted:
 
 
 def source_of(source: Any, transform: Transform) -> Source:
-    """Return what ``extract`` was given as a source. Raises ``InvalidInput``."""
+    """Return what ``extract`` was given as a source. Raises ``InvalidInputError``."""
     if transform is not None and not callable(transform):
-        raise InvalidInput("transform as a function", repr(transform), "Leave it out.")
+        raise InvalidInputError("transform as a function", repr(transform), "Leave it out.")
     if isinstance(source, str | Path):
         return Files([source], transform)
     if isinstance(source, Tensor | Image.Image):
@@ -142,7 +142,7 @@ def _of_list(source: Sequence[Any], transform: Transform) -> Source:
         return Files(source, transform)
     if any(paths):
         other = source[paths.index(False)]
-        raise InvalidInput(
+        raise InvalidInputError(
             "paths, or pictures",
             f"a list with both, a {type(other).__name__} at {paths.index(False)}",
             "Open the images of the paths: PIL.Image.open(path).",
@@ -151,16 +151,16 @@ def _of_list(source: Sequence[Any], transform: Transform) -> Source:
 
 
 def _check_dataset(source: Any) -> None:
-    """Raise ``InvalidInput`` for what has no items by number."""
+    """Raise ``InvalidInputError`` for what has no items by number."""
     expected = "paths, a map-style dataset or a list of pictures"
     if isinstance(source, DataLoader):
         iterable = isinstance(source.dataset, IterableDataset)
         inner = "list(loader.dataset), where that fits in memory" if iterable else "loader.dataset"
-        raise InvalidInput(expected, "a DataLoader", f"Give {inner}: batches are made here.")
+        raise InvalidInputError(expected, "a DataLoader", f"Give {inner}: batches are made here.")
     has_items = hasattr(source, "__getitem__") and not isinstance(source, Mapping)
     if isinstance(source, IterableDataset) or not has_items:
         iterable = hasattr(source, "__iter__") and not isinstance(source, Mapping)
-        raise InvalidInput(
+        raise InvalidInputError(
             expected,
             f"{type(source).__name__}, whose items have no numbers to go on with",
             "Give list(source), where that fits in memory, or images in a folder or a tar."
@@ -171,6 +171,8 @@ def _check_dataset(source: Any) -> None:
         count = len(source)
     except TypeError as error:
         advice = "Give it a __len__, or make a list of its items."
-        raise InvalidInput(expected, f"{type(source).__name__} without length", advice) from error
+        raise InvalidInputError(
+            expected, f"{type(source).__name__} without length", advice
+        ) from error
     if not count:
-        raise InvalidInput("a source of images", "none", "Give at least one.")
+        raise InvalidInputError("a source of images", "none", "Give at least one.")

@@ -6,18 +6,18 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 # gzip, bzip2, xz, Zstandard, zip.
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
 
 
 def is_tar(source: Path) -> bool:
-    """Return whether ``source`` is a tar. Raises ``InvalidInput`` for a compressed file."""
+    """Return whether ``source`` is a tar. Raises ``InvalidInputError`` for a compressed file."""
     with source.open("rb") as file:
         start = file.read(512)
     if start.startswith(_COMPRESSED):
-        raise InvalidInput(
+        raise InvalidInputError(
             "a tar in which every image can be read by itself",
             f"{source}, which is compressed",
             "Decompress it first: images gain nothing from compression.",

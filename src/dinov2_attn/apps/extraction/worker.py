@@ -24,9 +24,9 @@ from dinov2_attn.apps.extraction.plan import Plan
 from dinov2_attn.apps.viz.ranges import warn
 from dinov2_attn.errors import (
     Dinov2AttnError,
-    Unavailable,
-    UnreadableFile,
-    UnwritableOutput,
+    UnavailableError,
+    UnreadableFileError,
+    UnwritableOutputError,
 )
 
 log = logging.getLogger(__name__)
@@ -113,8 +113,8 @@ class Run:
 
 
 def refuse(path: str, reason: str) -> None:
-    """Raise ``UnreadableFile`` for the first image without maps of a strict run."""
-    raise UnreadableFile(
+    """Raise ``UnreadableFileError`` for the first image without maps of a strict run."""
+    raise UnreadableFileError(
         "images that can all be read and seen, since the run is strict",
         (reason if path in reason else f"{path}: {reason}").rstrip("."),
         "Mend the image and run with --retry, or run without --strict.",
@@ -123,11 +123,11 @@ def refuse(path: str, reason: str) -> None:
 
 @contextlib.contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Raise ``UnwritableOutput`` for an error of the file system."""
+    """Raise ``UnwritableOutputError`` for an error of the file system."""
     try:
         yield
     except OSError as error:
-        raise UnwritableOutput(
+        raise UnwritableOutputError(
             f"a folder that can be written at {folder}",
             f"{type(error).__name__}: {error}",
             "Finished shards are whole. Make room, or name another folder, and run again.",
@@ -158,7 +158,7 @@ def decoded(
     except RuntimeError as error:
         if isinstance(error, Dinov2AttnError) or "worker" not in str(error):
             raise
-        raise Unavailable(
+        raise UnavailableError(
             f"{workers} processes that decode images",
             str(error).partition("\n")[0],
             "Their memory may not suffice: try fewer workers, or a smaller --max-pixels.",

@@ -11,7 +11,7 @@ from dinov2_attn.apps.viz.colours import Mask
 from dinov2_attn.apps.viz.rows import Head, Look
 from dinov2_attn.apps.viz.style import DECADES, Style
 from dinov2_attn.apps.viz.text import percent
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from dinov2_attn.maps.artifacts import ArtifactTokens
@@ -29,13 +29,13 @@ class Outlying:
 def outlying_in(
     artifacts: ArtifactTokens | None, look: Look, sample: int | tuple[int, int] = 0
 ) -> Outlying | None:
-    """Return the artifacts of the image that is looked at; raise ``InvalidInput`` for others'."""
+    """Return the artifacts of the image looked at; raise ``InvalidInputError`` for others'."""
     if artifacts is None:
         return None
     index = sample[1] if isinstance(sample, tuple) else sample
     shape = tuple(artifacts.mask.shape)
     if index >= shape[0] or shape[1:] != look.grid:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"artifact tokens of image {index} on a grid of {look.grid[0]} × {look.grid[1]}",
             f"a mask of shape {shape}",
             "Pass what artifact_tokens returned for the same batch.",

@@ -25,7 +25,7 @@ from dinov2_attn.apps.viz.opening import (
 )
 from dinov2_attn.apps.viz.ranges import Raw, full_range, in_eight_bits
 from dinov2_attn.apps.viz.reading import IMAGENET, Reading
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def in_channels(image: Image.Image, channels: int, path: Path) -> Bytes:
     """Return an image of 8 bits as ``(H, W, channels)``.
 
     For 3 channels any image is shown in RGB, what is transparent on white; for 1 in grey. Other
-    numbers have to be those of the image. Raises ``InvalidInput``.
+    numbers have to be those of the image. Raises ``InvalidInputError``.
     """
     if channels in (1, 3):
         rgb = _in_rgb(image)
@@ -179,12 +179,12 @@ def shown(pixels: Bytes) -> Bytes:
 
 
 def _check_channels(shape: tuple[int, ...], path: Path, channels: int) -> None:
-    """Raise ``InvalidInput`` unless an array of this shape can be shown in so many channels."""
+    """Raise ``InvalidInputError`` unless an array of this shape has so many channels."""
     found = shape[2] if len(shape) == 3 else 1
     if found == channels or {found, channels} == {1, 3}:
         return
     if len(shape) == 3 and found > shape[0] in (1, 3, channels):
-        raise InvalidInput(
+        raise InvalidInputError(
             f"channels last: (H, W, {channels})",
             f"{path} of shape {shape}",
             "Save array.transpose(1, 2, 0).",
@@ -192,9 +192,9 @@ def _check_channels(shape: tuple[int, ...], path: Path, channels: int) -> None:
     raise _other_channels(path, found, channels)
 
 
-def _other_channels(path: Path, found: int, channels: int) -> InvalidInput:
+def _other_channels(path: Path, found: int, channels: int) -> InvalidInputError:
     kind = f"{channels} channel{'s' * (channels != 1)}"
-    return InvalidInput(
+    return InvalidInputError(
         f"an image of {kind}, as the model takes",
         f"{path}, which has {found}",
         f"Give a TIFF of {kind}, or an array (H, W, {channels}) saved as .npy.",
@@ -300,14 +300,14 @@ def _high_bytes(image: Image.Image) -> int:
 def _sixteen_bits(
     image: Image.Image, path: Path, content: bytes | None, max_pixels: int | None
 ) -> npt.NDArray[np.uint16]:
-    """Return colours of 16 bits ``(H, W, C)``. Raises ``UnreadableFile``."""
+    """Return colours of 16 bits ``(H, W, C)``. Raises ``UnreadableFileError``."""
     if image.format == "TIFF":
         return read_tiff(path, content, max_pixels)
     if image.format == "PNG":
         data = path.read_bytes() if content is None else content
         if (colours := _png_colours(data)) is not None:
             return colours
-    raise UnreadableFile(
+    raise UnreadableFileError(
         "an image of 8 bits in colour, or a TIFF or PNG of 16",
         f"{path} of 16 bits, of which the upper 8 are read here",
         "Scale it to 0…65535, or save it as TIFF.",

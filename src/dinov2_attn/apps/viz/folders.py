@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dinov2_attn._files import UNFINISHED, check_replaceable
-from dinov2_attn.errors import UnwritableOutput
+from dinov2_attn.errors import UnwritableOutputError
 
 
 @contextlib.contextmanager
@@ -19,7 +19,7 @@ def together(folder: Path) -> Iterator[Path]:
 
     ``folder`` is made if it is not there. Files of the same names are replaced. If the
     block raises or a file cannot be written, ``folder`` is as it was before, or absent
-    again, and an ``OSError`` comes out as ``UnwritableOutput``.
+    again, and an ``OSError`` comes out as ``UnwritableOutputError``.
     """
     folder = Path(os.path.abspath(folder))  # mkdir would look for what `..` leads back from
     try:
@@ -34,7 +34,7 @@ def together(folder: Path) -> Iterator[Path]:
                 _move(new, folder, old)
             undo.pop_all()
     except OSError as error:
-        raise UnwritableOutput(
+        raise UnwritableOutputError(
             f"a folder that can be written at {folder}",
             f"{type(error).__name__}: {error}",
             "Nothing was left there. Name another folder or make room in this one.",

@@ -28,7 +28,7 @@ def cls_maps(model: Any, photograph: Photograph, device: Device = "cpu") -> Grid
 
     ``model`` is a grafted vision transformer on ``device``. The shares of CLS and of the
     registers are cut off and nothing is rescaled, so that a head sums to less than one.
-    Raises ``InvalidInput`` if the device cannot run the model on this many patches.
+    Raises ``InvalidInputError`` if the device cannot run the model on this many patches.
     """
     return last_cls_maps(maps_of(model, photograph, 1, "cls", device))
 
@@ -91,7 +91,7 @@ def write(
 
     ``image.json`` says how the photograph was read, if it was read from a file. A
     ``warning`` goes below every picture of a map. ``others`` are files by name, with what writes
-    them. Raises ``UnwritableOutput``.
+    them. Raises ``UnwritableOutputError``.
     """
     with together(folder) as unfinished:
         np.save(unfinished / "attention.npy", maps)

@@ -18,7 +18,7 @@ from dinov2_attn.apps.viz.decoding import decode, shown
 from dinov2_attn.apps.viz.opening import MOST_PIXELS
 from dinov2_attn.apps.viz.ranges import warn
 from dinov2_attn.apps.viz.reading import IMAGENET, Reading, reading_for
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 # The published weights were trained up to here; the cost of attention grows with the
 # fourth power of an image's side.
@@ -97,11 +97,12 @@ def read_photograph(
 
     HEIC and JPEG XL need their plug-in for Pillow; TIFFs of other than 1, 3 or 4 channels need
     tifffile; arrays ``(H, W)`` or ``(H, W, C)`` may be saved as .npy. Warns with
-    ``SuspiciousRange`` where 16 bits are not nearly used.
+    ``SuspiciousRangeWarning`` where 16 bits are not nearly used.
 
-    Raises ``UnreadableFile`` if there is no complete image at ``path``, or one of numbers
-    without a known range (32 bits, signed, floating) and no ``range``, or NaN; ``InvalidInput``
-    if it has too many pixels or other channels than the model, or if not one patch fits in.
+    Raises ``UnreadableFileError`` if there is no complete image at ``path``, or one of numbers
+    without a known range (32 bits, signed, floating) and no ``range``, or NaN;
+    ``InvalidInputError`` if it has too many pixels or other channels than the model, or if not one
+    patch fits in.
     """
     reading = reading_for(channels, range, mean, std)
     decoded = decode(Path(path), reading, max_pixels)
@@ -147,7 +148,7 @@ def fitted_size(
     """Return height and width of what ``fit`` makes of an image of ``size`` (height, width)."""
     height, width = (side - side % patch_size for side in _resized(size, image_size))
     if not (width and height):
-        raise InvalidInput(
+        raise InvalidInputError(
             f"an image of at least one patch, {patch_size} × {patch_size}",
             f"{path} of {size[0]} × {size[1]} (height × width)",
             "Enlarge it with --image-size.",
@@ -166,7 +167,7 @@ def _resized(size: tuple[int, int], wanted: ImageSize) -> tuple[int, int]:
         wanted = (wanted, other) if size[0] <= size[1] else (other, wanted)
     pixels = wanted[0] * wanted[1]
     if pixels > MOST_PIXELS:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"an image of at most {MOST_PIXELS:,} pixels after resizing",
             f"{pixels:,}",
             "Give a smaller --image-size.",

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dinov2_attn.errors import Dinov2AttnError, InvalidInput, Unavailable
+from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, UnavailableError
 
 
 @contextmanager
 def looking_at(images: Tensor) -> Iterator[None]:
     """Run a model on ``images`` (B, C, H, W) inside, without autograd.
 
-    Raises ``InvalidInput`` for what the model raises; errors of ours, warnings that were made
+    Raises ``InvalidInputError`` for what the model raises; errors of ours, warnings that were made
     errors and what is no ``Exception`` (``KeyboardInterrupt``) stay as they are.
     """
     try:
@@ -29,13 +29,13 @@ def looking_at(images: Tensor) -> Iterator[None]:
         raise cannot_run(error, found, "Give a smaller --image-size.") from error
 
 
-def cannot_run(error: Exception, image: str, smaller: str) -> InvalidInput:
+def cannot_run(error: Exception, image: str, smaller: str) -> InvalidInputError:
     """Return the error for an ``image`` on which a model raised ``error``.
 
     ``smaller`` is the advice where it was one of memory.
     """
     advice = "Leave it out, or change the model or its hooks, which raised this."
-    return InvalidInput(
+    return InvalidInputError(
         "an image that the model can be run on here",
         f"{image} ({told(error)})",
         smaller if is_out_of_memory(error) else advice,
@@ -64,7 +64,7 @@ def told(error: Exception) -> str:
 
 
 def check_alive(device: torch.device) -> None:
-    """Raise ``Unavailable`` if nothing can be computed on ``device`` any more.
+    """Raise ``UnavailableError`` if nothing can be computed on ``device`` any more.
 
     After an assertion on a GPU all that follows fails, whatever the image.
     """
@@ -74,7 +74,7 @@ def check_alive(device: torch.device) -> None:
         torch.zeros(1, device=device).cpu()
     except Exception as error:
         if not is_out_of_memory(error):
-            raise Unavailable(
+            raise UnavailableError(
                 f"a device {device} that still works",
                 told(error),
                 "Start the program again; an extraction goes on when it is run again.",

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from dinov2_attn.apps.viz.formats import plugin_for, register_plugins
-from dinov2_attn.errors import Dinov2AttnError, InvalidInput, UnreadableFile
+from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, UnreadableFileError
 
 # An image of so many pixels takes 0.3 GB decoded and 1.2 GB as a tensor; its attention would
 # take petabytes.
@@ -37,7 +37,7 @@ def reported(path: Path, max_pixels: int | None) -> Iterator[None]:
     except Dinov2AttnError:
         raise
     except Exception as error:  # Pillow's readers raise whatever foreign bytes provoke
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "a complete image file",
             f"{path}, which cannot be read ({type(error).__name__}: {error})",
             "Check the path and that an image viewer opens it.",
@@ -51,7 +51,7 @@ def opened(path: Path, content: bytes | None) -> Image.Image:
         image = Image.open(path if content is None else _Content(content, path))
     except UnidentifiedImageError as error:
         if package := plugin_for(header(path, content)) or plugin_for(path):
-            raise UnreadableFile(
+            raise UnreadableFileError(
                 "an image that Pillow can open",
                 f"{path}, whose format needs a plug-in that is not installed",
                 f"Install it with `pip install {package}`.",
@@ -59,7 +59,7 @@ def opened(path: Path, content: bytes | None) -> Image.Image:
         raise
     if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
         image.close()
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "an image of pixels", f"{path}, which is PostScript", "Convert it to PNG."
         )
     return image
@@ -85,7 +85,7 @@ def read_array(path: Path, content: bytes | None, max_pixels: int | None) -> npt
     else:
         array = np.load(io.BytesIO(content), allow_pickle=False)
     if array.ndim not in (2, 3) or array.dtype.kind not in "buif" or not array.size:
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "an array of numbers of shape (H, W) or (H, W, C)",
             f"{path} of {array.dtype} {array.shape}",
             "Save one image with its channels last.",
@@ -95,7 +95,7 @@ def read_array(path: Path, content: bytes | None, max_pixels: int | None) -> npt
 
 
 def check_pixels(path: Path, size: tuple[int, ...], max_pixels: int | None) -> None:
-    """Raise ``InvalidInput`` for an image of more than ``max_pixels``."""
+    """Raise ``InvalidInputError`` for an image of more than ``max_pixels``."""
     most = max_pixels or MOST_PIXELS
     if size[0] * size[1] > most:
         raise _too_large(path, most, f"{size[0]} × {size[1]}")
@@ -105,10 +105,10 @@ def check_pixels(path: Path, size: tuple[int, ...], max_pixels: int | None) -> N
 def tiff_page(path: Path, content: bytes | None) -> Iterator[Any]:
     """Open the first page of a TIFF with tifffile.
 
-    Raises ``UnreadableFile`` where tifffile is missing.
+    Raises ``UnreadableFileError`` where tifffile is missing.
     """
     if importlib.util.find_spec("tifffile") is None:
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "a complete image file, of a kind that Pillow reads",
             f"{path}, a TIFF that Pillow cannot read in full",
             "Check that an image viewer opens it. For TIFFs of several channels, of 16 bits in "
@@ -135,8 +135,8 @@ def is_tiff(path: Path, content: bytes | None) -> bool:
     return header(path, content).startswith(_TIFF)
 
 
-def _too_large(path: Path, most: int, found: str) -> InvalidInput:
-    return InvalidInput(
+def _too_large(path: Path, most: int, found: str) -> InvalidInputError:
+    return InvalidInputError(
         f"an image of at most {most:,} pixels",
         f"{path} ({found})",
         "Shrink it, or allow it with --max-pixels N.",

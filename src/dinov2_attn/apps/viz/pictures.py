@@ -87,7 +87,7 @@ def plot(
 
     In data coordinates the patch (row, column) is centred at x = column, y = row. A colour
     bar takes the map, ``ax.images[0]``, or ``ax.images[1]`` where it lies over a photograph.
-    Raises ``InvalidInput`` and ``OutOfRange``.
+    Raises ``InvalidInputError`` and ``OutOfRangeError``.
     """
     seen = look(maps, query, sample)
     outlying = outlying_in(artifacts, seen, sample)

@@ -7,21 +7,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 
 def as_pixels(image: Any) -> npt.NDArray[Any]:
     """Return a photograph as matplotlib shows it: ``(H, W, 3)`` or ``(H, W, 4)``.
 
     Taken are ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` and ``(H, W, 4)``, integers of 0…255,
-    floats of 0…1 or booleans, on any device. Raises ``InvalidInput`` for everything else, since
-    one array of floats may be of 0…255, of 12 bits or normalised.
+    floats of 0…1 or booleans, on any device. Raises ``InvalidInputError`` for everything else,
+    since one array of floats may be of 0…255, of 12 bits or normalised.
     """
     pixels = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
     if pixels.ndim == 2:
         pixels = pixels[..., np.newaxis]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
-        raise InvalidInput(
+        raise InvalidInputError(
             "a photograph of shape (H, W, 3) or (H, W)",
             f"{type(image).__name__} of shape {np.shape(pixels)}",
             _to_shape(pixels),
@@ -36,14 +36,16 @@ def as_pixels(image: Any) -> npt.NDArray[Any]:
 
 def _check_values(pixels: npt.NDArray[Any], kind: str) -> None:
     if pixels.dtype.kind not in "biuf":
-        raise InvalidInput("a photograph of numbers", f"{pixels.dtype}", "Convert to uint8.")
+        raise InvalidInputError("a photograph of numbers", f"{pixels.dtype}", "Convert to uint8.")
     if not np.isfinite(pixels).all():
-        raise InvalidInput("a photograph of finite numbers", "NaN or infinity", "Replace them.")
+        raise InvalidInputError(
+            "a photograph of finite numbers", "NaN or infinity", "Replace them."
+        )
     floating = pixels.dtype.kind == "f"
     least, greatest = pixels.min(), pixels.max()
     if least >= 0 and greatest <= (1 if floating else 255):
         return
-    raise InvalidInput(
+    raise InvalidInputError(
         f"a photograph of {'floats of 0…1' if floating else 'integers of 0…255'}",
         f"{kind} of {pixels.dtype}, whose values run from {least:g} to {greatest:g}",
         _to_range(float(least), float(greatest), floating),

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2_attn.apps.viz.reading import Range
-from dinov2_attn.errors import SuspiciousRange, UnreadableFile
+from dinov2_attn.errors import SuspiciousRangeWarning, UnreadableFileError
 
 # Sensors of so many bits write files of 16.
 DEPTHS = (8, 10, 12, 14)
@@ -51,7 +51,7 @@ def in_eight_bits(
 ) -> tuple[npt.NDArray[np.uint8], tuple[float, float], str | None]:
     """Return ``raw`` as uint8, the values that became 0 and 255, and what is doubtful about them.
 
-    Values outside of the range become 0 or 255. Raises ``UnreadableFile`` where no range is
+    Values outside of the range become 0 or 255. Raises ``UnreadableFileError`` where no range is
     known or values are NaN. ``name`` is what errors call the file.
     """
     low, high = ends = _ends(raw, wanted, name)
@@ -65,13 +65,13 @@ def in_eight_bits(
 def warn(doubt: str | None) -> None:
     """Warn of what is doubtful about the range of an image."""
     if doubt is not None:
-        warnings.warn(doubt, SuspiciousRange, stacklevel=3)
+        warnings.warn(doubt, SuspiciousRangeWarning, stacklevel=3)
 
 
 def _ends(raw: Raw, wanted: Range, name: str) -> tuple[float, float]:
     values = raw.values
     if values.dtype.kind == "f" and (count := int(np.isnan(values).sum())):
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "an image of numbers",
             f"{name}, of which {count:,} value{'s are' if count > 1 else ' is'} NaN",
             "Replace them, and save it again.",
@@ -83,7 +83,7 @@ def _ends(raw: Raw, wanted: Range, name: str) -> tuple[float, float]:
         least, greatest = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
         if wanted == "auto":
             return least, greatest
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "an image of 8 or 16 bits per channel, or --range",
             f"{name} of {_kind(values)}, whose values run from {least:g} to {greatest:g} and have "
             "no known range",

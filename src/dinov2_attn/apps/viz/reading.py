@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 # The mean and deviation of ImageNet's channels, with which Meta trained every DINOv2.
 MEAN = (0.485, 0.456, 0.406)
@@ -52,7 +52,7 @@ def reading_for(channels: int, range: Any = None, mean: Any = None, std: Any = N
 
     ``mean`` and ``std`` are one number or one for each channel. Without them they are those of
     ImageNet; for other than 3 channels, the averages of those, 0.449 and 0.226. Raises
-    ``InvalidInput``.
+    ``InvalidInputError``.
     """
     means = _each("mean", mean, channels, MEAN, GREY_MEAN)
     deviations = _each("std", std, channels, DEVIATION, GREY_DEVIATION)
@@ -64,12 +64,12 @@ def reading_for(channels: int, range: Any = None, mean: Any = None, std: Any = N
 
 
 def check_range(range: Any) -> Range:
-    """Return a range as ``(low, high)``, ``"auto"`` or ``None``; raise ``InvalidInput``."""
+    """Return a range as ``(low, high)``, ``"auto"`` or ``None``; raise ``InvalidInputError``."""
     if range is None or (isinstance(range, str) and range == "auto"):
         return range
     ends = _numbers(range)
     if ends is None or len(ends) != 2 or not ends[0] < ends[1]:
-        raise InvalidInput(
+        raise InvalidInputError(
             "range as (low, high) with low < high, or 'auto'", repr(range), "Try (0, 4095)."
         )
     return ends[0], ends[1]
@@ -83,7 +83,7 @@ def _each(
     numbers = _numbers(given)
     if numbers is None or len(numbers) not in (1, channels):
         wanted = "one number" if channels == 1 else f"one number, or {channels}"
-        raise InvalidInput(
+        raise InvalidInputError(
             f"{name} as {wanted}, the model taking {channels} channel{'s' * (channels != 1)}",
             repr(given) if numbers is None else f"{len(numbers)} numbers",
             f"Give {'it once' if channels == 1 else 'one for each channel, or one for all'}.",
@@ -103,6 +103,6 @@ def _numbers(given: Any) -> list[float] | None:
     return numbers if all(map(math.isfinite, numbers)) else None
 
 
-def _out_of_scale(expected: str, found: float) -> InvalidInput:
+def _out_of_scale(expected: str, found: float) -> InvalidInputError:
     advice = f"Divide by 255: {found / 255:.6g}." if 1 < found <= 255 else "Try 0.5."
-    return InvalidInput(expected, f"{found:g}", advice)
+    return InvalidInputError(expected, f"{found:g}", advice)

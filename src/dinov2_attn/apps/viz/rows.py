@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2_attn.apps.viz.tokens import Token, position_of
-from dinov2_attn.errors import InvalidInput, OutOfRange
+from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.math.selection import name_token, whole_number
 
@@ -62,7 +62,7 @@ class Look:
             return len(self.layers) - 1
         number = whole_number(number, "layers")
         if number not in self.layers:
-            raise OutOfRange(
+            raise OutOfRangeError(
                 f"one of the layers {', '.join(map(str, self.layers))}",
                 str(number),
                 "Ask attention_maps or record for it: n=None takes all.",
@@ -78,7 +78,7 @@ class Look:
         if not isinstance(head, str) and whole_number(head, "heads") in self.heads:
             one: Values = rows[self.heads.index(head)]
             return one
-        raise OutOfRange(
+        raise OutOfRangeError(
             f"a head among {', '.join(map(str, self.heads))}, or 'mean'",
             repr(head),
             "Leave heads out of attention_maps to have each.",
@@ -97,7 +97,7 @@ def look(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 0) -> 
     """Return where ``query`` looks in the image ``sample`` of ``maps``, an ``AttentionMaps``.
 
     A ``Recording`` of one pass does as well. For maps of a list of batches ``sample`` is
-    ``(batch, image)``. Raises ``InvalidInput`` and ``OutOfRange``.
+    ``(batch, image)``. Raises ``InvalidInputError`` and ``OutOfRangeError``.
     """
     maps = _one_batch(maps, sample)
     maps.maps()  # raises what does not fit
@@ -107,7 +107,7 @@ def look(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 0) -> 
     length = rows[0].shape[-1]
     queries = tuple(range(length)) if maps.queries is None else maps.queries
     if position not in queries:
-        raise OutOfRange(
+        raise OutOfRangeError(
             "a query whose row is there: "
             + ", ".join(name_token(q, maps.prefix, maps.grid) for q in queries[:8]),
             name_token(position, maps.prefix, maps.grid),
@@ -124,12 +124,12 @@ def _one_batch(maps: Any, sample: int | tuple[int, int]) -> Any:
     weights = maps.weights
     if not isinstance(weights[0], list):
         if isinstance(sample, tuple):
-            raise InvalidInput(
+            raise InvalidInputError(
                 "sample as a number, there being one batch", repr(sample), "Give the image's."
             )
         plain = maps
     elif not isinstance(sample, tuple) or len(sample) != 2:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"sample as (batch, image), there being a list of {len(weights[0])} batches",
             repr(sample),
             "Give the number of the batch and of the image in it.",
@@ -142,7 +142,7 @@ def _one_batch(maps: Any, sample: int | tuple[int, int]) -> Any:
         plain = AttentionMaps(own, maps.layers, grid, maps.prefix, queries)
     for layer in plain.weights:
         if getattr(layer, "ndim", 0) not in (3, 4):
-            raise InvalidInput(
+            raise InvalidInputError(
                 "weights of shape (B, heads, Q, N) or (B, Q, N)",
                 str(tuple(getattr(layer, "shape", ())) or type(layer).__name__),
                 "Draw what attention_maps returns, without reduce.",
@@ -160,5 +160,5 @@ def _of_image(weights: Any, index: int) -> Values:
 def _within(number: object, count: int, what: str) -> int:
     place = whole_number(number, "sample")
     if not 0 <= place < count:
-        raise OutOfRange(f"{what} from 0 to {count - 1}", str(place), "Images count from 0.")
+        raise OutOfRangeError(f"{what} from 0 to {count - 1}", str(place), "Images count from 0.")
     return place

@@ -17,7 +17,7 @@ from PIL import Image
 from dinov2_attn.apps.viz.colours import Pixels
 from dinov2_attn.apps.viz.pictures import plot_heads
 from dinov2_attn.apps.viz.rows import Drawable
-from dinov2_attn.errors import InvalidInput, Unavailable, UnwritableOutput
+from dinov2_attn.errors import InvalidInputError, UnavailableError, UnwritableOutputError
 
 DPI = 150
 FRAME_DPI = 100
@@ -29,8 +29,8 @@ FILMS = ("gif", "mp4")
 def save(figure: Figure, path: str | Path) -> None:
     """Write ``figure`` as the PNG or SVG that the name of ``path`` says.
 
-    Words in an SVG stay words. The same figure gives the same file. Raises ``InvalidInput``
-    for another ending and ``UnwritableOutput``.
+    Words in an SVG stay words. The same figure gives the same file. Raises ``InvalidInputError``
+    for another ending and ``UnwritableOutputError``.
     """
     with _written(Path(path)):
         write_figure(figure, Path(path))
@@ -41,7 +41,7 @@ def animate(maps: Drawable, path: str | Path, *, seconds: float = SECONDS, **opt
 
     A frame is what ``plot_heads`` draws of that layer with ``options``, its arguments; all
     have one scale. Each is shown for so many ``seconds``. Raises what ``plot_heads`` does,
-    ``Unavailable`` for an MP4 without the program ffmpeg, and ``UnwritableOutput``.
+    ``UnavailableError`` for an MP4 without the program ffmpeg, and ``UnwritableOutputError``.
     """
     with _written(Path(path)):
         write_film(maps, Path(path), seconds, **options)
@@ -67,14 +67,16 @@ def write_film(maps: Drawable, path: Path, seconds: float = SECONDS, **options: 
 def _kind(path: Path, kinds: tuple[str, ...]) -> str:
     kind = path.suffix.lower().lstrip(".")
     if kind not in kinds:
-        raise InvalidInput(f"a name that ends in .{' or .'.join(kinds)}", path.name, "Rename it.")
+        raise InvalidInputError(
+            f"a name that ends in .{' or .'.join(kinds)}", path.name, "Rename it."
+        )
     return kind
 
 
 def writer_of(kind: str) -> Callable[[list[Pixels], Path, float], None]:
-    """Return what writes a ``"gif"`` or ``"mp4"``; raise ``Unavailable`` where nothing does."""
+    """Return what writes a ``"gif"`` or ``"mp4"``; raise ``UnavailableError`` if nothing does."""
     if kind == "mp4" and shutil.which("ffmpeg") is None:
-        raise Unavailable(
+        raise UnavailableError(
             "the program ffmpeg, which writes MP4",
             "none on the PATH",
             "Install it (apt install ffmpeg, brew install ffmpeg), or write a GIF.",
@@ -121,7 +123,7 @@ def _write_mp4(frames: list[Pixels], path: Path, seconds: float) -> None:
     done = subprocess.run(command, input=raw, capture_output=True, check=False)
     if done.returncode:
         path.unlink(missing_ok=True)
-        raise UnwritableOutput(
+        raise UnwritableOutputError(
             f"ffmpeg to write {path.name}",
             done.stderr.decode(errors="replace").strip()[-300:] or f"status {done.returncode}",
             "Write a GIF, or install an ffmpeg with H.264.",
@@ -133,7 +135,7 @@ def _written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UnwritableOutput(
+        raise UnwritableOutputError(
             f"a place for {path}",
             f"{type(error).__name__}: {error}",
             "Make its folder, or name another.",

@@ -11,7 +11,7 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 
 from dinov2_attn.apps.viz.colours import Mask
 from dinov2_attn.apps.viz.rows import Values
-from dinov2_attn.errors import InvalidInput
+from dinov2_attn.errors import InvalidInputError
 
 Outliers = Literal["mark", "clip", "mask", "none"]
 Interpolation = Literal["nearest", "bilinear"]
@@ -43,13 +43,13 @@ class Style:
     def __post_init__(self) -> None:
         for name, kind in (("interpolation", Interpolation), ("outliers", Outliers)):
             if getattr(self, name) not in get_args(kind):
-                raise InvalidInput(
+                raise InvalidInputError(
                     f"{name} as one of {', '.join(map(repr, get_args(kind)))}",
                     repr(getattr(self, name)),
                     "Check the spelling.",
                 )
         if not (isinstance(self.alpha, int | float) and 0 < self.alpha <= 1):
-            raise InvalidInput("alpha as a number in (0, 1]", repr(self.alpha), "Try 0.5.")
+            raise InvalidInputError("alpha as a number in (0, 1]", repr(self.alpha), "Try 0.5.")
 
     @property
     def spares(self) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from dinov2_attn.errors import InvalidInput, OutOfRange
+from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.math.selection import positions, whole_number
 
 Token = int | str | tuple[int, int]
 
 
 def read_token(text: str) -> Token:
-    """Read ``cls``, ``register:K`` or ``ROW,COL``; raise ``InvalidInput`` for anything else."""
+    """Read ``cls``, ``register:K`` or ``ROW,COL``; raise ``InvalidInputError`` otherwise."""
     word, colon, number = text.partition(":")
     if word == "cls" and not colon:
         return word
@@ -20,7 +20,7 @@ def read_token(text: str) -> Token:
     parts = text.split(",")
     if len(parts) == 2 and all(map(_is_count, parts)):
         return int(parts[0]), int(parts[1])
-    raise InvalidInput(
+    raise InvalidInputError(
         "cls, register:K or ROW,COL",
         repr(text),
         "Registers count from 1, rows and columns of patches from 0.",
@@ -31,8 +31,8 @@ def position_of(token: Token, prefix: int, grid: tuple[int, int]) -> int:
     """Return the position of ``token`` in the sequence ``[CLS, registers, patches]``.
 
     ``token`` is ``"cls"``, ``"register:K"`` with K from 1 to R, a patch ``(row, column)``
-    counted from 0, all three as text too, or a position. Raises ``OutOfRange`` with what
-    there is, and ``InvalidInput``.
+    counted from 0, all three as text too, or a position. Raises ``OutOfRangeError`` with what
+    there is, and ``InvalidInputError``.
     """
     if isinstance(token, str):
         token = read_token(token)
@@ -57,22 +57,24 @@ def _is_count(text: str) -> bool:
 
 def _register(number: int, count: int) -> int:
     if count == 0:
-        raise OutOfRange(
+        raise OutOfRangeError(
             "a model with registers",
             f"register {number} asked of one that has none",
             "Ask for cls, or for a patch by ROW,COL.",
         )
     if not 1 <= number <= count:
-        raise OutOfRange(f"a register from 1 to {count}", str(number), "Registers count from 1.")
+        raise OutOfRangeError(
+            f"a register from 1 to {count}", str(number), "Registers count from 1."
+        )
     return number
 
 
 def _patch(place: Any, grid: tuple[int, int]) -> int:
     if len(place) != 2:
-        raise InvalidInput("a patch as (row, column)", repr(place), "Give two whole numbers.")
+        raise InvalidInputError("a patch as (row, column)", repr(place), "Give two whole numbers.")
     row, column = (whole_number(number, "row and column of a patch") for number in place)
     if not (0 <= row < grid[0] and 0 <= column < grid[1]):
-        raise OutOfRange(
+        raise OutOfRangeError(
             f"a patch in the grid of {grid[0]} rows and {grid[1]} columns",
             f"({row}, {column})",
             f"Rows go from 0 to {grid[0] - 1}, columns from 0 to {grid[1] - 1}.",

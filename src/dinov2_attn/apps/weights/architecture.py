@@ -15,7 +15,7 @@ from dinov2_attn.apps.weights.heads import heads_of
 from dinov2_attn.apps.weights.layouts import ANCHORS, find_backbone
 from dinov2_attn.apps.weights.models import Architecture
 from dinov2_attn.apps.weights.reading import Checkpoint
-from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.errors import UnreadableFileError
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +30,15 @@ def infer(
     ``key`` chooses one of several models in it. The number of heads is ``heads``, else what
     the file says (metadata of safetensors) or one beside it (``config.json``,
     ``config.yaml``), else that of the published model of this shape. Of another shape it is
-    one for every 64 features, and ``heads_assumed``. Raises ``UnreadableFile`` if there is no
-    vision transformer of upstream's kind and ``InvalidInput`` if the number of heads is not
+    one for every 64 features, and ``heads_assumed``. Raises ``UnreadableFileError`` if there is no
+    vision transformer of upstream's kind and ``InvalidInputError`` if the number of heads is not
     known, cannot be or contradicts the file.
     """
     weights = find_backbone(checkpoint, ANCHORS, key).weights
     try:
         architecture = _read(weights)
     except _NotUpstreams as error:
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "a checkpoint of a DINOv2 backbone, named as upstream's classes are",
             f"{checkpoint.path}, {error}",
             "Name the file of the backbone, converted to upstream's names if it is another "
@@ -58,7 +58,7 @@ def _as_stated(checkpoint: Checkpoint, architecture: Architecture) -> Architectu
         log.info("%s is of another model than %s", stated.source, checkpoint.path)
         return architecture
     if stated.activation not in (None, "gelu") and architecture.ffn == "mlp":
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "a model with GELU, as upstream's classes have it",
             f"{stated.source} with {stated.activation!r}",
             "Load it with the code that it is of.",

@@ -17,7 +17,7 @@ from dinov2_attn.apps.weights.folders import some
 from dinov2_attn.apps.weights.heads import require_as_stated
 from dinov2_attn.apps.weights.layouts import Backbone, find_backbone, plain
 from dinov2_attn.apps.weights.reading import Checkpoint, read, read_mapping
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +58,13 @@ def load_checkpoint(
     ``teacher.dino_head``, ``optimizer``, a classifier's ``head``; ``()`` if the file holds the
     backbone alone.
 
-    Raises ``UnreadableFile`` for a file that is no checkpoint, does not fit or is a shard of
-    FSDP, ``Unavailable`` for safetensors without their library and ``InvalidInput`` for a
+    Raises ``UnreadableFileError`` for a file that is no checkpoint, does not fit or is a shard of
+    FSDP, ``UnavailableError`` for safetensors without their library and ``InvalidInputError`` for a
     model on the meta device, one that the file contradicts, or an unknown ``key``. ``model``
     is then as it was.
     """
     if isinstance(path, nn.Module):
-        raise InvalidInput("a path or a mapping", "a module", "Pass its state_dict().")
+        raise InvalidInputError("a path or a mapping", "a module", "Pass its state_dict().")
     checkpoint = read_mapping(path) if isinstance(path, Mapping) else read(path)
     return fill(model, checkpoint, key=key, interpolate_pos_embed=interpolate_pos_embed)
 
@@ -79,7 +79,7 @@ def fill(
     """Do as ``load_checkpoint`` does, with a file that was read."""
     state = model.state_dict()
     if any(tensor.is_meta for tensor in state.values()):
-        raise InvalidInput(
+        raise InvalidInputError(
             "a model with memory for its weights",
             "one on the meta device",
             "Call model.to_empty(device='cpu') first.",
@@ -122,7 +122,7 @@ def _misfit(
     backbone: Backbone,
     expected: Mapping[str, Tensor],
     differences: list[str],
-) -> UnreadableFile:
+) -> UnreadableFileError:
     theirs, ours = describe(backbone.weights), describe(expected)
     next_step = "Build the model as it was when it was saved."
     if all(" of another square" in difference for difference in differences):
@@ -132,7 +132,7 @@ def _misfit(
     elif theirs and theirs != ours:
         next_step = f"It holds {theirs}: build that in place of {ours or 'this model'}."
     below = f", below {backbone.root}," if backbone.root else ""
-    return UnreadableFile(
+    return UnreadableFileError(
         "a checkpoint that fits the model key by key",
         f"{checkpoint.path}{below} with {'; '.join(differences)}",
         next_step,
@@ -220,7 +220,7 @@ def _interpolate(transformer: Any, theirs: Tensor, ours: Tensor) -> Tensor:
         # Of its first argument, the tokens of an image, it reads shape and dtype.
         resized: Tensor = stand_in.interpolate_pos_encoding(ours, pixels, pixels)
     except AssertionError as error:  # some revisions miss some sizes by a rounding error
-        raise InvalidInput(
+        raise InvalidInputError(
             f"a positional embedding that this upstream can resize to {side} × {side} patches",
             f"one of {_side(theirs)} × {_side(theirs)}",
             "Build the model with another img_size.",

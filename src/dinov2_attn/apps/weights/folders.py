@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_attn.apps.weights.kinds import CHECKPOINT, distributed
-from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.errors import UnreadableFileError
 
 # What save_pretrained and timm's save_for_hf write, the safer first.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -24,18 +24,20 @@ def files_of(path: Path) -> tuple[Path, ...]:
     """Return the files that hold the weights of ``path``.
 
     It is a file, a folder as ``save_pretrained`` writes it, the index of parts, or a name on
-    Hugging Face's hub that was downloaded. Raises ``UnreadableFile`` if it is none of them.
+    Hugging Face's hub that was downloaded. Raises ``UnreadableFileError`` if it is none of them.
     """
     if path.is_dir():
         return _in_folder(path)
     if not path.exists() and _HUB_NAME.fullmatch(str(path)) and path.suffix not in _SUFFIXES:
         return _in_folder(_downloaded(str(path)))
     if not path.is_file():
-        raise UnreadableFile(f"a checkpoint at {path}", "nothing", "Name the .pth file itself.")
+        raise UnreadableFileError(
+            f"a checkpoint at {path}", "nothing", "Name the .pth file itself."
+        )
     if path.name.endswith(_INDEX):
         return _parts(path)
     if _PART.search(path.name):
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "a whole checkpoint",
             f"{path}, one of its parts",
             f"Name the folder, with all parts and their index: {path.parent}",
@@ -54,7 +56,7 @@ def _in_folder(folder: Path) -> tuple[Path, ...]:
     found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
     if len(found) == 1 and not _PART.search(found[0]):
         return (folder / found[0],)
-    raise UnreadableFile(
+    raise UnreadableFileError(
         f"a checkpoint at {folder}",
         f"a directory with {some(found) if found else 'no file of weights'}",
         "Name the .pth file itself, or a folder with one file of weights.",
@@ -65,7 +67,7 @@ def _parts(index: Path) -> tuple[Path, ...]:
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not (isinstance(names, dict) and names and all(map(_is_name, names.values()))):
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "an index of a checkpoint's parts, with the file of each weight",
             f"{index}, which names no files",
             "Download it again, or name the file of weights itself.",
@@ -73,7 +75,7 @@ def _parts(index: Path) -> tuple[Path, ...]:
     files = [index.parent / name for name in dict.fromkeys(names.values())]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise UnreadableFile(
+        raise UnreadableFileError(
             f"all {len(files)} parts of a checkpoint beside {index}",
             f"no {some(missing)}",
             "Download the parts into the folder of their index.",
@@ -105,7 +107,7 @@ def _downloaded(name: str) -> Path:
             return Path(snapshot_download(name, local_files_only=True))
         except (OSError, ValueError):  # not in the cache, or no name of a repository
             pass
-    raise UnreadableFile(
+    raise UnreadableFileError(
         CHECKPOINT,
         f"{name}, which is no path; as a name on Hugging Face's hub, it is not downloaded",
         f"Run `pip install huggingface_hub` and `hf download {name}`, then this again.",

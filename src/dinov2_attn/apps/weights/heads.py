@@ -9,7 +9,7 @@ from torch import nn
 
 from dinov2_attn.apps.weights.models import Architecture
 from dinov2_attn.apps.weights.reading import Checkpoint
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +41,13 @@ def heads_of(
     embed_dim = architecture.embed_dim
     source, said = _said(checkpoint, architecture)
     if asked is not None and said is not None and asked != said:
-        raise InvalidInput(f"{asked} heads, as asked", f"{source} with {said}", _LEAVE_OUT)
+        raise InvalidInputError(f"{asked} heads, as asked", f"{source} with {said}", _LEAVE_OUT)
     heads = asked or said
     assumed = heads is None and not _is_published(architecture)
     if heads is None:
         heads = _KNOWN.get((embed_dim, architecture.depth), embed_dim // HEAD_DIM)
         if (embed_dim, architecture.depth) not in _KNOWN and embed_dim % HEAD_DIM:
-            raise InvalidInput(
+            raise InvalidInputError(
                 "the number of heads, which weights do not tell",
                 f"{checkpoint.path} with {embed_dim} features, which are not {HEAD_DIM} for each",
                 f"Give it with --num-heads N: {candidates(embed_dim)}; or in a safetensors file's "
@@ -56,7 +56,7 @@ def heads_of(
         if not assumed:
             log.info("%d heads: %d features for each, as published", heads, HEAD_DIM)
     if embed_dim % heads:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"a number of heads that {embed_dim} features can be divided among",
             f"{heads}",
             f"Give another with --num-heads N: {candidates(embed_dim)}.",
@@ -91,7 +91,7 @@ def candidates(embed_dim: int) -> str:
 
 
 def require_as_stated(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raise ``InvalidInput`` if ``model`` is otherwise than a file beside its weights says."""
+    """Raise ``InvalidInputError`` if ``model`` is otherwise than a file beside its weights says."""
     stated = checkpoint.stated
     for module in model.modules():
         embed_dim, blocks = getattr(module, "embed_dim", None), getattr(module, "n_blocks", None)
@@ -102,7 +102,7 @@ def require_as_stated(model: nn.Module, checkpoint: Checkpoint) -> None:
         _require("num_heads", getattr(module, "num_heads", None), stated.heads, stated.source)
         eps = {norm.eps for norm in module.modules() if isinstance(norm, nn.LayerNorm)}
         if stated.eps is not None and eps - {stated.eps}:
-            raise InvalidInput(
+            raise InvalidInputError(
                 f"a model whose norms have eps={stated.eps:g}, as {stated.source} says",
                 ", ".join(f"{value:g}" for value in sorted(eps)),
                 "Set it on each: norm.eps = … of every torch.nn.LayerNorm in model.modules().",
@@ -111,7 +111,7 @@ def require_as_stated(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 def _require(name: str, ours: int | None, theirs: int | None, source: str) -> None:
     if None not in (ours, theirs) and ours != theirs:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"a model with {name}={theirs}, as {source} says",
             f"{name}={ours}",
             f"Build it with {name}={theirs}.",
@@ -131,7 +131,7 @@ def _said(checkpoint: Checkpoint, architecture: Architecture) -> tuple[str, int 
             return stated.source, stated.heads
         return str(checkpoint.path), None
     if not (text.isdecimal() and len(text) < 6 and int(text)):
-        raise UnreadableFile(
+        raise UnreadableFileError(
             f"a whole number above 0 as {HEADS_KEY} in the file's metadata",
             f"{checkpoint.path} with {text[:20]!r}",
             "Save it again with the number of heads as text.",

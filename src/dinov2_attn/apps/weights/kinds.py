@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.errors import UnreadableFileError
 
 CHECKPOINT = "a checkpoint by torch.save or by safetensors"
 
@@ -87,9 +87,9 @@ _TAR = Kind(
 _CUT_SHORT = Kind("a file by torch.save that was cut short", f"{_DOWNLOAD} {SAVE_AGAIN}")
 
 
-def distributed(folder: Path) -> UnreadableFile:
+def distributed(folder: Path) -> UnreadableFileError:
     """Return the error for PyTorch's distributed format, and how to convert it."""
-    return UnreadableFile(
+    return UnreadableFileError(
         CHECKPOINT,
         f"{folder}, a checkpoint in PyTorch's distributed format, in a folder of parts",
         "If you trust it (its .metadata is a pickle, which can run code), convert it: "
@@ -99,12 +99,12 @@ def distributed(folder: Path) -> UnreadableFile:
 
 
 def refuse_others(path: Path) -> None:
-    """Raise ``UnreadableFile`` if ``path`` is a file of a known other kind."""
+    """Raise ``UnreadableFileError`` if ``path`` is a file of a known other kind."""
     if path.suffix == ".distcp" or path.name == ".metadata":
         raise distributed(path.parent)
     kind = kind_of(path)
     if kind is not None:
-        raise UnreadableFile(CHECKPOINT, f"{path}, {kind.what}", kind.next_step)
+        raise UnreadableFileError(CHECKPOINT, f"{path}, {kind.what}", kind.next_step)
 
 
 def kind_of(path: Path) -> Kind | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dinov2_attn.apps.weights.folders import some
 from dinov2_attn.apps.weights.foreign import as_upstreams, is_dinov3, joined
 from dinov2_attn.apps.weights.reading import Checkpoint
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 
 # What a module is called that holds the real one, in the names of its parameters.
 WRAPPERS = frozenset({
@@ -74,8 +74,8 @@ def find_backbone(
     """Find the weights of a model whose parameters have the plain ``names``.
 
     Of several that of ``key`` is taken, else the teacher's, which is what upstream evaluates
-    and publishes, else that of a moving average (``model_ema``). Raises ``UnreadableFile`` if
-    it is not clear which, or if two tensors have one name, and ``InvalidInput`` for a ``key``
+    and publishes, else that of a moving average (``model_ema``). Raises ``UnreadableFileError`` if
+    it is not clear which, or if two tensors have one name, and ``InvalidInputError`` for a ``key``
     that the file does not have.
     """
     anchors = [name for name in ANCHORS if name in names] or list(names)
@@ -102,7 +102,7 @@ def _names_in(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
     """Return the plain name in upstream's words of each tensor; raise for DINOv3's."""
     found = {name: plain(name) for name in checkpoint.tensors}
     if "pos_embed" in names and is_dinov3(found.values()):
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "a checkpoint of DINOv2 or DINO",
             f"{checkpoint.path}, a DINOv3 checkpoint, whose positions are rotations",
             "Load it with the code that it is of: DINOv2's classes cannot hold it.",
@@ -132,7 +132,7 @@ def _choose(checkpoint: Checkpoint, roots: Mapping[str, int]) -> str:
     most = max(candidates.values())
     best = [root for root, n in candidates.items() if n == most]
     if len(best) > 1:
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "a checkpoint of one model, or of a teacher and others",
             f"{checkpoint.path} with one in each of {some([r.removesuffix('.') for r in best])}",
             f"Choose one: --key {best[-1].removesuffix('.')}, or load_checkpoint(…, key=…).",
@@ -155,7 +155,7 @@ def _named(checkpoint: Checkpoint, roots: Mapping[str, int], key: str) -> str:
         None,
     )
     if best is None:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"a model in {checkpoint.path} by the name of {key!r}",
             f"models at {', '.join(name or repr('') for name in whole.values()) or 'no name'}",
             "Name one of them, or leave out the key.",
@@ -173,8 +173,8 @@ def _part_of(name: str, root: str) -> str:
     return ".".join(parts[: shared + 1])
 
 
-def _twice(checkpoint: Checkpoint, names: list[str]) -> UnreadableFile:
-    return UnreadableFile(
+def _twice(checkpoint: Checkpoint, names: list[str]) -> UnreadableFileError:
+    return UnreadableFileError(
         "a checkpoint with each parameter once",
         f"{checkpoint.path} with {' and '.join(names)}, which are one",
         "If its chunks count their blocks from 0 each, number them through: upstream does.",

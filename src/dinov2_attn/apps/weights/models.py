@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dinov2_attn.apps.weights.stated import Interpolation
-from dinov2_attn.errors import InvalidInput, Unavailable
+from dinov2_attn.errors import InvalidInputError, UnavailableError
 
 # Importing torch takes seconds, and the names below are all that ``--help`` needs.
 if TYPE_CHECKING:
@@ -79,14 +79,14 @@ def build(
     """Build one of ``ARCHS`` from the importable ``dinov2``, in eval mode.
 
     Its weights are random, drawn from torch's global generator. ``img_size`` is the size
-    of the square that the positional embedding is made for. Raises ``InvalidInput`` for an
-    unknown architecture or an impossible patch size, and ``Unavailable`` if this revision
+    of the square that the positional embedding is made for. Raises ``InvalidInputError`` for an
+    unknown architecture or an impossible patch size, and ``UnavailableError`` if this revision
     of upstream has no registers.
     """
     if arch not in ARCHS:
-        raise InvalidInput(f"an architecture of {', '.join(ARCHS)}", repr(arch), "Name one.")
+        raise InvalidInputError(f"an architecture of {', '.join(ARCHS)}", repr(arch), "Name one.")
     if not 0 < patch_size <= img_size:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"a patch size from 1 to {img_size}, the size that the embedding is made for",
             str(patch_size),
             "The published models have 14.",
@@ -153,7 +153,7 @@ def _registers(
     if not number:
         return chosen
     if "num_register_tokens" not in parameters:
-        raise Unavailable(
+        raise UnavailableError(
             "a revision of upstream with registers, of 2023-10-27 or later",
             f"one without, at {vision_transformer.__file__}",
             "Name a newer checkout with --repo PATH, or take a model without registers.",

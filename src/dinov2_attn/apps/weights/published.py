@@ -12,7 +12,7 @@ from torch import nn
 from dinov2_attn._files import replacing
 from dinov2_attn.apps.weights.checkpoints import load_checkpoint
 from dinov2_attn.apps.weights.network import brief
-from dinov2_attn.errors import Unavailable, UnreadableFile
+from dinov2_attn.errors import UnavailableError, UnreadableFileError
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +24,11 @@ def load_pretrained(model: nn.Module, arch: str, *, patch_size: int, registers: 
     """Fill ``model`` with the weights that Meta publishes for it.
 
     They are kept where torch.hub keeps checkpoints, so a file that ``torch.hub.load`` of
-    upstream downloaded is found. Raises ``Unavailable`` if there are none or if they cannot
+    upstream downloaded is found. Raises ``UnavailableError`` if there are none or if they cannot
     be downloaded, and what ``load_checkpoint`` raises.
     """
     if patch_size != PUBLISHED_PATCH_SIZE:
-        raise Unavailable(
+        raise UnavailableError(
             f"patch size {PUBLISHED_PATCH_SIZE}, the only one with published weights",
             f"patch size {patch_size}",
             "Give your own with --weights PATH, or run without meaning with --random-weights.",
@@ -41,8 +41,8 @@ def load_pretrained(model: nn.Module, arch: str, *, patch_size: int, registers: 
         return
     try:
         load_checkpoint(model, path)
-    except UnreadableFile as error:
-        raise UnreadableFile(
+    except UnreadableFileError as error:
+        raise UnreadableFileError(
             error.expected,
             error.found,
             "The download may have been cut short: remove the file and run again.",
@@ -59,12 +59,12 @@ def _fill_and_keep(model: nn.Module, url: str, path: Path) -> None:
             with brief():
                 torch.hub.download_url_to_file(url, str(file))
             load_checkpoint(model, file)
-    except UnreadableFile as error:
-        raise UnreadableFile(
+    except UnreadableFileError as error:
+        raise UnreadableFileError(
             error.expected, error.found, "Nothing was kept. The line may have broken: run again."
         ) from error
     except (OSError, HTTPException) as error:  # no network, a broken line, an unwritable cache
-        raise Unavailable(
+        raise UnavailableError(
             f"the published weights {url}",
             f"{type(error).__name__}: {error}",
             "Give a file of yours with --weights PATH, or see the program run with "

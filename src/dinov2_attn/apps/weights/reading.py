@@ -18,7 +18,7 @@ from dinov2_attn import _optional
 from dinov2_attn.apps.weights.folders import files_of, some
 from dinov2_attn.apps.weights.kinds import CHECKPOINT, SAVE_AGAIN, refuse_others
 from dinov2_attn.apps.weights.stated import Stated, beside
-from dinov2_attn.errors import InvalidInput, UnreadableFile
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 
 # Training checkpoints nest two or three dicts; what is deeper is no name of a weight.
 _DEEPEST = 8
@@ -43,8 +43,8 @@ def read(path: str | Path) -> Checkpoint:
     """Read a file by ``torch.save`` or a safetensors file, or a folder of them, onto the CPU.
 
     ``weights_only`` always, and never TorchScript, a tar or what unpacks to more than its
-    size. Raises ``UnreadableFile`` if it is none or holds no tensor with a name, and
-    ``Unavailable`` for safetensors without their library.
+    size. Raises ``UnreadableFileError`` if it is none or holds no tensor with a name, and
+    ``UnavailableError`` for safetensors without their library.
     """
     path = Path(path)
     try:
@@ -62,7 +62,7 @@ def read_mapping(mapping: Mapping[str, object]) -> Checkpoint:
     """Take what a checkpoint file holds, such as a state dict, in the place of the file."""
     tensors, others = _flatten(dict(mapping))
     if not tensors:
-        raise InvalidInput(
+        raise InvalidInputError(
             "a mapping of names to tensors, nested or not",
             _describe(dict(mapping)),
             "Pass model.state_dict().",
@@ -93,7 +93,7 @@ def _read_saved(path: Path) -> Checkpoint:
         raise _refused(path, error) from error
     tensors, others = _flatten(content)
     if not tensors:
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "a checkpoint: names to tensors, in nested dicts or not",
             f"{path}, which holds {_describe(content)}",
             "Save a state dict: torch.save(model.state_dict(), path).",
@@ -107,7 +107,7 @@ def _namespaces() -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if allowed is None else allowed([argparse.Namespace])
 
 
-def _refused(path: Path, error: Exception) -> UnreadableFile:
+def _refused(path: Path, error: Exception) -> UnreadableFileError:
     text = str(error)
     if any(sign in text for sign in _SHARDS):
         return _shard(path)
@@ -118,7 +118,7 @@ def _refused(path: Path, error: Exception) -> UnreadableFile:
     if code := _CODE.search(text):
         reason = f"it holds an object of {code[1]}, and reading it would run code"
         next_step = SAVE_AGAIN
-    return UnreadableFile(
+    return UnreadableFileError(
         f"{CHECKPOINT}, complete, of tensors and plain data",
         f"{path}, which does not load ({reason})",
         next_step,
@@ -139,7 +139,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return Checkpoint(path, tensors, metadata=file.metadata() or {})
     except Exception as error:  # the reader raises whatever foreign bytes provoke
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "a complete safetensors file",
             f"{path}, which does not load ({type(error).__name__}: {error})",
             f"Download it again. {SAVE_AGAIN}",
@@ -207,8 +207,8 @@ def _is_shard(name: str, tensor: Tensor) -> bool:
     return "_flat_param" in name or type(tensor).__module__.startswith("torch.distributed")
 
 
-def _shard(path: Path | str) -> UnreadableFile:
-    return UnreadableFile(
+def _shard(path: Path | str) -> UnreadableFileError:
+    return UnreadableFileError(
         "a checkpoint with each parameter whole, under its own name",
         f"{path}, one process's shard of a model under FSDP (such as model_*.rank_*.pth)",
         "Take the teacher_checkpoint.pth that upstream's training writes at each evaluation, "

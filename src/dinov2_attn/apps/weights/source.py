@@ -19,7 +19,7 @@ import torch
 
 from dinov2_attn.apps.weights.network import brief
 from dinov2_attn.apps.weights.wheel import Wheel, fetch_wheel
-from dinov2_attn.errors import Dinov2AttnError, Unavailable, UnreadableFile, in_one_line
+from dinov2_attn.errors import Dinov2AttnError, UnavailableError, UnreadableFileError, in_one_line
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def obtain(repo: str | Path | None = None) -> Source:
 
     A checkout named by ``repo`` is used or refused, never passed over. Without one: what
     is importable, else torch.hub's copy from GitHub, else the pinned wheel from PyPI.
-    Raises ``Unavailable`` with the reason of each way that failed.
+    Raises ``UnavailableError`` with the reason of each way that failed.
     """
     if repo is not None:
         return from_checkout(repo)
@@ -61,10 +61,10 @@ def obtain(repo: str | Path | None = None) -> Source:
     for way in (from_environment, from_hub, from_pypi):
         try:
             return way()
-        except Unavailable as error:
+        except UnavailableError as error:
             reasons.append(f"no {error.expected} ({error.found})")
             log.info("%s", reasons[-1])
-    raise Unavailable(
+    raise UnavailableError(
         "upstream's dinov2 code from one of three places",
         "; ".join(reasons),
         "Connect to GitHub or PyPI once, or name a checkout of "
@@ -75,12 +75,12 @@ def obtain(repo: str | Path | None = None) -> Source:
 def from_checkout(repo: str | Path) -> Source:
     """Import ``dinov2`` from the folder ``repo``, ahead of an installed one.
 
-    Raises ``UnreadableFile`` if the folder is no checkout and ``Unavailable`` if another
+    Raises ``UnreadableFileError`` if the folder is no checkout and ``UnavailableError`` if another
     ``dinov2`` is imported already or if this one fails to import.
     """
     folder = Path(repo).expanduser().resolve()
     if not _holds_models(folder):
-        raise UnreadableFile(
+        raise UnreadableFileError(
             "a checkout of upstream: a folder that holds dinov2/models/vision_transformer.py",
             f"{folder}, which does not",
             "Name the folder that `git clone` made.",
@@ -90,7 +90,7 @@ def from_checkout(repo: str | Path) -> Source:
 
 
 def from_environment() -> Source:
-    """Import the ``dinov2`` that Python finds by itself, or raise ``Unavailable``."""
+    """Import the ``dinov2`` that Python finds by itself, or raise ``UnavailableError``."""
     _import_models("on the Python path")
     import dinov2
 
@@ -101,7 +101,7 @@ def from_hub() -> Source:
     """Import torch.hub's copy of GitHub's main branch, downloaded if need be.
 
     A copy that is there already is used as it is, without the network, as
-    ``torch.hub.load`` does. Raises ``Unavailable``.
+    ``torch.hub.load`` does. Raises ``UnavailableError``.
     """
     # Named owner_name_ref by every torch; with the ref given, torch.hub asks GitHub nothing
     # before it downloads.
@@ -115,7 +115,7 @@ def from_hub() -> Source:
 def from_pypi() -> Source:
     """Import the pinned wheel, upstream's first commit, and announce its licence.
 
-    Raises ``Unavailable`` if the wheel can neither be downloaded nor found in the cache.
+    Raises ``UnavailableError`` if the wheel can neither be downloaded nor found in the cache.
     """
     wheel = fetch_wheel(DINOV2_WHEEL)
     _import_from(wheel)
@@ -136,7 +136,7 @@ def _download_from_hub(github: str) -> None:
         with brief():
             download(github, trust_repo=True, skip_validation=True)
     except Exception as error:  # torch.hub passes on what network, archive and hubconf raise
-        raise Unavailable(
+        raise UnavailableError(
             "copy of GitHub's through torch.hub", _in_words(error), "Connect to GitHub."
         ) from error
 
@@ -160,7 +160,7 @@ def _require_no_other(entry: Path) -> None:
     # A folder without __init__.py is imported too, and is no file.
     found = Path(imported.__file__ or next(iter(imported.__path__))).resolve()
     if found != (entry / "dinov2" / "__init__.py").resolve():
-        raise Unavailable(
+        raise UnavailableError(
             f"dinov2 of {entry}",
             f"this process has imported {found} already",
             "Choose before dinov2 is imported, in a new process.",
@@ -178,7 +178,7 @@ def _import_models(place: str) -> None:
                 del sys.modules[name]
         if isinstance(error, Dinov2AttnError):
             raise
-        raise Unavailable(
+        raise UnavailableError(
             f"importable dinov2 {place}", _in_words(error), "Mend or replace it."
         ) from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_attn.apps.weights.folders import read_json
-from dinov2_attn.errors import UnreadableFile
+from dinov2_attn.errors import UnreadableFileError
 
 # Features, blocks and heads by the names of upstream's functions; timm's begin with them too.
 _UPSTREAM = {
@@ -131,7 +131,7 @@ def _whole(config: Mapping[str, Any], key: str, source: str) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 100_000:
-        raise UnreadableFile(
+        raise UnreadableFileError(
             f"a whole number above 0 as {key}",
             f"{source} with {str(value)[:20]!r}",
             "Correct the file, or move the weights to a folder without it.",

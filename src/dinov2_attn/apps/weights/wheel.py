@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinov2_attn.errors import Unavailable
+from dinov2_attn.errors import UnavailableError
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def fetch_wheel(wheel: Wheel) -> Path:
 
     The cache is a folder under ``torch.hub.get_dir()``, so ``TORCH_HOME`` moves it. The
     digest is checked at every call: a cached file that fails is downloaded afresh.
-    Raises ``Unavailable`` if pip cannot fetch it, if what it fetches is something else, or
+    Raises ``UnavailableError`` if pip cannot fetch it, if what it fetches is something else, or
     if the cache cannot be written.
     """
     import torch  # slow, and only a download needs to know its folder
@@ -42,7 +42,7 @@ def fetch_wheel(wheel: Wheel) -> Path:
         try:
             _download(wheel, cached)
         except OSError as error:
-            raise Unavailable(
+            raise UnavailableError(
                 f"a cache that can be written at {cached.parent}",
                 str(error),
                 "Set TORCH_HOME to a folder that you may write to.",
@@ -57,7 +57,7 @@ def _download(wheel: Wheel, destination: Path) -> None:
         file = download(wheel.requirement, Path(folder))
         found = _digest(file)
         if found != wheel.sha256:
-            raise Unavailable(
+            raise UnavailableError(
                 f"{wheel.requirement} with sha256 {wheel.sha256}",
                 f"{file.name} with sha256 {found}",
                 "Nothing was kept. Ask whoever runs the package index that pip uses.",
@@ -68,7 +68,7 @@ def _download(wheel: Wheel, destination: Path) -> None:
 def download(requirement: str, folder: Path) -> Path:
     """Return the wheel of ``requirement``, downloaded by pip into an empty ``folder``.
 
-    Raises ``Unavailable`` if pip cannot fetch it.
+    Raises ``UnavailableError`` if pip cannot fetch it.
     """
     # The user's own pip knows their index, proxy and certificates.
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries=1"]
@@ -77,7 +77,7 @@ def download(requirement: str, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise Unavailable(
+        raise UnavailableError(
             f"{requirement} from PyPI through pip",
             last_line,
             "See that `python -m pip download` works here, behind a proxy too.",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-from dinov2_attn.errors import Unavailable
+from dinov2_attn.errors import UnavailableError
 
 _SECONDS = 600
 
@@ -24,7 +24,7 @@ class Repository:
     def at(cls, address: str, scratch: Path) -> Repository:
         """Return the clone at ``address``, a path or whatever ``git clone`` takes.
 
-        Raises ``Unavailable`` where git has no answer.
+        Raises ``UnavailableError`` where git has no answer.
         """
         if Path(address).is_dir():
             return cls(address)
@@ -55,7 +55,7 @@ class Repository:
     def unpack(self, commit: str, destination: Path) -> None:
         """Write the files of ``commit`` below ``destination``.
 
-        Raises ``Unavailable`` where one of them is a link that leads elsewhere.
+        Raises ``UnavailableError`` where one of them is a link that leads elsewhere.
         """
         archive = _run(["-C", self.folder, "archive", commit])
         with tarfile.open(fileobj=BytesIO(archive)) as tar:
@@ -65,7 +65,7 @@ class Repository:
             try:
                 tar.extractall(destination, filter="data")
             except tarfile.FilterError as error:
-                raise Unavailable(
+                raise UnavailableError(
                     "a commit whose files stay below its folder",
                     f"{commit}, where {error}",
                     "Check it out, look at it, and name that folder.",
@@ -90,7 +90,7 @@ def _run(arguments: list[str]) -> bytes:
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     if problem is not None:
-        raise Unavailable(
+        raise UnavailableError(
             f"an answer to git {' '.join(arguments[:4])}",
             problem.splitlines()[-1] if problem else "nothing",
             "Name a folder, a clone with @REVISION, a URL that answers, or pypi:NAME==VERSION.",

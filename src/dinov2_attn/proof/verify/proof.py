@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from dinov2_attn.errors import Unavailable
+from dinov2_attn.errors import UnavailableError
 
 SUITE = "dinov2_attn.proof.conformance"
 _SECONDS = 600
@@ -90,7 +90,7 @@ PROVEN, REFUSED, FAILED_VERDICT = "proven", "refused", "FAILED"
 def prove(folder: Path, package: str) -> Proof:
     """Run the conformance suite on ``package`` in ``folder``, in a fresh process.
 
-    Raises ``Unavailable`` where pytest is not installed.
+    Raises ``UnavailableError`` where pytest is not installed.
     """
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
@@ -109,7 +109,7 @@ def prove(folder: Path, package: str) -> Proof:
         except subprocess.TimeoutExpired:
             return Proof(trouble=f"the suite did not end within {_SECONDS} s")
         if "No module named pytest" in done.stderr:
-            raise Unavailable(
+            raise UnavailableError(
                 "pytest, which runs the proof", "none", "pip install 'dinov2-attn[test]'"
             )
         if not report.is_file():

@@ -22,7 +22,7 @@ UPSTREAM = "https://github.com/facebookresearch/dinov2"
 def rebuild(address: str | Path) -> tuple[Era, ...]:
     """Return the eras of the history that leads to ``HEAD`` of the repository at ``address``.
 
-    Raises ``Unavailable`` where it is no git repository or does not answer.
+    Raises ``UnavailableError`` where it is no git repository or does not answer.
     """
     eras: tuple[Era, ...] = ()
     with tempfile.TemporaryDirectory() as scratch:

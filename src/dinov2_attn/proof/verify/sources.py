@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dinov2_attn.apps.weights.wheel import download
-from dinov2_attn.errors import InvalidInput, Unavailable
+from dinov2_attn.errors import InvalidInputError, UnavailableError
 from dinov2_attn.grafting.targets import UPSTREAM
 from dinov2_attn.proof.verify.git import Repository, is_bare
 
@@ -40,7 +40,7 @@ def find(source: str, package: str | None, scratch: Path) -> list[Revision]:
 
     ``PATH`` (a folder or a wheel), ``GIT[@REV]`` (a path or a URL; ``@all`` for the whole
     history of HEAD), or ``pypi:NAME==VERSION``. ``package`` is found where it is ``None``.
-    Raises ``InvalidInput`` and ``Unavailable``.
+    Raises ``InvalidInputError`` and ``UnavailableError``.
     """
     if source.startswith(PYPI):
         return _on_pypi(source.removeprefix(PYPI), package, scratch)
@@ -100,7 +100,7 @@ def _at_path(path: Path, name: str, package: str | None, scratch: Path) -> list[
 def _on_pypi(requirement: str, package: str | None, scratch: Path) -> list[Revision]:
     name, _, version = requirement.partition("==")
     if not name or not version:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"{PYPI}NAME==VERSION", f"{PYPI}{requirement}", "Name the version to be verified."
         )
     folder = scratch / f"{name}-{version}"
@@ -127,7 +127,7 @@ def packages_in(folder: Path) -> list[str]:
         and (folder / path.parent / "block.py").is_file()
     ]
     if not copies:
-        raise Unavailable(
+        raise UnavailableError(
             f"a copy of DINOv2's layers below {folder.name}",
             f"{len(modules)} modules called attention.py, none with its classes",
             "Name the package that holds it: --package NAME.",
@@ -140,7 +140,7 @@ def _unzip(wheel: Path, folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
     except zipfile.BadZipFile as error:
-        raise InvalidInput(
+        raise InvalidInputError(
             "a folder or a wheel", f"{wheel.name} ({error})", "Name the checkout's folder."
         ) from error
 
