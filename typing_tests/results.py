@@ -18,7 +18,7 @@ def look_at_maps(model: nn.Module, images: Tensor) -> None:
     assert_type(maps, AttentionMaps)
     assert_type(maps, AttentionMaps[Tensor])
     assert_type(maps.weights, tuple[Tensor, ...])
-    assert_type(maps.maps(), tuple[Tensor, ...])
+    assert_type(maps.patch_maps(), tuple[Tensor, ...])
     assert_type(maps.prefix_mass()[0], Tensor)
     assert_type(maps.cpu(), AttentionMaps)
     assert_type(dinov2_attn.attention_maps(dinov2_attn.grafted(model), images), AttentionMaps)
@@ -27,13 +27,13 @@ def look_at_maps(model: nn.Module, images: Tensor) -> None:
 def look_at_maps_of_a_list(model: nn.Module, batches: list[Tensor]) -> None:
     maps = dinov2_attn.attention_maps(model, batches)
     assert_type(maps, AttentionMaps[list[Tensor]])
-    assert_type(maps.maps(), tuple[list[Tensor], ...])
+    assert_type(maps.patch_maps(), tuple[list[Tensor], ...])
 
 
 def roll_out(model: nn.Module, images: Tensor) -> None:
     rollout = dinov2_attn.rollout(model, images, heads="max")
     assert_type(rollout, Rollout)
-    assert_type(rollout.maps(), Tensor)
+    assert_type(rollout.patch_maps(), Tensor)
     assert_type(dinov2_attn.rollout(model, [images]), list[Rollout])
 
 
@@ -52,7 +52,7 @@ def record_passes(model: nn.Module, images: Tensor) -> None:
     assert_type(recording.weights, tuple[Tensor, ...])
     assert_type(recording.layers, tuple[int, ...])
     assert_type(recording.prefix, int)
-    assert_type(recording.maps(), tuple[Tensor, ...])
+    assert_type(recording.patch_maps(), tuple[Tensor, ...])
     assert_type(recording.cpu(), AttentionMaps[Tensor])
 
 

@@ -63,11 +63,11 @@ def test_each_channel_is_seen_alone(models, batch, channels, grid, seed):
     model, images = build(models), draw(batch, channels, seed, grid)
     maps = attention_maps(model, images)
     assert maps.grid == grid
-    assert maps.maps()[-1].shape == (batch * channels, 2, maps.weights[-1].shape[2], *grid)
+    assert maps.patch_maps()[-1].shape == (batch * channels, 2, maps.weights[-1].shape[2], *grid)
     for i, alone in enumerate(one_by_one(images)):
         one = attention_maps(model, alone)
         assert_all_close([w[i, None] for w in maps.weights], one.weights)
-        assert_all_close([m[i, None] for m in maps.maps()], one.maps())
+        assert_all_close([m[i, None] for m in maps.patch_maps()], one.patch_maps())
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])

@@ -45,7 +45,7 @@ def test_rows_know_their_grid_whatever_the_aspect_and_the_registers(models, case
     assert maps.prefix == case.prefix(models)
     assert maps.layers == tuple(range(case.depth))
     for weights, ours, shown, held in zip(
-        expected, maps.weights, maps.maps(), maps.prefix_mass(), strict=True
+        expected, maps.weights, maps.patch_maps(), maps.prefix_mass(), strict=True
     ):
         assert_close(ours, weights)
         assert shown.shape == (*weights.shape[:-1], *case.grid)
@@ -60,8 +60,8 @@ def test_rows_know_their_grid_whatever_the_aspect_and_the_registers(models, case
 @given(case=model_cases(), queries=queries)
 def test_rows_know_their_tokens(models, case, queries):
     model = case.build(models)
-    maps = attention_maps(model, case.images, n=1, queries=queries)
-    (every,) = attention_maps(model, case.images, n=1).weights
+    maps = attention_maps(model, case.images, layers=1, queries=queries)
+    (every,) = attention_maps(model, case.images, layers=1).weights
     assert len(maps.queries) == maps.weights[0].shape[2]
     for row, token in enumerate(maps.queries):
         assert_close(maps.weights[0][:, :, row], every[:, :, token])
@@ -77,7 +77,7 @@ def test_a_list_of_batches_has_a_list_of_grids(grafted):
     assert maps.grid == [(2, 3), (1, 4)]
     assert maps.queries == [tuple(range(1, 7)), tuple(range(1, 5))]
     assert maps.layers == (0, 2)
-    for shown, weights in zip(maps.maps(), maps.weights, strict=True):
+    for shown, weights in zip(maps.patch_maps(), maps.weights, strict=True):
         assert [one.shape[-2:] for one in shown] == [(2, 3), (1, 4)]
         assert_same_bits(shown[1].flatten(-2), weights[1][..., 1:])
     assert [one.shape for one in maps.prefix_mass()[0]] == [(2, 2, 6), (1, 2, 4)]
@@ -94,7 +94,7 @@ def test_masks_reach_the_model(grafted):
 def test_gradients_flow_when_grad_is_on(grafted):
     model = build(grafted)
     maps = attention_maps(model, IMAGES, 1)
-    assert maps.maps()[0].requires_grad
+    assert maps.patch_maps()[0].requires_grad
     assert not maps.cpu().weights[0].requires_grad
     with torch.no_grad():
         assert not attention_maps(model, IMAGES, 1).weights[0].requires_grad
@@ -116,21 +116,21 @@ def test_a_token_count_that_does_not_fit_is_an_error_with_the_arithmetic_in_it(a
 def test_entries_of_a_list_may_share_a_grid_and_have_one_each():
     some = [torch.rand(1, 2, 1, 7), torch.rand(3, 2, 1, 7)]
     for grid in ((2, 3), [(2, 3), (2, 3)]):
-        (shown,) = whole(some, grid=grid).maps()
+        (shown,) = whole(some, grid=grid).patch_maps()
         assert [one.shape for one in shown] == [(1, 2, 1, 2, 3), (3, 2, 1, 2, 3)]
     with pytest.raises(ValueError, match="shorter"):
-        whole(some, grid=[(2, 3)]).maps()
+        whole(some, grid=[(2, 3)]).patch_maps()
 
 
 def test_what_reduce_kept_is_shown_where_it_kept_the_columns(grafted):
     model = build(grafted)
     with record(model, reduce=lambda _, weights: weights.amax((1, 2))) as maps:
         model(IMAGES)
-    assert maps.maps()[0].shape == (2, 2, 3)
+    assert maps.patch_maps()[0].shape == (2, 2, 3)
     with record(model, reduce=lambda _, weights: weights.mean()) as maps:
         model(IMAGES)
     with pytest.raises(InvalidInputError, match="keep the columns in reduce"):
-        maps.maps()
+        maps.patch_maps()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
@@ -140,7 +140,7 @@ def test_arrays_hold_the_same_numbers(dtype):
     arrays = whole(weights).numpy()
     assert isinstance(arrays.weights[0], np.ndarray)
     assert_same_bits(torch.from_numpy(arrays.weights[0]).to(dtype), weights)
-    assert arrays.maps()[0].shape == (2, 3, 1, 2, 3)
+    assert arrays.patch_maps()[0].shape == (2, 3, 1, 2, 3)
     assert arrays.prefix_mass()[0].shape == (2, 3, 1)
 
 
@@ -243,7 +243,7 @@ sys.modules["safetensors"] = sys.modules["safetensors.torch"] = None
 from dinov2_attn import AttentionMaps
 from dinov2_attn.errors import UnavailableError
 maps = AttentionMaps((torch.rand(1, 1, 7),), (0,), (2, 3), 1)
-assert maps.maps()[0].shape == (1, 1, 2, 3)
+assert maps.patch_maps()[0].shape == (1, 1, 2, 3)
 for ask in (maps.save, maps.load):
     try:
         ask("a")

@@ -115,9 +115,9 @@ def test_a_grid_that_is_not_known_may_be_said(models):
         for block in model.blocks:
             tokens = block(tokens)
     with pytest.raises(InvalidInputError, match=r"(?s)dataclasses\.replace.*\.passes\[0\]"):
-        maps.maps()
+        maps.patch_maps()
     said = dataclasses.replace(maps.passes[0], grid=(2, 3))
-    assert said.maps()[0].shape == (2, 2, N, 2, 3)
+    assert said.patch_maps()[0].shape == (2, 2, N, 2, 3)
 
 
 def test_reduce_may_run_models_itself(models):

@@ -93,8 +93,8 @@ def test_registers_stay_out_of_the_picture_but_not_of_the_mathematics(models, ca
     assert (ours.prefix, ours.grid) == (prefix, case.grid)
     assert ours.weights.shape == (case.batch, 1, prefix + case.grid[0] * case.grid[1])
     expected = textbook(model, case.images, masks=case.masks)[:, :1, prefix:]
-    assert_close(ours.maps(), expected.reshape(case.batch, 1, *case.grid))
-    assert (ours.maps().sum((-2, -1)) < 1).all()
+    assert_close(ours.patch_maps(), expected.reshape(case.batch, 1, *case.grid))
+    assert (ours.patch_maps().sum((-2, -1)) < 1).all()
 
 
 @given(case=model_cases(st.just(torch.float64)))

@@ -53,7 +53,7 @@ def attention_of_upstream() -> None:
         last = model.get_last_self_attention(images)
         with dinov2_attn.record(model) as maps:
             features = model(images)
-        flow = dinov2_attn.rollout(model, images, heads="mean").maps()
+        flow = dinov2_attn.rollout(model, images, heads="mean").patch_maps()
     assert last.shape == (2, 6, 7, 7)
     from dinov2_attn.proof.conformance.tolerances import assert_close
 

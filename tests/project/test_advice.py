@@ -430,24 +430,24 @@ def saved(lab, maps, name="maps.safetensors"):
 case(
     "maps/attention_maps",
     "dataclasses.replace(maps, grid=(h, w))",
-    lambda lab: of_tokens(lab).maps(),
-    lambda lab: replace(of_tokens(lab).passes[0], grid=(2, 3)).maps(),
+    lambda lab: of_tokens(lab).patch_maps(),
+    lambda lab: replace(of_tokens(lab).passes[0], grid=(2, 3)).patch_maps(),
 )
 case(
     "maps/attention_maps",
     "Correct prefix or grid",
-    lambda lab: replace(lab.maps(), grid=(3, 3)).maps(),
-    lambda lab: replace(replace(lab.maps(), grid=(3, 3)), grid=(2, 3)).maps(),
+    lambda lab: replace(lab.maps(), grid=(3, 3)).patch_maps(),
+    lambda lab: replace(replace(lab.maps(), grid=(3, 3)), grid=(2, 3)).patch_maps(),
 )
 case(
     "maps/attention_maps",
     "or keep the columns in reduce",
     lambda lab: recorded(
         lab.model, lambda: lab.model(lab.x), reduce=lambda _, weights: weights[..., 1:]
-    ).maps(),
+    ).patch_maps(),
     lambda lab: recorded(
         lab.model, lambda: lab.model(lab.x), reduce=lambda _, weights: weights.mean(-2)
-    ).maps(),
+    ).patch_maps(),
 )
 case(
     "maps/ask",

@@ -17,7 +17,7 @@ from dinov2_attn.typing import Heads, Images, Layers, Masks, Model, Queries
 def attention_maps(
     model: Model,
     images: Tensor,
-    n: Layers = None,
+    layers: Layers = None,
     masks: Tensor | None = None,
     *,
     queries: Queries = None,
@@ -27,7 +27,7 @@ def attention_maps(
 def attention_maps(
     model: Model,
     images: Sequence[Tensor],
-    n: Layers = None,
+    layers: Layers = None,
     masks: Sequence[Tensor | None] | None = None,
     *,
     queries: Queries = None,
@@ -38,7 +38,7 @@ def attention_maps(
 def attention_maps(
     model: Any,
     images: Images,
-    n: Layers = None,
+    layers: Layers = None,
     masks: Masks = None,
     *,
     queries: Queries = None,
@@ -46,8 +46,8 @@ def attention_maps(
 ) -> AttentionMaps[Any]:
     """Return the attention of ``model`` on ``images``, with grid and prefix.
 
-    >>> maps = attention_maps(model, images, n=1, queries="cls")
-    >>> maps.maps()[0]         # (B, heads, 1, h, w)
+    >>> maps = attention_maps(model, images, layers=1, queries="cls")
+    >>> maps.patch_maps()[0]         # (B, heads, 1, h, w)
     >>> maps.prefix_mass()[0]  # (B, heads, 1)
 
     Arguments, weights and errors are those of ``model.get_self_attention``: a list of
@@ -56,7 +56,7 @@ def attention_maps(
     takes the attention.
     """
     backbone = grafted_backbone(model)
-    weights = model.get_self_attention(images, n, masks, queries=queries, heads=heads)
+    weights = model.get_self_attention(images, layers, masks, queries=queries, heads=heads)
     several = isinstance(images, list | tuple)
     batches: list[Any] = list(images) if several else [images]
     spelled = backbone.spell_out(queries)
@@ -64,7 +64,7 @@ def attention_maps(
     rows = [positions(spelled, backbone.length(batch)) for batch in batches]
     return AttentionMaps(
         weights=weights,
-        layers=tuple(backbone.layers(n)),
+        layers=tuple(backbone.layers(layers)),
         grid=list(grids) if several else grids[0],
         prefix=backbone.prefix,
         queries=rows if several else rows[0],

@@ -49,7 +49,7 @@ class AttentionMaps(Generic[W]):
     prefix: int
     queries: tuple[int, ...] | list[tuple[int, ...]] | None = None
 
-    def maps(self) -> tuple[W, ...]:
+    def patch_maps(self) -> tuple[W, ...]:
         """Return what the rows give to patches, for each layer ``(…, h, w)``.
 
         The equivalent code is ``weights[..., prefix:].unflatten(-1, grid)``: nothing is

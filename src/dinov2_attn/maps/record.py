@@ -64,9 +64,9 @@ class Recording(Generic[W]):
         """The ``queries`` of the one pass."""
         return self._one("queries").queries
 
-    def maps(self) -> tuple[W, ...]:
+    def patch_maps(self) -> tuple[W, ...]:
         """Return the ``maps()`` of the one pass."""
-        return self._one("maps").maps()
+        return self._one("maps").patch_maps()
 
     def prefix_mass(self) -> tuple[W, ...]:
         """Return the ``prefix_mass()`` of the one pass."""
@@ -102,7 +102,7 @@ class Recording(Generic[W]):
 @overload
 def record(
     model: Model,
-    n: Layers = None,
+    layers: Layers = None,
     *,
     queries: Queries = None,
     heads: Heads = None,
@@ -111,7 +111,7 @@ def record(
 @overload
 def record(
     model: Model,
-    n: Layers = None,
+    layers: Layers = None,
     *,
     queries: Queries = None,
     heads: Heads = None,
@@ -122,7 +122,7 @@ def record(
 @contextmanager
 def record(
     model: Model,
-    n: Layers = None,
+    layers: Layers = None,
     *,
     queries: Queries = None,
     heads: Heads = None,
@@ -136,7 +136,7 @@ def record(
 
     =======  =========================================================================
     model    a DINOv2, or a model that contains one (and runs it in whatever way)
-    n        ``None``: all blocks; an int: the last ``n``; a sequence: those
+    layers        ``None``: all blocks; an int: the last ``n``; a sequence: those
     queries  the rows, as in ``get_self_attention``
     heads    ``None`` (each) or ``"mean"``
     reduce   ``reduce(layer, weights)`` is kept in place of the weights. It is called
@@ -162,7 +162,7 @@ def record(
     inside), and in the middle of it where ``torch.compile``, ``torch.export`` or ``torch.func``
     would make another function of one.
     """
-    recorder = _Recorder(model, n, queries, heads, reduce)
+    recorder = _Recorder(model, layers, queries, heads, reduce)
     TAP.recorders = (*TAP.recorders, recorder)
     try:
         with SWITCH.held():
@@ -183,7 +183,12 @@ class _Recorder:
     """Puts layers together to passes: one begins with its images and ends with its last layer."""
 
     def __init__(
-        self, model: Model, n: Layers, queries: Queries, heads: Heads, reduce: Reduce[Any] | None
+        self,
+        model: Model,
+        layers: Layers,
+        queries: Queries,
+        heads: Heads,
+        reduce: Reduce[Any] | None,
     ) -> None:
         check_heads(heads)
         if not (reduce is None or callable(reduce)):
@@ -194,7 +199,7 @@ class _Recorder:
             )
         self._backbone = backbone_in(model)
         self._prefix = self._backbone.prefix
-        self._layers = self._backbone.attentions(n)
+        self._layers = self._backbone.attentions(layers)
         self._others = self._backbone.other_attentions(self._layers)
         self._course = Course()
         self._queries = self._backbone.spell_out(queries)

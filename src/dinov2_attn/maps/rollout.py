@@ -49,7 +49,7 @@ class Rollout:
     grid: tuple[int, int]
     prefix: int
 
-    def maps(self) -> Tensor:
+    def patch_maps(self) -> Tensor:
         """Return the patch columns as maps ``(B, Q, h, w)``.
 
         CLS and registers stay out of the picture; what went through them on its way did not
@@ -62,7 +62,7 @@ class Rollout:
 def rollout(
     model: Model,
     images: Tensor,
-    n: Layers = None,
+    layers: Layers = None,
     *,
     queries: Queries = "cls",
     heads: Fusion = "mean",
@@ -73,7 +73,7 @@ def rollout(
 def rollout(
     model: Model,
     images: Sequence[Tensor],
-    n: Layers = None,
+    layers: Layers = None,
     *,
     queries: Queries = "cls",
     heads: Fusion = "mean",
@@ -86,7 +86,7 @@ def rollout(
 def rollout(
     model: Any,
     images: Images,
-    n: Layers = None,
+    layers: Layers = None,
     *,
     queries: Queries = "cls",
     heads: Fusion = "mean",
@@ -97,8 +97,8 @@ def rollout(
 
     ========  ==================================================================
     images    ``(B, C, H, W)``, or a list of such batches
-    n         the blocks to roll out over, as in ``get_self_attention``: all, the
-              last ``n``, or those
+    layers    the blocks to roll out over, as in ``get_self_attention``: all, the
+              last few (an int), or those
     queries   the tokens to start from, as in ``get_self_attention``; their order
               is that of the rows
     heads     how the heads of a layer are fused: ``"mean"``, ``"min"``, ``"max"``
@@ -111,7 +111,7 @@ def rollout(
     The equivalent code is::
 
         product = identity
-        for weights in model.get_self_attention(images, n):
+        for weights in model.get_self_attention(images, layers):
             layer = residual * identity + (1 - residual) * fuse(weights, dim=1)
             product = (layer / layer.sum(-1, keepdim=True)) @ product
         return product[:, queries]
@@ -126,9 +126,11 @@ def rollout(
     backbone = grafted_backbone(model)
     layer = Layer(heads, float(residual))
     queries = backbone.spell_out(queries)
-    wanted = backbone.layers(n)
+    wanted = backbone.layers(layers)
     if not wanted:
-        raise InvalidInputError("at least one block to roll out over", f"n={n!r}", "Leave n out.")
+        raise InvalidInputError(
+            "at least one block to roll out over", f"layers={layers!r}", "Leave layers out."
+        )
     found = [
         _one(backbone, batch, layer, _inputs(backbone, wanted, batch, mask), queries)
         for batch, mask in backbone.batches(images, masks, queries)

@@ -205,5 +205,7 @@ def test_maps_are_those_of_the_python_call(source, tmp_path):
         model = load_demo_model()
         for entry, maps, _ in stored(tmp_path / "out"):
             images = read_photograph(source / entry["path"], 14).tensor[None]
-            expected = dinov2_attn.attention_maps(model, images, n=1, queries="cls").maps()[0]
+            expected = dinov2_attn.attention_maps(
+                model, images, layers=1, queries="cls"
+            ).patch_maps()[0]
             assert_close(maps, expected, size=1.0)

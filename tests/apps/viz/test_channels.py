@@ -241,7 +241,7 @@ def test_an_extraction_shows_the_model_its_channels(tmp_path, grafted):
     dinov2_attn.extract(model, path, tmp_path / "out", mean=0.5, std=0.5)
     ((_, maps, _),) = stored(tmp_path / "out")
     images = (torch.from_numpy(values(4, (4, 6))).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
-    expected = dinov2_attn.attention_maps(model, images, 1, queries="cls").maps()[0]
+    expected = dinov2_attn.attention_maps(model, images, 1, queries="cls").patch_maps()[0]
     assert_close(maps, expected)
 
 

@@ -131,7 +131,7 @@ def test_an_extraction_is_that_of_images_normalised_by_hand(path, tmp_path, graf
     dinov2_attn.extract(model, path, tmp_path / "out", **PATHOLOGY)
     ((_, maps, _),) = stored(tmp_path / "out")
     images = by_hand(path, *PATHOLOGY.values()).float()[None]
-    expected = dinov2_attn.attention_maps(model, images, 1, queries="cls").maps()[0]
+    expected = dinov2_attn.attention_maps(model, images, 1, queries="cls").patch_maps()[0]
     assert_close(maps, expected, within=1e-5)
 
 

@@ -47,7 +47,7 @@ EVERY = {"heads": viz.plot_heads, "layers": viz.plot_layers}
 
 def drawn_values(maps, layer=-1):
     """Mean and heads of a layer, (1 + heads, h, w)."""
-    each = maps.maps()[layer][0, :, 0].numpy()
+    each = maps.patch_maps()[layer][0, :, 0].numpy()
     return np.concatenate([each.mean(0, keepdims=True), each])
 
 
@@ -113,7 +113,7 @@ def test_layers_by_heads_have_one_scale_and_their_place():
 def test_one_map_alone_is_scaled_by_itself():
     maps = maps_on(GRID, layers=3)
     ax = viz.plot(maps, layer=1, head=2)
-    values = maps.maps()[1][0, 2, 0].numpy()
+    values = maps.patch_maps()[1][0, 2, 0].numpy()
     drawn = Drawn(ax.figure)
     assert np.abs(drawn.middles(0, GRID) - viridis(values, values.min(), values.max())).max() <= 3
 
@@ -129,7 +129,7 @@ def test_a_logarithmic_scale_has_four_decades():
     maps = maps_on((2, 3), heads=1, layers=1)
     maps.weights[0][..., 3] = 1e-30
     bar = viz.plot(maps, style=viz.Style(log=True)).figure.axes[1]
-    high = float(maps.maps()[0].max())
+    high = float(maps.patch_maps()[0].max())
     assert bar.get_ylim() == pytest.approx((high / 1e4, high))
 
 
@@ -160,7 +160,7 @@ def test_between_patches_a_bilinear_map_is_between_their_values():
     maps = maps_on((1, 2), heads=1)
     style = viz.Style(interpolation="bilinear")
     drawn = Drawn(viz.plot(maps, style=style).figure)
-    values = maps.maps()[-1][0, 0, 0].numpy()
+    values = maps.patch_maps()[-1][0, 0, 0].numpy()
     for share in (0.0, 0.25, 0.5, 0.9):
         value = (1 - share) * values[0, 0] + share * values[0, 1]
         expected = viridis(value, values.min(), values.max())
@@ -426,7 +426,7 @@ def test_an_axes_of_ones_own_is_drawn_on_and_nothing_else_changes():
     assert Drawn(figure, right).frames(0, GRID, WHITE) == {(1, 2)}
     assert dict(matplotlib.rcParams) == settings_before
     bar = figure.colorbar(right.images[1])
-    values = maps.maps()[-1][0, :, 1].mean(0)
+    values = maps.patch_maps()[-1][0, :, 1].mean(0)
     assert (bar.vmin, bar.vmax) == pytest.approx((float(values.min()), float(values.max())))
 
 

@@ -25,7 +25,7 @@ def explore(
     path: str | Path,
     model: Any,
     photograph: Photograph,
-    n: Layers = None,
+    layers: Layers = None,
     *,
     heads: Heads = None,
     title: str = "Attention",
@@ -37,7 +37,7 @@ def explore(
 
     As ``write_page`` of ``attention_maps``, in the memory of one layer: each is quantised in
     the pass itself, and rows that the page has no room for are not computed. ``model`` is a
-    grafted vision transformer on any device; ``n`` and ``heads`` are as in
+    grafted vision transformer on any device; ``layers`` and ``heads`` are as in
     ``get_self_attention``, ``name`` is what the caption calls the model. Outliers are marked.
 
     Raises ``InvalidInputError`` where the model cannot be run on this image here, and the errors of
@@ -46,7 +46,7 @@ def explore(
     backbone = grafted_backbone(model)
     device = next(model.parameters()).device
     images = photograph.tensor[None]
-    layers = backbone.layers(n)
+    wanted = backbone.layers(layers)
     shape = _shape(backbone, images, heads)
     with looking_at(images):
         images = images.to(device)
@@ -56,7 +56,7 @@ def explore(
             *(photograph.picture, shape, title, name, warning, outliers, 0, limit),
             read=photograph.told(),
         )
-        kept = keep(frame, layers)
+        kept = keep(frame, wanted)
         tables = _tables(model, images, shape, heads, kept)
     return write(Path(path), frame, kept, tables)
 

@@ -132,7 +132,7 @@ def _entry(weights: Any, sample: int) -> Tensor:
 
 
 def _shape(maps: AttentionMaps, entries: Mapping[int, Tensor]) -> Shape:
-    maps.maps()  # raises unless the columns are the prefix and the grid
+    maps.patch_maps()  # raises unless the columns are the prefix and the grid
     shapes = {tuple(weights.shape) for weights in entries.values()}
     if len(shapes) != 1 or 0 in next(iter(shapes)):
         raise InvalidInputError(

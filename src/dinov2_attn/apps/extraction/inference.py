@@ -93,7 +93,7 @@ def _look(model: Any, pictures: list[Picture], options: Options) -> Seen:
     images = _on_device(pictures, like.device, options.reading).to(like.dtype)
     maps, artifacts = _maps(model, images, options)
     # One layer after the other behind the batch.
-    patches = torch.stack(maps.maps(), dim=1)
+    patches = torch.stack(maps.patch_maps(), dim=1)
     if options.grid is not None:
         patches = resample(patches, options.grid)
     dtype = DTYPES[options.dtype]

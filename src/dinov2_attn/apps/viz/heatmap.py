@@ -36,20 +36,20 @@ def cls_maps(model: Any, photograph: Photograph, device: Device = "cpu") -> Grid
 def maps_of(
     model: Any,
     photograph: Photograph,
-    n: Layers = None,
+    layers: Layers = None,
     queries: Queries = None,
     device: Device = "cpu",
 ) -> AttentionMaps:
     """Return ``attention_maps`` of one photograph, on the CPU; errors are those of ``cls_maps``."""
     maps: AttentionMaps = run(
-        lambda images: attention_maps(model, images, n, queries=queries), photograph, device
+        lambda images: attention_maps(model, images, layers, queries=queries), photograph, device
     )
     return maps
 
 
 def last_cls_maps(maps: AttentionMaps) -> Grid:
     """Return the maps (heads, h, w) of CLS in the last of the layers, CLS being the first query."""
-    patches: Grid = maps.maps()[-1][0, :, 0].float().numpy()
+    patches: Grid = maps.patch_maps()[-1][0, :, 0].float().numpy()
     return patches
 
 

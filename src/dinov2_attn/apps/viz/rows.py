@@ -65,7 +65,7 @@ class Look:
             raise OutOfRangeError(
                 f"one of the layers {', '.join(map(str, self.layers))}",
                 str(number),
-                "Ask attention_maps or record for it: n=None takes all.",
+                "Ask attention_maps or record for it: layers=None takes all.",
             )
         return self.layers.index(number)
 
@@ -100,7 +100,7 @@ def look(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 0) -> 
     ``(batch, image)``. Raises ``InvalidInputError`` and ``OutOfRangeError``.
     """
     maps = _one_batch(maps, sample)
-    maps.maps()  # raises what does not fit
+    maps.patch_maps()  # raises what does not fit
     index = sample[1] if isinstance(sample, tuple) else sample
     rows = [_of_image(weights, index) for weights in maps.weights]
     position = position_of(query, maps.prefix, maps.grid)
