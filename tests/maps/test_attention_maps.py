@@ -100,7 +100,7 @@ def test_gradients_flow_when_grad_is_on(grafted):
         assert not attention_maps(model, IMAGES, 1).weights[0].requires_grad
 
 
-@pytest.mark.parametrize("ask", ["maps", "prefix_mass"])
+@pytest.mark.parametrize("ask", ["patch_maps", "prefix_mass"])
 def test_a_token_count_that_does_not_fit_is_an_error_with_the_arithmetic_in_it(ask):
     maps = whole(torch.rand(1, 2, 1, 8), prefix=5)
     with pytest.raises(

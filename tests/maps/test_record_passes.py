@@ -36,7 +36,7 @@ def test_every_pass_has_its_maps(models):
         assert_all_close(one.weights, expected)
     assert [one.grid for one in maps.passes] == [(2, 3), (1, 3), (2, 3)]
     asked = {name: attrgetter(name) for name in ("weights", "layers", "grid", "prefix", "queries")}
-    called = ("maps", "prefix_mass", "cpu", "numpy")
+    called = ("patch_maps", "prefix_mass", "cpu", "numpy")
     asked |= {name: methodcaller(name) for name in called}
     asked["save"] = methodcaller("save", "absent.safetensors")
     for name, ask in asked.items():
@@ -231,9 +231,9 @@ def test_what_cannot_be_recorded_is_refused_at_once(models):
         (nn.ModuleDict({"teacher": model, "student": build(models)}), {},
          InvalidInputError, "Found 2: teacher, student"),
         (holding, {}, InvalidInputError, "Found 2: the model itself, teacher"),
-        (model, {"n": 4}, OutOfRangeError, "between 0 and 3"),
-        (model, {"n": []}, InvalidInputError,
-         r"^Expected at least one layer to record\.\nFound n=\[\]\.\nLeave layers out for all\.$"),
+        (model, {"layers": 4}, OutOfRangeError, "between 0 and 3"),
+        (model, {"layers": []}, InvalidInputError,
+         r"^Expected at least one layer to record\.\nFound layers=\[\]\.\nLeave layers out for all\.$"),
         (model, {"queries": "cs"}, InvalidInputError, "cls"),
         (model, {"heads": "max"}, InvalidInputError, "heads"),
         (model, {"reduce": "mean"}, InvalidInputError, "reduce"),

@@ -235,8 +235,8 @@ def test_the_tokens_of_the_first_block_are_not_kept(grafted):
         ({"residual": "half"}, r"Found 'half'"),
         ({"queries": 113}, r"there being [0-9]+ tokens\.\nFound 113"),
         ({"queries": "CLS"}, r"Found 'CLS'"),
-        ({"n": 0}, r"(?s)at least one block.*n=0"),
-        ({"n": [4]}, r"blocks between -4 and 3"),
+        ({"layers": 0}, r"(?s)at least one block.*layers=0"),
+        ({"layers": [4]}, r"blocks between -4 and 3"),
         ({"masks": torch.ones(2, 3)}, r"masks as a boolean tensor"),
     ],
 )
