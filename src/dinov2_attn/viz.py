@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dinov2_attn.apps.viz import __dir__, __getattr__  # noqa: F401
+from dinov2_attn._lazy import lazily
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.viz import (
@@ -22,3 +22,5 @@ if TYPE_CHECKING:
     )
 
 __all__ = ["Style", "animate", "plot", "plot_heads", "plot_layers", "plot_masks", "save"]
+
+__getattr__, __dir__ = lazily(__name__, dict.fromkeys(__all__, "dinov2_attn.apps.viz"))

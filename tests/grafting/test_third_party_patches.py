@@ -55,7 +55,7 @@ def test_what_somebody_patched_below_comes_back():
 
     theirs.mark = "theirs"
     block.forward = theirs
-    said = r"but for Block\.forward \(of test_patches_of_others\)"
+    said = r"but for Block\.forward \(of tests\.grafting\.test_third_party_patches\)"
     try:
         with pytest.warns(UpstreamDriftWarning, match=said):
             handle = dinov2_attn.install()

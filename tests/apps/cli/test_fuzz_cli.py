@@ -23,6 +23,7 @@ from tests.support import upstreams
 EVERY_FILE = {
     "img.png",
     "attention.npy",
+    "image.json",
     "attn-mean.png",
     "overlay-mean.png",
     "heads.png",

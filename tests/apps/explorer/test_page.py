@@ -431,7 +431,9 @@ def test_a_model_that_cannot_be_run_here_is_an_error_of_ours(model, photograph, 
 
     hook = model.blocks[0].register_forward_pre_hook(run_out)
     try:
-        with pytest.raises(InvalidInputError, match=r"6 × 10 \(not enough memory\)\.\nGive"):
+        with pytest.raises(
+            InvalidInputError, match=r"6 × 10 \(RuntimeError: not enough memory\)\.\nGive"
+        ):
             explore(path, model, photograph)
     finally:
         hook.remove()

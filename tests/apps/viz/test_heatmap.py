@@ -85,7 +85,9 @@ def test_a_device_that_cannot_run_the_model_is_an_error_of_ours(planted, folder)
     Image.fromarray(photograph_of((2, 3), (0, 0))).save(folder / "small.png")
     hook = planted.blocks[0].register_forward_pre_hook(run_out)
     try:
-        with pytest.raises(InvalidInputError, match=r"28 × 42 \(not enough memory\)\.\nGive"):
+        with pytest.raises(
+            InvalidInputError, match=r"28 × 42 \(RuntimeError: not enough memory\)\.\nGive"
+        ):
             cls_maps(planted, read_photograph(folder / "small.png", 14))
     finally:
         hook.remove()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -435,15 +436,15 @@ def test_pyplot_is_never_imported(tmp_path):
 import sys
 sys.path.insert(0, sys.argv[1])
 from dinov2_attn import viz
-from pictured import maps_on
+from tests.support.figure_probes import maps_on
 maps = maps_on((2, 3))
 viz.save(viz.plot(maps).figure, "a.png")
 viz.save(viz.plot_heads(maps), "a.svg")
 viz.animate(maps, "a.gif")
 assert "matplotlib.pyplot" not in sys.modules
 """
-    folder = str(__file__).rpartition("/")[0]
-    subprocess.run([sys.executable, "-c", code, folder], check=True, cwd=tmp_path)
+    root = str(Path(__file__).parents[3])
+    subprocess.run([sys.executable, "-c", code, root], check=True, cwd=tmp_path)
 
 
 # Which row of which image

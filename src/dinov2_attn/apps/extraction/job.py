@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Summary:
     written: int
     bytes: int
     seconds: float
-    passed_over: dict[str, int]
+    passed_over: dict[str, int] = field(hash=False)
 
     def __str__(self) -> str:
         before = self.shards - self.written

@@ -6,7 +6,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Preview:
     unreadable: tuple[Refused, ...]
     bytes: int
     free: int
-    passed_over: dict[str, int]
+    passed_over: dict[str, int] = field(hash=False)
 
     def __str__(self) -> str:
         remaining = self.images - self.finished_images - len(self.unreadable)

@@ -84,7 +84,9 @@ _EXPORTED = Kind(
 _TAR = Kind(
     "a tar archive, which PyTorch would unpack", "Unpack it, and name the file that was inside."
 )
-_CUT_SHORT = Kind("a file by torch.save that was cut short", f"{_DOWNLOAD} {SAVE_AGAIN}")
+_CUT_SHORT = Kind(
+    "a file by torch.save that is damaged or was cut short", f"{_DOWNLOAD} {SAVE_AGAIN}"
+)
 
 
 def distributed(folder: Path) -> UnreadableFileError:
@@ -124,10 +126,11 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def _kind_of_zip(path: Path) -> Kind | None:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.rpartition("/")[2] for name in archive.namelist()]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # what damaged lists raise
         return _CUT_SHORT
-    with zipfile.ZipFile(path) as archive:
-        names = [name.rpartition("/")[2] for name in archive.namelist()]
     if "constants.pkl" in names:
         return _TORCHSCRIPT
     if "serialized_exported_program.json" in names or "archive_format" in names:
