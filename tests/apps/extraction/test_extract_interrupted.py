@@ -69,7 +69,7 @@ def test_a_killed_program_with_workers_frees_the_folder_at_once(first, tmp_path)
     running.send_signal(signal.SIGSTOP)
     refused = subprocess.run(program, check=False, timeout=120, **options)
     assert refused.returncode == 2, refused.stdout
-    assert "one that is locked.\nWait for the other run" in refused.stdout
+    assert "one that is locked.\n  Wait for the other run" in refused.stdout
     running.send_signal(signal.SIGKILL)
     running.wait()
     running.stdout.close()
