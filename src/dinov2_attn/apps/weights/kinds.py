@@ -84,9 +84,7 @@ _EXPORTED = Kind(
 _TAR = Kind(
     "a tar archive, which PyTorch would unpack", "Unpack it, and name the file that was inside."
 )
-_CUT_SHORT = Kind(
-    "a file by torch.save that is damaged or was cut short", f"{_DOWNLOAD} {SAVE_AGAIN}"
-)
+_CUT_SHORT = Kind("a file by torch.save that was cut short or damaged", f"{_DOWNLOAD} {SAVE_AGAIN}")
 
 
 def distributed(folder: Path) -> UnreadableFileError:
