@@ -642,7 +642,7 @@ case(
 )
 case(
     "apps/explorer/content",
-    "Pass Photograph.picture",
+    "Pass LoadedImage.picture",
     lambda lab: page(lab, picture=lab.photograph[:3]),
     lambda lab: page(lab),
 )
@@ -721,7 +721,7 @@ TABLE = {
         "apps/extraction/worker": ("",),
         "apps/extraction/shards": ("",),
         "apps/demo/load": ("",),
-        "apps/viz/folders": ("",),
+        "_files": ("",),
         "apps/viz/images": ("",),
         "apps/explorer/budget": ("",),
         "apps/explorer/quantise": ("",),

@@ -19,12 +19,20 @@ from hypothesis.extra.numpy import arrays
 import dinov2_attn
 from dinov2_attn import AttentionMaps, attention_maps
 from dinov2_attn.apps.explorer.assemble import at_least, embedded_json
-from dinov2_attn.apps.explorer.budget import Keep, Shape, cost, describe, everything, left_out, plan
+from dinov2_attn.apps.explorer.budget import (
+    KeptRows,
+    Shape,
+    cost,
+    describe,
+    everything,
+    left_out,
+    plan,
+)
 from dinov2_attn.apps.explorer.explore import explore
 from dinov2_attn.apps.explorer.quantise import LEVELS, quantise
 from dinov2_attn.apps.explorer.write import write_page
 from dinov2_attn.apps.viz.banner import NO_MEANING
-from dinov2_attn.apps.viz.images import Photograph
+from dinov2_attn.apps.viz.images import LoadedImage
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError, UnwritableOutputError
 from dinov2_attn.math.selection import name_token
 from tests.support import upstreams
@@ -199,7 +207,7 @@ def test_what_is_kept_fits_and_grows_with_the_room(shape, count, share):
         assert room < cost(everything(shape), shape)
         return
     assert total(kept, shape) <= room
-    assert kept[layers[-1]] != Keep()
+    assert kept[layers[-1]] != KeptRows()
     assert set().union(*(keep.queries for keep in kept.values())) <= set(shape.queries)
     if share >= 1:
         assert set(kept.values()) == {everything(shape)}
@@ -212,9 +220,9 @@ def test_what_is_kept_fits_and_grows_with_the_room(shape, count, share):
 def test_vit_small_at_518_keeps_all_heads_of_its_last_layer_and_all_cls_rows(registers):
     shape = Shape(6, tuple(range(1 + registers + 37 * 37)), 1 + registers, (37, 37))
     kept = plan(list(range(12)), shape, 24_000_000)
-    assert kept[11] == Keep(each=shape.queries)
+    assert kept[11] == KeptRows(each=shape.queries)
     assert {kept[layer].mean for layer in (9, 10)} == {shape.queries}
-    assert {kept[layer] for layer in range(8)} == {Keep(each=tuple(range(shape.prefix)))}
+    assert {kept[layer] for layer in range(8)} == {KeptRows(each=tuple(range(shape.prefix)))}
     told = describe(kept, shape)
     assert told.startswith("layer 11: all rows of each head; layers ")
     assert "all rows of the head mean, the row" in told
@@ -370,7 +378,7 @@ def model(request):
 
 @pytest.fixture
 def photograph():
-    return Photograph(noise(3, 6, 10, seed=3), PICTURE)
+    return LoadedImage(noise(3, 6, 10, seed=3), PICTURE)
 
 
 @pytest.mark.parametrize("n", [None, [1, -1], 2])

@@ -18,8 +18,8 @@ from matplotlib.text import Text
 
 from dinov2_attn import artifact_tokens, attention_maps, record, viz
 from dinov2_attn.apps.viz.banner import NO_MEANING
-from dinov2_attn.apps.viz.colours import heaviest
-from dinov2_attn.apps.viz.rows import look
+from dinov2_attn.apps.viz.colours import top_mass_mask
+from dinov2_attn.apps.viz.rows import select_row
 from dinov2_attn.apps.viz.style import GREY
 from dinov2_attn.apps.viz.tokens import position_of, read_token
 from dinov2_attn.backbone.structure import Part, part_of_module
@@ -177,7 +177,7 @@ def test_masks_stain_the_patches_that_keep_the_mass(grid, share):
     plain = photograph[7::14, 7::14].astype(int)
     assert np.abs(drawn.middles(0, grid) - plain).max() <= 2
     for cell, values in enumerate(drawn_values(maps), start=1):
-        kept = heaviest(values, share)
+        kept = top_mass_mask(values, share)
         expected = np.where(kept[..., None], (plain + np.array((255, 0, 0))) / 2, plain)
         assert np.abs(drawn.middles(cell, grid) - expected).max() <= 3
         assert any(text.endswith(f"· {100 * kept.mean():.1f} %") for text in words_of(drawn.figure))
@@ -462,11 +462,11 @@ def test_maps_of_all_kinds_can_be_looked_at(grafted):
     with record(model, queries=[4]) as recorded:
         model(IMAGES)
     for maps, sample in [*kinds, (recorded, 1)]:
-        seen = look(maps, (1, 0), sample)
+        seen = select_row(maps, (1, 0), sample)
         assert (seen.grid, seen.prefix, seen.patch) == ((2, 3), 1, (1, 0))
         assert_close(seen.row(1, 1), row[1].detach())
         assert_close(seen.row(1, "mean"), row.mean(0).detach())
-    averaged = look(attention_maps(model, IMAGES, queries=[4], heads="mean"), 4, 1)
+    averaged = select_row(attention_maps(model, IMAGES, queries=[4], heads="mean"), 4, 1)
     assert_close(averaged.row(1, "mean"), row.mean(0).detach())
     assert averaged.heads == ("mean",)
     assert len(Drawn(viz.plot_heads(attention_maps(model, IMAGES, heads="mean"))).cells) == 1

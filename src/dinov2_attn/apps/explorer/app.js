@@ -79,7 +79,7 @@ function paintCell(button, weight, limits, log) {
 
 // What the page says
 
-function tell(layer, line, limits) {
+function describe(layer, line, limits) {
   const column = isOn("column");
   const head = view.head === MEAN ? "mean of heads" : `head ${view.head}`;
   $("direction").textContent = column ? "Who looks at it" : "Where it looks";
@@ -157,7 +157,7 @@ function show() {
   for (const group of outlierMarks) group.toggleAttribute("hidden", !$("outliers").checked);
   $("release").hidden = !view.held;
   controls(layer);
-  tell(layer, line, limits);
+  describe(layer, line, limits);
 }
 
 function controls(layer) {
@@ -218,13 +218,13 @@ const cursorMarks = marks(["under", "cursor"]);
 const tokenMarks = marks(["under", "token"]);
 
 function begin() {
-  const photograph = $("photo").querySelector("img");
-  const [width, height] = ["width", "height"].map((side) => photograph.getAttribute(side));
+  const image = $("photo").querySelector("img");
+  const [width, height] = ["width", "height"].map((side) => image.getAttribute(side));
   const ratio = width / height;
   document.documentElement.style.setProperty("--ratio", ratio);
   document.body.classList.toggle("wide", ratio > 2.4);
   document.body.classList.toggle("tall", ratio < 0.8);
-  $("map").querySelector("img").src = photograph.src;
+  $("map").querySelector("img").src = image.src;
   $("layer").max = layers.length - 1;
   $("layer").disabled = layers.length < 2;
   $("head").max = Math.max(about.heads - 1, 0);

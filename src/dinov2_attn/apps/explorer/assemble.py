@@ -15,7 +15,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from dinov2_attn.apps.explorer.budget import Keep, cost, describe, everything, left_out, tell
+from dinov2_attn.apps.explorer.budget import (
+    KeptRows,
+    cost,
+    describe,
+    describe_layer,
+    everything,
+    left_out,
+)
 from dinov2_attn.apps.explorer.content import Frame
 from dinov2_attn.apps.explorer.quantise import Table
 
@@ -44,7 +51,7 @@ _STORED = (
 )
 
 
-def assemble(frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables]) -> bytes:
+def assemble(frame: Frame, kept: Mapping[int, KeptRows], tables: Mapping[int, Tables]) -> bytes:
     """Return the page, with the ``tables`` of each layer of which anything is kept."""
     script = "".join(map(_file, ("weights.js", "app.js", "input.js")))
     style = _file("app.css")
@@ -54,7 +61,7 @@ def assemble(frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables
         "title": escape(_sound(frame.title)),
         "about": escape(_sound(" · ".join(filter(None, (frame.model, frame.tokens_told))))),
         "warning": _notes(frame, kept),
-        "photograph": frame.photograph(),
+        "image": frame.image_url(),
         "width": str(width),
         "height": str(height),
         "rows": str(frame.shape.grid[0]),
@@ -71,10 +78,10 @@ def assemble(frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables
 
 
 def _data(
-    frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables]
+    frame: Frame, kept: Mapping[int, KeptRows], tables: Mapping[int, Tables]
 ) -> dict[str, object]:
     layers = [_layer(frame, layer, kept[layer], tables[layer]) for layer in sorted(tables)]
-    last = kept[max(tables)] if tables else Keep()
+    last = kept[max(tables)] if tables else KeptRows()
     colours = matplotlib.colormaps["viridis"](np.arange(256), bytes=True)[:, :3]
     return {
         "grid": frame.shape.grid,
@@ -88,7 +95,7 @@ def _data(
     }
 
 
-def _layer(frame: Frame, layer: int, keep: Keep, tables: Tables) -> dict[str, object]:
+def _layer(frame: Frame, layer: int, keep: KeptRows, tables: Tables) -> dict[str, object]:
     def table(kind: str) -> dict[str, Any] | None:
         if kind not in tables:
             return None
@@ -100,7 +107,7 @@ def _layer(frame: Frame, layer: int, keep: Keep, tables: Tables) -> dict[str, ob
         "layer": layer,
         "each": table("each"),
         "mean": table("mean"),
-        "kept": tell(keep, frame.shape),
+        "kept": describe_layer(keep, frame.shape),
     }
 
 
@@ -113,7 +120,7 @@ def _elements(tables: Mapping[int, Tables]) -> list[str]:
     ]
 
 
-def _notes(frame: Frame, kept: Mapping[int, Keep]) -> str:
+def _notes(frame: Frame, kept: Mapping[int, KeptRows]) -> str:
     notes = []
     if frame.warning is not None:
         notes.append(f'<p class="warning" id="warning">{escape(_sound(frame.warning))}</p>')
@@ -122,7 +129,7 @@ def _notes(frame: Frame, kept: Mapping[int, Keep]) -> str:
     return "\n".join(notes)
 
 
-def what_is_missing(frame: Frame, kept: Mapping[int, Keep], lacking: str) -> str:
+def what_is_missing(frame: Frame, kept: Mapping[int, KeptRows], lacking: str) -> str:
     """Say what the page leaves out, why, and what would keep it."""
     all_of_it = frame.limit + sum(
         cost(everything(frame.shape), frame.shape) - cost(keep, frame.shape)
@@ -134,7 +141,7 @@ def what_is_missing(frame: Frame, kept: Mapping[int, Keep], lacking: str) -> str
     )
 
 
-def _numbers(frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables]) -> str:
+def _numbers(frame: Frame, kept: Mapping[int, KeptRows], tables: Mapping[int, Tables]) -> str:
     errors = [table.error for one in tables.values() for table in one.values()]
     lacking = left_out(dict(kept), frame.shape)
     return _NUMBERS.format(

@@ -36,7 +36,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Keep:
+class KeptRows:
     """The tokens whose rows are kept of one layer: for each head, and for the mean of heads."""
 
     each: tuple[int, ...] = ()
@@ -48,20 +48,20 @@ class Keep:
         return {*self.each, *self.mean}
 
 
-NOTHING = Keep()
+NOTHING = KeptRows()
 
 
-def everything(shape: Shape) -> Keep:
+def everything(shape: Shape) -> KeptRows:
     """Return all there is: the mean need not be kept where all heads are."""
-    return Keep(each=shape.queries) if shape.heads else Keep(mean=shape.queries)
+    return KeptRows(each=shape.queries) if shape.heads else KeptRows(mean=shape.queries)
 
 
-def cost(keep: Keep, shape: Shape) -> int:
+def cost(keep: KeptRows, shape: Shape) -> int:
     """Return the number of bytes, as base64 and with its description, that ``keep`` takes."""
     return _table(keep.each, shape.heads, shape) + _table(keep.mean, 1, shape)
 
 
-def plan(layers: Sequence[int], shape: Shape, room: int) -> dict[int, Keep]:
+def plan(layers: Sequence[int], shape: Shape, room: int) -> dict[int, KeptRows]:
     """Return what is kept of each layer, at most ``room`` bytes together.
 
     In this order, while it fits: the CLS row of each head of every layer, from the last
@@ -86,18 +86,18 @@ def plan(layers: Sequence[int], shape: Shape, room: int) -> dict[int, Keep]:
     return kept
 
 
-def describe(kept: dict[int, Keep], shape: Shape) -> str:
+def describe(kept: dict[int, KeptRows], shape: Shape) -> str:
     """Say what is kept of which layers, from the last to the first."""
-    return _listed(kept, lambda keep: tell(keep, shape))
+    return _listed(kept, lambda keep: describe_layer(keep, shape))
 
 
-def left_out(kept: dict[int, Keep], shape: Shape) -> str:
+def left_out(kept: dict[int, KeptRows], shape: Shape) -> str:
     """Say what is kept of no layer or of some; nothing if all of it is kept."""
     lacking = {layer: keep for layer, keep in kept.items() if keep != everything(shape)}
     return _listed(lacking, lambda keep: _lacks(keep, shape))
 
 
-def tell(keep: Keep, shape: Shape) -> str:
+def describe_layer(keep: KeptRows, shape: Shape) -> str:
     """Say what is kept of one layer: all rows of each head."""
     parts = []
     if keep.mean:
@@ -107,7 +107,7 @@ def tell(keep: Keep, shape: Shape) -> str:
     return ", ".join(parts) or "nothing"
 
 
-def _lacks(keep: Keep, shape: Shape) -> str:
+def _lacks(keep: KeptRows, shape: Shape) -> str:
     if keep == NOTHING:
         return "everything"
     if keep.queries != set(shape.queries):
@@ -126,15 +126,15 @@ def _rows(queries: tuple[int, ...], shape: Shape) -> str:
     return f"{len(queries)} rows"
 
 
-def _choices(shape: Shape) -> tuple[list[Keep], list[Keep]]:
+def _choices(shape: Shape) -> tuple[list[KeptRows], list[KeptRows]]:
     """Return what is kept of a layer at the least, in growing order, and at the most, falling."""
     few = tuple(query for query in shape.queries if query < shape.prefix) or shape.queries[:1]
     if not shape.heads:
-        return [Keep(mean=few[:1]), Keep(mean=few)], [everything(shape)]
+        return [KeptRows(mean=few[:1]), KeptRows(mean=few)], [everything(shape)]
     full = [everything(shape)]
     if few != shape.queries and shape.heads > 1:
-        full.append(Keep(each=few, mean=shape.queries))
-    return [Keep(each=few[:1]), Keep(each=few)], full
+        full.append(KeptRows(each=few, mean=shape.queries))
+    return [KeptRows(each=few[:1]), KeptRows(each=few)], full
 
 
 def _table(queries: tuple[int, ...], heads: int, shape: Shape) -> int:
@@ -146,7 +146,7 @@ def _table(queries: tuple[int, ...], heads: int, shape: Shape) -> int:
     return 4 * -(-content // 3) + names + 200
 
 
-def _listed(kept: dict[int, Keep], say: Callable[[Keep], str]) -> str:
+def _listed(kept: dict[int, KeptRows], say: Callable[[KeptRows], str]) -> str:
     groups = groupby(sorted(kept, reverse=True), lambda layer: say(kept[layer]))
     return "; ".join(f"{_layers(layers)}: {what}" for what, layers in groups)
 

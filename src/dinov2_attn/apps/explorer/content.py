@@ -64,7 +64,7 @@ class Frame:
             raise InvalidInputError(
                 f"a picture, uint8 (H, W, 3), cropped to whole patches of a grid {self.shape.grid}",
                 f"{self.picture.dtype} {self.picture.shape}",
-                "Pass Photograph.picture, from which the images of these maps were made.",
+                "Pass LoadedImage.picture, from which the images of these maps were made.",
             )
 
     @property
@@ -93,7 +93,7 @@ class Frame:
         named = f"{registers} register{'s' * (registers > 1)}, " if registers else ""
         return f"{self.shape.tokens} tokens: CLS, {named}{height} × {width} patches"
 
-    def photograph(self) -> str:
+    def image_url(self) -> str:
         """Return the picture as an address that holds it."""
         file = io.BytesIO()
         # A backdrop: nothing is computed from it.

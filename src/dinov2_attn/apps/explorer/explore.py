@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2_attn.apps.explorer.budget import NOTHING, Keep, Shape
+from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, Shape
 from dinov2_attn.apps.explorer.content import Frame, bytes_in
 from dinov2_attn.apps.explorer.quantise import Table
 from dinov2_attn.apps.explorer.write import Written, keep, quantise_layer, write
-from dinov2_attn.apps.viz.images import Photograph
-from dinov2_attn.apps.viz.inference import looking_at
+from dinov2_attn.apps.viz.images import LoadedImage
+from dinov2_attn.apps.viz.inference import inference_on
 from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
 from dinov2_attn.maps.artifacts import artifact_tokens
 from dinov2_attn.maps.record import record
@@ -24,7 +24,7 @@ from dinov2_attn.typing import Heads, Layers
 def explore(
     path: str | Path,
     model: Any,
-    photograph: Photograph,
+    photograph: LoadedImage,
     layers: Layers = None,
     *,
     heads: Heads = None,
@@ -48,7 +48,7 @@ def explore(
     images = photograph.tensor[None]
     wanted = backbone.layers(layers)
     shape = _shape(backbone, images, heads)
-    with looking_at(images):
+    with inference_on(images):
         images = images.to(device)
         outliers = artifact_tokens(model, images)
         limit = bytes_in(max_mb)
@@ -68,7 +68,7 @@ def _shape(backbone: Backbone, images: Tensor, heads: Heads) -> Shape:
 
 
 def _tables(
-    model: Any, images: Tensor, shape: Shape, heads: Heads, kept: dict[int, Keep]
+    model: Any, images: Tensor, shape: Shape, heads: Heads, kept: dict[int, KeptRows]
 ) -> dict[int, dict[str, Table]]:
     tables: dict[int, dict[str, Table]] = {}
 

@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dinov2_attn._files import atomic_folder
 from dinov2_attn.apps.explorer.assemble import Tables, assemble, what_is_missing
-from dinov2_attn.apps.explorer.budget import NOTHING, Keep, Shape, describe, left_out, plan
+from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, Shape, describe, left_out, plan
 from dinov2_attn.apps.explorer.content import Frame, Outliers, bytes_in
 from dinov2_attn.apps.explorer.quantise import Table, quantise
-from dinov2_attn.apps.viz.folders import together
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 
@@ -76,7 +76,7 @@ def write_page(
     return write(Path(path), frame, kept, tables)
 
 
-def keep(frame: Frame, layers: list[int]) -> dict[int, Keep]:
+def keep(frame: Frame, layers: list[int]) -> dict[int, KeptRows]:
     """Decide what is kept of each of the ``layers`` so that the page stays below its limit."""
     bare = len(assemble(frame, {}, {}))
     # What is said of the layers, at the most.
@@ -84,7 +84,7 @@ def keep(frame: Frame, layers: list[int]) -> dict[int, Keep]:
     return plan(layers, frame.shape, frame.limit - bare - said)
 
 
-def quantise_layer(weights: Tensor, queries: tuple[int, ...], keep: Keep) -> dict[str, Table]:
+def quantise_layer(weights: Tensor, queries: tuple[int, ...], keep: KeptRows) -> dict[str, Table]:
     """Quantise what is kept of one layer, ``(heads, Q, N)``, or ``(Q, N)`` for the mean of heads.
 
     ``queries`` are the tokens whose rows are at hand.
@@ -100,11 +100,11 @@ def quantise_layer(weights: Tensor, queries: tuple[int, ...], keep: Keep) -> dic
 
 
 def write(
-    path: Path, frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables]
+    path: Path, frame: Frame, kept: Mapping[int, KeptRows], tables: Mapping[int, Tables]
 ) -> Written:
     """Write the page whole or not at all; say what is in it. Raises ``UnwritableOutputError``."""
     content = assemble(frame, kept, tables)
-    with together(path.parent) as unfinished:
+    with atomic_folder(path.parent) as unfinished:
         (unfinished / path.name).write_bytes(content)
     lacking = left_out(dict(kept), frame.shape)
     missing = what_is_missing(frame, kept, lacking) if lacking else ""

@@ -28,7 +28,7 @@ def viridis(grid: Grid) -> Pixels:
     return colours[..., :3]
 
 
-def heaviest(grid: Grid | npt.NDArray[np.float64], share: float) -> Mask:
+def top_mass_mask(grid: Grid | npt.NDArray[np.float64], share: float) -> Mask:
     """Mark the cells that together hold the heaviest ``share`` of the mass, (h, w).
 
     As in DINO v1: cells in ascending order, and marked once their cumulated mass exceeds
@@ -51,6 +51,6 @@ def blend(below: Pixels, above: Pixels) -> Pixels:
     return (below / 2 + above / 2).astype(np.uint8)
 
 
-def stain(picture: Pixels, mask: Mask) -> Pixels:
+def tint(picture: Pixels, mask: Mask) -> Pixels:
     """Blend red into the pixels (H, W, 3) that the mask (H, W) marks."""
     return np.where(mask[..., np.newaxis], blend(picture, RED), picture)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dinov2_attn._files import atomic_folder
 from dinov2_attn.apps.viz.banner import with_banner
-from dinov2_attn.apps.viz.colours import Grid, Pixels, blend, heaviest, stain, upsample, viridis
-from dinov2_attn.apps.viz.folders import together
-from dinov2_attn.apps.viz.images import Photograph
-from dinov2_attn.apps.viz.inference import looking_at
+from dinov2_attn.apps.viz.colours import Grid, Pixels, blend, tint, top_mass_mask, upsample, viridis
+from dinov2_attn.apps.viz.images import LoadedImage
+from dinov2_attn.apps.viz.inference import inference_on
 from dinov2_attn.maps.ask import attention_maps
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.typing import Layers, Queries
@@ -23,7 +23,7 @@ from dinov2_attn.typing import Layers, Queries
 Device = str | torch.device
 
 
-def cls_maps(model: Any, photograph: Photograph, device: Device = "cpu") -> Grid:
+def cls_maps(model: Any, photograph: LoadedImage, device: Device = "cpu") -> Grid:
     """Return what CLS gives to each patch in the last block: float32 (heads, h, w).
 
     ``model`` is a grafted vision transformer on ``device``. The shares of CLS and of the
@@ -35,7 +35,7 @@ def cls_maps(model: Any, photograph: Photograph, device: Device = "cpu") -> Grid
 
 def maps_of(
     model: Any,
-    photograph: Photograph,
+    photograph: LoadedImage,
     layers: Layers = None,
     queries: Queries = None,
     device: Device = "cpu",
@@ -53,15 +53,15 @@ def last_cls_maps(maps: AttentionMaps) -> Grid:
     return patches
 
 
-def run(compute: Callable[[torch.Tensor], Any], photograph: Photograph, device: Device) -> Any:
+def run(compute: Callable[[torch.Tensor], Any], photograph: LoadedImage, device: Device) -> Any:
     """Return what ``compute`` makes of a batch of one photograph, its tensors on the CPU."""
     images = photograph.tensor.unsqueeze(0)
-    with looking_at(images):
+    with inference_on(images):
         return compute(images.to(device)).cpu()
 
 
 def draw(
-    photograph: Photograph, maps: Grid, patch_size: int, threshold: float | None = None
+    photograph: LoadedImage, maps: Grid, patch_size: int, threshold: float | None = None
 ) -> dict[str, Pixels]:
     """Draw every picture of the ``maps`` (heads, h, w): name to uint8 (H, W, 3).
 
@@ -74,14 +74,14 @@ def draw(
     for head, grid in enumerate(maps):
         pictures[f"attn-head{head}"] = upsample(viridis(grid), patch_size)
         if threshold is not None:
-            mask = upsample(heaviest(grid, threshold), patch_size)
-            pictures[f"mask_th{threshold}_head{head}"] = stain(photograph.picture, mask)
+            mask = upsample(top_mass_mask(grid, threshold), patch_size)
+            pictures[f"mask_th{threshold}_head{head}"] = tint(photograph.picture, mask)
     return pictures
 
 
 def write(
     folder: Path,
-    photograph: Photograph,
+    photograph: LoadedImage,
     maps: Grid,
     pictures: dict[str, Pixels],
     warning: str | None = None,
@@ -93,7 +93,7 @@ def write(
     ``warning`` goes below every picture of a map. ``others`` are files by name, with what writes
     them. Raises ``UnwritableOutputError``.
     """
-    with together(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         np.save(unfinished / "attention.npy", maps)
         if about := photograph.about():
             (unfinished / "image.json").write_text(json.dumps(about, indent=1) + "\n")

@@ -28,7 +28,7 @@ ImageSize = int | tuple[int, int] | None
 
 
 @dataclass(frozen=True, eq=False)
-class Photograph:
+class LoadedImage:
     """An image cropped to whole patches.
 
     =======  ===================================================================
@@ -65,7 +65,7 @@ class Photograph:
         }
 
 
-def read_photograph(
+def load_image(
     path: Path,
     patch_size: int,
     image_size: ImageSize = None,
@@ -75,10 +75,10 @@ def read_photograph(
     range: Any = None,
     mean: Any = None,
     std: Any = None,
-) -> Photograph:
+) -> LoadedImage:
     """Read the image at ``path``, resize it, crop it to whole patches, normalise it.
 
-    >>> read_photograph(path, 14, range=(0, 4095), mean=0.5, std=0.5).tensor
+    >>> load_image(path, 14, range=(0, 4095), mean=0.5, std=0.5).tensor
 
     ==========  ================================================================
     image_size  the length of the short side or an exact (height, width); without it the
@@ -109,7 +109,7 @@ def read_photograph(
     warn(decoded.doubt)
     pixels = fit(decoded.pixels, patch_size, image_size, path)
     tensor = normalise(torch.from_numpy(pixels)[None], reading)[0]
-    return Photograph(tensor, shown(pixels), reading, decoded.ends)
+    return LoadedImage(tensor, shown(pixels), reading, decoded.ends)
 
 
 def normalise(pictures: Tensor, reading: Reading = IMAGENET) -> Tensor:

@@ -13,7 +13,7 @@ from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, UnavailableEr
 
 
 @contextmanager
-def looking_at(images: Tensor) -> Iterator[None]:
+def inference_on(images: Tensor) -> Iterator[None]:
     """Run a model on ``images`` (B, C, H, W) inside, without autograd.
 
     Raises ``InvalidInputError`` for what the model raises; errors of ours, warnings that were made

@@ -12,17 +12,17 @@ from matplotlib.figure import Figure
 
 from dinov2_attn.apps.viz.captions import (
     Outlying,
-    holders,
+    outlier_note,
     outlying_in,
+    prefix_names,
     prefix_sentence,
     sentences,
     subject,
-    treatment,
 )
-from dinov2_attn.apps.viz.colours import Mask, heaviest
+from dinov2_attn.apps.viz.colours import Mask, top_mass_mask
 from dinov2_attn.apps.viz.mosaic import Cells, Mosaic
 from dinov2_attn.apps.viz.pixels import as_pixels
-from dinov2_attn.apps.viz.rows import Drawable, Head, Look, Values, look
+from dinov2_attn.apps.viz.rows import AttentionRow, Drawable, Head, Values, select_row
 from dinov2_attn.apps.viz.sheet import POINTS, Sheet, draw_bar
 from dinov2_attn.apps.viz.style import GREY, Style, extend
 from dinov2_attn.apps.viz.text import FONT, POINTS_PER_INCH, percent, wrap
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from dinov2_attn.maps.artifacts import ArtifactTokens
 
 PLAIN = Style()
-STAIN = (1.0, 0.0, 0.0, 0.5)
+RED_TINT = (1.0, 0.0, 0.0, 0.5)
 Sample = int | tuple[int, int]
 # A photograph: an array or a tensor with the channels last, or an image of Pillow.
 Picture: TypeAlias = "npt.ArrayLike | PIL.Image.Image"
@@ -89,15 +89,15 @@ def plot(
     bar takes the map, ``ax.images[0]``, or ``ax.images[1]`` where it lies over a photograph.
     Raises ``InvalidInputError`` and ``OutOfRangeError``.
     """
-    seen = look(maps, query, sample)
-    outlying = outlying_in(artifacts, seen, sample)
-    layer = seen.layers[seen.layer(layer)]
-    values = seen.map(layer, head)
+    row = select_row(maps, query, sample)
+    outlying = outlying_in(artifacts, row, sample)
+    layer = row.layers[row.layer(layer)]
+    values = row.map(layer, head)
     norm = style.norm(values, _mask(outlying))
-    caption = sentences(seen, layer, head, style, outlying, name)
-    cells = Cells(seen.grid)
+    caption = sentences(row, layer, head, style, outlying, name)
+    cells = Cells(row.grid)
     if ax is None:
-        sheet = Sheet(cells, _side(seen.grid, 6.0, 1, 1))
+        sheet = Sheet(cells, _side(row.grid, 6.0, 1, 1))
         figure, ax, bar = sheet.figure(caption, warning)
         draw_bar(figure, bar, norm, extend(norm, values))
         thick = _thickness(sheet.patch)
@@ -109,7 +109,7 @@ def plot(
         mosaic.picture((0, 0), as_pixels(image))
     alpha = 1.0 if image is None else style.alpha
     _map(mosaic, (0, 0), values, norm, style, outlying, alpha)
-    mosaic.query((0, 0), seen.patch)
+    mosaic.query((0, 0), row.patch)
     mosaic.finish()
     return ax
 
@@ -133,27 +133,27 @@ def plot_heads(
     map stands what CLS and the registers hold. ``together`` scales by all layers, so that
     figures of several can be compared.
     """
-    seen = look(maps, query, sample)
-    outlying = outlying_in(artifacts, seen, sample)
-    layer = seen.layers[seen.layer(layer)]
-    heads = _heads(seen)
-    scaled = [_of(seen, heads, number) for number in (seen.layers if together else [layer])]
+    row = select_row(maps, query, sample)
+    outlying = outlying_in(artifacts, row, sample)
+    layer = row.layers[row.layer(layer)]
+    heads = _heads(row)
+    scaled = [_of(row, heads, number) for number in (row.layers if together else [layer])]
     norm = style.norm(np.concatenate(scaled), _mask(outlying))
     photographs = 0 if image is None else 1
-    sheet, places = _grid_sheet(seen.grid, photographs + len(heads))
+    sheet, places = _grid_sheet(row.grid, photographs + len(heads))
     caption = [
-        *sentences(seen, layer, None, style, outlying, name),
-        f"Above each map: what {holders(seen)} hold{'s' if seen.prefix == 1 else ''}.",
+        *sentences(row, layer, None, style, outlying, name),
+        f"Above each map: what {prefix_names(row)} hold{'s' if row.prefix == 1 else ''}.",
     ]
     figure, ax, bar = sheet.figure(caption, warning)
     draw_bar(figure, bar, norm, extend(norm, np.concatenate(scaled)))
     mosaic = Mosaic(ax, sheet.cells, style, _thickness(sheet.patch))
     if image is not None:
-        _photograph(mosaic, places[0], image, seen, style, outlying)
+        _photograph(mosaic, places[0], image, row, style, outlying)
     for place, head in zip(places[photographs:], heads, strict=True):
-        _map(mosaic, place, seen.map(layer, head), norm, style, outlying)
-        mosaic.query(place, seen.patch)
-        mass = percent(seen.prefix_mass(layer, head))
+        _map(mosaic, place, row.map(layer, head), norm, style, outlying)
+        mosaic.query(place, row.patch)
+        mass = percent(row.prefix_mass(layer, head))
         mosaic.title(place, f"{_head_name(head)} · {mass}", SMALL)
     mosaic.finish()
     return figure
@@ -174,28 +174,28 @@ def plot_layers(
     Arguments are those of ``plot``. The first column is the mean of heads; beside each layer
     stands what CLS and the registers hold, mean of heads.
     """
-    seen = look(maps, query, sample)
-    outlying = outlying_in(artifacts, seen, sample)
-    heads = _heads(seen)
-    values = np.stack([_of(seen, heads, layer) for layer in seen.layers])
+    row = select_row(maps, query, sample)
+    outlying = outlying_in(artifacts, row, sample)
+    heads = _heads(row)
+    values = np.stack([_of(row, heads, layer) for layer in row.layers])
     norm = style.norm(values, _mask(outlying))
-    sheet = _table_sheet(seen.grid, len(seen.layers), len(heads))
+    sheet = _table_sheet(row.grid, len(row.layers), len(heads))
     caption = [
-        subject(name, "each layer by each head", f"query {seen.name}"),
-        f"Beside each layer: what {holders(seen)} hold{'s' if seen.prefix == 1 else ''}, "
+        subject(name, "each layer by each head", f"query {row.name}"),
+        f"Beside each layer: what {prefix_names(row)} hold{'s' if row.prefix == 1 else ''}, "
         "mean of heads.",
-        *treatment(seen, None, style, outlying),
+        *outlier_note(row, None, style, outlying),
     ]
     figure, ax, bar = sheet.figure(caption, warning)
     draw_bar(figure, bar, norm, extend(norm, values))
     mosaic = Mosaic(ax, sheet.cells, style, _thickness(sheet.patch))
-    for row, layer in enumerate(seen.layers):
-        mosaic.label(row, f"layer {layer}\n{percent(seen.prefix_mass(layer, 'mean'))}", SMALL)
+    for i, layer in enumerate(row.layers):
+        mosaic.label(i, f"layer {layer}\n{percent(row.prefix_mass(layer, 'mean'))}", SMALL)
         for column, head in enumerate(heads):
-            place = row, column
-            _map(mosaic, place, values[row, column], norm, style, outlying)
-            mosaic.query(place, seen.patch)
-            if row == 0:
+            place = i, column
+            _map(mosaic, place, values[i, column], norm, style, outlying)
+            mosaic.query(place, row.patch)
+            if i == 0:
                 mosaic.title(place, _head_name(head), SMALL)
     mosaic.finish()
     return figure
@@ -215,37 +215,37 @@ def plot_masks(
     """Draw over the ``image`` which patches keep a ``share`` of each head's mass; the figure.
 
     As in DINO v1, of the mass that lies on patches; what CLS and registers hold does not
-    count. Kept patches are stained red. Other arguments are those of ``plot``.
+    count. Kept patches are tinted red. Other arguments are those of ``plot``.
     """
-    seen = look(maps, query, sample)
-    layer = seen.layers[seen.layer(layer)]
-    heads = _heads(seen)
-    sheet, places = _grid_sheet(seen.grid, 1 + len(heads))
+    row = select_row(maps, query, sample)
+    layer = row.layers[row.layer(layer)]
+    heads = _heads(row)
+    sheet, places = _grid_sheet(row.grid, 1 + len(heads))
     caption = [
-        subject(name, f"layer {layer}", "each head", f"query {seen.name}"),
-        prefix_sentence(seen, layer, "mean"),
+        subject(name, f"layer {layer}", "each head", f"query {row.name}"),
+        prefix_sentence(row, layer, "mean"),
         f"In red: the fewest patches that hold {percent(share)} of what a head gives to patches. "
         "Above each map: how many of all.",
     ]
     figure, ax, _ = replace(sheet, bar=False).figure(caption, warning)
     mosaic = Mosaic(ax, sheet.cells, PLAIN, _thickness(sheet.patch))
-    _photograph(mosaic, places[0], image, seen, PLAIN, None)
+    _photograph(mosaic, places[0], image, row, PLAIN, None)
     for place, head in zip(places[1:], heads, strict=True):
-        kept = heaviest(seen.map(layer, head), share)
+        kept = top_mass_mask(row.map(layer, head), share)
         mosaic.picture(place, as_pixels(image))
-        mosaic.cover(place, kept, STAIN)
-        mosaic.query(place, seen.patch)
+        mosaic.cover(place, kept, RED_TINT)
+        mosaic.query(place, row.patch)
         mosaic.title(place, f"{_head_name(head)} · {percent(kept.mean())}", SMALL)
     mosaic.finish()
     return figure
 
 
-def _heads(seen: Look) -> tuple[Head, ...]:
-    return seen.heads if len(seen.heads) == 1 else ("mean", *seen.heads)
+def _heads(row: AttentionRow) -> tuple[Head, ...]:
+    return row.heads if len(row.heads) == 1 else ("mean", *row.heads)
 
 
-def _of(seen: Look, heads: Sequence[Head], layer: int) -> Values:
-    return np.stack([seen.map(layer, head) for head in heads])
+def _of(row: AttentionRow, heads: Sequence[Head], layer: int) -> Values:
+    return np.stack([row.map(layer, head) for head in heads])
 
 
 def _head_name(head: Head) -> str:
@@ -277,14 +277,14 @@ def _photograph(
     mosaic: Mosaic,
     place: tuple[int, int],
     image: Picture,
-    seen: Look,
+    row: AttentionRow,
     style: Style,
     outlying: Outlying | None,
 ) -> None:
     mosaic.picture(place, as_pixels(image))
     if outlying is not None and style.outliers == "mark":
         mosaic.outlines(place, outlying.mask)
-    mosaic.query(place, seen.patch)
+    mosaic.query(place, row.patch)
     mosaic.title(place, "photograph", SMALL)
 
 

@@ -56,7 +56,7 @@ def _to_range(least: float, greatest: float, floating: bool) -> str:
     if least < 0 and floating:
         return (
             "If it was normalised for the model, undo that: image * std + mean; or pass "
-            "read_photograph(...).picture."
+            "load_image(...).picture."
         )
     if least < 0:
         return "Scale it to 0…1 first: (image - image.min()) / (image.max() - image.min())."
@@ -74,4 +74,4 @@ def _to_shape(pixels: npt.NDArray[Any]) -> str:
             "Put the channels last: image.transpose(1, 2, 0) of an array, "
             "image.permute(1, 2, 0) of a tensor."
         )
-    return "Put the channels last; read_photograph(...).picture is one."
+    return "Put the channels last; load_image(...).picture is one."

@@ -23,7 +23,7 @@ Drawable: TypeAlias = "AttentionMaps[Any] | Recording[Any]"
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class AttentionRow:
     """One row of attention in some layers and heads.
 
     =======  ==================================================================
@@ -93,7 +93,7 @@ class Look:
         return float(self.row(layer, head)[: self.prefix].sum())
 
 
-def look(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 0) -> Look:
+def select_row(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 0) -> AttentionRow:
     """Return where ``query`` looks in the image ``sample`` of ``maps``, an ``AttentionMaps``.
 
     A ``Recording`` of one pass does as well. For maps of a list of batches ``sample`` is
@@ -117,7 +117,7 @@ def look(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 0) -> 
     averaged = maps.weights[0].ndim == 3
     heads = ("mean",) if averaged else tuple(range(rows[0].shape[0]))
     shown = np.stack([values[..., row, :].reshape(len(heads), length) for values in rows])
-    return Look(shown, maps.layers, maps.grid, maps.prefix, position, heads)
+    return AttentionRow(shown, maps.layers, maps.grid, maps.prefix, position, heads)
 
 
 def _one_batch(maps: Any, sample: int | tuple[int, int]) -> Any:
