@@ -533,7 +533,7 @@ case(
 )
 case(
     "apps/viz/rows",
-    "n=None takes all",
+    "layers=None takes all",
     lambda lab: drawn(lab, lab.maps(n=1), layer=0),
     lambda lab: drawn(lab, lab.maps(n=None), layer=0),
 )
@@ -642,7 +642,7 @@ case(
 )
 case(
     "apps/explorer/content",
-    "Pass LoadedImage.picture",
+    "Pass the .picture of the LoadedImage",
     lambda lab: page(lab, picture=lab.photograph[:3]),
     lambda lab: page(lab),
 )
@@ -697,7 +697,8 @@ TABLE = {
         "apps/extraction/pictured": ("",),
         "apps/extraction/sources": ("",),
         "apps/extraction/tars": ("",),
-        "apps/viz/decoding": ("",),
+        "apps/viz/channels": ("",),
+        "apps/viz/depths": ("",),
         "apps/viz/opening": ("",),
         "apps/viz/ranges": ("",),
         "apps/viz/reading": ("",),

@@ -122,7 +122,7 @@ def test_the_page_hears_it_and_says_it(path, tmp_path):
 def test_a_page_of_an_unknown_image_says_nothing(path, tmp_path, grafted):
     model = build(grafted).eval()
     read = load_image(path, 2)
-    explore(tmp_path / "page.html", model, type(read)(read.tensor, read.picture))
+    explore(model, type(read)(read.tensor, read.picture), tmp_path / "page.html")
     assert "normalised with" not in (tmp_path / "page.html").read_text()
 
 
@@ -159,7 +159,7 @@ def test_a_folder_of_another_normalisation_is_refused(tmp_path, options, message
 def test_what_is_typed_wrong(option, value, capsys):
     with pytest.raises(SystemExit):
         main(["heatmap", "a.png", "-o", "out", f"{option}={value}"])
-    assert "Expected numbers with commas between them" in capsys.readouterr().err
+    assert "expected numbers with commas between them" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("imported")

@@ -334,7 +334,7 @@ def test_a_caption_holds_the_numbers_of_the_reference(models, query):
     ("style", "words"),
     [
         ({}, "Outliers: 2 patches marked by red squares (norm after layer 7 above 151.2)"),
-        ({"outliers": "clip"}, "2 patches left out of the colours' limits"),
+        ({"outliers": "clip"}, "2 patches excluded from the limits of the colours"),
         ({"outliers": "mask"}, "2 patches masked in grey"),
         ({"log": True}, "Logarithmic colours, 4 decades at most."),
     ],
@@ -344,7 +344,7 @@ def test_a_caption_says_what_became_of_outliers(style, words):
     maps = maps_on(GRID)
     for draw in EVERY.values():
         assert words in caption_of(draw(maps, artifacts=artifacts, style=viz.Style(**style)))
-        assert "Outliers: not looked for." in caption_of(draw(maps))
+        assert "Outliers: not searched for." in caption_of(draw(maps))
         none = caption_of(draw(maps, artifacts=artifacts_at(GRID)))
         assert "Outliers: none (no norm after layer 7 above 151.2)" in none
 

@@ -216,7 +216,7 @@ def test_captions_say_what_the_program_was_told(image, weights, tmp_path):
         words = words_in(tmp_path / f"{name}.svg")
         assert "query patch (2, 3)" in words
         assert "Logarithmic colours" in words
-        assert "Outliers: not looked for." in words
+        assert "Outliers: not searched for." in words
         assert "ViT-S/14" in words
         assert NO_MEANING not in words
 

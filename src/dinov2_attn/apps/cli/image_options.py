@@ -65,14 +65,12 @@ def add_image_size(parser: argparse.ArgumentParser) -> None:
 def read(model: Any, image: Path, size: ImageSize, args: argparse.Namespace) -> LoadedImage:
     """Read ``image`` as ``model`` and the options of ``add_image_size`` want it."""
     from dinov2_attn.apps.viz.images import load_image
-    from dinov2_attn.backbone.backbone import Backbone
 
     return load_image(
         image,
-        model.patch_size,
+        model,
         size,
         args.max_pixels,
-        channels=Backbone(model).channels,
         range=args.range,
         mean=args.mean,
         std=args.std,
