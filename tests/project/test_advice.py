@@ -545,7 +545,7 @@ case(
 )
 case(
     "apps/viz/rows",
-    "Give the image's",
+    "Give the number of the image.",
     lambda lab: drawn(lab, lab.maps(), sample=(0, 1)),
     lambda lab: drawn(lab, lab.maps(), sample=1),
 )
@@ -590,7 +590,7 @@ case(
 )
 case(
     "apps/viz/saving",
-    "Make its folder, or name another",
+    "Create its folder, or give another path",
     lambda lab: viz.save(drawn(lab, lab.maps()), lab.folder / "absent" / "map.png"),
     lambda lab: (
         (lab.folder / "absent").mkdir()

@@ -123,7 +123,7 @@ def test_row_and_column(page, exact, shown):
     page.hover(page.middle("#cells button:nth-child(3)"))
     assert_reads(page, 2, position((0, 2)), weights(exact))
     total = weights(exact)[:, position((0, 2))].sum()
-    assert f"gets {total:.3g} in all" in page.text("caption")
+    assert f"receives {total:.3g} in total" in page.text("caption")
     click(page, option("column", on=False))
     page.hover(over(page, (2, 3)))
     assert page.text("token-role") == "Query"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -433,16 +434,17 @@ def test_an_axes_of_ones_own_is_drawn_on_and_nothing_else_changes():
 def test_pyplot_is_never_imported(tmp_path):
     code = """
 import sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from dinov2_attn import viz
-from pictured import maps_on
+from tests.support.figure_probes import maps_on
 maps = maps_on((2, 3))
 viz.save(viz.plot(maps).figure, "a.png")
 viz.save(viz.plot_heads(maps), "a.svg")
 viz.animate(maps, "a.gif")
 assert "matplotlib.pyplot" not in sys.modules
 """
-    folder = str(__file__).rpartition("/")[0]
+    folder = str(Path(__file__).parents[3])
     subprocess.run([sys.executable, "-c", code, folder], check=True, cwd=tmp_path)
 
 
@@ -480,7 +482,7 @@ def test_maps_of_all_kinds_can_be_looked_at(grafted):
         ({"query": (3, 0)}, OutOfRangeError, r"grid of 3 rows and 5 columns\.\nFound \(3, 0\)"),
         ({"query": (0, 5)}, OutOfRangeError, "columns from 0 to 4"),
         ({"query": (-1, 0)}, OutOfRangeError, "grid of 3 rows and 5 columns"),
-        ({"query": (0, 0)}, OutOfRangeError, "a query whose row is there: CLS.\nFound patch"),
+        ({"query": (0, 0)}, OutOfRangeError, "a query among the recorded rows: CLS.\nFound patch"),
         ({"query": "register:1"}, OutOfRangeError, "a model with registers.\nFound register 1"),
         ({"query": 16}, OutOfRangeError, "there being 16 tokens"),
         ({"query": "patch"}, InvalidInputError, "cls, register:K or ROW,COL.\nFound 'patch'"),
@@ -490,7 +492,7 @@ def test_maps_of_all_kinds_can_be_looked_at(grafted):
         ({"head": 3}, OutOfRangeError, "a head among 0, 1, 2, or 'mean'.\nFound 3"),
         ({"head": "max"}, OutOfRangeError, "Found 'max'"),
         ({"sample": 1}, OutOfRangeError, "an image from 0 to 0.\nFound 1"),
-        ({"sample": (0, 0)}, InvalidInputError, "there being one batch"),
+        ({"sample": (0, 0)}, InvalidInputError, "these maps hold one batch"),
         ({"image": np.zeros((2, 3, 7))}, InvalidInputError, r"Found ndarray of shape \(2, 3, 7\)"),
         ({"artifacts": artifacts_at((5, 3))}, InvalidInputError, r"grid of 3 × 5\.\nFound a mask"),
     ],
@@ -516,9 +518,7 @@ def test_a_style_of_no_sense_is_an_error(options, message):
 
 def test_reduced_and_listed_maps_are_told_what_to_do(grafted):
     model = build(grafted)
-    with pytest.raises(
-        InvalidInputError, match=r"(?s)sample as \(batch, image\).*list of 2 batches"
-    ):
+    with pytest.raises(InvalidInputError, match=r"(?s)sample as \(batch, image\).*hold 2 batches"):
         viz.plot(attention_maps(model, [IMAGES, IMAGES]))
     with record(model, reduce=lambda _, weights: weights.mean((1, 2))) as maps:
         model(IMAGES)
