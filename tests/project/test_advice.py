@@ -534,8 +534,8 @@ case(
 case(
     "apps/viz/rows",
     "layers=None takes all",
-    lambda lab: drawn(lab, lab.maps(n=1), layer=0),
-    lambda lab: drawn(lab, lab.maps(n=None), layer=0),
+    lambda lab: drawn(lab, lab.maps(layers=1), layer=0),
+    lambda lab: drawn(lab, lab.maps(layers=None), layer=0),
 )
 case(
     "apps/viz/rows",
@@ -551,7 +551,7 @@ case(
 )
 case(
     "apps/viz/rows",
-    "Give the number of the batch and of the image in it",
+    "Give the number of the batch and the number of the image in it",
     lambda lab: drawn(lab, attention_maps(lab.model, [lab.x]), sample=1),
     lambda lab: drawn(lab, attention_maps(lab.model, [lab.x]), sample=(0, 1)),
 )
