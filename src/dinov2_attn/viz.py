@@ -1,19 +1,23 @@
 """Pictures of attention: the short name of ``dinov2_attn.apps.viz``.
 
 >>> from dinov2_attn import attention_maps, viz
->>> viz.plot(attention_maps(model, images, queries="cls"), layer=11, head=3)
+>>> image = viz.load_image("cat.jpg", model)
+>>> viz.plot(attention_maps(model, image.tensor[None], queries="cls"), image=image)
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dinov2_attn._lazy import lazily
+from dinov2_attn.apps.viz import lazy_names
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.viz import (
+        LoadedImage,
         Style,
         animate,
+        explore,
+        load_image,
         plot,
         plot_heads,
         plot_layers,
@@ -21,6 +25,17 @@ if TYPE_CHECKING:
         save,
     )
 
-__all__ = ["Style", "animate", "plot", "plot_heads", "plot_layers", "plot_masks", "save"]
+__all__ = [
+    "LoadedImage",
+    "Style",
+    "animate",
+    "explore",
+    "load_image",
+    "plot",
+    "plot_heads",
+    "plot_layers",
+    "plot_masks",
+    "save",
+]
 
-__getattr__, __dir__ = lazily(__name__, dict.fromkeys(__all__, "dinov2_attn.apps.viz"))
+__getattr__, __dir__ = lazy_names(__name__)

@@ -533,9 +533,9 @@ case(
 )
 case(
     "apps/viz/rows",
-    "n=None takes all",
-    lambda lab: drawn(lab, lab.maps(n=1), layer=0),
-    lambda lab: drawn(lab, lab.maps(n=None), layer=0),
+    "layers=None takes all",
+    lambda lab: drawn(lab, lab.maps(layers=1), layer=0),
+    lambda lab: drawn(lab, lab.maps(layers=None), layer=0),
 )
 case(
     "apps/viz/rows",
@@ -545,13 +545,13 @@ case(
 )
 case(
     "apps/viz/rows",
-    "Give the image's",
+    "Give the number of the image.",
     lambda lab: drawn(lab, lab.maps(), sample=(0, 1)),
     lambda lab: drawn(lab, lab.maps(), sample=1),
 )
 case(
     "apps/viz/rows",
-    "Give the number of the batch and of the image in it",
+    "Give the number of the batch and the number of the image in it",
     lambda lab: drawn(lab, attention_maps(lab.model, [lab.x]), sample=1),
     lambda lab: drawn(lab, attention_maps(lab.model, [lab.x]), sample=(0, 1)),
 )
@@ -590,7 +590,7 @@ case(
 )
 case(
     "apps/viz/saving",
-    "Make its folder, or name another",
+    "Create its folder, or give another path",
     lambda lab: viz.save(drawn(lab, lab.maps()), lab.folder / "absent" / "map.png"),
     lambda lab: (
         (lab.folder / "absent").mkdir()
@@ -642,7 +642,7 @@ case(
 )
 case(
     "apps/explorer/content",
-    "Pass Photograph.picture",
+    "Pass the .picture of the LoadedImage",
     lambda lab: page(lab, picture=lab.photograph[:3]),
     lambda lab: page(lab),
 )
@@ -697,7 +697,8 @@ TABLE = {
         "apps/extraction/pictured": ("",),
         "apps/extraction/sources": ("",),
         "apps/extraction/tars": ("",),
-        "apps/viz/decoding": ("",),
+        "apps/viz/channels": ("",),
+        "apps/viz/depths": ("",),
         "apps/viz/opening": ("",),
         "apps/viz/ranges": ("",),
         "apps/viz/reading": ("",),
@@ -721,7 +722,7 @@ TABLE = {
         "apps/extraction/worker": ("",),
         "apps/extraction/shards": ("",),
         "apps/demo/load": ("",),
-        "apps/viz/folders": ("",),
+        "_files": ("",),
         "apps/viz/images": ("",),
         "apps/explorer/budget": ("",),
         "apps/explorer/quantise": ("",),

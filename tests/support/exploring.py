@@ -55,7 +55,7 @@ def option(name, on):
 
 def assert_reads(page, query, key, expected):
     """The readout names both tokens; the number is the tensor's, within what the page states."""
-    column = page.text("direction") == "Who looks at it"
+    column = page.text("direction") == "Attention to this token"
     tokens = (key, query) if column else (query, key)
     named = [name_token(token, PREFIX, GRID) for token in tokens]
     shown = [page.text("token"), page.text("cursor")]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn import _optional
-from dinov2_attn._files import replacing
+from dinov2_attn._files import atomic_file
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError, UnwritableOutputError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 
@@ -21,7 +21,7 @@ def save(maps: AttentionMaps[Any], path: Path) -> None:
     metadata = {key: json.dumps(value) for key, value in about.items()}
     content = _optional.safetensors().torch.save(_named(maps), metadata)
     try:
-        with replacing(path) as unfinished:
+        with atomic_file(path) as unfinished:
             unfinished.write_bytes(content)
     except OSError as error:
         raise UnwritableOutputError(

@@ -19,12 +19,20 @@ from hypothesis.extra.numpy import arrays
 import dinov2_attn
 from dinov2_attn import AttentionMaps, attention_maps
 from dinov2_attn.apps.explorer.assemble import at_least, embedded_json
-from dinov2_attn.apps.explorer.budget import Keep, Shape, cost, describe, everything, left_out, plan
+from dinov2_attn.apps.explorer.budget import (
+    KeptRows,
+    Shape,
+    cost,
+    describe,
+    everything,
+    left_out,
+    plan,
+)
 from dinov2_attn.apps.explorer.explore import explore
 from dinov2_attn.apps.explorer.quantise import LEVELS, quantise
 from dinov2_attn.apps.explorer.write import write_page
 from dinov2_attn.apps.viz.banner import NO_MEANING
-from dinov2_attn.apps.viz.images import Photograph
+from dinov2_attn.apps.viz.images import LoadedImage
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError, UnwritableOutputError
 from dinov2_attn.math.selection import name_token
 from tests.support import upstreams
@@ -91,7 +99,7 @@ def test_small_weights_survive_beside_a_large_one():
 def test_weights_that_are_no_numbers_are_refused(path, odd):
     maps = maps_of()
     maps.weights[1][0, 1, 2, 3] = odd
-    with pytest.raises(InvalidInputError, match="NaN or infinity among them"):
+    with pytest.raises(InvalidInputError, match="NaN or infinity"):
         write_page(path, PICTURE, maps)
     assert not path.exists()
 
@@ -199,7 +207,7 @@ def test_what_is_kept_fits_and_grows_with_the_room(shape, count, share):
         assert room < cost(everything(shape), shape)
         return
     assert total(kept, shape) <= room
-    assert kept[layers[-1]] != Keep()
+    assert kept[layers[-1]] != KeptRows()
     assert set().union(*(keep.queries for keep in kept.values())) <= set(shape.queries)
     if share >= 1:
         assert set(kept.values()) == {everything(shape)}
@@ -212,9 +220,9 @@ def test_what_is_kept_fits_and_grows_with_the_room(shape, count, share):
 def test_vit_small_at_518_keeps_all_heads_of_its_last_layer_and_all_cls_rows(registers):
     shape = Shape(6, tuple(range(1 + registers + 37 * 37)), 1 + registers, (37, 37))
     kept = plan(list(range(12)), shape, 24_000_000)
-    assert kept[11] == Keep(each=shape.queries)
+    assert kept[11] == KeptRows(each=shape.queries)
     assert {kept[layer].mean for layer in (9, 10)} == {shape.queries}
-    assert {kept[layer] for layer in range(8)} == {Keep(each=tuple(range(shape.prefix)))}
+    assert {kept[layer] for layer in range(8)} == {KeptRows(each=tuple(range(shape.prefix)))}
     told = describe(kept, shape)
     assert told.startswith("layer 11: all rows of each head; layers ")
     assert "all rows of the head mean, the row" in told
@@ -246,7 +254,7 @@ def test_heads_give_way_to_their_mean(path):
     assert list(kept["each"]) == [(h, q) for h in range(heads) for q in range(PREFIX)]
     shown = np.stack(list(kept["each"].values())).reshape(heads, PREFIX, N)
     assert np.abs(shown - maps.weights[0][0, :, :PREFIX].numpy()).max() <= page.error
-    assert "Where single heads are left out, their mean is stored" in path.read_text("utf-8")
+    assert "The mean of heads is stored if single heads are left out" in path.read_text("utf-8")
 
 
 def test_a_size_that_nothing_fits_in_says_how_much_does(path):
@@ -369,16 +377,16 @@ def model(request):
 
 
 @pytest.fixture
-def photograph():
-    return Photograph(noise(3, 6, 10, seed=3), PICTURE)
+def image():
+    return LoadedImage(noise(3, 6, 10, seed=3), PICTURE)
 
 
 @pytest.mark.parametrize("n", [None, [1, -1], 2])
 @pytest.mark.parametrize("heads", [None, "mean"])
-def test_a_model_is_explored_as_its_maps_are_written(model, photograph, tmp_path, n, heads):
+def test_a_model_is_explored_as_its_maps_are_written(model, image, tmp_path, n, heads):
     with torch.inference_mode():
-        maps = attention_maps(model, photograph.tensor[None], n, heads=heads)
-    explore(tmp_path / "a.html", model, photograph, n, heads=heads)
+        maps = attention_maps(model, image.tensor[None], n, heads=heads)
+    explore(model, image, tmp_path / "a.html", n, heads=heads)
     write_page(tmp_path / "b.html", PICTURE, maps)
     ours, theirs = Page(tmp_path / "a.html"), Page(tmp_path / "b.html")
     assert [one["layer"] for one in ours.about["layers"]] == list(maps.layers)
@@ -388,9 +396,7 @@ def test_a_model_is_explored_as_its_maps_are_written(model, photograph, tmp_path
         assert_shown(ours, layer, "mean" if heads else "each", exact.double())
 
 
-def test_a_model_is_asked_for_no_more_rows_than_there_is_room_for(
-    model, photograph, path, monkeypatch
-):
+def test_a_model_is_asked_for_no_more_rows_than_there_is_room_for(model, image, path, monkeypatch):
     asked = {}
 
     def spy(model, layers, **options):
@@ -398,16 +404,16 @@ def test_a_model_is_asked_for_no_more_rows_than_there_is_room_for(
         return dinov2_attn.record(model, layers, **options)
 
     monkeypatch.setattr("dinov2_attn.apps.explorer.explore.record", spy)
-    said = explore(path, model, photograph)
+    said = explore(model, image, path)
     assert said.left_out == ""
     assert {len(queries) for queries in asked.values()} == {Page(path).tokens}
 
-    said = explore(path, model, photograph, max_mb=said.size / 1e6)  # of which a part is reserved
+    said = explore(model, image, path, max_mb=said.size / 1e6)  # of which a part is reserved
     assert "all other rows" in said.left_out
     page = Page(path)
     assert 1 <= len([queries for queries in asked.values() if len(queries) < page.tokens]) < 4
     with torch.inference_mode():
-        maps = attention_maps(model, photograph.tensor[None])
+        maps = attention_maps(model, image.tensor[None])
     for layer, weights in zip(maps.layers, maps.weights, strict=True):
         each = weights[0].double().numpy()
         heads_of = {"each": each, "mean": each.mean(0, keepdims=True)}
@@ -420,12 +426,12 @@ def test_a_model_is_asked_for_no_more_rows_than_there_is_room_for(
                 assert np.abs(row - heads_of[kind][head, query]).max() <= page.error
 
 
-def test_random_weights_are_announced(model, photograph, path):
-    explore(path, model, photograph, warning=NO_MEANING)
+def test_random_weights_are_announced(model, image, path):
+    explore(model, image, path, warning=NO_MEANING)
     assert Page(path).one("p", id="warning")["text"] == NO_MEANING
 
 
-def test_a_model_that_cannot_be_run_here_is_an_error_of_ours(model, photograph, path):
+def test_a_model_that_cannot_be_run_here_is_an_error_of_ours(model, image, path):
     def run_out(*_):
         raise RuntimeError("not enough memory\nand a page of advice")
 
@@ -434,7 +440,7 @@ def test_a_model_that_cannot_be_run_here_is_an_error_of_ours(model, photograph, 
         with pytest.raises(
             InvalidInputError, match=r"6 × 10 \(RuntimeError: not enough memory\)\.\nGive"
         ):
-            explore(path, model, photograph)
+            explore(model, image, path)
     finally:
         hook.remove()
     assert not path.exists()

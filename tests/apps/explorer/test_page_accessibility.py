@@ -101,9 +101,9 @@ def test_everything_is_reached_by_tab_and_has_a_name(page):
         seen.append(page.run(FOCUSED))
     names = [name for name, _ in seen]
     assert all(names)
-    for expected in ("Photograph.", "CLS", "register 2", "Left", "Attention map.", "Look from"):
+    for expected in ("Image.", "CLS", "register 2", "Left", "Attention map.", "Choose the token"):
         assert any(name.startswith(expected) for name in names), expected
-    for expected in ("Layer", "Map over photograph", "Mean of heads", "Mark outliers", "Keys"):
+    for expected in ("Layer", "Opacity of the map", "Mean of heads", "Mark outliers", "Keys"):
         assert any(name.startswith(expected) for name in names), expected
     assert [name for name, outlined in seen if not outlined] == []
 

@@ -7,11 +7,14 @@ from itertools import product
 import numpy as np
 import pytest
 
+from dinov2_attn.apps.explorer.write import write_page
 from tests.support.exploring import (
     CORNERS,
+    GRID,
     HEADS,
     NEEDS_CHROMIUM,
     OUTLIER,
+    PICTURE,
     PREFIX,
     assert_colours,
     assert_reads,
@@ -23,6 +26,7 @@ from tests.support.exploring import (
     position,
     weights,
 )
+from tests.support.figure_probes import maps_on
 
 pytest_plugins = ["tests.programs.open_pages"]  # fixtures: exact, shown, pages, chromium, page
 pytestmark = NEEDS_CHROMIUM
@@ -119,7 +123,7 @@ def test_row_and_column(page, exact, shown):
     page.hover(page.middle("#cells button:nth-child(3)"))
     assert_reads(page, 2, position((0, 2)), weights(exact))
     total = weights(exact)[:, position((0, 2))].sum()
-    assert f"gets {total:.3g} in all" in page.text("caption")
+    assert f"receives {total:.3g} in total" in page.text("caption")
     click(page, option("column", on=False))
     page.hover(over(page, (2, 3)))
     assert page.text("token-role") == "Query"
@@ -170,3 +174,15 @@ def test_the_map_fades(page):
     page.press("HOME")
     assert page.run(opacity) == "0"
     assert page.text("opacity-value") == "0 %"
+
+
+def test_a_notebook_shows_the_page_in_a_frame(chromium, tmp_path):
+    """As the value of a cell: HTML that holds the whole page and runs it."""
+    page = write_page(tmp_path / "page.html", PICTURE, maps_on(GRID, queries=range(16)))
+    cell = tmp_path / "cell.html"
+    cell.write_text(f"<!doctype html><meta charset=utf-8>{page._repr_html_()}", "utf-8")
+    chromium.open(cell)
+    chromium.driver.switch_to.frame(0)
+    assert chromium.text("token") == "CLS"
+    assert "layer" in chromium.text("caption")
+    chromium.driver.switch_to.default_content()

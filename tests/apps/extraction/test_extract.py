@@ -21,7 +21,7 @@ from dinov2_attn.apps.extraction.buckets import WAITING, Buckets
 from dinov2_attn.apps.extraction.decode import Picture
 from dinov2_attn.apps.extraction.items import list_items
 from dinov2_attn.apps.extraction.worker import WORTH_A_WORKER, decoded
-from dinov2_attn.apps.viz.images import read_photograph
+from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.errors import (
     InvalidInputError,
     NotGraftedError,
@@ -48,7 +48,7 @@ def images(tmp_path_factory):
 
 def alone(model, path, **asked):
     """The weights of one image by itself, ``(layers, …, N)``, and its grid."""
-    tensor = read_photograph(path, 2).tensor[None]
+    tensor = load_image(path, 2).tensor[None]
     with torch.no_grad():
         weights = model.get_self_attention(tensor, **asked)
     return torch.stack(weights, 1)[0], (tensor.shape[2] // 2, tensor.shape[3] // 2)
@@ -129,7 +129,7 @@ def test_a_model_of_half_precision_is_asked_in_its_own(grafted, images, tmp_path
     model = build(grafted).bfloat16()
     extract(model, images, tmp_path)
     for entry, maps, prefix in stored(tmp_path):
-        tensor = read_photograph(images / entry["path"], 2).tensor[None].bfloat16()
+        tensor = load_image(images / entry["path"], 2).tensor[None].bfloat16()
         with torch.no_grad():
             weights = model.get_last_self_attention(tensor, queries="cls")[0]
         whole = torch.cat([prefix[0], maps[0].flatten(-2)], -1)
@@ -146,7 +146,7 @@ def test_outliers_are_those_of_artifact_tokens(model, tmp_path):
         warnings.simplefilter("error", SuspiciousArtifactsWarning)  # the index says it
         extract(model, tmp_path / "in", tmp_path / "out", outliers=True)
     for entry in index_of(tmp_path / "out"):
-        images = read_photograph(tmp_path / "in" / entry["path"], 2).tensor[None]
+        images = load_image(tmp_path / "in" / entry["path"], 2).tensor[None]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SuspiciousArtifactsWarning)
             (expected,) = artifact_tokens(model, images).report()
@@ -184,7 +184,7 @@ def test_the_image_size_is_that_of_the_other_commands(model, tmp_path):
         out = tmp_path / f"out-{size}"
         extract(model, tmp_path / "in", out, image_size=size)
         ((entry, maps, _),) = stored(out)
-        tensor = read_photograph(tmp_path / "in" / "a.png", 2, size).tensor[None]
+        tensor = load_image(tmp_path / "in" / "a.png", 2, size).tensor[None]
         with torch.no_grad():
             weights = model.get_last_self_attention(tensor, queries="cls")
         assert entry["size"] == [30, 22]

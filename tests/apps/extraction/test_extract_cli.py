@@ -13,7 +13,7 @@ import torch
 
 from dinov2_attn.apps.cli.main import main
 from dinov2_attn.apps.demo.load import PATH as DEMO
-from dinov2_attn.apps.viz.images import read_photograph
+from dinov2_attn.apps.viz.images import load_image
 from tests.support.extraction import draw, files_of, index_of, stored
 from tests.support.tolerances import assert_close
 
@@ -204,7 +204,7 @@ def test_maps_are_those_of_the_python_call(source, tmp_path):
     with dinov2_attn.install():
         model = load_demo_model()
         for entry, maps, _ in stored(tmp_path / "out"):
-            images = read_photograph(source / entry["path"], 14).tensor[None]
+            images = load_image(source / entry["path"], 14).tensor[None]
             expected = dinov2_attn.attention_maps(
                 model, images, layers=1, queries="cls"
             ).patch_maps()[0]

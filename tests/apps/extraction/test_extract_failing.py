@@ -220,22 +220,22 @@ def test_an_image_whose_memory_nobody_has(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt, SystemExit, InvalidInputError("a", "b", "c.")]
 )
-def test_looking_at_lets_pass_what_is_not_of_the_image(error):
+def test_inference_on_lets_pass_what_is_not_of_the_image(error):
     with (
         pytest.raises(error if isinstance(error, type) else InvalidInputError),
-        inference.looking_at(torch.zeros(1, 3, 2, 2)),
+        inference.inference_on(torch.zeros(1, 3, 2, 2)),
     ):
         raise error
 
 
-def test_looking_at_advises_a_smaller_image_for_memory_only():
+def test_inference_on_advises_a_smaller_image_for_memory_only():
     for error, advice in (
         (MemoryError(), "smaller --image-size"),
         (ValueError("x"), "Leave it out"),
     ):
         with (
             pytest.raises(InvalidInputError, match=advice),
-            inference.looking_at(torch.zeros(1, 3, 2, 2)),
+            inference.inference_on(torch.zeros(1, 3, 2, 2)),
         ):
             raise error
 

@@ -14,7 +14,7 @@ from PIL import Image
 from dinov2_attn import extract
 from dinov2_attn.apps.extraction.items import list_items
 from dinov2_attn.apps.extraction.passed_over import Sieve, describe, image_suffixes
-from dinov2_attn.apps.viz.images import read_photograph
+from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.errors import InvalidInputError
 from tests.support.extraction import build, draw, files_of, index_of, photographs, stored
 from tests.support.tolerances import assert_close
@@ -66,7 +66,7 @@ def test_the_content_says_what_it_is(model, tmp_path, name, kind):
     one.save(tmp_path / "in" / name, kind)
     assert extract(model, tmp_path / "in", tmp_path / "out").unreadable == 0
     ((entry, maps, _),) = stored(tmp_path / "out")
-    tensor = read_photograph(tmp_path / "in" / name, 2).tensor[None]
+    tensor = load_image(tmp_path / "in" / name, 2).tensor[None]
     weights = model.get_last_self_attention(tensor, queries="cls").detach()
     assert entry["path"] == name
     assert_close(maps[0].flatten(-2), weights[0, ..., 1:], size=1.0)

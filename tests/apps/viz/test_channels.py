@@ -13,8 +13,8 @@ from PIL import Image
 
 import dinov2_attn
 from dinov2_attn.apps.cli.main import main
-from dinov2_attn.apps.viz.decoding import shown
-from dinov2_attn.apps.viz.images import read_photograph
+from dinov2_attn.apps.viz.channels import shown
+from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support import upstreams
 from tests.support.extraction import build, index_of, stored
@@ -51,7 +51,7 @@ def save(path, pixels, **options):
 
 def tensor_of(path, channels, **options):
     """What a model gets, its values as the file holds them."""
-    read = read_photograph(path, 14, channels=channels, mean=0, std=1, **options)
+    read = load_image(path, 14, channels=channels, mean=0, std=1, **options)
     assert read.picture.shape == (*read.tensor.shape[1:], 3)
     assert read.picture.dtype == np.uint8
     return np.rint(read.tensor.permute(1, 2, 0).numpy() * 255).astype(int)
@@ -113,7 +113,7 @@ def test_channels_of_a_tiff(tmp_path, channels, dtype):
 def test_channels_of_a_tiff_need_a_library(tmp_path, channels):
     path = tiff(tmp_path / "image.tif", values(channels))
     with pytest.raises(UnreadableFileError, match="pip install tifffile"):
-        read_photograph(path, 14, channels=channels)
+        load_image(path, 14, channels=channels)
 
 
 OTHERS = [(4, 3), (5, 3), (5, 1), (2, 3), (5, 4), (4, 2), (3, 5), (3, 4)]
@@ -126,7 +126,7 @@ def test_others_are_refused_with_both_numbers(tmp_path, model, image):
         rf"(?s)an image of {model} channels?, as the model takes\.\nFound .*, which has {image}\."
     )
     with pytest.raises(InvalidInputError, match=message):
-        read_photograph(path, 14, channels=model)
+        load_image(path, 14, channels=model)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "L", "LA"])
@@ -136,14 +136,14 @@ def test_no_channel_is_invented(tmp_path, mode):
     with pytest.raises(
         InvalidInputError, match=f"(?s)4 channels, as the model takes.*which has {found}"
     ):
-        read_photograph(tmp_path / "image.png", 14, channels=4)
+        load_image(tmp_path / "image.png", 14, channels=4)
 
 
 @pytest.mark.parametrize("channels", [3, 5])
 def test_channels_first_are_told_how_to_turn(tmp_path, channels):
     path = save(tmp_path / "image.npy", np.moveaxis(values(channels), -1, 0))
     with pytest.raises(InvalidInputError, match=r"(?s)channels last.*transpose\(1, 2, 0\)"):
-        read_photograph(path, 14, channels=channels)
+        load_image(path, 14, channels=channels)
     save(path, np.load(path).transpose(1, 2, 0))
     assert_close(tensor_of(path, channels), values(channels), within=0)
 
@@ -155,13 +155,13 @@ def test_channels_first_are_told_how_to_turn(tmp_path, channels):
 def test_arrays_that_are_no_image(tmp_path, array):
     np.save(tmp_path / "image.npy", array)
     with pytest.raises(UnreadableFileError):
-        read_photograph(tmp_path / "image.npy", 1)
+        load_image(tmp_path / "image.npy", 1)
 
 
 def test_an_array_has_the_limit_of_images(tmp_path):
     path = save(tmp_path / "image.npy", values(3))
     with pytest.raises(InvalidInputError, match="at most 1,175 pixels"):
-        read_photograph(path, 14, max_pixels=1175)
+        load_image(path, 14, max_pixels=1175)
 
 
 def test_what_is_shown_of_each_number():
@@ -177,7 +177,7 @@ def test_what_is_shown_of_each_number():
 
 def test_the_default_is_the_average_of_imagenets(tmp_path):
     for channels in (1, 2, 4, 5):
-        read = read_photograph(save(tmp_path / "a.npy", values(channels)), 14, channels=channels)
+        read = load_image(save(tmp_path / "a.npy", values(channels)), 14, channels=channels)
         assert read.reading.mean == (0.449,) * channels
         assert read.reading.std == (0.226,) * channels
     assert np.mean([0.485, 0.456, 0.406]) == pytest.approx(0.449)

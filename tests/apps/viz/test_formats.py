@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dinov2_attn.apps.viz.formats import plugin_for, readable_suffixes, register_plugins
-from dinov2_attn.apps.viz.images import read_photograph
+from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.errors import UnreadableFileError
 
 HEADERS = {
@@ -30,7 +30,7 @@ def test_a_missing_plugin_is_named_by_suffix_and_by_content(tmp_path, suffix, na
     path = tmp_path / (name.upper() if capitals else name)
     path.write_bytes(header)
     with pytest.raises(UnreadableFileError, match=f"(?s)needs a plug-in.*`pip install {package}`"):
-        read_photograph(path, 14)
+        load_image(path, 14)
     assert plugin_for(header) == package
     assert plugin_for(f"a.{suffix}") == plugin_for(tmp_path / f"A.{suffix.upper()}") == package
     assert f".{suffix}" not in readable_suffixes()
@@ -47,7 +47,7 @@ def test_an_installed_plugin_is_used(tmp_path, suffix):
     pixels = np.zeros((28, 42, 3), np.uint8)
     pixels[:14, :14] = 255, 0, 0
     Image.fromarray(pixels).save(tmp_path / f"photo.{suffix}", quality=95)
-    found = read_photograph(tmp_path / f"photo.{suffix}", 14).picture.astype(int)
+    found = load_image(tmp_path / f"photo.{suffix}", 14).picture.astype(int)
     assert np.abs(found[2:12, 2:12] - (255, 0, 0)).mean() < 10
     assert np.abs(found[18:, 18:]).mean() < 10
     assert plugin_for(f"a.{suffix}") is plugin_for(HEADERS[suffix][0]) is None
@@ -64,7 +64,7 @@ def test_a_photograph_that_was_taken_sideways(tmp_path, suffix):
     exif[0x0112] = 6
     turned = Image.fromarray(np.ascontiguousarray(np.rot90(pixels)))
     turned.save(tmp_path / f"photo.{suffix}", quality=95, exif=exif.tobytes())
-    found = read_photograph(tmp_path / f"photo.{suffix}", 14).picture
+    found = load_image(tmp_path / f"photo.{suffix}", 14).picture
     assert found.shape == (28, 42, 3)
     assert found[:12, :12].min() > 240
 
@@ -73,7 +73,7 @@ def test_what_is_no_image_of_theirs_has_no_plugin(tmp_path):
     assert plugin_for(b"no pixels") is plugin_for(b"") is plugin_for("a.png") is None
     (tmp_path / "a.png").write_bytes(b"no pixels")
     with pytest.raises(UnreadableFileError, match="an image viewer opens it"):
-        read_photograph(tmp_path / "a.png", 14)
+        load_image(tmp_path / "a.png", 14)
 
 
 def test_suffixes_are_those_of_pixels():

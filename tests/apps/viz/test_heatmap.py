@@ -13,11 +13,11 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 import dinov2_attn
+from dinov2_attn._files import atomic_folder
 from dinov2_attn.apps.viz.banner import LEAST_WIDTH, NO_MEANING, with_banner
-from dinov2_attn.apps.viz.colours import heaviest, stain, upsample, viridis
-from dinov2_attn.apps.viz.folders import together
+from dinov2_attn.apps.viz.colours import tint, top_mass_mask, upsample, viridis
 from dinov2_attn.apps.viz.heatmap import cls_maps, draw, write
-from dinov2_attn.apps.viz.images import Photograph, read_photograph
+from dinov2_attn.apps.viz.images import LoadedImage, load_image
 from dinov2_attn.errors import InvalidInputError, UnwritableOutputError
 from dinov2_attn.proof.conformance.synthetic_models import HEAD, look_at_what_is_bright
 from tests.support import upstreams
@@ -56,7 +56,7 @@ def test_the_map_peaks_where_the_bright_patch_is(planted, folder, data, height, 
     assume(height != width)
     bright = (data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1)))
     Image.fromarray(photograph_of((height, width), bright)).save(folder / "planted.png")
-    photograph = read_photograph(folder / "planted.png", 14)
+    photograph = load_image(folder / "planted.png", 14)
 
     maps = cls_maps(planted, photograph)
 
@@ -71,7 +71,7 @@ def test_the_map_peaks_where_the_bright_patch_is(planted, folder, data, height, 
 def test_the_bright_patch_would_be_elsewhere_in_a_transposed_map(planted, folder):
     grid, bright = (4, 7), (1, 5)
     Image.fromarray(photograph_of(grid, bright)).save(folder / "planted.png")
-    seen = cls_maps(planted, read_photograph(folder / "planted.png", 14))[HEAD]
+    seen = cls_maps(planted, load_image(folder / "planted.png", 14))[HEAD]
     column_by_column = seen.reshape(7, 4).T
     assert np.unravel_index(column_by_column.argmax(), grid) != bright
 
@@ -88,14 +88,14 @@ def test_a_device_that_cannot_run_the_model_is_an_error_of_ours(planted, folder)
         with pytest.raises(
             InvalidInputError, match=r"28 × 42 \(RuntimeError: not enough memory\)\.\nGive"
         ):
-            cls_maps(planted, read_photograph(folder / "small.png", 14))
+            cls_maps(planted, load_image(folder / "small.png", 14))
     finally:
         hook.remove()
 
 
 def test_the_numbers_are_attention_not_rescaled(planted, folder):
     Image.fromarray(photograph_of((2, 3), (0, 1))).save(folder / "planted.png")
-    photograph = read_photograph(folder / "planted.png", 14)
+    photograph = load_image(folder / "planted.png", 14)
     with torch.inference_mode():
         rows = planted.get_last_self_attention(photograph.tensor[None], queries="cls")
     prefix = rows.shape[-1] - 6
@@ -127,7 +127,7 @@ def test_nan_is_black_and_leaves_the_others_their_colours():
 
 @given(grid=grids, share=st.floats(0.01, 1))
 def test_the_mask_is_the_smallest_set_that_holds_the_share(grid, share):
-    marked = heaviest(grid, share)
+    marked = top_mass_mask(grid, share)
     total = grid.sum(dtype=np.float64)
     assume(total > 0)
     left = grid[~marked].sum(dtype=np.float64)
@@ -138,13 +138,13 @@ def test_the_mask_is_the_smallest_set_that_holds_the_share(grid, share):
 
 def test_the_mask_of_dino_v1():
     grid = np.array([[0.4, 0.1], [0.3, 0.2]], np.float32)
-    assert heaviest(grid, 0.6).tolist() == [[True, False], [True, False]]
-    assert heaviest(grid, 1.0).all()
+    assert top_mass_mask(grid, 0.6).tolist() == [[True, False], [True, False]]
+    assert top_mass_mask(grid, 1.0).all()
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
 def test_without_mass_nothing_is_marked(value):
-    assert not heaviest(np.full((2, 3), value, np.float32), 0.6).any()
+    assert not top_mass_mask(np.full((2, 3), value, np.float32), 0.6).any()
 
 
 def test_a_cell_covers_exactly_its_patch():
@@ -156,8 +156,8 @@ def test_a_cell_covers_exactly_its_patch():
 
 def test_a_stain_changes_marked_pixels_only():
     picture = np.full((1, 2, 3), 100, np.uint8)
-    stained = stain(picture, np.array([[True, False]]))
-    assert stained.tolist() == [[[177, 50, 50], [100, 100, 100]]]
+    tinted = tint(picture, np.array([[True, False]]))
+    assert tinted.tolist() == [[[177, 50, 50], [100, 100, 100]]]
 
 
 # Pictures and their files
@@ -166,7 +166,7 @@ def test_a_stain_changes_marked_pixels_only():
 @pytest.fixture
 def photograph():
     picture = photograph_of((2, 3), (0, 1))
-    return Photograph(torch.zeros(3, 28, 42), picture)
+    return LoadedImage(torch.zeros(3, 28, 42), picture)
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def content(folder):
 
 
 def write_new(folder, *names):
-    with together(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         for name in names:
             (unfinished / name).write_bytes(b"new")
 
@@ -248,7 +248,7 @@ def test_files_of_the_same_name_are_replaced_and_others_kept(tmp_path):
 
 
 def write_one_and_raise(folder, error):
-    with together(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         (unfinished / "a.png").write_bytes(b"new")
         raise error
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import dinov2_attn
 from dinov2_attn.apps.cli.main import main
-from dinov2_attn.apps.viz.images import read_photograph
+from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support.raw_files import png, tiff
 from tests.support.tolerances import assert_close
@@ -37,7 +37,7 @@ def grey(path, **options):
     """The picture of a grey file, and that nothing was warned of."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = read_photograph(path, 14, **options).picture.astype(int)
+        picture = load_image(path, 14, **options).picture.astype(int)
     assert np.ptp(picture, axis=2).max() == 0
     return picture[..., 0]
 
@@ -57,7 +57,7 @@ def write(path, values):
 def test_few_bits_of_sixteen_are_warned_of_and_the_advice_is_right(tmp_path, suffix, bits):
     path = write(tmp_path / f"deep.{suffix}", deep(bits))
     with pytest.warns(dinov2_attn.errors.SuspiciousRangeWarning) as warned:
-        dark = read_photograph(path, 14).picture
+        dark = load_image(path, 14).picture
     assert dark.max() <= 64
     message = str(warned[0].message)
     assert str(path) in message
@@ -115,7 +115,7 @@ SIGNED = {
 def test_numbers_without_a_known_range_are_read_with_one(tmp_path, values, ends, suffix):
     path = write(tmp_path / f"deep.{suffix}", values)
     with pytest.raises(UnreadableFileError, match=r"(?s)no known range.*--range") as error:
-        read_photograph(path, 14)
+        load_image(path, 14)
     assert f"run from {values.min():g} to {values.max():g}" in str(error.value)
     assert np.abs(grey(path, range=ends) - EIGHT).max() <= 1
     assert np.abs(grey(path, range="auto") - EIGHT).max() <= 1
@@ -125,7 +125,7 @@ def test_numbers_without_a_known_range_are_read_with_one(tmp_path, values, ends,
 def test_the_range_that_is_advised_is_right_where_it_is_usual(tmp_path, name):
     path = write(tmp_path / "deep.tif", SIGNED[name][0])
     with pytest.raises(UnreadableFileError) as error:
-        read_photograph(path, 14)
+        load_image(path, 14)
     low, high = re.search(r"--range[ =](\S+?),(\S+?),? or", str(error.value)).groups()
     assert np.abs(grey(path, range=(float(low), float(high))) - EIGHT).max() <= 1
 
@@ -141,7 +141,7 @@ def test_what_is_outside_of_a_range_is_black_or_white(tmp_path_factory, low, wid
     path = tmp_path_factory.getbasetemp() / "values.npy"
     np.save(path, np.array(values, np.int16).reshape(2, 2))
     expected = [(min(max(v, low), low + width) - low) / width * 255 for v in values]
-    photograph = read_photograph(path, 1, range=(low, low + width))
+    photograph = load_image(path, 1, range=(low, low + width))
     found = photograph.picture[..., 0].ravel()
     assert_close(found, expected, within=0.5001)
     assert photograph.ends == (low, low + width)
@@ -152,7 +152,7 @@ def test_nan_is_refused(tmp_path, range):
     values = PATTERN.astype(np.float32)
     values[3, 4] = np.nan
     with pytest.raises(UnreadableFileError, match=r"of which 1 value is NaN\.\nReplace"):
-        read_photograph(tiff(tmp_path / "nan.tif", values), 14, range=range)
+        load_image(tiff(tmp_path / "nan.tif", values), 14, range=range)
 
 
 @pytest.mark.parametrize("range", [(0, 1), "auto"])
@@ -168,7 +168,7 @@ def test_infinity_is_black_or_white(tmp_path, range):
 def test_auto_of_a_constant_image_says_so(tmp_path):
     path = write(tmp_path / "flat.png", np.full((28, 42), 700, np.uint16))
     with pytest.warns(dinov2_attn.errors.SuspiciousRangeWarning, match=r"every value is 700"):
-        assert (read_photograph(path, 14, range="auto").picture == 0).all()
+        assert (load_image(path, 14, range="auto").picture == 0).all()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P"])
@@ -182,7 +182,7 @@ def test_a_range_of_eight_bits_is_heard_too(tmp_path, mode):
 def test_a_range_that_is_none(tmp_path, range):
     path = write(tmp_path / "deep.png", deep(12))
     with pytest.raises(InvalidInputError, match=r"range as \(low, high\)"):
-        read_photograph(path, 14, range=range)
+        load_image(path, 14, range=range)
 
 
 # Colours of 16 bits, of which Pillow keeps the upper 8
@@ -196,8 +196,8 @@ COLOURS = np.stack([PATTERN, PATTERN[::-1], PATTERN[:, ::-1]], axis=-1)
 def test_colours_of_few_bits_are_warned_of_and_read_in_full(tmp_path, suffix, bits):
     path = write(tmp_path / f"colour.{suffix}", np.rint(COLOURS * (2**bits - 1)).astype(np.uint16))
     with pytest.warns(dinov2_attn.errors.SuspiciousRangeWarning, match=f"--range 0,{2**bits - 1} "):
-        read_photograph(path, 14)
-    picture = read_photograph(path, 14, range=(0, 2**bits - 1)).picture
+        load_image(path, 14)
+    picture = load_image(path, 14, range=(0, 2**bits - 1)).picture
     assert np.abs(picture - COLOURS * 255).max() <= 1
 
 
@@ -206,7 +206,7 @@ def test_colours_of_all_bits_are_nothing_to_say(tmp_path, suffix):
     path = write(tmp_path / f"colour.{suffix}", np.rint(COLOURS * 65535).astype(np.uint16))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.abs(read_photograph(path, 14).picture - COLOURS * 255).max() <= 1
+        assert np.abs(load_image(path, 14).picture - COLOURS * 255).max() <= 1
 
 
 def test_colours_that_pillow_cannot_read_name_what_can(tmp_path):
@@ -214,7 +214,7 @@ def test_colours_that_pillow_cannot_read_name_what_can(tmp_path):
         pytest.skip("tifffile reads it")
     path = write(tmp_path / "colour.tif", (COLOURS * 4095).astype(np.uint16))
     with pytest.raises(UnreadableFileError, match="pip install tifffile"):
-        read_photograph(path, 14)
+        load_image(path, 14)
 
 
 # As it is typed
@@ -244,4 +244,4 @@ def _warned(caplog):
 def test_a_range_that_is_typed_wrong(value, capsys):
     with pytest.raises(SystemExit):
         main(["heatmap", "a.png", "-o", "out", f"--range={value}"])
-    assert "Expected LOW,HIGH with LOW below HIGH, or auto" in capsys.readouterr().err
+    assert "expected LOW,HIGH with LOW below HIGH, or auto" in capsys.readouterr().err

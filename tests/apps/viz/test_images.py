@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
-from dinov2_attn.apps.viz.images import read_photograph
+from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support.tolerances import assert_close, assert_same_bits
 
@@ -45,15 +45,15 @@ def test_the_crop_keeps_the_top_left_in_whole_patches(folder, height, width, pat
         with pytest.raises(
             InvalidInputError, match=rf"(?s)Found .*{height} × {width} .*--image-size"
         ):
-            read_photograph(path, patch_size)
+            load_image(path, patch_size)
         return
-    picture = read_photograph(path, patch_size).picture
+    picture = load_image(path, patch_size).picture
     rows, columns = height - height % patch_size, width - width % patch_size
     assert_same_bits(picture, pixels[:rows, :columns])
 
 
 def test_the_tensor_is_the_picture_normalised_as_imagenet(folder):
-    photograph = read_photograph(save(folder, noise(28, 42)), 14)
+    photograph = load_image(save(folder, noise(28, 42)), 14)
     assert photograph.tensor.dtype == torch.float32
     assert photograph.tensor.shape == (3, 28, 42)
     mean = torch.tensor([0.485, 0.456, 0.406])
@@ -75,7 +75,7 @@ def test_the_tensor_is_the_picture_normalised_as_imagenet(folder):
     ],
 )
 def test_sizes(folder, shape, image_size, expected):
-    picture = read_photograph(save(folder, noise(*shape)), 14, image_size).picture
+    picture = load_image(save(folder, noise(*shape)), 14, image_size).picture
     assert picture.shape == (*expected, 3)
 
 
@@ -84,14 +84,14 @@ def test_a_photograph_taken_sideways_is_upright(folder):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rows run from the top down at the right
     path = save(folder, np.rot90(pixels), exif=exif)
-    assert_same_bits(read_photograph(path, 14).picture, pixels)
+    assert_same_bits(load_image(path, 14).picture, pixels)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_every_eight_bit_image_becomes_rgb(folder, mode):
     path = folder / "image.tif"
     Image.fromarray(noise(28, 42)).convert(mode).save(path)
-    assert read_photograph(path, 14).picture.shape == (28, 42, 3)
+    assert load_image(path, 14).picture.shape == (28, 42, 3)
 
 
 def test_what_is_transparent_is_white(folder):
@@ -101,10 +101,10 @@ def test_what_is_transparent_is_white(folder):
     alpha[:, :14] = 0
     seen = np.where(alpha, pixels, 255)
     path = save(folder, np.concatenate([pixels, alpha], axis=2))
-    assert_same_bits(read_photograph(path, 14).picture, seen)
+    assert_same_bits(load_image(path, 14).picture, seen)
     halves = np.full((28, 28, 2), 128, dtype=np.uint8)
     path = save(folder, halves)
-    assert abs(int(read_photograph(path, 14).picture.mean()) - 191) <= 1
+    assert abs(int(load_image(path, 14).picture.mean()) - 191) <= 1
 
 
 @pytest.mark.parametrize("suffix", ["png", "gif"])
@@ -115,7 +115,7 @@ def test_a_palette_may_have_a_transparent_entry(folder, mode, suffix):
     if mode == "P":
         image.putpalette([200, 0, 0, 0, 200, 0])
     image.save(folder / f"image.{suffix}", transparency=0)
-    picture = read_photograph(folder / f"image.{suffix}", 14).picture
+    picture = load_image(folder / f"image.{suffix}", 14).picture
     shown = (0, 200, 0) if mode == "P" else (1, 1, 1)
     assert (picture[14:] == 255).all()
     assert_same_bits(picture[:14], np.full((14, 28, 3), shown, np.uint8))
@@ -134,7 +134,7 @@ def test_sixteen_bits_are_scaled_to_eight(folder, suffix, turned):
     expected = np.rint(deep / 257).astype(np.uint8)
     if turned and suffix != "ppm":
         expected = expected[::-1, ::-1]
-    picture = read_photograph(path, 14).picture
+    picture = load_image(path, 14).picture
     assert_same_bits(picture, np.stack([expected] * 3, axis=-1))
 
 
@@ -144,7 +144,7 @@ def test_deeper_images_are_refused_rather_than_clipped(folder, dtype):
     with pytest.raises(
         UnreadableFileError, match=r"(?s)8 or 16 bits.*\.\nFound .* of 32 bits, .*--range 0,255"
     ):
-        read_photograph(path, 14)
+        load_image(path, 14)
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
@@ -153,7 +153,7 @@ def test_of_several_frames_the_first_is_taken_and_the_log_says_so(folder, suffix
     path = folder / f"film.{suffix}"
     frames[0].save(path, save_all=True, append_images=frames[1:])
     caplog.set_level("INFO")
-    picture = read_photograph(path, 14).picture.astype(int)
+    picture = load_image(path, 14).picture.astype(int)
     assert (abs(picture - [255, 0, 0]) <= 2).all()  # webp is lossy
     assert f"{path} has several frames or pages: the first is taken" in caplog.text
 
@@ -161,7 +161,7 @@ def test_of_several_frames_the_first_is_taken_and_the_log_says_so(folder, suffix
 def test_one_frame_is_nothing_to_say(folder, caplog):
     caplog.set_level("INFO")
     for suffix in ("gif", "png", "webp", "tif", "jpg"):
-        read_photograph(save(folder, noise(28, 42), f"still.{suffix}"), 14)
+        load_image(save(folder, noise(28, 42), f"still.{suffix}"), 14)
     assert "frames" not in caplog.text
 
 
@@ -170,8 +170,8 @@ def test_an_image_of_one_pixel_is_too_small_unless_it_is_enlarged(folder):
     with pytest.raises(
         InvalidInputError, match=r"(?s)at least one patch, 14 × 14\.\nFound .*of 1 × 1"
     ):
-        read_photograph(path, 14)
-    picture = read_photograph(path, 14, 14).picture
+        load_image(path, 14)
+    picture = load_image(path, 14, 14).picture
     assert picture.shape == (14, 14, 3)
     assert_same_bits(picture, np.broadcast_to(noise(1, 1), picture.shape))
 
@@ -196,15 +196,15 @@ def test_a_large_image_is_refused_by_its_header(folder, size):
     with pytest.raises(
         InvalidInputError, match=r"(?s)at most 100,000,000 pixels\.\nFound .*--max-pixels N"
     ):
-        read_photograph(path, 14)
+        load_image(path, 14)
 
 
 def test_the_limit_is_one_of_pixels_and_up_to_the_user(folder):
     path = save(folder, noise(28, 42))
-    assert read_photograph(path, 14, max_pixels=28 * 42).picture.shape == (28, 42, 3)
+    assert load_image(path, 14, max_pixels=28 * 42).picture.shape == (28, 42, 3)
     for pixels in (1, 28 * 42 // 2 - 1, 28 * 42 - 1):
         with pytest.raises(InvalidInputError, match=f"at most {pixels:,} pixels.\nFound {path} "):
-            read_photograph(path, 14, max_pixels=pixels)
+            load_image(path, 14, max_pixels=pixels)
 
 
 def test_below_the_limit_pillow_neither_warns_nor_refuses(folder):
@@ -212,15 +212,15 @@ def test_below_the_limit_pillow_neither_warns_nor_refuses(folder):
     for size in [(10_000, 10_000), (20_000, 30_000)]:
         path = header_only(folder / "large.png", *size)
         with pytest.raises(UnreadableFileError, match="a complete image file"):
-            read_photograph(path, 14, max_pixels=10**9)
+            load_image(path, 14, max_pixels=10**9)
 
 
 def test_the_limit_of_the_process_is_left_alone(folder):
     before = Image.MAX_IMAGE_PIXELS
     path = save(folder, noise(28, 42))
-    read_photograph(path, 14)
+    load_image(path, 14)
     with pytest.raises(InvalidInputError):
-        read_photograph(path, 14, max_pixels=1)
+        load_image(path, 14, max_pixels=1)
     assert before == Image.MAX_IMAGE_PIXELS
 
 
@@ -234,14 +234,14 @@ def test_a_truncated_image_is_unreadable(folder, suffix, part):
     with pytest.raises(
         UnreadableFileError, match=r"(?s)a complete image file\.\nFound .*cut.*\.\nCheck"
     ):
-        read_photograph(cut, 14)
+        load_image(cut, 14)
 
 
 @pytest.mark.parametrize("name", ["", "absent.png", "text.png"])
 def test_what_is_no_image_is_unreadable(folder, name):
     (folder / "text.png").write_text("no pixels here")
     with pytest.raises(UnreadableFileError, match=rf"Found {folder / name}, which cannot be read"):
-        read_photograph(folder / name, 14)
+        load_image(folder / name, 14)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a program of two lines wants a shell")
@@ -255,5 +255,5 @@ def test_postscript_is_not_run(folder, tmp_path, monkeypatch):
     path = folder / "photograph.jpg"
     Image.fromarray(noise(20, 20)).save(path, "EPS")
     with pytest.raises(UnreadableFileError, match=r"photograph\.jpg, which is PostScript"):
-        read_photograph(path, 14)
+        load_image(path, 14)
     assert not (tmp_path / "log").exists()

@@ -19,8 +19,8 @@ from matplotlib.text import Text
 
 from dinov2_attn import artifact_tokens, attention_maps, record, viz
 from dinov2_attn.apps.viz.banner import NO_MEANING
-from dinov2_attn.apps.viz.colours import heaviest
-from dinov2_attn.apps.viz.rows import look
+from dinov2_attn.apps.viz.colours import top_mass_mask
+from dinov2_attn.apps.viz.rows import select_row
 from dinov2_attn.apps.viz.style import GREY
 from dinov2_attn.apps.viz.tokens import position_of, read_token
 from dinov2_attn.backbone.structure import Part, part_of_module
@@ -178,7 +178,7 @@ def test_masks_stain_the_patches_that_keep_the_mass(grid, share):
     plain = photograph[7::14, 7::14].astype(int)
     assert np.abs(drawn.middles(0, grid) - plain).max() <= 2
     for cell, values in enumerate(drawn_values(maps), start=1):
-        kept = heaviest(values, share)
+        kept = top_mass_mask(values, share)
         expected = np.where(kept[..., None], (plain + np.array((255, 0, 0))) / 2, plain)
         assert np.abs(drawn.middles(cell, grid) - expected).max() <= 3
         assert any(text.endswith(f"· {100 * kept.mean():.1f} %") for text in words_of(drawn.figure))
@@ -335,7 +335,7 @@ def test_a_caption_holds_the_numbers_of_the_reference(models, query):
     ("style", "words"),
     [
         ({}, "Outliers: 2 patches marked by red squares (norm after layer 7 above 151.2)"),
-        ({"outliers": "clip"}, "2 patches left out of the colours' limits"),
+        ({"outliers": "clip"}, "2 patches excluded from the limits of the colours"),
         ({"outliers": "mask"}, "2 patches masked in grey"),
         ({"log": True}, "Logarithmic colours, 4 decades at most."),
     ],
@@ -345,7 +345,7 @@ def test_a_caption_says_what_became_of_outliers(style, words):
     maps = maps_on(GRID)
     for draw in EVERY.values():
         assert words in caption_of(draw(maps, artifacts=artifacts, style=viz.Style(**style)))
-        assert "Outliers: not looked for." in caption_of(draw(maps))
+        assert "Outliers: not searched for." in caption_of(draw(maps))
         none = caption_of(draw(maps, artifacts=artifacts_at(GRID)))
         assert "Outliers: none (no norm after layer 7 above 151.2)" in none
 
@@ -434,6 +434,7 @@ def test_an_axes_of_ones_own_is_drawn_on_and_nothing_else_changes():
 def test_pyplot_is_never_imported(tmp_path):
     code = """
 import sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from dinov2_attn import viz
 from tests.support.figure_probes import maps_on
@@ -443,8 +444,8 @@ viz.save(viz.plot_heads(maps), "a.svg")
 viz.animate(maps, "a.gif")
 assert "matplotlib.pyplot" not in sys.modules
 """
-    root = str(Path(__file__).parents[3])
-    subprocess.run([sys.executable, "-c", code, root], check=True, cwd=tmp_path)
+    folder = str(Path(__file__).parents[3])
+    subprocess.run([sys.executable, "-c", code, folder], check=True, cwd=tmp_path)
 
 
 # Which row of which image
@@ -463,11 +464,11 @@ def test_maps_of_all_kinds_can_be_looked_at(grafted):
     with record(model, queries=[4]) as recorded:
         model(IMAGES)
     for maps, sample in [*kinds, (recorded, 1)]:
-        seen = look(maps, (1, 0), sample)
+        seen = select_row(maps, (1, 0), sample)
         assert (seen.grid, seen.prefix, seen.patch) == ((2, 3), 1, (1, 0))
         assert_close(seen.row(1, 1), row[1].detach())
         assert_close(seen.row(1, "mean"), row.mean(0).detach())
-    averaged = look(attention_maps(model, IMAGES, queries=[4], heads="mean"), 4, 1)
+    averaged = select_row(attention_maps(model, IMAGES, queries=[4], heads="mean"), 4, 1)
     assert_close(averaged.row(1, "mean"), row.mean(0).detach())
     assert averaged.heads == ("mean",)
     assert len(Drawn(viz.plot_heads(attention_maps(model, IMAGES, heads="mean"))).cells) == 1
@@ -481,7 +482,7 @@ def test_maps_of_all_kinds_can_be_looked_at(grafted):
         ({"query": (3, 0)}, OutOfRangeError, r"grid of 3 rows and 5 columns\.\nFound \(3, 0\)"),
         ({"query": (0, 5)}, OutOfRangeError, "columns from 0 to 4"),
         ({"query": (-1, 0)}, OutOfRangeError, "grid of 3 rows and 5 columns"),
-        ({"query": (0, 0)}, OutOfRangeError, "a query whose row is there: CLS.\nFound patch"),
+        ({"query": (0, 0)}, OutOfRangeError, "a query among the recorded rows: CLS.\nFound patch"),
         ({"query": "register:1"}, OutOfRangeError, "a model with registers.\nFound register 1"),
         ({"query": 16}, OutOfRangeError, "there being 16 tokens"),
         ({"query": "patch"}, InvalidInputError, "cls, register:K or ROW,COL.\nFound 'patch'"),
@@ -491,7 +492,7 @@ def test_maps_of_all_kinds_can_be_looked_at(grafted):
         ({"head": 3}, OutOfRangeError, "a head among 0, 1, 2, or 'mean'.\nFound 3"),
         ({"head": "max"}, OutOfRangeError, "Found 'max'"),
         ({"sample": 1}, OutOfRangeError, "an image from 0 to 0.\nFound 1"),
-        ({"sample": (0, 0)}, InvalidInputError, "there being one batch"),
+        ({"sample": (0, 0)}, InvalidInputError, "these maps hold one batch"),
         ({"image": np.zeros((2, 3, 7))}, InvalidInputError, r"Found ndarray of shape \(2, 3, 7\)"),
         ({"artifacts": artifacts_at((5, 3))}, InvalidInputError, r"grid of 3 × 5\.\nFound a mask"),
     ],
@@ -517,9 +518,7 @@ def test_a_style_of_no_sense_is_an_error(options, message):
 
 def test_reduced_and_listed_maps_are_told_what_to_do(grafted):
     model = build(grafted)
-    with pytest.raises(
-        InvalidInputError, match=r"(?s)sample as \(batch, image\).*list of 2 batches"
-    ):
+    with pytest.raises(InvalidInputError, match=r"(?s)sample as \(batch, image\).*hold 2 batches"):
         viz.plot(attention_maps(model, [IMAGES, IMAGES]))
     with record(model, reduce=lambda _, weights: weights.mean((1, 2))) as maps:
         model(IMAGES)

@@ -92,9 +92,9 @@ def test_other_endings_are_refused(tmp_path, name):
 
 
 def test_a_place_that_is_none_is_an_error(tmp_path):
-    with pytest.raises(UnwritableOutputError, match=r"(?s)a place for .*a\.png"):
+    with pytest.raises(UnwritableOutputError, match=r"(?s)a file that can be written at .*a\.png"):
         viz.save(viz.plot(maps_on((1, 1))).figure, tmp_path / "missing" / "a.png")
-    with pytest.raises(UnwritableOutputError, match=r"(?s)a place for .*a\.gif"):
+    with pytest.raises(UnwritableOutputError, match=r"(?s)a file that can be written at .*a\.gif"):
         viz.animate(maps_on((1, 1)), tmp_path / "missing" / "a.gif")
 
 
@@ -216,7 +216,7 @@ def test_captions_say_what_the_program_was_told(image, weights, tmp_path):
         words = words_in(tmp_path / f"{name}.svg")
         assert "query patch (2, 3)" in words
         assert "Logarithmic colours" in words
-        assert "Outliers: not looked for." in words
+        assert "Outliers: not searched for." in words
         assert "ViT-S/14" in words
         assert NO_MEANING not in words
 
@@ -248,7 +248,7 @@ def test_artifacts_are_said_in_the_log_and_in_the_caption(image, long_tokens, tm
     assert f"holding {100 / 29:.1f} % of the attention" in words
     assert f"CLS holds {100 / 29:.1f} %" in words
     assert heatmap(image, "-o", tmp_path / "b", *options, "clip") == 0
-    assert "left out of the colours' limits" in words_in(tmp_path / "b" / "overlay.svg")
+    assert "excluded from the limits of the colours" in words_in(tmp_path / "b" / "overlay.svg")
     arrays = [np.load(tmp_path / name / "attention.npy") for name in ("a", "b")]
     assert_close(*arrays)
 

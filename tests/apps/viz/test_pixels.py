@@ -1,4 +1,4 @@
-"""Arrays given as photographs are shown right or refused, in every picture that takes one."""
+"""Arrays given as images are shown right or refused, in every picture that takes one."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ def test_alpha_is_left_to_matplotlib():
 
 NORMALISED = (RGB / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
 REFUSED = {
-    "floats of 0…255": (RGB.astype(float), r"(?s)floats of 0…1.*to 255\. .*image / 255"),
-    "12 bits": (RGB.astype(np.uint16) * 16, r"(?s)integers of 0…255.*to 4080\. .*image / 4095"),
+    "floats of 0…255": (RGB.astype(float), r"(?s)floats of 0…1.*to 255\.\s.*image / 255"),
+    "12 bits": (RGB.astype(np.uint16) * 16, r"(?s)integers of 0…255.*to 4080\.\s.*image / 4095"),
     "16 bits": (RGB.astype(np.uint16) * 257, r"(?s)integers of 0…255.*image / 65535"),
     "normalised": (NORMALISED, r"(?s)run from -2\.1.*image \* std \+ mean"),
-    "signed": (RGB.astype(int) - 128, r"(?s)integers of 0…255; .*from -128 to 127"),
+    "signed": (RGB.astype(int) - 128, r"(?s)integers of 0…255\.\s.*from -128 to 127"),
     "channels first": (
         np.moveaxis(RGB, -1, 0),
-        r"(?s)\(3, 28, 42\)\. .*image\.transpose\(1, 2, 0\)",
+        r"(?s)\(3, 28, 42\)\.\s.*image\.transpose\(1, 2, 0\)",
     ),
-    "a batch": (RGB[None], r"(?s)\(1, 28, 42, 3\)\. .*image\[0\]"),
+    "a batch": (RGB[None], r"(?s)\(1, 28, 42, 3\)\.\s.*image\[0\]"),
     "five channels": (RGB[..., [0, 1, 2, 0, 1]], r"shape \(28, 42, 5\)"),
     "nan": (np.where(RGB == 255, np.nan, RGB / 255), r"finite"),
     "infinity": (np.where(RGB == 255, np.inf, RGB / 255), r"finite"),
@@ -79,7 +79,7 @@ def test_what_is_not_certain_is_refused(image, message, draw):
 
 
 @pytest.mark.parametrize("name", ["floats of 0…255", "12 bits", "16 bits", "normalised", "signed"])
-def test_the_advice_leads_to_the_photograph(name):
+def test_the_advice_leads_to_the_image(name):
     image = REFUSED[name][0]
     with pytest.raises(InvalidInputError) as error:
         as_pixels(image)
@@ -96,7 +96,7 @@ def test_the_advice_leads_to_the_photograph(name):
 @pytest.mark.parametrize(
     "picture", [np.zeros((3, 28, 42), np.uint8), np.zeros((28, 42, 4), np.uint8), RGB / 255, RGB[0]]
 )
-def test_a_page_takes_the_picture_of_a_photograph_only(tmp_path, picture):
+def test_a_page_takes_a_picture_of_whole_patches_only(tmp_path, picture):
     maps = maps_on(GRID, queries=range(7))
     with pytest.raises(InvalidInputError, match=r"uint8 \(H, W, 3\)"):
         write_page(tmp_path / "page.html", picture, maps)

@@ -257,9 +257,9 @@ def test_the_command_line_draws_a_folder(tmp_path):
     Image.fromarray(photograph_of((3, 3), (1, 1), patch_size=7)).save(tmp_path / "photo.png")
     arguments = ["heatmap", tmp_path / "photo.png", "-o", tmp_path / "out"]
     assert main([*map(str, arguments), "--weights", str(tmp_path / "hf")]) == 0
-    from dinov2_attn.apps.viz.images import read_photograph
+    from dinov2_attn.apps.viz.images import load_image
 
-    image = read_photograph(tmp_path / "photo.png", 7).tensor[None]
+    image = load_image(tmp_path / "photo.png", 7).tensor[None]
     theirs = attentions_of(model, image)[-1][0, :, 0, 1:].reshape(4, 3, 3)
     assert_close(torch.from_numpy(np.load(tmp_path / "out" / "attention.npy")), theirs)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from dinov2_attn.apps.viz.images import read_photograph
+from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.apps.weights.checkpoints import load_checkpoint
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support.tolerances import assert_same_bits
@@ -299,7 +299,7 @@ def read(folder, content, **options):
     file = folder / "image"
     file.write_bytes(content)
     try:
-        photograph = read_photograph(file, 14, **options)
+        photograph = load_image(file, 14, **options)
     except (UnreadableFileError, InvalidInputError):
         return False
     finally:

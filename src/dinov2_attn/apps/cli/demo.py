@@ -83,8 +83,8 @@ def _show(loaded: Loaded, scene: Scene, folder: Path, args: argparse.Namespace) 
     import torch
 
     from dinov2_attn.apps.demo.game import peak, to_tensor
-    from dinov2_attn.apps.viz.images import Photograph
+    from dinov2_attn.apps.viz.images import LoadedImage
 
-    photograph = Photograph(to_tensor([scene])[0], scene.picture)
+    photograph = LoadedImage(to_tensor([scene])[0], scene.picture)
     maps = plot_options.write(loaded, photograph, str(folder), folder, args)
     return bool(scene.mask[peak(torch.from_numpy(maps.mean(axis=0)), scene.mask.shape)])

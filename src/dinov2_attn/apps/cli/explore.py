@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
 
     from dinov2_attn.apps.explorer.explore import explore
 
-    written = explore(
-        args.output,
+    page = explore(
         loaded.model,
         read(loaded.model, image, size, args),
+        args.output,
         args.layers,
         heads="mean" if args.heads == "mean" else None,
         title=image.name,
@@ -78,9 +78,9 @@ def run(args: argparse.Namespace) -> int:
         warning=loaded.warning,
         max_mb=args.max_mb,
     )
-    log.info("%s, %.1f MB, keeps %s", args.output, written.size / 1e6, written.kept)
-    if written.left_out:
-        log.warning("%s", written.left_out)
+    log.info("%s, %.1f MB, keeps %s", args.output, page.size / 1e6, page.kept)
+    if page.left_out:
+        log.warning("%s", page.left_out)
     return 0
 
 

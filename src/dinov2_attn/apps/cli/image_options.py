@@ -13,7 +13,7 @@ from dinov2_attn.apps.cli.argtypes import numbers, positive, value_range
 from dinov2_attn.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from dinov2_attn.apps.viz.images import ImageSize, Photograph
+    from dinov2_attn.apps.viz.images import ImageSize, LoadedImage
 
 log = logging.getLogger(__name__)
 
@@ -62,17 +62,15 @@ def add_image_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read(model: Any, image: Path, size: ImageSize, args: argparse.Namespace) -> Photograph:
+def read(model: Any, image: Path, size: ImageSize, args: argparse.Namespace) -> LoadedImage:
     """Read ``image`` as ``model`` and the options of ``add_image_size`` want it."""
-    from dinov2_attn.apps.viz.images import read_photograph
-    from dinov2_attn.backbone.backbone import Backbone
+    from dinov2_attn.apps.viz.images import load_image
 
-    return read_photograph(
+    return load_image(
         image,
-        model.patch_size,
+        model,
         size,
         args.max_pixels,
-        channels=Backbone(model).channels,
         range=args.range,
         mean=args.mean,
         std=args.std,

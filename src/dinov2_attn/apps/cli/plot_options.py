@@ -17,7 +17,7 @@ from dinov2_attn.errors import SuspiciousArtifactsWarning
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.viz.colours import Grid
-    from dinov2_attn.apps.viz.images import Photograph
+    from dinov2_attn.apps.viz.images import LoadedImage
     from dinov2_attn.maps.artifacts import ArtifactTokens
     from dinov2_attn.maps.attention_maps import AttentionMaps
 
@@ -74,7 +74,7 @@ def check(args: argparse.Namespace, loaded: Loaded) -> None:
 
 
 def write(
-    loaded: Loaded, photograph: Photograph, called: str, folder: Path, args: argparse.Namespace
+    loaded: Loaded, photograph: LoadedImage, called: str, folder: Path, args: argparse.Namespace
 ) -> Grid:
     """Write every picture of ``photograph`` into ``folder``, all of them or none.
 
@@ -113,7 +113,7 @@ def _asked(args: argparse.Namespace) -> list[Token]:
 
 
 def _artifacts(
-    loaded: Loaded, photograph: Photograph, called: str, args: argparse.Namespace
+    loaded: Loaded, photograph: LoadedImage, called: str, args: argparse.Namespace
 ) -> ArtifactTokens:
     from dinov2_attn.apps.viz.heatmap import run
     from dinov2_attn.maps.artifacts import artifact_tokens
@@ -137,7 +137,7 @@ def _prefix(loaded: Loaded) -> int:
 def _of_query(
     query: Token,
     loaded: Loaded,
-    photograph: Photograph,
+    photograph: LoadedImage,
     maps: AttentionMaps,
     artifacts: ArtifactTokens | None,
     args: argparse.Namespace,

@@ -1,5 +1,6 @@
-"""The interactive page: one HTML file with the photograph, the weights and all that shows them.
+"""The interactive page: one HTML file with the image, its attention weights and the controls.
 
->>> from dinov2_attn.apps.explorer.write import write_page
->>> write_page("page.html", photograph.picture, maps, title="cat.jpg")
+>>> from dinov2_attn import viz
+>>> image = viz.load_image("cat.jpg", model)
+>>> viz.explore(model, image, "page.html", title="cat.jpg")
 """

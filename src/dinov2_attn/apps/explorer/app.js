@@ -1,5 +1,5 @@
 
-// What is shown of the weights.
+// Draw the chosen weights.
 
 const about = JSON.parse(document.getElementById("about").textContent);
 const [ROWS, COLUMNS] = about.grid;
@@ -12,7 +12,7 @@ const layers = about.layers.map((layer) => new Layer(layer, TOKENS));
 const $ = (id) => document.getElementById(id);
 const form = $("controls");
 const canvas = $("map").querySelector("canvas");
-const brush = canvas.getContext("2d", { willReadFrequently: true }); // no GPU for so few pixels
+const brush = canvas.getContext("2d", { willReadFrequently: true }); // the canvas is read and small: no GPU
 const pixels = brush.createImageData(COLUMNS, ROWS);
 
 const view = { layer: layers.length - 1, head: MEAN, token: about.token, cursor: null, held: false };
@@ -36,7 +36,7 @@ function number(weight, digits = 4) {
 
 // Colours
 
-/** The least and the greatest weight of the patches; for logarithms the least above zero. */
+/** The minimum and maximum of the patches; for logarithms the minimum above zero. */
 function limitsOf(lines, log) {
   let low = Infinity;
   let high = -Infinity;
@@ -77,12 +77,12 @@ function paintCell(button, weight, limits, log) {
   button.querySelector("data").textContent = weight === null ? "–" : number(weight, 3);
 }
 
-// What the page says
+// Texts
 
-function tell(layer, line, limits) {
+function describe(layer, line, limits) {
   const column = isOn("column");
   const head = view.head === MEAN ? "mean of heads" : `head ${view.head}`;
-  $("direction").textContent = column ? "Who looks at it" : "Where it looks";
+  $("direction").textContent = column ? "Attention to this token" : "Attention from this token";
   $("caption").textContent = `${nameOf(view.token)} · layer ${layer.number}, ${head} · ${held(line)}`;
   $("token-role").textContent = column ? "Key" : "Query";
   $("cursor-role").textContent = column ? "Query, under the cursor" : "Key, under the cursor";
@@ -109,19 +109,19 @@ function tell(layer, line, limits) {
 function held(line) {
   if (!line) return "not kept";
   const sum = (part) => part.reduce((total, weight) => total + weight, 0);
-  if (isOn("column")) return `gets ${number(sum(line), 3)} in all, where the average is 1`;
+  if (isOn("column")) return `receives ${number(sum(line), 3)} in total (average: 1)`;
   const holders = PREFIX > 1 ? "CLS and registers hold" : "CLS holds";
   return `${holders} ${(100 * sum(line.subarray(0, PREFIX))).toFixed(1)} %`;
 }
 
-/** The query and the key whose weight is read. */
+/** The query and the key of the weight that is shown. */
 function pair(column) {
   return column ? [view.cursor, view.token] : [view.token, view.cursor];
 }
 
 let announcing;
 
-/** Say it to screen readers once things have settled, not at every step of the mouse. */
+/** Announce to screen readers after a pause, not at every step of the mouse. */
 function announce(weight, column) {
   const [query, key] = pair(column);
   let text = `${nameOf(view.token)} chosen`;
@@ -157,7 +157,7 @@ function show() {
   for (const group of outlierMarks) group.toggleAttribute("hidden", !$("outliers").checked);
   $("release").hidden = !view.held;
   controls(layer);
-  tell(layer, line, limits);
+  describe(layer, line, limits);
 }
 
 function controls(layer) {
@@ -171,7 +171,7 @@ function controls(layer) {
   $("head-value").textContent = lone ? "mean" : view.head;
 }
 
-// What is made once
+// Elements that are created once
 
 function button(parent, token, action) {
   const made = parent.appendChild(document.createElement("button"));
@@ -185,7 +185,7 @@ function button(parent, token, action) {
 function cell(token) {
   const made = button($("cells"), token, point);
   made.append(" ", document.createElement("data"));
-  made.removeAttribute("aria-label"); // its own text says the weight too
+  made.removeAttribute("aria-label"); // its text includes the weight
   made.addEventListener("pointerenter", () => point(token));
   made.addEventListener("focus", () => point(token));
   return made;
@@ -218,13 +218,13 @@ const cursorMarks = marks(["under", "cursor"]);
 const tokenMarks = marks(["under", "token"]);
 
 function begin() {
-  const photograph = $("photo").querySelector("img");
-  const [width, height] = ["width", "height"].map((side) => photograph.getAttribute(side));
+  const image = $("photo").querySelector("img");
+  const [width, height] = ["width", "height"].map((side) => image.getAttribute(side));
   const ratio = width / height;
   document.documentElement.style.setProperty("--ratio", ratio);
   document.body.classList.toggle("wide", ratio > 2.4);
   document.body.classList.toggle("tall", ratio < 0.8);
-  $("map").querySelector("img").src = photograph.src;
+  $("map").querySelector("img").src = image.src;
   $("layer").max = layers.length - 1;
   $("layer").disabled = layers.length < 2;
   $("head").max = Math.max(about.heads - 1, 0);

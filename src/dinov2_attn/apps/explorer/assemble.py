@@ -1,4 +1,4 @@
-"""One self-contained HTML file: nothing in it is fetched, and nothing can be."""
+"""Assemble one self-contained HTML file, which cannot fetch anything."""
 
 from __future__ import annotations
 
@@ -15,46 +15,53 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from dinov2_attn.apps.explorer.budget import Keep, cost, describe, everything, left_out, tell
+from dinov2_attn.apps.explorer.budget import (
+    KeptRows,
+    cost,
+    describe,
+    describe_layer,
+    everything,
+    left_out,
+)
 from dinov2_attn.apps.explorer.content import Frame
 from dinov2_attn.apps.explorer.quantise import Table
 
-# What is kept of a layer: at most a table for "each" head and one for their "mean".
+# The tables of a layer: at most one for "each" head and one for their "mean".
 Tables = Mapping[str, Table]
 
 _NUMBERS = """\
-<p>Attention weights, softmax(q kᵀ): what a query gives to a key. Patches are (row, column), counted
-from 0 at the top left. Nothing is rescaled: a row sums to one together with CLS and registers.</p>
-<p>Each weight is stored in 8 bits, in cubic steps from the least weight of its row to the
-greatest. Measured against the model's own: no weight on this page is off by more than
-<b id="worst">{error}</b>; beside a weight stands what it is itself off by at the most. Numbers
-are shown to four digits, in full in the page's data elements.</p>
+<p>An attention weight, softmax(q kᵀ), is what a query gives to a key. Patches are (row, column),
+counted from 0 at the top left. Nothing is rescaled: a row, with CLS and registers, sums to one.</p>
+<p>Each weight is stored in 8 bits, in cubic steps from the minimum of its row to the maximum. The
+largest error on this page, measured against the weights of the model, is
+<b id="worst">{error}</b>. The number after ± is the error bound of one weight. Numbers are shown
+with four digits; the data elements of the page hold all digits.</p>
 <p>{mean}</p>
-<p>Limits of the colours are those of patches; CLS and registers may lie beyond them. Shared limits
-are over all heads of the layer, for the chosen token and direction.</p>
-<p>Outliers {outliers}: patches whose norm stands out. Weights are never changed for them.</p>
+<p>Colours run from the minimum to the maximum of the patches. CLS and registers may lie outside.
+Shared limits cover all heads of the layer, for the chosen token and direction.</p>
+<p>Outliers {outliers} are patches with an unusually large norm. Their weights are not changed.</p>
 {read}<p>Kept: {kept}.{left_out}</p>"""
 
 _COMPUTED = (
-    "The mean of heads is computed here from these numbers, and is off by no more than they."
+    "The mean of heads is computed on this page from these numbers. Its error is not larger."
 )
 _STORED = (
-    "Where single heads are left out, their mean is stored; elsewhere it is computed here from "
-    "these numbers, and is off by no more than they."
+    "The mean of heads is stored if single heads are left out. Otherwise it is computed on this "
+    "page from these numbers, and its error is not larger."
 )
 
 
-def assemble(frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables]) -> bytes:
-    """Return the page, with the ``tables`` of each layer of which anything is kept."""
+def assemble(frame: Frame, kept: Mapping[int, KeptRows], tables: Mapping[int, Tables]) -> bytes:
+    """Return the page, with the ``tables`` of every layer that keeps anything."""
     script = "".join(map(_file, ("weights.js", "app.js", "input.js")))
     style = _file("app.css")
     height, width = frame.picture.shape[:2]
     parts = {
         "policy": _policy(style, script),
-        "title": escape(_sound(frame.title)),
-        "about": escape(_sound(" · ".join(filter(None, (frame.model, frame.tokens_told))))),
+        "title": escape(_valid(frame.title)),
+        "about": escape(_valid(" · ".join(filter(None, (frame.model, frame.token_counts))))),
         "warning": _notes(frame, kept),
-        "photograph": frame.photograph(),
+        "image": frame.image_url(),
         "width": str(width),
         "height": str(height),
         "rows": str(frame.shape.grid[0]),
@@ -65,16 +72,16 @@ def assemble(frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables
         "style": style,
         "script": script,
     }
-    # In one pass, so that a title of "{{data}}" stays one.
+    # In one pass, so that the title "{{data}}" is not replaced.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _file("page.html"))
     return page.encode()
 
 
 def _data(
-    frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables]
+    frame: Frame, kept: Mapping[int, KeptRows], tables: Mapping[int, Tables]
 ) -> dict[str, object]:
     layers = [_layer(frame, layer, kept[layer], tables[layer]) for layer in sorted(tables)]
-    last = kept[max(tables)] if tables else Keep()
+    last = kept[max(tables)] if tables else KeptRows()
     colours = matplotlib.colormaps["viridis"](np.arange(256), bytes=True)[:, :3]
     return {
         "grid": frame.shape.grid,
@@ -88,7 +95,7 @@ def _data(
     }
 
 
-def _layer(frame: Frame, layer: int, keep: Keep, tables: Tables) -> dict[str, object]:
+def _layer(frame: Frame, layer: int, keep: KeptRows, tables: Tables) -> dict[str, object]:
     def table(kind: str) -> dict[str, Any] | None:
         if kind not in tables:
             return None
@@ -100,7 +107,7 @@ def _layer(frame: Frame, layer: int, keep: Keep, tables: Tables) -> dict[str, ob
         "layer": layer,
         "each": table("each"),
         "mean": table("mean"),
-        "kept": tell(keep, frame.shape),
+        "kept": describe_layer(keep, frame.shape),
     }
 
 
@@ -113,42 +120,42 @@ def _elements(tables: Mapping[int, Tables]) -> list[str]:
     ]
 
 
-def _notes(frame: Frame, kept: Mapping[int, Keep]) -> str:
+def _notes(frame: Frame, kept: Mapping[int, KeptRows]) -> str:
     notes = []
     if frame.warning is not None:
-        notes.append(f'<p class="warning" id="warning">{escape(_sound(frame.warning))}</p>')
+        notes.append(f'<p class="warning" id="warning">{escape(_valid(frame.warning))}</p>')
     if lacking := left_out(dict(kept), frame.shape):
         notes.append(f'<p id="left-out">{escape(what_is_missing(frame, kept, lacking))}</p>')
     return "\n".join(notes)
 
 
-def what_is_missing(frame: Frame, kept: Mapping[int, Keep], lacking: str) -> str:
-    """Say what the page leaves out, why, and what would keep it."""
+def what_is_missing(frame: Frame, kept: Mapping[int, KeptRows], lacking: str) -> str:
+    """Return what the page leaves out, why, and what would keep it."""
     all_of_it = frame.limit + sum(
         cost(everything(frame.shape), frame.shape) - cost(keep, frame.shape)
         for keep in kept.values()
     )
     return (
         f"Left out to stay below {frame.limit / 1e6:g} MB: {lacking}. "
-        f"--max-mb {-(-all_of_it // 1_000_000)} keeps everything; fewer --layers need less."
+        f"--max-mb {-(-all_of_it // 1_000_000)} keeps everything. Fewer --layers need less."
     )
 
 
-def _numbers(frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables]) -> str:
+def _numbers(frame: Frame, kept: Mapping[int, KeptRows], tables: Mapping[int, Tables]) -> str:
     errors = [table.error for one in tables.values() for table in one.values()]
     lacking = left_out(dict(kept), frame.shape)
     return _NUMBERS.format(
         error=at_least(max(errors, default=0.0)),
         mean=_STORED if any("mean" in one for one in tables.values()) else _COMPUTED,
         outliers=escape(frame.outliers_found),
-        read=f"<p>{escape(frame.read)}</p>\n" if frame.read else "",
+        read=f"<p>{escape(frame.range_note)}</p>\n" if frame.range_note else "",
         kept=escape(describe(dict(kept), frame.shape)),
         left_out=escape(f" Left out: {lacking}.") if lacking else "",
     )
 
 
 def at_least(value: float) -> str:
-    """Return a number of two digits that is not below ``value``."""
+    """Return ``value`` rounded up to two digits."""
     rounded = Context(prec=2, rounding=ROUND_UP).create_decimal_from_float(value)
     return (
         f"{rounded.normalize():f}"
@@ -158,9 +165,9 @@ def at_least(value: float) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """Return a policy that lets this style and script run and images be held in the page.
+    """Return a policy that allows this style, this script and embedded images only.
 
-    Nothing may be fetched, from wherever; what slipped in through a file's name could not run.
+    Nothing can be fetched. Code smuggled in through a file name could not run.
     """
     return (
         f"default-src 'none'; img-src data:; style-src {_digest(style)}; "
@@ -173,12 +180,12 @@ def _digest(text: str) -> str:
 
 
 def embedded_json(data: object) -> str:
-    """Return JSON in which no tag begins, and so none that ends the element that holds it."""
+    """Return JSON without ``<``, so that no tag can end the element around it."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _sound(text: str) -> str:
-    # Python hands on bytes of a file's name that are no text as lone surrogates.
+def _valid(text: str) -> str:
+    # In file names, Python turns bytes that are no text into lone surrogates.
     return text.encode("utf-8", "replace").decode()
 
 

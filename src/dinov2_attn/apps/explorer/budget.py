@@ -1,4 +1,4 @@
-"""Which rows a page keeps of each layer, so that it does not grow beyond a size."""
+"""Which rows of each layer a page keeps, so that it stays below a size."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True)
 class Shape:
-    """What there is of every layer: so many heads, rows of these tokens, ``tokens`` columns.
+    """The shape of the weights of every layer.
 
-    ``heads`` is 0 where there is only the mean of heads.
+    Attributes:
+        heads: The number of heads; 0 if there is only their mean.
+        queries: The tokens of the rows.
+        prefix: The number of tokens before the patches: CLS and the registers.
+        grid: The patch grid ``(h, w)``.
+
     """
 
     heads: int
@@ -36,39 +41,45 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """The tokens whose rows are kept of one layer: for each head, and for the mean of heads."""
+class KeptRows:
+    """The tokens whose rows one layer keeps: for each head, and for the mean of heads."""
 
     each: tuple[int, ...] = ()
     mean: tuple[int, ...] = ()
 
     @property
     def queries(self) -> set[int]:
-        """The tokens of which anything is kept."""
+        """All tokens with a kept row."""
         return {*self.each, *self.mean}
 
 
-NOTHING = Keep()
+NOTHING = KeptRows()
 
 
-def everything(shape: Shape) -> Keep:
-    """Return all there is: the mean need not be kept where all heads are."""
-    return Keep(each=shape.queries) if shape.heads else Keep(mean=shape.queries)
+def everything(shape: Shape) -> KeptRows:
+    """Return all rows. The mean is left out if all heads are kept."""
+    return KeptRows(each=shape.queries) if shape.heads else KeptRows(mean=shape.queries)
 
 
-def cost(keep: Keep, shape: Shape) -> int:
-    """Return the number of bytes, as base64 and with its description, that ``keep`` takes."""
-    return _table(keep.each, shape.heads, shape) + _table(keep.mean, 1, shape)
+def cost(rows: KeptRows, shape: Shape) -> int:
+    """Return the number of bytes of ``rows``, in base64 and with their description."""
+    return _table(rows.each, shape.heads, shape) + _table(rows.mean, 1, shape)
 
 
-def plan(layers: Sequence[int], shape: Shape, room: int) -> dict[int, Keep]:
-    """Return what is kept of each layer, at most ``room`` bytes together.
+def plan(layers: Sequence[int], shape: Shape, room: int) -> dict[int, KeptRows]:
+    """Choose the rows of each layer, ``room`` bytes in total at most.
 
-    In this order, while it fits: the CLS row of each head of every layer, from the last
-    layer to the first; the rows of the registers; then, again from the last layer on, all
-    rows of each head, or else all rows of the mean of heads. Where there are no rows of CLS
-    and registers, the first row takes their place. Raises ``InvalidInputError`` if not one row of
-    the last layer fits.
+    Rows are added in this order while they fit, each time from the last layer to the first:
+
+    1. The CLS row of each head.
+    2. The rows of the registers.
+    3. All rows of each head, or else all rows of the mean of heads.
+
+    Without rows of CLS and registers, the first row takes their place.
+
+    Raises:
+        InvalidInputError: if not one row of the last layer fits.
+
     """
     few, full = _choices(shape)
     kept = dict.fromkeys(layers, NOTHING)
@@ -86,31 +97,31 @@ def plan(layers: Sequence[int], shape: Shape, room: int) -> dict[int, Keep]:
     return kept
 
 
-def describe(kept: dict[int, Keep], shape: Shape) -> str:
-    """Say what is kept of which layers, from the last to the first."""
-    return _listed(kept, lambda keep: tell(keep, shape))
+def describe(kept: dict[int, KeptRows], shape: Shape) -> str:
+    """Return in words which layers keep what, from the last to the first."""
+    return _listed(kept, lambda rows: describe_layer(rows, shape))
 
 
-def left_out(kept: dict[int, Keep], shape: Shape) -> str:
-    """Say what is kept of no layer or of some; nothing if all of it is kept."""
-    lacking = {layer: keep for layer, keep in kept.items() if keep != everything(shape)}
-    return _listed(lacking, lambda keep: _lacks(keep, shape))
+def left_out(kept: dict[int, KeptRows], shape: Shape) -> str:
+    """Return in words what is left out of which layers; empty if nothing is."""
+    lacking = {layer: rows for layer, rows in kept.items() if rows != everything(shape)}
+    return _listed(lacking, lambda rows: _lacks(rows, shape))
 
 
-def tell(keep: Keep, shape: Shape) -> str:
-    """Say what is kept of one layer: all rows of each head."""
+def describe_layer(rows: KeptRows, shape: Shape) -> str:
+    """Return in words what one layer keeps: all rows of each head."""
     parts = []
-    if keep.mean:
-        parts.append(f"{_rows(keep.mean, shape)} of the head mean")
-    if keep.each:
-        parts.append(f"{_rows(keep.each, shape)} of each head")
+    if rows.mean:
+        parts.append(f"{_rows(rows.mean, shape)} of the head mean")
+    if rows.each:
+        parts.append(f"{_rows(rows.each, shape)} of each head")
     return ", ".join(parts) or "nothing"
 
 
-def _lacks(keep: Keep, shape: Shape) -> str:
-    if keep == NOTHING:
+def _lacks(rows: KeptRows, shape: Shape) -> str:
+    if rows == NOTHING:
         return "everything"
-    if keep.queries != set(shape.queries):
+    if rows.queries != set(shape.queries):
         return "all other rows"
     return "all other rows of single heads"
 
@@ -126,27 +137,27 @@ def _rows(queries: tuple[int, ...], shape: Shape) -> str:
     return f"{len(queries)} rows"
 
 
-def _choices(shape: Shape) -> tuple[list[Keep], list[Keep]]:
-    """Return what is kept of a layer at the least, in growing order, and at the most, falling."""
+def _choices(shape: Shape) -> tuple[list[KeptRows], list[KeptRows]]:
+    """Return the smallest choices for a layer, growing, and the largest ones, shrinking."""
     few = tuple(query for query in shape.queries if query < shape.prefix) or shape.queries[:1]
     if not shape.heads:
-        return [Keep(mean=few[:1]), Keep(mean=few)], [everything(shape)]
+        return [KeptRows(mean=few[:1]), KeptRows(mean=few)], [everything(shape)]
     full = [everything(shape)]
     if few != shape.queries and shape.heads > 1:
-        full.append(Keep(each=few, mean=shape.queries))
-    return [Keep(each=few[:1]), Keep(each=few)], full
+        full.append(KeptRows(each=few, mean=shape.queries))
+    return [KeptRows(each=few[:1]), KeptRows(each=few)], full
 
 
 def _table(queries: tuple[int, ...], heads: int, shape: Shape) -> int:
     if not queries:
         return 0
     content = heads * len(queries) * (shape.tokens + 8)
-    # Of a table, its script element and its description; of some rows, their numbers.
+    # Each table needs a script element and a description. Single rows need their numbers.
     names = 0 if queries == shape.all_tokens else 8 * len(queries)
     return 4 * -(-content // 3) + names + 200
 
 
-def _listed(kept: dict[int, Keep], say: Callable[[Keep], str]) -> str:
+def _listed(kept: dict[int, KeptRows], say: Callable[[KeptRows], str]) -> str:
     groups = groupby(sorted(kept, reverse=True), lambda layer: say(kept[layer]))
     return "; ".join(f"{_layers(layers)}: {what}" for what, layers in groups)
 
@@ -166,7 +177,7 @@ def _layers(layers: Iterable[int]) -> str:
 def _too_small(room: int, needed: int) -> InvalidInputError:
     short = max(needed - room, 1)
     return InvalidInputError(
-        "room for one row of the last layer beside the photograph and the page itself",
+        "room for one row of the last layer, with the image and the page itself",
         f"{max(room, 0) / MEGABYTE:.3f} MB, of {needed / MEGABYTE:.3f} MB that it takes",
         f"Raise --max-mb (max_mb) by {short / MEGABYTE:.3f} or more.",
     )

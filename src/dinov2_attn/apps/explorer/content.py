@@ -1,4 +1,4 @@
-"""All of a page but its weights: the photograph, who made the maps, and what is to be said."""
+"""Everything on a page except its weights: the image, the model, the sentences."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from dinov2_attn.errors import InvalidInputError
 
 
 class Outliers(Protocol):
-    """What a page takes of ``ArtifactTokens``: patches of odd norm in a batch of images.
+    """The part of ``ArtifactTokens`` that a page needs: patches with outlier norms.
 
-    ``mask`` is boolean ``(B, h, w)``, ``threshold`` ``(B,)``, and ``layer`` ``(B,)`` where it was
-    seen.
+    ``mask`` is boolean ``(B, h, w)``; ``threshold`` and ``layer`` are ``(B,)``.
     """
 
     @property
@@ -34,16 +33,17 @@ class Outliers(Protocol):
 class Frame:
     """What a page shows besides weights.
 
-    ========  ==================================================================
-    picture   uint8 ``(H, W, 3)``: the photograph, cropped to whole patches
-    shape     heads, rows and columns of the weights
-    title     the page's title, a file's name as a rule; any text
-    model     what the caption calls the model
-    warning   a line that stands out above everything; none if ``None``
-    outliers  patches to mark, of which ``sample`` counts; ``None``: not looked for
-    limit     the greatest size of the page in bytes
-    read      a sentence on how the image was read
-    ========  ==================================================================
+    Attributes:
+        picture: uint8 ``(H, W, 3)``: the image, cropped to whole patches.
+        shape: Heads, rows and columns of the weights.
+        title: The title of the page: any text, often the name of a file.
+        model: What the caption calls the model.
+        warning: A line that stands out above everything else, or ``None``.
+        outliers: Patches to mark. ``None`` if they were not searched for.
+        sample: Which image of ``outliers`` this is.
+        limit: The maximum size of the page in bytes.
+        range_note: A sentence about the range of the image.
+
     """
 
     picture: npt.NDArray[np.uint8]
@@ -54,7 +54,7 @@ class Frame:
     outliers: Outliers | None
     sample: int
     limit: int
-    read: str = ""
+    range_note: str = ""
 
     def __post_init__(self) -> None:
         height, width = self.shape.grid
@@ -64,7 +64,7 @@ class Frame:
             raise InvalidInputError(
                 f"a picture, uint8 (H, W, 3), cropped to whole patches of a grid {self.shape.grid}",
                 f"{self.picture.dtype} {self.picture.shape}",
-                "Pass Photograph.picture, from which the images of these maps were made.",
+                "Pass the .picture of the LoadedImage from which these maps were computed.",
             )
 
     @property
@@ -77,32 +77,32 @@ class Frame:
 
     @property
     def outliers_found(self) -> str:
-        """What there is to say of them."""
+        """A note about outliers, for a label."""
         if self.outliers is None:
-            return "(not looked for)"
+            return "(not searched for)"
         threshold = float(self.outliers.threshold[self.sample])
         layer = int(self.outliers.layer[self.sample])
         count = len(self.outlier_tokens)
         return f"({count}: norm above {threshold:.4g} after layer {layer})"
 
     @property
-    def tokens_told(self) -> str:
-        """What the tokens are: CLS, 4 registers, 37 × 49 patches."""
+    def token_counts(self) -> str:
+        """The tokens in words: CLS, 4 registers, 37 × 49 patches."""
         height, width = self.shape.grid
         registers = self.shape.prefix - 1
         named = f"{registers} register{'s' * (registers > 1)}, " if registers else ""
         return f"{self.shape.tokens} tokens: CLS, {named}{height} × {width} patches"
 
-    def photograph(self) -> str:
-        """Return the picture as an address that holds it."""
+    def image_url(self) -> str:
+        """Return the picture as a data URL."""
         file = io.BytesIO()
-        # A backdrop: nothing is computed from it.
+        # JPEG is enough: nothing is computed from it.
         Image.fromarray(self.picture).save(file, "JPEG", quality=90)
         return f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
 
 
 def bytes_in(megabytes: float) -> int:
-    """Return a number of bytes. Raises ``InvalidInputError`` unless it is above 0 and finite."""
+    """Return a number of bytes. Raise ``InvalidInputError`` unless it is above 0 and finite."""
     if not 0 < megabytes < float("inf"):
         raise InvalidInputError("max_mb above 0", repr(megabytes), "25 is the default.")
     return int(megabytes * MEGABYTE)

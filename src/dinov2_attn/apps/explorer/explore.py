@@ -1,4 +1,4 @@
-"""``explore``: the attention of a model on a photograph, as an interactive page."""
+"""``explore``: the attention of a model on an image, as an interactive page."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2_attn.apps.explorer.budget import NOTHING, Keep, Shape
+from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, Shape
 from dinov2_attn.apps.explorer.content import Frame, bytes_in
 from dinov2_attn.apps.explorer.quantise import Table
-from dinov2_attn.apps.explorer.write import Written, keep, quantise_layer, write
-from dinov2_attn.apps.viz.images import Photograph
-from dinov2_attn.apps.viz.inference import looking_at
+from dinov2_attn.apps.explorer.write import ExplorerPage, page_of, quantise_layer, rows_to_keep
+from dinov2_attn.apps.viz.images import LoadedImage
+from dinov2_attn.apps.viz.inference import inference_on
 from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
 from dinov2_attn.maps.artifacts import artifact_tokens
 from dinov2_attn.maps.record import record
@@ -22,9 +22,9 @@ from dinov2_attn.typing import Heads, Layers
 
 
 def explore(
-    path: str | Path,
     model: Any,
-    photograph: Photograph,
+    image: LoadedImage,
+    path: str | Path | None = None,
     layers: Layers = None,
     *,
     heads: Heads = None,
@@ -32,33 +32,55 @@ def explore(
     name: str = "",
     warning: str | None = None,
     max_mb: float = 25.0,
-) -> Written:
-    """Write the interactive page of ``model`` on ``photograph`` to ``path``.
+) -> ExplorerPage:
+    """Show where every token of an image looks, in every layer and head, as an interactive page.
 
-    As ``write_page`` of ``attention_maps``, in the memory of one layer: each is quantised in
-    the pass itself, and rows that the page has no room for are not computed. ``model`` is a
-    grafted vision transformer on any device; ``layers`` and ``heads`` are as in
-    ``get_self_attention``, ``name`` is what the caption calls the model. Outliers are marked.
+    >>> viz.explore(model, viz.load_image("cat.jpg", model), "cat.html")
 
-    Raises ``InvalidInputError`` where the model cannot be run on this image here, and the errors of
-    ``write_page`` and ``attention_maps``.
+    The page is the one that ``write_page`` makes of ``attention_maps``. Only one layer is in
+    memory at a time: each is quantised during the pass. Rows that do not fit into the page are
+    not computed. Outliers are marked.
+
+    Args:
+        model: A grafted vision transformer on any device.
+        image: What ``load_image`` returned for this model.
+        path: Where to write the HTML file. Without it nothing is written; the returned page
+            shows itself in a notebook, and ``.save(path)`` writes it.
+        layers: Which blocks, as in ``attention_maps``.
+        heads: ``None`` for each head, ``"mean"`` for their mean.
+        title: The title of the page.
+        name: What the caption calls the model.
+        warning: A line that stands out above everything else.
+        max_mb: The maximum size of the page, in units of 1,000,000 bytes.
+
+    Returns:
+        The page, with its size and what it keeps and leaves out.
+
+    Raises:
+        InvalidInputError: if the model cannot be run on this image, or not one row fits.
+        NotGraftedError: if ``install`` has not reached the model.
+        UnwritableOutputError: if the file cannot be written.
+
     """
     backbone = grafted_backbone(model)
     device = next(model.parameters()).device
-    images = photograph.tensor[None]
+    images = image.tensor[None]
     wanted = backbone.layers(layers)
     shape = _shape(backbone, images, heads)
-    with looking_at(images):
+    with inference_on(images):
         images = images.to(device)
         outliers = artifact_tokens(model, images)
         limit = bytes_in(max_mb)
         frame = Frame(
-            *(photograph.picture, shape, title, name, warning, outliers, 0, limit),
-            read=photograph.told(),
+            *(image.picture, shape, title, name, warning, outliers, 0, limit),
+            range_note=image.range_note(),
         )
-        kept = keep(frame, wanted)
+        kept = rows_to_keep(frame, wanted)
         tables = _tables(model, images, shape, heads, kept)
-    return write(Path(path), frame, kept, tables)
+    page = page_of(frame, kept, tables)
+    if path is not None:
+        page.save(path)
+    return page
 
 
 def _shape(backbone: Backbone, images: Tensor, heads: Heads) -> Shape:
@@ -68,7 +90,7 @@ def _shape(backbone: Backbone, images: Tensor, heads: Heads) -> Shape:
 
 
 def _tables(
-    model: Any, images: Tensor, shape: Shape, heads: Heads, kept: dict[int, Keep]
+    model: Any, images: Tensor, shape: Shape, heads: Heads, kept: dict[int, KeptRows]
 ) -> dict[int, dict[str, Table]]:
     tables: dict[int, dict[str, Table]] = {}
 
@@ -78,9 +100,9 @@ def _tables(
 
         return put
 
-    # Of a layer with few rows no others are computed.
+    # If a layer keeps only the first rows, no others are computed.
     few = tuple(range(shape.prefix))
-    used = {layer: keep.queries for layer, keep in kept.items() if keep != NOTHING}
+    used = {layer: rows.queries for layer, rows in kept.items() if rows != NOTHING}
     groups = {
         few: [layer for layer, queries in used.items() if queries <= set(few)],
         shape.queries: [layer for layer, queries in used.items() if not queries <= set(few)],

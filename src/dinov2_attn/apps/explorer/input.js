@@ -1,5 +1,5 @@
 
-// What hands and keys do to what is shown.
+// Mouse, touch and keyboard.
 
 function tokenAt(stage, event) {
   const box = stage.getBoundingClientRect();
@@ -29,7 +29,7 @@ function step(token, [down, across]) {
   return row < 0 ? PREFIX - 1 : PREFIX + Math.min(row, ROWS - 1) * COLUMNS + column;
 }
 
-function lookFromCursor() {
+function chooseCursor() {
   if (view.cursor !== null) choose(view.cursor);
 }
 
@@ -46,7 +46,7 @@ $("map").addEventListener("pointermove", (event) => {
 $("map").addEventListener("click", (event) => point(tokenAt($("map"), event)));
 $("map").addEventListener("dblclick", (event) => choose(tokenAt($("map"), event)));
 $("release").addEventListener("click", () => choose(view.token, false));
-$("from-here").addEventListener("click", lookFromCursor);
+$("from-here").addEventListener("click", chooseCursor);
 $("steps").addEventListener("click", ({ target }) => {
   if (target.dataset.key) choose(step(view.token, ARROWS[target.dataset.key]));
 });
@@ -97,11 +97,11 @@ const LETTERS = {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const busy = event.target.closest("input, button, summary"); // keys mean something there
+  const busy = event.target.closest("input, button, summary"); // these elements use the keys themselves
   const letter = $("letters").checked && LETTERS[event.key.toLowerCase()];
   if (event.key === "Escape") choose(view.token, false);
   else if (event.key in ARROWS && !busy) arrow(event);
-  else if (event.key === "Enter" && !busy) lookFromCursor();
+  else if (event.key === "Enter" && !busy) chooseCursor();
   else if (letter) letter();
   else if ($("letters").checked && /^\d$/.test(event.key)) digit(Number(event.key));
 });

@@ -1,4 +1,4 @@
-// The weights of the page: codes of 8 bits, of which each row has its own least and greatest.
+// The weights of the page: codes of 8 bits, between the minimum and maximum of each row.
 
 const MEAN = -1; // in place of a head
 
@@ -15,7 +15,7 @@ function fromBase64(text) {
   return bytes;
 }
 
-/** Rows of some tokens, of one head or several. Read when first looked at. */
+/** Rows of some tokens, of one head or several. Decoded at first use. */
 class Table {
   constructor(id, { queries, heads }, tokens) {
     this.heads = heads;
@@ -41,7 +41,7 @@ class Table {
     return least + (this.most[row] - least) * LEVELS[this.codes[row * this.tokens + key]];
   }
 
-  /** How far the model's own weight may be: halfway to the next level, and a rounded row. */
+  /** The error bound: half a step to the next level, and the rounding of the row. */
   doubt(head, query, key) {
     const row = this.row(head, query);
     const code = this.codes[row * this.tokens + key];
@@ -55,7 +55,7 @@ class Table {
     this.least = new Float32Array(buffer, 0, count);
     this.most = new Float32Array(buffer, 4 * count, count);
     this.codes = new Uint8Array(buffer, 8 * count);
-    this.element.textContent = ""; // the text is the larger half
+    this.element.textContent = ""; // free the text, which is larger than the bytes
   }
 }
 
@@ -68,7 +68,7 @@ class Layer {
     this.mean = mean && new Table(`mean-${layer}`, mean, tokens);
   }
 
-  /** What `token` gives to all tokens in a head or their mean; as a column, what it gets. */
+  /** The row of `token` in a head or their mean, or its column. */
   line(head, token, column) {
     const [table, heads] = this.source(head);
     if (!table || !(column ? table.complete : table.has(token))) return null;
@@ -82,14 +82,14 @@ class Layer {
     return line;
   }
 
-  /** How far the weight in a head, or their mean, may be from the model's own. */
+  /** The error bound of a weight in a head or their mean. */
   doubt(head, query, key) {
     const [table, heads] = this.source(head);
     const doubts = heads.map((one) => table.doubt(one, query, key));
     return doubts.reduce((sum, doubt) => sum + doubt, 0) / doubts.length;
   }
 
-  /** The lines of all heads where they are kept, or else the one of the mean. */
+  /** The lines of all heads if they are kept, or else that of the mean. */
   lines(token, column) {
     const heads = this.each ? [...Array(this.each.heads).keys()] : [];
     const lines = heads.map((head) => this.line(head, token, column)).filter((line) => line);

@@ -1,9 +1,10 @@
-"""``write_page``: attention maps that are at hand, as an interactive page."""
+"""``write_page``: existing attention maps as an interactive page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,53 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dinov2_attn._files import atomic_folder
 from dinov2_attn.apps.explorer.assemble import Tables, assemble, what_is_missing
-from dinov2_attn.apps.explorer.budget import NOTHING, Keep, Shape, describe, left_out, plan
+from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, Shape, describe, left_out, plan
 from dinov2_attn.apps.explorer.content import Frame, Outliers, bytes_in
 from dinov2_attn.apps.explorer.quantise import Table, quantise
-from dinov2_attn.apps.viz.folders import together
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 
 
 @dataclass(frozen=True)
-class Written:
-    """A page that was written: its size in bytes, what it keeps, and what it had to leave out."""
+class ExplorerPage:
+    """An interactive page. A notebook shows it as the value of a cell.
 
-    size: int
+    Attributes:
+        content: The HTML file.
+        kept: Which rows of which layers it holds, in words.
+        left_out: What did not fit and what would keep it; empty if everything fits.
+
+    """
+
+    content: bytes = field(repr=False)
     kept: str
     left_out: str
+
+    @property
+    def size(self) -> int:
+        """The size of the file in bytes."""
+        return len(self.content)
+
+    def save(self, path: str | Path) -> None:
+        """Write the page to ``path``, whole or not at all.
+
+        Raises:
+            UnwritableOutputError: if the file cannot be written. Missing folders are created.
+
+        """
+        path = Path(path)
+        with atomic_folder(path.parent) as unfinished:
+            (unfinished / path.name).write_bytes(self.content)
+
+    def _repr_html_(self) -> str:
+        # In a frame without the notebook's origin: the page needs scripts and nothing else.
+        page = escape(self.content.decode())
+        return (
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts" width="100%" height="900" '
+            'style="border: 0"></iframe>'
+        )
 
 
 def write_page(
@@ -41,25 +73,30 @@ def write_page(
     outliers: Outliers | None = None,
     sample: int = 0,
     max_mb: float = 25.0,
-) -> Written:
-    """Write the interactive page of one image of ``maps`` to ``path``, whole or not at all.
+) -> ExplorerPage:
+    """Write the interactive page of one image of ``maps``, whole or not at all.
 
-    >>> maps = attention_maps(model, photograph.tensor[None])
-    >>> write_page("page.html", photograph.picture, maps, title="cat.jpg")
+    >>> image = viz.load_image("cat.jpg", model)
+    >>> maps = attention_maps(model, image.tensor[None])
+    >>> write_page("page.html", image.picture, maps, title="cat.jpg")
 
-    ========  ==================================================================
-    picture   uint8 ``(H, W, 3)``: the image, cropped to whole patches
-    maps      weights ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads
-    title     any text; it is escaped
-    model     what the caption calls the model
-    warning   a line that stands out, such as ``banner.NO_MEANING`` for random weights
-    outliers  the ``ArtifactTokens`` of the same images, to be marked
-    sample    which image of the batch
-    max_mb    the greatest size of the page, in 1,000,000 bytes; ``plan`` says what is kept
-    ========  ==================================================================
+    Args:
+        path: Where to write the HTML file.
+        picture: uint8 ``(H, W, 3)``: the image, cropped to whole patches.
+        maps: Weights ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads.
+        title: The title of the page. Any text; it is escaped.
+        model: What the caption calls the model.
+        warning: A line that stands out, such as ``banner.NO_MEANING`` for random weights.
+        outliers: The ``ArtifactTokens`` of the same images, to be marked.
+        sample: Which image of the batch.
+        max_mb: The maximum size of the page, in units of 1,000,000 bytes. ``budget.plan`` decides
+            what is kept.
 
-    Raises ``InvalidInputError`` for maps or a picture that cannot be shown, or a size that cannot
-    be kept, ``OutOfRangeError`` for a sample that is not there, and ``UnwritableOutputError``.
+    Raises:
+        InvalidInputError: if maps or picture cannot be shown, or not one row fits.
+        OutOfRangeError: if there is no such sample.
+        UnwritableOutputError: if the file cannot be written.
+
     """
     entries = {
         layer: _entry(weights, sample)
@@ -67,48 +104,51 @@ def write_page(
     }
     shape = _shape(maps, entries)
     frame = Frame(picture, shape, title, model, warning, outliers, sample, bytes_in(max_mb))
-    kept = keep(frame, list(entries))
+    kept = rows_to_keep(frame, list(entries))
     tables = {
         layer: quantise_layer(weights, shape.queries, kept[layer])
         for layer, weights in entries.items()
         if kept[layer] != NOTHING
     }
-    return write(Path(path), frame, kept, tables)
+    page = page_of(frame, kept, tables)
+    page.save(path)
+    return page
 
 
-def keep(frame: Frame, layers: list[int]) -> dict[int, Keep]:
-    """Decide what is kept of each of the ``layers`` so that the page stays below its limit."""
+def rows_to_keep(frame: Frame, layers: list[int]) -> dict[int, KeptRows]:
+    """Choose the rows of each of the ``layers`` so that the page stays below its limit."""
     bare = len(assemble(frame, {}, {}))
-    # What is said of the layers, at the most.
+    # An upper bound for the sentences about the layers.
     said = 1000 + 500 * len(layers)
     return plan(layers, frame.shape, frame.limit - bare - said)
 
 
-def quantise_layer(weights: Tensor, queries: tuple[int, ...], keep: Keep) -> dict[str, Table]:
-    """Quantise what is kept of one layer, ``(heads, Q, N)``, or ``(Q, N)`` for the mean of heads.
+def quantise_layer(weights: Tensor, queries: tuple[int, ...], rows: KeptRows) -> dict[str, Table]:
+    """Quantise the kept rows of one layer.
 
-    ``queries`` are the tokens whose rows are at hand.
+    Args:
+        weights: ``(heads, Q, N)``, or ``(Q, N)`` for the mean of heads.
+        queries: The tokens of the Q rows.
+        rows: The rows to keep.
+
     """
     wide = torch.promote_types(weights.dtype, torch.float32)
     tables = {}
-    if keep.mean:
+    if rows.mean:
         mean = weights[None] if weights.ndim == 2 else weights.mean(0, keepdim=True, dtype=wide)
-        tables["mean"] = quantise(_rows(mean, queries, keep.mean), keep.mean)
-    if keep.each:
-        tables["each"] = quantise(_rows(weights, queries, keep.each), keep.each)
+        tables["mean"] = quantise(_rows(mean, queries, rows.mean), rows.mean)
+    if rows.each:
+        tables["each"] = quantise(_rows(weights, queries, rows.each), rows.each)
     return tables
 
 
-def write(
-    path: Path, frame: Frame, kept: Mapping[int, Keep], tables: Mapping[int, Tables]
-) -> Written:
-    """Write the page whole or not at all; say what is in it. Raises ``UnwritableOutputError``."""
-    content = assemble(frame, kept, tables)
-    with together(path.parent) as unfinished:
-        (unfinished / path.name).write_bytes(content)
+def page_of(
+    frame: Frame, kept: Mapping[int, KeptRows], tables: Mapping[int, Tables]
+) -> ExplorerPage:
+    """Return the page with these tables."""
     lacking = left_out(dict(kept), frame.shape)
     missing = what_is_missing(frame, kept, lacking) if lacking else ""
-    return Written(len(content), describe(dict(kept), frame.shape), missing)
+    return ExplorerPage(assemble(frame, kept, tables), describe(dict(kept), frame.shape), missing)
 
 
 def _rows(weights: Tensor, queries: tuple[int, ...], chosen: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dinov2_attn.apps.extraction.item import Item
 from dinov2_attn.apps.viz.decoding import decode, stored_size
 from dinov2_attn.apps.viz.images import ImageSize, fit, fitted_size
-from dinov2_attn.apps.viz.inference import told
+from dinov2_attn.apps.viz.inference import summary_of
 from dinov2_attn.apps.viz.reading import IMAGENET, Reading
 from dinov2_attn.errors import Dinov2AttnError, UnreadableFileError, in_one_line
 
@@ -119,7 +119,7 @@ def or_refused(decode: Callable[[int, Item], Any], number: int, item: Item) -> A
     except Exception as error:  # no memory for it, or what libraries raise
         reason = UnreadableFileError(
             "an image that can be decoded",
-            f"{item.path} ({told(error)})",
+            f"{item.path} ({summary_of(error)})",
             "Check that an image viewer opens it.",
         )
         return Refused(number, item, in_one_line(reason))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dinov2_attn import _optional
-from dinov2_attn._files import UNFINISHED, replacing
+from dinov2_attn._files import UNFINISHED, atomic_file
 from dinov2_attn.apps.extraction.decode import Refused
 from dinov2_attn.apps.extraction.inference import Seen
 from dinov2_attn.apps.extraction.layout import (
@@ -90,7 +90,7 @@ def write(folder: Path, shard: int, seen: list[Seen], refused: list[Refused]) ->
             lines.append(entry)
     lines.sort(key=lambda entry: int(entry["number"]))
     # No metadata: more than one entry has another order each time.
-    with replacing(path) as unfinished:
+    with atomic_file(path) as unfinished:
         unfinished.write_bytes(_optional.safetensors().torch.save(tensors))
     _write(index, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
     return path.stat().st_size + index.stat().st_size
@@ -103,8 +103,8 @@ def merge(folder: Path, shards: int) -> Counter[str]:
     """
     stages: Counter[str] = Counter()
     with (
-        replacing(folder / INDEX) as index,
-        replacing(folder / UNREADABLE) as unreadable,
+        atomic_file(folder / INDEX) as index,
+        atomic_file(folder / UNREADABLE) as unreadable,
         index.open("w") as seen,
         unreadable.open("w") as refused,
     ):
@@ -162,5 +162,5 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, text: str) -> None:
-    with replacing(path) as unfinished:
+    with atomic_file(path) as unfinished:
         unfinished.write_text(text)

@@ -1,33 +1,69 @@
-"""Pictures of attention: photographs in, heatmaps, overviews and films out.
+"""Pictures of attention: load an image, plot its maps, explore them in a page.
 
 >>> from dinov2_attn import attention_maps, viz
->>> viz.plot(attention_maps(model, images, queries="cls"), layer=11, head=3)
+>>> image = viz.load_image("cat.jpg", model)
+>>> maps = attention_maps(model, image.tensor[None], queries="cls")
+>>> viz.plot(maps, layer=11, head=3, image=image)
+>>> viz.explore(model, image, "cat.html")
 
-What is named here needs ``dinov2-attn[viz]`` and is imported with its first use.
+These names need ``dinov2-attn[viz]``. Each is imported at its first use.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+from dinov2_attn import _optional
 from dinov2_attn._lazy import lazily
 
 if TYPE_CHECKING:
+    from dinov2_attn.apps.explorer.explore import explore
+    from dinov2_attn.apps.viz.images import LoadedImage, load_image
     from dinov2_attn.apps.viz.pictures import plot, plot_heads, plot_layers, plot_masks
     from dinov2_attn.apps.viz.saving import animate, save
     from dinov2_attn.apps.viz.style import Style
 
-__all__ = ["Style", "animate", "plot", "plot_heads", "plot_layers", "plot_masks", "save"]
+__all__ = [
+    "LoadedImage",
+    "Style",
+    "animate",
+    "explore",
+    "load_image",
+    "plot",
+    "plot_heads",
+    "plot_layers",
+    "plot_masks",
+    "save",
+]
 
-__getattr__, __dir__ = lazily(
-    __name__,
-    {
-        "Style": "dinov2_attn.apps.viz.style",
-        "animate": "dinov2_attn.apps.viz.saving",
-        "plot": "dinov2_attn.apps.viz.pictures",
-        "plot_heads": "dinov2_attn.apps.viz.pictures",
-        "plot_layers": "dinov2_attn.apps.viz.pictures",
-        "plot_masks": "dinov2_attn.apps.viz.pictures",
-        "save": "dinov2_attn.apps.viz.saving",
-    },
-)
+_MODULES = {
+    "LoadedImage": "dinov2_attn.apps.viz.images",
+    "Style": "dinov2_attn.apps.viz.style",
+    "animate": "dinov2_attn.apps.viz.saving",
+    "explore": "dinov2_attn.apps.explorer.explore",
+    "load_image": "dinov2_attn.apps.viz.images",
+    "plot": "dinov2_attn.apps.viz.pictures",
+    "plot_heads": "dinov2_attn.apps.viz.pictures",
+    "plot_layers": "dinov2_attn.apps.viz.pictures",
+    "plot_masks": "dinov2_attn.apps.viz.pictures",
+    "save": "dinov2_attn.apps.viz.saving",
+}
+
+
+def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return ``__getattr__`` and ``__dir__`` of ``package``, which has these names.
+
+    A name raises ``UnavailableError`` if a library for pictures is missing.
+    """
+    get, names = lazily(package, _MODULES)
+
+    def get_checked(name: str) -> Any:
+        if name in _MODULES:
+            _optional.require("torchvision", "matplotlib", "PIL")
+        return get(name)
+
+    return get_checked, names
+
+
+__getattr__, __dir__ = lazy_names(__name__)

@@ -1,4 +1,4 @@
-"""A line of warning below a picture, so that it travels with the picture."""
+"""A warning below a picture, inside the same file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 NO_MEANING = "RANDOM WEIGHTS: this map carries no meaning"
 
-# A narrower picture gets white beside it: one word per line would not be readable.
+# A narrower picture is padded with white: one word per line would be hard to read.
 LEAST_WIDTH = 168
 LEAST_HEIGHT = 14
 
@@ -23,12 +23,13 @@ def with_banner(picture: Image.Image, text: str) -> Image.Image:
 
 
 def _letter_height(picture: Image.Image) -> int:
-    # In proportion, since viewers shrink big pictures; the short side rules over panoramas.
+    # In proportion to the picture, because viewers shrink big pictures. For panoramas the short
+    # side decides.
     return max(LEAST_HEIGHT, min(picture.width, 2 * picture.height) // 30)
 
 
 def _strip(text: str, width: int, height: int) -> Image.Image:
-    # Matplotlib brings this font; Pillow's own has one tiny size before version 10.1.
+    # Matplotlib ships this font. Pillow's own has only one tiny size before version 10.1.
     font = ImageFont.truetype(matplotlib.font_manager.findfont("DejaVu Sans:bold"), height)
     margin = height // 2
     lines = _wrap(text, font, width - 2 * margin)

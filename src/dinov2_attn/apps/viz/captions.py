@@ -1,4 +1,4 @@
-"""What stands with a picture: model, layer, head, query, prefix mass, and what outliers became."""
+"""The captions of pictures: model, layer, head, query, prefix mass, outliers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dinov2_attn.apps.viz.colours import Mask
-from dinov2_attn.apps.viz.rows import Head, Look
+from dinov2_attn.apps.viz.rows import AttentionRow, Head
 from dinov2_attn.apps.viz.style import DECADES, Style
 from dinov2_attn.apps.viz.text import percent
 from dinov2_attn.errors import InvalidInputError
@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Outlying:
-    """The artifact tokens of one image: a mask ``(h, w)``, and how they were told."""
+    """The artifact tokens of one image.
+
+    Attributes:
+        mask: The patches ``(h, w)``.
+        layer: The block after which their norms were measured.
+        threshold: The norm above which a patch is an outlier.
+
+    """
 
     mask: Mask
     layer: int
@@ -27,16 +34,16 @@ class Outlying:
 
 
 def outlying_in(
-    artifacts: ArtifactTokens | None, look: Look, sample: int | tuple[int, int] = 0
+    artifacts: ArtifactTokens | None, row: AttentionRow, sample: int | tuple[int, int] = 0
 ) -> Outlying | None:
-    """Return the artifacts of the image looked at; raise ``InvalidInputError`` for others'."""
+    """Return the artifacts of one image. Raise ``InvalidInputError`` if the grid is another."""
     if artifacts is None:
         return None
     index = sample[1] if isinstance(sample, tuple) else sample
     shape = tuple(artifacts.mask.shape)
-    if index >= shape[0] or shape[1:] != look.grid:
+    if index >= shape[0] or shape[1:] != row.grid:
         raise InvalidInputError(
-            f"artifact tokens of image {index} on a grid of {look.grid[0]} × {look.grid[1]}",
+            f"artifact tokens of image {index} on a grid of {row.grid[0]} × {row.grid[1]}",
             f"a mask of shape {shape}",
             "Pass what artifact_tokens returned for the same batch.",
         )
@@ -45,78 +52,85 @@ def outlying_in(
 
 
 def sentences(
-    look: Look,
+    row: AttentionRow,
     layer: int,
     head: Head | None,
     style: Style,
     outlying: Outlying | None = None,
     name: str | None = None,
 ) -> list[str]:
-    """Return the caption of one layer's picture; ``head`` is ``None`` where it shows each."""
+    """Return the caption of one layer's picture. ``head`` is ``None`` if it shows each head."""
     return [
-        subject(name, f"layer {layer}", _heads(head), f"query {look.name}"),
-        prefix_sentence(look, layer, "mean" if head is None else head),
-        *treatment(look, layer, style, outlying, "mean" if head is None else head),
+        subject(name, f"layer {layer}", _heads(head), f"query {row.name}"),
+        prefix_sentence(row, layer, "mean" if head is None else head),
+        *outlier_note(row, layer, style, outlying, "mean" if head is None else head),
     ]
 
 
 def subject(*parts: str | None) -> str:
-    """Return what a picture is of, in one line."""
+    """Return what a picture shows, in one line."""
     return " · ".join(filter(None, parts))
 
 
-def prefix_sentence(look: Look, layer: int, head: Head) -> str:
-    """Say what CLS and the registers hold of what a picture does not show."""
+def prefix_sentence(row: AttentionRow, layer: int, head: Head) -> str:
+    """Return the share of attention on CLS and the registers, which a map does not show."""
     mean = ", mean of heads" if head == "mean" else ""
-    verb = "holds" if look.prefix == 1 else "hold"
-    return (
-        f"{holders(look)} {verb} {percent(look.prefix_mass(layer, head))} of the attention{mean}."
-    )
+    share = percent(row.prefix_mass(layer, head))
+    return f"{_prefix_hold(row)} {share} of the attention{mean}."
 
 
-def holders(look: Look) -> str:
-    """Name the tokens of the prefix."""
-    registers = look.prefix - 1
+def mass_note(row: AttentionRow, place: str, mean: str = "") -> str:
+    """Return what the numbers at the maps are."""
+    return f"{place}: the share of attention on {prefix_names(row)}{mean}."
+
+
+def prefix_names(row: AttentionRow) -> str:
+    """Return the names of the tokens before the patches."""
+    registers = row.prefix - 1
     plural = "s" if registers > 1 else ""
     return f"CLS and {registers} register{plural}" if registers else "CLS"
 
 
-def treatment(
-    look: Look,
+def outlier_note(
+    row: AttentionRow,
     layer: int | None,
     style: Style,
     outlying: Outlying | None,
     head: Head = "mean",
 ) -> list[str]:
-    """Say what became of outliers, and that a scale is logarithmic."""
-    said = [_outliers(look, layer, style, outlying, head)]
+    """Return how outliers are drawn, and whether the scale is logarithmic."""
+    notes = [_outliers(row, layer, style, outlying, head)]
     if style.log:
-        said.append(f"Logarithmic colours, {DECADES} decades at most.")
-    return said
+        notes.append(f"Logarithmic colours, {DECADES} decades at most.")
+    return notes
 
 
 def _outliers(
-    look: Look, layer: int | None, style: Style, outlying: Outlying | None, head: Head
+    row: AttentionRow, layer: int | None, style: Style, outlying: Outlying | None, head: Head
 ) -> str:
     if outlying is None:
-        return "Outliers: not looked for."
+        return "Outliers: not searched for."
     count = int(outlying.mask.sum())
     rule = f"norm after layer {outlying.layer} above {outlying.threshold:.4g}"
     if not count:
         return f"Outliers: none (no {rule})."
     done = {
         "mark": "marked by red squares",
-        "clip": "left out of the colours' limits",
+        "clip": "excluded from the limits of the colours",
         "mask": "masked in grey",
         "none": "shown like all others",
     }[style.outliers]
     plural = "es" if count > 1 else ""
     held = ""
     if layer is not None:
-        share = np.nansum(look.map(layer, head)[outlying.mask])
+        share = np.nansum(row.map(layer, head)[outlying.mask])
         mean = ", mean of heads" if head == "mean" else ""
         held = f", holding {percent(share)} of the attention{mean}"
     return f"Outliers: {count} patch{plural} {done} ({rule}){held}."
+
+
+def _prefix_hold(row: AttentionRow) -> str:
+    return f"{prefix_names(row)} hold{'s' * (row.prefix == 1)}"
 
 
 def _heads(head: Head | None) -> str:

@@ -1,4 +1,4 @@
-"""From numbers on the patch grid to pixels: ranges, thresholds, colours, blends."""
+"""Convert numbers on the patch grid to pixels: ranges, thresholds, colours, blends."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RED: Pixels = np.array((255, 0, 0), dtype=np.uint8)
 
 
 def viridis(grid: Grid) -> Pixels:
-    """Colour a grid (h, w) from its least value to its greatest: uint8 (h, w, 3).
+    """Colour a grid ``(h, w)`` from its minimum to its maximum: uint8 ``(h, w, 3)``.
 
-    A constant grid has one colour, the lowest. NaN is black.
+    A constant grid gets the lowest colour. NaN is black.
     """
     finite = grid[np.isfinite(grid)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
@@ -28,11 +28,11 @@ def viridis(grid: Grid) -> Pixels:
     return colours[..., :3]
 
 
-def heaviest(grid: Grid | npt.NDArray[np.float64], share: float) -> Mask:
-    """Mark the cells that together hold the heaviest ``share`` of the mass, (h, w).
+def top_mass_mask(grid: Grid | npt.NDArray[np.float64], share: float) -> Mask:
+    """Mark the fewest cells that together hold a ``share`` of the mass, ``(h, w)``.
 
-    As in DINO v1: cells in ascending order, and marked once their cumulated mass exceeds
-    ``1 - share`` of the total. Without any mass, or with NaN in it, nothing is marked.
+    As in DINO v1, cells are sorted in ascending order, and marked once their cumulated mass
+    exceeds ``1 - share`` of the total. Nothing is marked if the mass is zero or contains NaN.
     """
     order = grid.ravel().argsort()
     cumulated = grid.ravel()[order].cumsum(dtype=np.float64)
@@ -42,15 +42,15 @@ def heaviest(grid: Grid | npt.NDArray[np.float64], share: float) -> Mask:
 
 
 def upsample(cells: npt.NDArray[Cell], patch_size: int) -> npt.NDArray[Cell]:
-    """Repeat each of the cells (h, w, …) over its patch: (h·patch_size, w·patch_size, …)."""
+    """Repeat each cell over its patch: ``(h, w, …)`` to ``(h·patch_size, w·patch_size, …)``."""
     return cells.repeat(patch_size, axis=0).repeat(patch_size, axis=1)
 
 
 def blend(below: Pixels, above: Pixels) -> Pixels:
-    """Mix two pictures (or a picture and a colour) half and half."""
+    """Blend two pictures, or a picture and a colour, half and half."""
     return (below / 2 + above / 2).astype(np.uint8)
 
 
-def stain(picture: Pixels, mask: Mask) -> Pixels:
-    """Blend red into the pixels (H, W, 3) that the mask (H, W) marks."""
+def tint(picture: Pixels, mask: Mask) -> Pixels:
+    """Blend red into the pixels ``(H, W, 3)`` that the mask ``(H, W)`` marks."""
     return np.where(mask[..., np.newaxis], blend(picture, RED), picture)

@@ -1,4 +1,4 @@
-"""Which files Pillow can open here, the plug-ins for HEIC, JPEG XL and AVIF included."""
+"""Which files Pillow can open, with the plug-ins for HEIC, JPEG XL and AVIF."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from PIL import Image, ImageFile
 
 @dataclass(frozen=True)
 class Plugin:
-    """A package that lets Pillow open more formats.
+    """A package with which Pillow opens another format.
 
-    ========  ==================================================================
-    package   its name on PyPI
-    module    the module to import
-    format    what Pillow calls the format, once the plug-in is registered
-    suffixes  how such files are called, in lower case
-    matches   whether the first bytes of a file are of this format
-    ========  ==================================================================
+    Attributes:
+        package: Its name on PyPI.
+        module: The module to import.
+        format: Pillow's name of the format after the plug-in is registered.
+        suffixes: The suffixes of such files, in lower case.
+        matches: Whether the first bytes of a file are of this format.
+
     """
 
     package: str
@@ -33,7 +33,7 @@ class Plugin:
     matches: Callable[[bytes], bool]
 
     def register(self) -> bool:
-        """Register the plug-in with Pillow, once; return whether the format can be opened."""
+        """Register the plug-in with Pillow once. Return whether the format can be opened."""
         Image.init()
         if self.format not in Image.OPEN:
             with contextlib.suppress(ImportError):
@@ -44,16 +44,16 @@ class Plugin:
 
 
 def register_plugins() -> None:
-    """Register with Pillow every plug-in that is installed."""
+    """Register every installed plug-in with Pillow."""
     for plugin in _PLUGINS:
         plugin.register()
 
 
 def readable_suffixes() -> frozenset[str]:
-    """Return the suffixes of all files that Pillow can decode here, as ``".png"``.
+    """Return the suffixes of all files that Pillow can decode, such as ``".png"``.
 
-    Left out are formats that Pillow only recognises (HDF5, GRIB, MPEG), and PostScript, which
-    is a program.
+    Formats that Pillow only recognises (HDF5, GRIB, MPEG) are excluded, and PostScript, which is
+    a program.
     """
     register_plugins()
     extensions = Image.registered_extensions()
@@ -61,10 +61,14 @@ def readable_suffixes() -> frozenset[str]:
 
 
 def plugin_for(path_or_header: str | os.PathLike[str] | bytes) -> str | None:
-    """Return which package on PyPI would let Pillow open this file.
+    """Return the package on PyPI with which Pillow could open this file.
 
-    A path is judged by its suffix, bytes (the first 32 of a file) by their content. ``None`` if
-    no plug-in is known for the format, or if it can be opened already.
+    Args:
+        path_or_header: A path, of which only the suffix counts, or the first 32 bytes of a file.
+
+    Returns:
+        Its name, or ``None`` if no plug-in is known or needed.
+
     """
     for plugin in _PLUGINS:
         if _is_of(plugin, path_or_header) and not plugin.register():
@@ -85,12 +89,12 @@ def _decodes(kind: str) -> bool:
     return not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
 
 
-# MPEG files are identified and not decoded.
+# Pillow identifies MPEG files without decoding them.
 _NO_PIXELS = {"EPS", "MPEG"}
 
 
 def _brand(*brands: bytes) -> Callable[[bytes], bool]:
-    """Return whether a header is that of an ISO media file with one of these major brands."""
+    """Return a test for the header of an ISO media file with one of these major brands."""
     return lambda header: header[4:8] == b"ftyp" and header[8:12] in brands
 
 
@@ -111,7 +115,7 @@ _PLUGINS = (
         frozenset({".jxl"}),
         lambda header: header.startswith(_JPEG_XL),
     ),
-    # Pillow reads AVIF itself from version 11.3 on, where it was built with libavif.
+    # Pillow reads AVIF from version 11.3 on, if it was built with libavif.
     Plugin(
         "pillow-avif-plugin",
         "pillow_avif",

@@ -1,4 +1,4 @@
-"""The attention of the CLS token as pictures, under the file names of DINO v1."""
+"""The attention of the CLS token as PNG files, with the file names of DINO v1."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dinov2_attn._files import atomic_folder
 from dinov2_attn.apps.viz.banner import with_banner
-from dinov2_attn.apps.viz.colours import Grid, Pixels, blend, heaviest, stain, upsample, viridis
-from dinov2_attn.apps.viz.folders import together
-from dinov2_attn.apps.viz.images import Photograph
-from dinov2_attn.apps.viz.inference import looking_at
+from dinov2_attn.apps.viz.colours import Grid, Pixels, blend, tint, top_mass_mask, upsample, viridis
+from dinov2_attn.apps.viz.images import LoadedImage
+from dinov2_attn.apps.viz.inference import inference_on
 from dinov2_attn.maps.ask import attention_maps
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.typing import Layers, Queries
@@ -23,65 +23,81 @@ from dinov2_attn.typing import Layers, Queries
 Device = str | torch.device
 
 
-def cls_maps(model: Any, photograph: Photograph, device: Device = "cpu") -> Grid:
-    """Return what CLS gives to each patch in the last block: float32 (heads, h, w).
+def cls_maps(model: Any, image: LoadedImage, device: Device = "cpu") -> Grid:
+    """Return the attention of CLS to each patch in the last block: float32 ``(heads, h, w)``.
 
-    ``model`` is a grafted vision transformer on ``device``. The shares of CLS and of the
-    registers are cut off and nothing is rescaled, so that a head sums to less than one.
-    Raises ``InvalidInputError`` if the device cannot run the model on this many patches.
+    CLS and the registers are left out and nothing is rescaled: a head sums to less than one.
+
+    Args:
+        model: A grafted vision transformer on ``device``.
+        image: What ``load_image`` returned.
+        device: Where to run the model.
+
+    Raises:
+        InvalidInputError: if the model cannot be run on this image.
+
     """
-    return last_cls_maps(maps_of(model, photograph, 1, "cls", device))
+    return last_cls_maps(maps_of(model, image, 1, "cls", device))
 
 
 def maps_of(
     model: Any,
-    photograph: Photograph,
+    image: LoadedImage,
     layers: Layers = None,
     queries: Queries = None,
     device: Device = "cpu",
 ) -> AttentionMaps:
-    """Return ``attention_maps`` of one photograph, on the CPU; errors are those of ``cls_maps``."""
+    """Return the ``attention_maps`` of one image on the CPU. Raise as ``cls_maps`` does."""
     maps: AttentionMaps = run(
-        lambda images: attention_maps(model, images, layers, queries=queries), photograph, device
+        lambda images: attention_maps(model, images, layers, queries=queries), image, device
     )
     return maps
 
 
 def last_cls_maps(maps: AttentionMaps) -> Grid:
-    """Return the maps (heads, h, w) of CLS in the last of the layers, CLS being the first query."""
+    """Return the maps ``(heads, h, w)`` of the first query, CLS, in the last of the layers."""
     patches: Grid = maps.patch_maps()[-1][0, :, 0].float().numpy()
     return patches
 
 
-def run(compute: Callable[[torch.Tensor], Any], photograph: Photograph, device: Device) -> Any:
-    """Return what ``compute`` makes of a batch of one photograph, its tensors on the CPU."""
-    images = photograph.tensor.unsqueeze(0)
-    with looking_at(images):
+def run(compute: Callable[[torch.Tensor], Any], image: LoadedImage, device: Device) -> Any:
+    """Return on the CPU what ``compute`` returns for a batch of one image on ``device``."""
+    images = image.tensor.unsqueeze(0)
+    with inference_on(images):
         return compute(images.to(device)).cpu()
 
 
 def draw(
-    photograph: Photograph, maps: Grid, patch_size: int, threshold: float | None = None
+    image: LoadedImage, maps: Grid, patch_size: int, threshold: float | None = None
 ) -> dict[str, Pixels]:
-    """Draw every picture of the ``maps`` (heads, h, w): name to uint8 (H, W, 3).
+    """Draw every picture of the ``maps``.
 
-    ``attn-head{j}`` and ``attn-mean`` in viridis, each from its own least to its own greatest
-    value, ``overlay-mean`` half over the photograph and, with a ``threshold`` in (0, 1],
-    ``mask_th{t}_head{j}``: the patches that hold that share of the head's mass, in red.
+    Args:
+        image: The image of the maps.
+        maps: What ``cls_maps`` returned, ``(heads, h, w)``.
+        patch_size: The side of a patch in pixels.
+        threshold: A share of the mass in (0, 1], or ``None`` for no masks.
+
+    Returns:
+        uint8 ``(H, W, 3)`` by name: ``attn-head{j}`` and ``attn-mean`` in viridis, each from its
+        own minimum to its own maximum; ``overlay-mean``, blended half and half with the image;
+        and with a ``threshold`` ``mask_th{t}_head{j}``, with the patches in red that hold this
+        share of the head's mass.
+
     """
     mean = upsample(viridis(maps.mean(axis=0)), patch_size)
-    pictures = {"attn-mean": mean, "overlay-mean": blend(photograph.picture, mean)}
+    pictures = {"attn-mean": mean, "overlay-mean": blend(image.picture, mean)}
     for head, grid in enumerate(maps):
         pictures[f"attn-head{head}"] = upsample(viridis(grid), patch_size)
         if threshold is not None:
-            mask = upsample(heaviest(grid, threshold), patch_size)
-            pictures[f"mask_th{threshold}_head{head}"] = stain(photograph.picture, mask)
+            mask = upsample(top_mass_mask(grid, threshold), patch_size)
+            pictures[f"mask_th{threshold}_head{head}"] = tint(image.picture, mask)
     return pictures
 
 
 def write(
     folder: Path,
-    photograph: Photograph,
+    image: LoadedImage,
     maps: Grid,
     pictures: dict[str, Pixels],
     warning: str | None = None,
@@ -89,15 +105,25 @@ def write(
 ) -> None:
     """Write ``img.png``, ``attention.npy`` and the ``pictures``, all of them or none.
 
-    ``image.json`` says how the photograph was read, if it was read from a file. A
-    ``warning`` goes below every picture of a map. ``others`` are files by name, with what writes
-    them. Raises ``UnwritableOutputError``.
+    ``image.json`` says how the image was read, if it was read from a file.
+
+    Args:
+        folder: The destination. It is created if it does not exist.
+        image: The image of the maps.
+        maps: ``(heads, h, w)``.
+        pictures: uint8 ``(H, W, 3)`` by name, as ``draw`` returns them.
+        warning: A line below every picture of a map.
+        others: More files: a function for each name, which writes to the path that it gets.
+
+    Raises:
+        UnwritableOutputError: if a file cannot be written.
+
     """
-    with together(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         np.save(unfinished / "attention.npy", maps)
-        if about := photograph.about():
-            (unfinished / "image.json").write_text(json.dumps(about, indent=1) + "\n")
-        Image.fromarray(photograph.picture).save(unfinished / "img.png")
+        if metadata := image.metadata():
+            (unfinished / "image.json").write_text(json.dumps(metadata, indent=1) + "\n")
+        Image.fromarray(image.picture).save(unfinished / "img.png")
         for name, pixels in pictures.items():
             picture = Image.fromarray(pixels)
             if warning is not None:

@@ -1,4 +1,4 @@
-"""Running a model on images, which may fail: what upstream raises becomes an error of ours."""
+"""Run a model on images, and raise errors of the package for what the model raises."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, UnavailableEr
 
 
 @contextmanager
-def looking_at(images: Tensor) -> Iterator[None]:
-    """Run a model on ``images`` (B, C, H, W) inside, without autograd.
+def inference_on(images: Tensor) -> Iterator[None]:
+    """Run a model on ``images`` ``(B, C, H, W)`` in this block, without autograd.
 
-    Raises ``InvalidInputError`` for what the model raises; errors of ours, warnings that were made
-    errors and what is no ``Exception`` (``KeyboardInterrupt``) stay as they are.
+    Raises:
+        InvalidInputError: for what the model raises. Errors of the package, warnings turned into
+            errors, and ``KeyboardInterrupt`` pass unchanged.
+
     """
     try:
         with torch.inference_mode():
             yield
     except (Dinov2AttnError, Warning):
         raise
-    except Exception as error:  # upstream's code and hooks of the user's raise whatever they like
+    except Exception as error:  # upstream and hooks may raise anything
         found = f"one of {images.shape[2]} × {images.shape[3]}"
         raise cannot_run(error, found, "Give a smaller --image-size.") from error
 
@@ -32,29 +34,29 @@ def looking_at(images: Tensor) -> Iterator[None]:
 def cannot_run(error: Exception, image: str, smaller: str) -> InvalidInputError:
     """Return the error for an ``image`` on which a model raised ``error``.
 
-    ``smaller`` is the advice where it was one of memory.
+    ``smaller`` is the advice if memory ran out.
     """
     advice = "Leave it out, or change the model or its hooks, which raised this."
     return InvalidInputError(
         "an image that the model can be run on here",
-        f"{image} ({told(error)})",
+        f"{image} ({summary_of(error)})",
         smaller if is_out_of_memory(error) else advice,
     )
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether a device, or this machine, had no memory left."""
-    # The CPU's allocator has no class of its own for it.
+    """Return whether a device or this machine ran out of memory."""
+    # The CPU's allocator raises a plain RuntimeError.
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(
         said in str(error).lower()
         for said in ("can't allocate memory", "not enough memory", "out of memory")
     )
 
 
-def told(error: Exception) -> str:
-    """Return the class of ``error`` and the first line of its message, alike in every run.
+def summary_of(error: Exception) -> str:
+    """Return the class of ``error`` and the first line of its message, equal in every run.
 
-    Without addresses of objects and without what else is on a device.
+    Addresses of objects and the state of a device are left out.
     """
     text = str(error).strip().partition("\n")[0]
     text = re.sub(r"\b0x[0-9a-fA-F]+", "0x…", text)
@@ -64,9 +66,9 @@ def told(error: Exception) -> str:
 
 
 def check_alive(device: torch.device) -> None:
-    """Raise ``UnavailableError`` if nothing can be computed on ``device`` any more.
+    """Raise ``UnavailableError`` if ``device`` no longer works.
 
-    After an assertion on a GPU all that follows fails, whatever the image.
+    After a failed assertion on a GPU every later call fails, for any image.
     """
     if device.type == "cpu":
         return
@@ -76,6 +78,6 @@ def check_alive(device: torch.device) -> None:
         if not is_out_of_memory(error):
             raise UnavailableError(
                 f"a device {device} that still works",
-                told(error),
+                summary_of(error),
                 "Start the program again; an extraction goes on when it is run again.",
             ) from error

@@ -21,9 +21,16 @@ RED = (0.9, 0.05, 0.05)
 
 @dataclass(frozen=True)
 class Cells:
-    """Where the cells of a mosaic lie, of patch grids ``(h, w)``, with gaps in patches.
+    """The places of the cells of a mosaic.
 
     The patch (row, column) of the first cell is centred at x = column, y = row.
+
+    Attributes:
+        grid: The patch grid ``(h, w)`` of a cell.
+        rows: The number of rows.
+        columns: The number of columns.
+        gap: The distances between cells, down and to the right, in patches.
+
     """
 
     grid: tuple[int, int]
@@ -38,18 +45,18 @@ class Cells:
 
     @property
     def pitch(self) -> tuple[float, float]:
-        """How far apart cells are, down and to the right."""
+        """The distance from cell to cell, down and to the right."""
         return self.grid[0] + self.gap[0], self.grid[1] + self.gap[1]
 
     @property
     def size(self) -> tuple[float, float]:
-        """Height and width of the whole, a gap at the right and the bottom included."""
+        """Height and width of the whole, including a gap at the right and the bottom."""
         height, width = self.pitch
         return self.rows * height, self.columns * width
 
 
 class Mosaic:
-    """Draws maps, photographs, marks and titles into the cells of one Axes."""
+    """Draws maps, images, marks and titles into the cells of one Axes."""
 
     def __init__(self, ax: Axes, cells: Cells, style: Style, thick: float) -> None:
         self._ax, self._cells, self._style, self._thick = ax, cells, style, thick
@@ -61,7 +68,7 @@ class Mosaic:
     def map(
         self, place: tuple[int, int], values: Values, norm: Normalize, alpha: float = 1.0
     ) -> None:
-        """Draw values (h, w) in viridis; what is not finite is black."""
+        """Draw values ``(h, w)`` in viridis. NaN and infinity are black."""
         self._ax.imshow(
             np.ma.masked_invalid(values),
             cmap=colour_map(),
@@ -72,39 +79,39 @@ class Mosaic:
         )
 
     def picture(self, place: tuple[int, int], pixels: Any) -> None:
-        """Draw a photograph (H, W, 3) over a whole cell."""
+        """Draw an image ``(H, W, 3)`` over a whole cell."""
         self._ax.imshow(pixels, extent=self._extent(place))
 
     def cover(self, place: tuple[int, int], patches: Mask, colour: Any) -> None:
-        """Lay ``colour`` (r, g, b, a) over the patches that ``patches`` (h, w) marks."""
-        veil = np.where(patches[..., np.newaxis], colour, 0.0)
-        self._ax.imshow(veil, interpolation="nearest", extent=self._extent(place))
+        """Draw ``colour`` (r, g, b, a) over the patches that ``patches`` ``(h, w)`` marks."""
+        overlay = np.where(patches[..., np.newaxis], colour, 0.0)
+        self._ax.imshow(overlay, interpolation="nearest", extent=self._extent(place))
 
     def outlines(self, place: tuple[int, int], patches: Mask) -> None:
-        """Frame the patches that ``patches`` (h, w) marks in red."""
+        """Frame in red the patches that ``patches`` ``(h, w)`` marks."""
         squares = [self._square(place, *patch) for patch in np.argwhere(patches)]
         if squares:
             self._lines(squares, RED, self._thick)
 
     def query(self, place: tuple[int, int], patch: tuple[int, int] | None) -> None:
-        """Frame the query's patch in white on black."""
+        """Frame the patch of the query in white on black."""
         if patch is not None:
             lines = self._lines([self._square(place, *patch)], "white", 1.5 * self._thick)
             lines.set_path_effects([withStroke(linewidth=3 * self._thick, foreground="black")])
 
     def title(self, place: tuple[int, int], text: str, points: float) -> None:
-        """Write ``text`` above a cell, from its left edge on."""
+        """Write ``text`` above a cell, aligned to its left edge."""
         x, y = self._cells.corner(*place)
         self._annotate(text, (x, y), (0, 2), points, ha="left", va="bottom")
 
     def label(self, row: int, text: str, points: float) -> None:
-        """Write ``text`` left of a row of cells."""
+        """Write ``text`` to the left of a row of cells."""
         x, y = self._cells.corner(row, 0)
         middle = y + self._cells.grid[0] / 2
         self._annotate(text, (x, middle), (-4, 0), points, ha="right", va="center")
 
     def finish(self) -> None:
-        """Show all cells and nothing else, patches being square."""
+        """Show exactly all cells, with square patches."""
         height, width = self._cells.size
         self._ax.set_xlim(-0.5, width - self._cells.gap[1] - 0.5)
         self._ax.set_ylim(height - self._cells.gap[0] - 0.5, -0.5)

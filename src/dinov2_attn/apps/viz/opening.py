@@ -1,4 +1,4 @@
-"""Opening a file of whatever format: Pillow first, tifffile for the TIFFs that it cannot read."""
+"""Open an image file: with Pillow, or with tifffile for TIFFs that Pillow cannot read."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from dinov2_attn.apps.viz.formats import plugin_for, register_plugins
 from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, UnreadableFileError
 
-# An image of so many pixels takes 0.3 GB decoded and 1.2 GB as a tensor; its attention would
-# take petabytes.
+# Such an image takes 0.3 GB decoded and 1.2 GB as a tensor. Its attention would take petabytes.
 MOST_PIXELS = 100_000_000
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -27,7 +26,7 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 @contextlib.contextmanager
 def reported(path: Path, max_pixels: int | None) -> Iterator[None]:
-    """Let Pillow read at most ``max_pixels``, and raise errors of ours for its own."""
+    """Limit Pillow to ``max_pixels``, and turn its errors into errors of the package."""
     most = max_pixels or MOST_PIXELS
     try:
         with _limit(most):
@@ -36,7 +35,7 @@ def reported(path: Path, max_pixels: int | None) -> Iterator[None]:
         raise _too_large(path, most, str(error)) from error
     except Dinov2AttnError:
         raise
-    except Exception as error:  # Pillow's readers raise whatever foreign bytes provoke
+    except Exception as error:  # Pillow's readers may raise anything
         raise UnreadableFileError(
             "a complete image file",
             f"{path}, which cannot be read ({type(error).__name__}: {error})",
@@ -45,7 +44,7 @@ def reported(path: Path, max_pixels: int | None) -> Iterator[None]:
 
 
 def opened(path: Path, content: bytes | None) -> Image.Image:
-    """Open an image with Pillow, plug-ins included; a plug-in that is missing is named."""
+    """Open an image with Pillow or a plug-in. Raise ``UnreadableFileError`` if one is missing."""
     register_plugins()
     try:
         image = Image.open(path if content is None else _Content(content, path))
@@ -57,7 +56,7 @@ def opened(path: Path, content: bytes | None) -> Image.Image:
                 f"Install it with `pip install {package}`.",
             ) from error
         raise
-    if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+    if image.format == "EPS":  # a program, which Pillow would run with Ghostscript
         image.close()
         raise UnreadableFileError(
             "an image of pixels", f"{path}, which is PostScript", "Convert it to PNG."
@@ -79,7 +78,7 @@ def is_array(path: Path, content: bytes | None) -> bool:
 
 
 def read_array(path: Path, content: bytes | None, max_pixels: int | None) -> npt.NDArray[Any]:
-    """Return the array ``(H, W)`` or ``(H, W, C)`` of a .npy file; nothing is unpickled."""
+    """Return the array ``(H, W)`` or ``(H, W, C)`` of a .npy file, without unpickling."""
     if content is None:
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     else:
@@ -105,7 +104,9 @@ def check_pixels(path: Path, size: tuple[int, ...], max_pixels: int | None) -> N
 def tiff_page(path: Path, content: bytes | None) -> Iterator[Any]:
     """Open the first page of a TIFF with tifffile.
 
-    Raises ``UnreadableFileError`` where tifffile is missing.
+    Raises:
+        UnreadableFileError: if tifffile is missing.
+
     """
     if importlib.util.find_spec("tifffile") is None:
         raise UnreadableFileError(
@@ -122,16 +123,16 @@ def tiff_page(path: Path, content: bytes | None) -> Iterator[Any]:
 
 
 def read_tiff(path: Path, content: bytes | None, max_pixels: int | None) -> npt.NDArray[Any]:
-    """Return the numbers of a TIFF's first page, ``(H, W)`` or ``(H, W, C)``, by tifffile."""
+    """Read the first page of a TIFF, ``(H, W)`` or ``(H, W, C)``, with tifffile."""
     with tiff_page(path, content) as page:
         check_pixels(path, (page.imagelength, page.imagewidth), max_pixels)
         values: npt.NDArray[Any] = page.asarray()
-        # Planes one after the other.
+        # Some files store the channels first.
         return np.moveaxis(values, 0, -1) if page.axes.startswith("S") else values
 
 
 def is_tiff(path: Path, content: bytes | None) -> bool:
-    """Return whether a file begins as a TIFF does."""
+    """Return whether a file starts like a TIFF."""
     return header(path, content).startswith(_TIFF)
 
 
@@ -144,7 +145,7 @@ def _too_large(path: Path, most: int, found: str) -> InvalidInputError:
 
 
 class _Content(io.BytesIO):
-    """The bytes of a file, called by its name in Pillow's errors, not by a place in memory."""
+    """The bytes of a file. Pillow's errors show its name instead of an address in memory."""
 
     def __init__(self, content: bytes, path: Path) -> None:
         super().__init__(content)
@@ -154,13 +155,13 @@ class _Content(io.BytesIO):
         return repr(str(self._path))
 
 
-# Pillow's limit is one for the process.
+# Pillow has one limit for the whole process.
 _LIMIT = threading.Lock()
 
 
 @contextlib.contextmanager
 def _limit(pixels: int) -> Iterator[None]:
-    """Let Pillow refuse images of more ``pixels``, and those inside of a file, by their headers."""
+    """Make Pillow refuse images of more ``pixels`` by their headers."""
     with _LIMIT, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,20 +11,21 @@ from matplotlib.figure import Figure
 
 from dinov2_attn.apps.viz.captions import (
     Outlying,
-    holders,
+    mass_note,
+    outlier_note,
     outlying_in,
     prefix_sentence,
     sentences,
     subject,
-    treatment,
 )
-from dinov2_attn.apps.viz.colours import Mask, heaviest
+from dinov2_attn.apps.viz.colours import Mask, top_mass_mask
+from dinov2_attn.apps.viz.layout import SMALL, grid_sheet, line_width, single_sheet, table_sheet
 from dinov2_attn.apps.viz.mosaic import Cells, Mosaic
 from dinov2_attn.apps.viz.pixels import as_pixels
-from dinov2_attn.apps.viz.rows import Drawable, Head, Look, Values, look
-from dinov2_attn.apps.viz.sheet import POINTS, Sheet, draw_bar
+from dinov2_attn.apps.viz.rows import AttentionRow, Drawable, Head, Values, select_row
+from dinov2_attn.apps.viz.sheet import POINTS, draw_bar
 from dinov2_attn.apps.viz.style import GREY, Style, extend
-from dinov2_attn.apps.viz.text import FONT, POINTS_PER_INCH, percent, wrap
+from dinov2_attn.apps.viz.text import FONT, percent, wrap
 from dinov2_attn.apps.viz.tokens import Token
 
 if TYPE_CHECKING:
@@ -34,18 +34,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
 
+    from dinov2_attn.apps.viz.images import LoadedImage
     from dinov2_attn.maps.artifacts import ArtifactTokens
 
 PLAIN = Style()
-STAIN = (1.0, 0.0, 0.0, 0.5)
+RED_TINT = (1.0, 0.0, 0.0, 0.5)
 Sample = int | tuple[int, int]
-# A photograph: an array or a tensor with the channels last, or an image of Pillow.
-Picture: TypeAlias = "npt.ArrayLike | PIL.Image.Image"
-
-SMALL = 7.0  # points, of the titles of cells
-TITLE = 0.2  # inches above a cell for its title
-GAP = 0.1  # inches between cells
-LARGEST = 14.0  # inches of a mosaic's longer side
+# An image: what load_image returns, an image of Pillow, or an array with the channels last.
+Picture: TypeAlias = "LoadedImage | npt.ArrayLike | PIL.Image.Image"
 
 
 def plot(
@@ -62,54 +58,60 @@ def plot(
     name: str | None = None,
     warning: str | None = None,
 ) -> Axes:
-    """Draw where one token looks, in one layer and head, and return the Axes.
+    """Draw the attention map of one token, in one layer and head.
 
-    >>> maps = attention_maps(model, images, queries="cls")
-    >>> show.plot(maps, layer=11, head=3, image=photograph).figure.savefig("head3.png")
-    >>> show.plot(maps, ax, style=show.Style(log=True, interpolation="bilinear"))
+    >>> maps = attention_maps(model, image.tensor[None], queries="cls")
+    >>> viz.plot(maps, layer=11, head=3, image=image).figure.savefig("head3.png")
+    >>> viz.plot(maps, ax, style=viz.Style(log=True, interpolation="bilinear"))
 
-    =========  ====================================================================
-    maps       an ``AttentionMaps``, or a ``Recording`` of one pass
-    ax         a matplotlib Axes, whose title becomes the caption; ``None`` makes a figure
-               of its own, with a colour bar (``ax.figure``); pyplot is never touched
-    layer      a block, as ``maps.layers`` counts; ``None`` is the last of them
-    head       its number, or ``"mean"``
-    query      ``"cls"``, ``"register:2"``, a patch ``(row, column)``, or a position; a
-               patch is framed in white
-    sample     which image of the batch; of a list of batches ``(batch, image)``
-    image      a photograph ``(H, W, 3)`` or ``(H, W)`` to lay the map over: integers of 0…255
-               or floats of 0…1
-    artifacts  what ``artifact_tokens`` found in the same batch, treated as ``style`` says
-    style      contrast, interpolation, outliers, alpha
-    name       what the caption calls the model
-    warning    a sentence that has to travel with the picture
-    =========  ====================================================================
+    The patch (row, column) is centred at x = column, y = row. For a colour bar of your own, take
+    the map: ``ax.images[0]``, or ``ax.images[1]`` over an image. pyplot is not used.
 
-    In data coordinates the patch (row, column) is centred at x = column, y = row. A colour
-    bar takes the map, ``ax.images[0]``, or ``ax.images[1]`` where it lies over a photograph.
-    Raises ``InvalidInputError`` and ``OutOfRangeError``.
+    Args:
+        maps: An ``AttentionMaps``, or a ``Recording`` of one pass.
+        ax: A matplotlib Axes, whose title becomes the caption. ``None`` creates a figure with a
+            colour bar (``ax.figure``).
+        layer: The number of a block in ``maps.layers``. ``None`` is the last of them.
+        head: The number of a head, or ``"mean"``.
+        query: ``"cls"``, ``"register:2"``, a patch ``(row, column)``, or a position. A patch is
+            framed in white.
+        sample: Which image of the batch. For a list of batches ``(batch, image)``.
+        image: The image below the map: what ``load_image`` returned, an image of Pillow, or an
+            array ``(H, W, 3)`` or ``(H, W)``, integers of 0…255 or floats of 0…1.
+        artifacts: What ``artifact_tokens`` found in the same batch. ``style`` says how to draw
+            them.
+        style: Contrast, interpolation, outliers, alpha.
+        name: What the caption calls the model.
+        warning: A sentence that stays with the picture.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InvalidInputError: if the maps, the image or an option cannot be drawn.
+        OutOfRangeError: if there is no such layer, head, query or sample.
+
     """
-    seen = look(maps, query, sample)
-    outlying = outlying_in(artifacts, seen, sample)
-    layer = seen.layers[seen.layer(layer)]
-    values = seen.map(layer, head)
+    row = select_row(maps, query, sample)
+    outlying = outlying_in(artifacts, row, sample)
+    layer = row.layers[row.layer(layer)]
+    values = row.map(layer, head)
     norm = style.norm(values, _mask(outlying))
-    caption = sentences(seen, layer, head, style, outlying, name)
-    cells = Cells(seen.grid)
+    caption = sentences(row, layer, head, style, outlying, name)
     if ax is None:
-        sheet = Sheet(cells, _side(seen.grid, 6.0, 1, 1))
+        sheet = single_sheet(row.grid)
         figure, ax, bar = sheet.figure(caption, warning)
         draw_bar(figure, bar, norm, extend(norm, values))
-        thick = _thickness(sheet.patch)
+        thick = line_width(sheet.patch)
     else:
         _title(ax, [*caption, *([warning] if warning else [])])
         thick = 1.5
-    mosaic = Mosaic(ax, cells, style, thick)
+    mosaic = Mosaic(ax, Cells(row.grid), style, thick)
     if image is not None:
         mosaic.picture((0, 0), as_pixels(image))
     alpha = 1.0 if image is None else style.alpha
     _map(mosaic, (0, 0), values, norm, style, outlying, alpha)
-    mosaic.query((0, 0), seen.patch)
+    mosaic.query((0, 0), row.patch)
     mosaic.finish()
     return ax
 
@@ -127,33 +129,47 @@ def plot_heads(
     warning: str | None = None,
     together: bool = False,
 ) -> Figure:
-    """Draw every head of a layer and their mean, with one scale for all, and return the figure.
+    """Draw every head of a layer and their mean, all on one scale.
 
-    Arguments are those of ``plot``; an ``image`` comes first, beside the maps. Above each
-    map stands what CLS and the registers hold. ``together`` scales by all layers, so that
-    figures of several can be compared.
+    The title of each map holds the share of attention on CLS and the registers.
+
+    Args:
+        maps: As in ``plot``.
+        layer: As in ``plot``.
+        query: As in ``plot``.
+        sample: As in ``plot``.
+        image: The image, drawn as the first cell.
+        artifacts: As in ``plot``.
+        style: As in ``plot``.
+        name: As in ``plot``.
+        warning: As in ``plot``.
+        together: Whether the scale covers all layers, so that their figures can be compared.
+
+    Returns:
+        The figure.
+
     """
-    seen = look(maps, query, sample)
-    outlying = outlying_in(artifacts, seen, sample)
-    layer = seen.layers[seen.layer(layer)]
-    heads = _heads(seen)
-    scaled = [_of(seen, heads, number) for number in (seen.layers if together else [layer])]
+    row = select_row(maps, query, sample)
+    outlying = outlying_in(artifacts, row, sample)
+    layer = row.layers[row.layer(layer)]
+    heads = _heads(row)
+    scaled = [_of(row, heads, number) for number in (row.layers if together else [layer])]
     norm = style.norm(np.concatenate(scaled), _mask(outlying))
-    photographs = 0 if image is None else 1
-    sheet, places = _grid_sheet(seen.grid, photographs + len(heads))
+    images = 0 if image is None else 1
+    sheet, places = grid_sheet(row.grid, images + len(heads))
     caption = [
-        *sentences(seen, layer, None, style, outlying, name),
-        f"Above each map: what {holders(seen)} hold{'s' if seen.prefix == 1 else ''}.",
+        *sentences(row, layer, None, style, outlying, name),
+        mass_note(row, "Above each map"),
     ]
     figure, ax, bar = sheet.figure(caption, warning)
     draw_bar(figure, bar, norm, extend(norm, np.concatenate(scaled)))
-    mosaic = Mosaic(ax, sheet.cells, style, _thickness(sheet.patch))
+    mosaic = Mosaic(ax, sheet.cells, style, line_width(sheet.patch))
     if image is not None:
-        _photograph(mosaic, places[0], image, seen, style, outlying)
-    for place, head in zip(places[photographs:], heads, strict=True):
-        _map(mosaic, place, seen.map(layer, head), norm, style, outlying)
-        mosaic.query(place, seen.patch)
-        mass = percent(seen.prefix_mass(layer, head))
+        _image(mosaic, places[0], image, row, style, outlying)
+    for place, head in zip(places[images:], heads, strict=True):
+        _map(mosaic, place, row.map(layer, head), norm, style, outlying)
+        mosaic.query(place, row.patch)
+        mass = percent(row.prefix_mass(layer, head))
         mosaic.title(place, f"{_head_name(head)} · {mass}", SMALL)
     mosaic.finish()
     return figure
@@ -169,33 +185,36 @@ def plot_layers(
     name: str | None = None,
     warning: str | None = None,
 ) -> Figure:
-    """Draw all layers of ``maps``, one to a row, by heads, with one scale, and return the figure.
+    """Draw all layers of ``maps`` (rows) by heads (columns), all on one scale.
 
-    Arguments are those of ``plot``. The first column is the mean of heads; beside each layer
-    stands what CLS and the registers hold, mean of heads.
+    The first column is the mean of heads. The label of each layer holds the share of attention on
+    CLS and the registers, mean of heads. Arguments are those of ``plot``.
+
+    Returns:
+        The figure.
+
     """
-    seen = look(maps, query, sample)
-    outlying = outlying_in(artifacts, seen, sample)
-    heads = _heads(seen)
-    values = np.stack([_of(seen, heads, layer) for layer in seen.layers])
+    row = select_row(maps, query, sample)
+    outlying = outlying_in(artifacts, row, sample)
+    heads = _heads(row)
+    values = np.stack([_of(row, heads, layer) for layer in row.layers])
     norm = style.norm(values, _mask(outlying))
-    sheet = _table_sheet(seen.grid, len(seen.layers), len(heads))
+    sheet = table_sheet(row.grid, len(row.layers), len(heads))
     caption = [
-        subject(name, "each layer by each head", f"query {seen.name}"),
-        f"Beside each layer: what {holders(seen)} hold{'s' if seen.prefix == 1 else ''}, "
-        "mean of heads.",
-        *treatment(seen, None, style, outlying),
+        subject(name, "each layer by each head", f"query {row.name}"),
+        mass_note(row, "Left of each layer", ", mean of heads"),
+        *outlier_note(row, None, style, outlying),
     ]
     figure, ax, bar = sheet.figure(caption, warning)
     draw_bar(figure, bar, norm, extend(norm, values))
-    mosaic = Mosaic(ax, sheet.cells, style, _thickness(sheet.patch))
-    for row, layer in enumerate(seen.layers):
-        mosaic.label(row, f"layer {layer}\n{percent(seen.prefix_mass(layer, 'mean'))}", SMALL)
+    mosaic = Mosaic(ax, sheet.cells, style, line_width(sheet.patch))
+    for i, layer in enumerate(row.layers):
+        mosaic.label(i, f"layer {layer}\n{percent(row.prefix_mass(layer, 'mean'))}", SMALL)
         for column, head in enumerate(heads):
-            place = row, column
-            _map(mosaic, place, values[row, column], norm, style, outlying)
-            mosaic.query(place, seen.patch)
-            if row == 0:
+            place = i, column
+            _map(mosaic, place, values[i, column], norm, style, outlying)
+            mosaic.query(place, row.patch)
+            if i == 0:
                 mosaic.title(place, _head_name(head), SMALL)
     mosaic.finish()
     return figure
@@ -212,40 +231,53 @@ def plot_masks(
     name: str | None = None,
     warning: str | None = None,
 ) -> Figure:
-    """Draw over the ``image`` which patches keep a ``share`` of each head's mass; the figure.
+    """Tint the patches of the ``image`` that hold a ``share`` of each head's mass.
 
-    As in DINO v1, of the mass that lies on patches; what CLS and registers hold does not
-    count. Kept patches are stained red. Other arguments are those of ``plot``.
+    As in DINO v1, only mass on patches counts: CLS and the registers are left out.
+
+    Args:
+        maps: As in ``plot``.
+        share: The share of the mass, in (0, 1].
+        image: The image to tint, also drawn as the first cell.
+        layer: As in ``plot``.
+        query: As in ``plot``.
+        sample: As in ``plot``.
+        name: As in ``plot``.
+        warning: As in ``plot``.
+
+    Returns:
+        The figure.
+
     """
-    seen = look(maps, query, sample)
-    layer = seen.layers[seen.layer(layer)]
-    heads = _heads(seen)
-    sheet, places = _grid_sheet(seen.grid, 1 + len(heads))
+    row = select_row(maps, query, sample)
+    layer = row.layers[row.layer(layer)]
+    heads = _heads(row)
+    sheet, places = grid_sheet(row.grid, 1 + len(heads))
     caption = [
-        subject(name, f"layer {layer}", "each head", f"query {seen.name}"),
-        prefix_sentence(seen, layer, "mean"),
-        f"In red: the fewest patches that hold {percent(share)} of what a head gives to patches. "
-        "Above each map: how many of all.",
+        subject(name, f"layer {layer}", "each head", f"query {row.name}"),
+        prefix_sentence(row, layer, "mean"),
+        f"Red: the fewest patches with {percent(share)} of the attention to patches. "
+        "Above each map: their share of all patches.",
     ]
     figure, ax, _ = replace(sheet, bar=False).figure(caption, warning)
-    mosaic = Mosaic(ax, sheet.cells, PLAIN, _thickness(sheet.patch))
-    _photograph(mosaic, places[0], image, seen, PLAIN, None)
+    mosaic = Mosaic(ax, sheet.cells, PLAIN, line_width(sheet.patch))
+    _image(mosaic, places[0], image, row, PLAIN, None)
     for place, head in zip(places[1:], heads, strict=True):
-        kept = heaviest(seen.map(layer, head), share)
+        kept = top_mass_mask(row.map(layer, head), share)
         mosaic.picture(place, as_pixels(image))
-        mosaic.cover(place, kept, STAIN)
-        mosaic.query(place, seen.patch)
+        mosaic.cover(place, kept, RED_TINT)
+        mosaic.query(place, row.patch)
         mosaic.title(place, f"{_head_name(head)} · {percent(kept.mean())}", SMALL)
     mosaic.finish()
     return figure
 
 
-def _heads(seen: Look) -> tuple[Head, ...]:
-    return seen.heads if len(seen.heads) == 1 else ("mean", *seen.heads)
+def _heads(row: AttentionRow) -> tuple[Head, ...]:
+    return row.heads if len(row.heads) == 1 else ("mean", *row.heads)
 
 
-def _of(seen: Look, heads: Sequence[Head], layer: int) -> Values:
-    return np.stack([seen.map(layer, head) for head in heads])
+def _of(row: AttentionRow, heads: Sequence[Head], layer: int) -> Values:
+    return np.stack([row.map(layer, head) for head in heads])
 
 
 def _head_name(head: Head) -> str:
@@ -265,7 +297,7 @@ def _map(
     outlying: Outlying | None,
     alpha: float = 1.0,
 ) -> None:
-    """Draw one map, and its outliers as ``style`` says."""
+    """Draw one map with its outliers."""
     mosaic.map(place, style.without_outliers(values, _mask(outlying)), norm, alpha)
     if outlying is not None and style.outliers == "mask":
         mosaic.cover(place, outlying.mask, GREY)
@@ -273,64 +305,19 @@ def _map(
         mosaic.outlines(place, outlying.mask)
 
 
-def _photograph(
+def _image(
     mosaic: Mosaic,
     place: tuple[int, int],
     image: Picture,
-    seen: Look,
+    row: AttentionRow,
     style: Style,
     outlying: Outlying | None,
 ) -> None:
     mosaic.picture(place, as_pixels(image))
     if outlying is not None and style.outliers == "mark":
         mosaic.outlines(place, outlying.mask)
-    mosaic.query(place, seen.patch)
-    mosaic.title(place, "photograph", SMALL)
-
-
-# Sizes
-
-
-def _side(grid: tuple[int, int], target: float, rows: int, columns: int) -> float:
-    """Return the side of a patch, in inches, for cells of about ``target`` inches."""
-    height, width = grid
-    longest = LARGEST / max(rows * height, columns * width)
-    return min(target / math.sqrt(height * width), longest, 1.0)
-
-
-def _grid_sheet(grid: tuple[int, int], count: int) -> tuple[Sheet, list[tuple[int, int]]]:
-    """Return a sheet of about 4 by 3 for ``count`` titled cells, and where they go."""
-    height, width = grid
-
-    def off(columns: int) -> float:
-        rows = math.ceil(count / columns)
-        empty = rows * columns - count
-        return abs(math.log(columns * width / (rows * height) * 3 / 4)) + empty / count
-
-    columns = min(range(1, count + 1), key=off)
-    rows = math.ceil(count / columns)
-    patch = _side(grid, 2.4, rows, columns)
-    title = 14 * 0.6 * SMALL / POINTS_PER_INCH  # head 12 · 43.1 %
-    aside = max(width * patch, title) - width * patch + GAP
-    cells = Cells(grid, rows, columns, (TITLE / patch, aside / patch))
-    places = [divmod(i, columns) for i in range(count)]
-    return Sheet(cells, patch, top=TITLE), places
-
-
-def _table_sheet(grid: tuple[int, int], rows: int, columns: int) -> Sheet:
-    height, width = grid
-    patch = max(_side(grid, 1.6, rows, columns), 0.35 / max(grid))
-    least = 0.45  # head 12 above, two lines beside
-    gaps = tuple(
-        (max(side * patch, least) - side * patch + 0.05) / patch for side in (height, width)
-    )
-    cells = Cells(grid, rows, columns, (gaps[0], gaps[1]))
-    return Sheet(cells, patch, left=0.7, top=TITLE)
-
-
-def _thickness(patch: float) -> float:
-    """Return the width of a frame around a patch of so many inches, in points."""
-    return min(1.5, max(0.4, 0.12 * patch * POINTS_PER_INCH))
+    mosaic.query(place, row.patch)
+    mosaic.title(place, "image", SMALL)
 
 
 def _title(ax: Axes, caption: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Arrays that users give as photographs: checked as files are, so that none is shown wrong."""
+"""Check arrays that are given as images, so that none is shown with wrong colours."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from dinov2_attn.errors import InvalidInputError
 
 
 def as_pixels(image: Any) -> npt.NDArray[Any]:
-    """Return a photograph as matplotlib shows it: ``(H, W, 3)`` or ``(H, W, 4)``.
+    """Return an image as matplotlib shows it: ``(H, W, 3)`` or ``(H, W, 4)``.
 
-    Taken are ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` and ``(H, W, 4)``, integers of 0…255,
-    floats of 0…1 or booleans, on any device. Raises ``InvalidInputError`` for everything else,
-    since one array of floats may be of 0…255, of 12 bits or normalised.
+    Args:
+        image: A ``LoadedImage``, an image of Pillow, or an array or tensor ``(H, W)``,
+            ``(H, W, 1)``, ``(H, W, 3)`` or ``(H, W, 4)`` on any device: integers of 0…255, floats
+            of 0…1 or booleans.
+
+    Raises:
+        InvalidInputError: for anything else. Floats may be of 0…255, of 12 bits or normalised,
+            and nothing in the array says which.
+
     """
+    image = getattr(image, "picture", image)
     pixels = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
     if pixels.ndim == 2:
         pixels = pixels[..., np.newaxis]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
         raise InvalidInputError(
-            "a photograph of shape (H, W, 3) or (H, W)",
+            "an image of shape (H, W, 3) or (H, W)",
             f"{type(image).__name__} of shape {np.shape(pixels)}",
             _to_shape(pixels),
         )
@@ -36,17 +43,15 @@ def as_pixels(image: Any) -> npt.NDArray[Any]:
 
 def _check_values(pixels: npt.NDArray[Any], kind: str) -> None:
     if pixels.dtype.kind not in "biuf":
-        raise InvalidInputError("a photograph of numbers", f"{pixels.dtype}", "Convert to uint8.")
+        raise InvalidInputError("an image of numbers", f"{pixels.dtype}", "Convert to uint8.")
     if not np.isfinite(pixels).all():
-        raise InvalidInputError(
-            "a photograph of finite numbers", "NaN or infinity", "Replace them."
-        )
+        raise InvalidInputError("an image of finite numbers", "NaN or infinity", "Replace them.")
     floating = pixels.dtype.kind == "f"
     least, greatest = pixels.min(), pixels.max()
     if least >= 0 and greatest <= (1 if floating else 255):
         return
     raise InvalidInputError(
-        f"a photograph of {'floats of 0…1' if floating else 'integers of 0…255'}",
+        f"an image of {'floats of 0…1' if floating else 'integers of 0…255'}",
         f"{kind} of {pixels.dtype}, whose values run from {least:g} to {greatest:g}",
         _to_range(float(least), float(greatest), floating),
     )
@@ -56,7 +61,7 @@ def _to_range(least: float, greatest: float, floating: bool) -> str:
     if least < 0 and floating:
         return (
             "If it was normalised for the model, undo that: image * std + mean; or pass "
-            "read_photograph(...).picture."
+            "viz.load_image(...).picture."
         )
     if least < 0:
         return "Scale it to 0…1 first: (image - image.min()) / (image.max() - image.min())."
@@ -74,4 +79,4 @@ def _to_shape(pixels: npt.NDArray[Any]) -> str:
             "Put the channels last: image.transpose(1, 2, 0) of an array, "
             "image.permute(1, 2, 0) of a tensor."
         )
-    return "Put the channels last; read_photograph(...).picture is one."
+    return "Put the channels last, or pass viz.load_image(...).picture."

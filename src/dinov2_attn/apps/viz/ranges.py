@@ -1,4 +1,4 @@
-"""From the numbers of a file, of whatever depth, to 8 bits."""
+"""Convert the numbers of a file, of any depth, to 8 bits."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ import numpy.typing as npt
 from dinov2_attn.apps.viz.reading import Range
 from dinov2_attn.errors import SuspiciousRangeWarning, UnreadableFileError
 
-# Sensors of so many bits write files of 16.
+# Bit depths of sensors, which write 16-bit files.
 DEPTHS = (8, 10, 12, 14)
 
 
 @dataclass(frozen=True, eq=False)
 class Raw:
-    """The numbers of an image ``(H, W)`` or ``(H, W, C)``, as its file holds them.
+    """The numbers of an image as its file holds them.
 
-    =========  ==================================================================
-    values     integers or floats
-    full       ``(low, high)``, the range that the file or its format states; ``None``
-               where neither does
-    assumed    whether ``full`` is only what the width of the numbers would allow
-    inverted   whether low values are white
-    =========  ==================================================================
+    Attributes:
+        values: Integers or floats ``(H, W)`` or ``(H, W, C)``.
+        full: The range ``(low, high)`` that the file or its format states, or ``None``.
+        assumed: Whether ``full`` is only the range of the data type.
+        inverted: Whether low values are white.
+
     """
 
     values: npt.NDArray[Any]
@@ -36,7 +35,7 @@ class Raw:
 
 
 def full_range(dtype: np.dtype[Any]) -> tuple[float, float] | None:
-    """Return the range of unsigned integers of 8 and 16 bits; others have none that is known."""
+    """Return the range of booleans and of unsigned integers of 8 or 16 bits; else ``None``."""
     if dtype.kind == "b":
         return 0.0, 1.0
     return (
@@ -49,10 +48,16 @@ def full_range(dtype: np.dtype[Any]) -> tuple[float, float] | None:
 def in_eight_bits(
     raw: Raw, wanted: Range, name: str
 ) -> tuple[npt.NDArray[np.uint8], tuple[float, float], str | None]:
-    """Return ``raw`` as uint8, the values that became 0 and 255, and what is doubtful about them.
+    """Return ``raw`` as uint8, the values that became 0 and 255, and a warning about them.
 
-    Values outside of the range become 0 or 255. Raises ``UnreadableFileError`` where no range is
-    known or values are NaN. ``name`` is what errors call the file.
+    Args:
+        raw: The numbers. Those outside of the range become 0 or 255.
+        wanted: The range to use; ``None`` for that of the file.
+        name: The name of the file in errors.
+
+    Raises:
+        UnreadableFileError: if no range is known, or values are NaN.
+
     """
     low, high = ends = _ends(raw, wanted, name)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -63,7 +68,7 @@ def in_eight_bits(
 
 
 def warn(doubt: str | None) -> None:
-    """Warn of what is doubtful about the range of an image."""
+    """Warn about a suspicious range of an image."""
     if doubt is not None:
         warnings.warn(doubt, SuspiciousRangeWarning, stacklevel=3)
 
@@ -74,7 +79,7 @@ def _ends(raw: Raw, wanted: Range, name: str) -> tuple[float, float]:
         raise UnreadableFileError(
             "an image of numbers",
             f"{name}, of which {count:,} value{'s are' if count > 1 else ' is'} NaN",
-            "Replace them, and save it again.",
+            "Replace them, and save the image again.",
         )
     if isinstance(wanted, tuple):
         return wanted
@@ -100,7 +105,7 @@ def _kind(values: npt.NDArray[Any]) -> str:
 
 
 def _guess(values: npt.NDArray[Any], least: float, greatest: float) -> tuple[float, float]:
-    """Return the range that such values have most likely, for an advice."""
+    """Return the most likely range of such values, for the advice."""
     if least < 0:
         bound = _bound(max(-least, greatest))
         return -bound, bound
@@ -110,7 +115,7 @@ def _guess(values: npt.NDArray[Any], least: float, greatest: float) -> tuple[flo
 
 
 def _bound(greatest: float) -> float:
-    """Return the greatest value of the fewest usual bits that hold ``greatest``."""
+    """Return the maximum of the smallest usual bit depth that holds ``greatest``."""
     fitting = [2**bits - 1 for bits in (*DEPTHS, 16) if greatest <= 2**bits - 1]
     return float(fitting[0]) if fitting and greatest > 1 else max(greatest, 1.0)
 
@@ -120,7 +125,7 @@ def _option(low: float, high: float) -> str:
 
 
 def _doubt(raw: Raw, name: str) -> str | None:
-    """Say so where 16 bits were assumed and not nearly used."""
+    """Return a warning if 16 bits were assumed and only a small part is used."""
     if not raw.assumed or raw.full is None or not raw.values.size:
         return None
     greatest = int(raw.values.max())

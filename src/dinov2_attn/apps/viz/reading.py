@@ -1,4 +1,4 @@
-"""How the numbers of an image become a model's input: channels, range, mean and deviation."""
+"""How the numbers of an image become the input of a model: channels, range, mean, deviation."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from dinov2_attn.errors import InvalidInputError
 
-# The mean and deviation of ImageNet's channels, with which Meta trained every DINOv2.
+# Mean and deviation of ImageNet's channels, used for the training of every DINOv2.
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
 
 # Their averages, for a model with another number of channels.
 GREY_MEAN, GREY_DEVIATION = 0.449, 0.226
 
-# The values that become 0 and 1: given, those of each image ("auto"), or the file's own.
+# The values that become 0 and 1: given, those of each image ("auto"), or those of the format.
 Range = tuple[float, float] | str | None
 
 
@@ -24,13 +24,13 @@ Range = tuple[float, float] | str | None
 class Reading:
     """How an image is read for one model.
 
-    ========  ==================================================================
-    channels  how many the model takes
-    range     ``(low, high)``: what becomes 0 and 1; ``"auto"``: the least and the
-              greatest value of each image; ``None``: the range of the file's format
-    mean      subtracted from each channel, which runs from 0 to 1
-    std       what each channel is divided by
-    ========  ==================================================================
+    Attributes:
+        channels: The number of channels of the model.
+        range: ``(low, high)``, the values that become 0 and 1. ``"auto"`` is the minimum and
+            maximum of each image, ``None`` the range of the file's format.
+        mean: Subtracted from each channel after scaling to 0…1.
+        std: The divisor of each channel.
+
     """
 
     channels: int = 3
@@ -43,16 +43,23 @@ class Reading:
         return f"values of 0…1 are normalised with mean {mean} and standard deviation {std}"
 
 
-# Of images in RGB for Meta's models.
+# RGB images for the published models.
 IMAGENET = Reading()
 
 
 def reading_for(channels: int, range: Any = None, mean: Any = None, std: Any = None) -> Reading:
-    """Return how to read images for a model of so many ``channels``.
+    """Return how to read images for a model.
 
-    ``mean`` and ``std`` are one number or one for each channel. Without them they are those of
-    ImageNet; for other than 3 channels, the averages of those, 0.449 and 0.226. Raises
-    ``InvalidInputError``.
+    Args:
+        channels: The number of channels of the model.
+        range: ``(low, high)``, ``"auto"`` or ``None``.
+        mean: One number, or one per channel. By default ImageNet's; for other than 3 channels
+            their average, 0.449.
+        std: Like ``mean``. By default ImageNet's; for other than 3 channels their average, 0.226.
+
+    Raises:
+        InvalidInputError: if one of them is not of this form, or out of scale.
+
     """
     means = _each("mean", mean, channels, MEAN, GREY_MEAN)
     deviations = _each("std", std, channels, DEVIATION, GREY_DEVIATION)
@@ -64,7 +71,7 @@ def reading_for(channels: int, range: Any = None, mean: Any = None, std: Any = N
 
 
 def check_range(range: Any) -> Range:
-    """Return a range as ``(low, high)``, ``"auto"`` or ``None``; raise ``InvalidInputError``."""
+    """Return a range as ``(low, high)``, ``"auto"`` or ``None``. Raise ``InvalidInputError``."""
     if range is None or (isinstance(range, str) and range == "auto"):
         return range
     ends = _numbers(range)
@@ -92,7 +99,7 @@ def _each(
 
 
 def _numbers(given: Any) -> list[float] | None:
-    """Return finite numbers as a list, or ``None`` for what is none."""
+    """Return finite numbers as a list, or ``None`` for anything else."""
     if hasattr(given, "tolist"):  # an array or a tensor
         given = given.tolist()
     several = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]

@@ -1,4 +1,4 @@
-"""Where one token of one image looks: what pictures are made of."""
+"""The attention of one token of one image, which pictures show."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 Values = npt.NDArray[np.float64]
 Head = int | str
-# What pictures are drawn of; of a Recording those of one pass.
+# What pictures show. A Recording must hold one pass.
 Drawable: TypeAlias = "AttentionMaps[Any] | Recording[Any]"
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """One row of attention in some layers and heads.
+class AttentionRow:
+    """The row of one token in some layers and heads.
 
-    =======  ==================================================================
-    rows     float64 ``(layers, heads, N)``; one head where heads were averaged
-    layers   the blocks, counted from 0
-    grid     ``(h, w)``
-    prefix   ``1 + R``
-    query    the position of the token whose row it is
-    heads    what the second dimension holds: ``(0, 1, …)``, or ``("mean",)``
-    =======  ==================================================================
+    Attributes:
+        rows: float64 ``(layers, heads, N)``; one head if heads were averaged.
+        layers: The numbers of the blocks.
+        grid: The patch grid ``(h, w)``.
+        prefix: The number of tokens before the patches, ``1 + R``.
+        query: The position of the token.
+        heads: The meaning of the second dimension: ``(0, 1, …)``, or ``("mean",)``.
+
     """
 
     rows: Values
@@ -45,19 +45,19 @@ class Look:
 
     @property
     def name(self) -> str:
-        """What the query is called."""
+        """The name of the token."""
         return name_token(self.query, self.prefix, self.grid)
 
     @property
     def patch(self) -> tuple[int, int] | None:
-        """Row and column of the query, if it is a patch."""
+        """Row and column of the token if it is a patch."""
         if self.query < self.prefix:
             return None
         row, column = divmod(self.query - self.prefix, self.grid[1])
         return row, column
 
     def layer(self, number: int | None) -> int:
-        """Return the place of block ``number`` among the layers; of the last for ``None``."""
+        """Return the index of block ``number`` in ``layers``. ``None`` is the last."""
         if number is None:
             return len(self.layers) - 1
         number = whole_number(number, "layers")
@@ -70,7 +70,7 @@ class Look:
         return self.layers.index(number)
 
     def row(self, layer: int | None, head: Head) -> Values:
-        """Return what the query gives to all tokens ``(N,)``, in a layer, in a head or the mean."""
+        """Return the attention to all tokens ``(N,)`` in a layer, in a head or the mean."""
         rows = self.rows[self.layer(layer)]
         if isinstance(head, str) and head == "mean":
             mean: Values = rows.mean(axis=0)
@@ -85,19 +85,26 @@ class Look:
         )
 
     def map(self, layer: int | None, head: Head) -> Values:
-        """Return the patches of ``row`` as a map ``(h, w)``."""
+        """Return the attention to patches as a map ``(h, w)``."""
         return self.row(layer, head)[self.prefix :].reshape(self.grid)
 
     def prefix_mass(self, layer: int | None, head: Head) -> float:
-        """Return what the query gives to CLS and the registers together."""
+        """Return the sum of the attention to CLS and the registers."""
         return float(self.row(layer, head)[: self.prefix].sum())
 
 
-def look(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 0) -> Look:
-    """Return where ``query`` looks in the image ``sample`` of ``maps``, an ``AttentionMaps``.
+def select_row(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 0) -> AttentionRow:
+    """Return the row of ``query`` in one image.
 
-    A ``Recording`` of one pass does as well. For maps of a list of batches ``sample`` is
-    ``(batch, image)``. Raises ``InvalidInputError`` and ``OutOfRangeError``.
+    Args:
+        maps: An ``AttentionMaps``, or a ``Recording`` of one pass.
+        query: The token, as in ``plot``.
+        sample: Which image of the batch. For a list of batches ``(batch, image)``.
+
+    Raises:
+        InvalidInputError: if the maps have no rows of one image to show.
+        OutOfRangeError: if there is no such query or sample.
+
     """
     maps = _one_batch(maps, sample)
     maps.patch_maps()  # raises what does not fit
@@ -108,7 +115,7 @@ def look(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 0) -> 
     queries = tuple(range(length)) if maps.queries is None else maps.queries
     if position not in queries:
         raise OutOfRangeError(
-            "a query whose row is there: "
+            "a query among the recorded rows: "
             + ", ".join(name_token(q, maps.prefix, maps.grid) for q in queries[:8]),
             name_token(position, maps.prefix, maps.grid),
             "Ask attention_maps or record for it by queries=.",
@@ -117,7 +124,7 @@ def look(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 0) -> 
     averaged = maps.weights[0].ndim == 3
     heads = ("mean",) if averaged else tuple(range(rows[0].shape[0]))
     shown = np.stack([values[..., row, :].reshape(len(heads), length) for values in rows])
-    return Look(shown, maps.layers, maps.grid, maps.prefix, position, heads)
+    return AttentionRow(shown, maps.layers, maps.grid, maps.prefix, position, heads)
 
 
 def _one_batch(maps: Any, sample: int | tuple[int, int]) -> Any:
@@ -125,14 +132,16 @@ def _one_batch(maps: Any, sample: int | tuple[int, int]) -> Any:
     if not isinstance(weights[0], list):
         if isinstance(sample, tuple):
             raise InvalidInputError(
-                "sample as a number, there being one batch", repr(sample), "Give the image's."
+                "sample as an int: these maps hold one batch",
+                repr(sample),
+                "Give the number of the image.",
             )
         plain = maps
     elif not isinstance(sample, tuple) or len(sample) != 2:
         raise InvalidInputError(
-            f"sample as (batch, image), there being a list of {len(weights[0])} batches",
+            f"sample as (batch, image): these maps hold {len(weights[0])} batches",
             repr(sample),
-            "Give the number of the batch and of the image in it.",
+            "Give the number of the batch and the number of the image in it.",
         )
     else:
         batch = _within(sample[0], len(weights[0]), "a batch")

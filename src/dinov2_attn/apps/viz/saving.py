@@ -1,4 +1,4 @@
-"""Figures as files: PNG, SVG, and several as the frames of a GIF or an MP4."""
+"""Write figures to files: PNG, SVG, or the frames of a GIF or an MP4."""
 
 from __future__ import annotations
 
@@ -27,30 +27,46 @@ FILMS = ("gif", "mp4")
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write ``figure`` as the PNG or SVG that the name of ``path`` says.
+    """Write a figure as PNG or SVG.
 
-    Words in an SVG stay words. The same figure gives the same file. Raises ``InvalidInputError``
-    for another ending and ``UnwritableOutputError``.
+    Text in an SVG stays text. The same figure gives the same bytes.
+
+    Args:
+        figure: What ``plot_heads`` returned, or ``plot(…).figure``.
+        path: The file. Its suffix, ``.png`` or ``.svg``, chooses the format.
+
+    Raises:
+        InvalidInputError: for another suffix.
+        UnwritableOutputError: if the file cannot be written.
+
     """
     with _written(Path(path)):
         write_figure(figure, Path(path))
 
 
 def animate(maps: Drawable, path: str | Path, *, seconds: float = SECONDS, **options: Any) -> None:
-    """Write a GIF or MP4, as the name of ``path`` says, with one frame for each layer of ``maps``.
+    """Write a GIF or MP4 with one frame for each layer of ``maps``, all on one scale.
 
-    A frame is what ``plot_heads`` draws of that layer with ``options``, its arguments; all
-    have one scale. Each is shown for so many ``seconds``. Raises what ``plot_heads`` does,
-    ``UnavailableError`` for an MP4 without the program ffmpeg, and ``UnwritableOutputError``.
+    Args:
+        maps: An ``AttentionMaps``, or a ``Recording`` of one pass.
+        path: The file. Its suffix, ``.gif`` or ``.mp4``, chooses the format.
+        seconds: The duration of each frame.
+        **options: Arguments of ``plot_heads``, which draws each frame.
+
+    Raises:
+        InvalidInputError: for another suffix, or as ``plot_heads`` does.
+        UnavailableError: for an MP4 without the program ffmpeg.
+        UnwritableOutputError: if the file cannot be written.
+
     """
     with _written(Path(path)):
         write_film(maps, Path(path), seconds, **options)
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Do what ``save`` does, ``OSError`` left as it is."""
+    """Write as ``save`` does, but raise ``OSError`` unchanged."""
     kind = _kind(path, FORMATS)
-    # matplotlib knows these only as settings of the process; restored at once.
+    # matplotlib has these only as settings of the process. The context restores them.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "dinov2-attn"}
     about = {"Date": None} if kind == "svg" else None
     with matplotlib.rc_context(settings):
@@ -58,7 +74,7 @@ def write_figure(figure: Figure, path: Path) -> None:
 
 
 def write_film(maps: Drawable, path: Path, seconds: float = SECONDS, **options: Any) -> None:
-    """Do what ``animate`` does, ``OSError`` left as it is."""
+    """Write as ``animate`` does, but raise ``OSError`` unchanged."""
     write = writer_of(_kind(path, FILMS))
     figures = (plot_heads(maps, layer=layer, together=True, **options) for layer in maps.layers)
     write(_frames(figures), path, seconds)
@@ -74,7 +90,7 @@ def _kind(path: Path, kinds: tuple[str, ...]) -> str:
 
 
 def writer_of(kind: str) -> Callable[[list[Pixels], Path, float], None]:
-    """Return what writes a ``"gif"`` or ``"mp4"``; raise ``UnavailableError`` if nothing does."""
+    """Return the writer of a ``"gif"`` or ``"mp4"``. Raise ``UnavailableError`` without ffmpeg."""
     if kind == "mp4" and shutil.which("ffmpeg") is None:
         raise UnavailableError(
             "the program ffmpeg, which writes MP4",
@@ -85,7 +101,7 @@ def writer_of(kind: str) -> Callable[[list[Pixels], Path, float], None]:
 
 
 def pixels_of(figure: Figure, dpi: int = DPI) -> Pixels:
-    """Return ``figure`` as uint8 (H, W, 3)."""
+    """Return ``figure`` as uint8 ``(H, W, 3)``."""
     figure.set_dpi(dpi)
     canvas: Any = figure.canvas
     canvas.draw()
@@ -93,10 +109,10 @@ def pixels_of(figure: Figure, dpi: int = DPI) -> Pixels:
 
 
 def _frames(figures: Iterable[Figure]) -> list[Pixels]:
-    """Return pictures of one size: captions may have more lines in one layer than in another."""
+    """Return pictures of one size. Captions may have more lines in one layer than in another."""
     frames = [pixels_of(figure, FRAME_DPI) for figure in figures]
     height, width = (max(frame.shape[axis] for frame in frames) for axis in (0, 1))
-    # H.264 halves the resolution of colours.
+    # H.264 halves the resolution of colours: both sides must be even.
     height, width = height + height % 2, width + width % 2
     padded = []
     for frame in frames:
@@ -116,7 +132,7 @@ def _write_mp4(frames: list[Pixels], path: Path, seconds: float) -> None:
     height, width = frames[0].shape[:2]
     command = ["ffmpeg", "-y", "-loglevel", "error"]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-    # Players stumble over a frame per second, so each is shown several times.
+    # Some players fail at one frame per second, so each frame is repeated.
     command += ["-r", f"{1 / seconds:.6f}", "-i", "-", "-r", "10", "-pix_fmt", "yuv420p"]
     command += ["-f", "mp4", "-movflags", "+faststart", str(path.absolute())]
     raw = b"".join(frame.tobytes() for frame in frames)
@@ -136,7 +152,7 @@ def _written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UnwritableOutputError(
-            f"a place for {path}",
+            f"a file that can be written at {path}",
             f"{type(error).__name__}: {error}",
-            "Make its folder, or name another.",
+            "Create its folder, or give another path.",
         ) from error

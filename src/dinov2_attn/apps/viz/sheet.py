@@ -28,10 +28,15 @@ LEAST_BAR = 0.9
 
 @dataclass(frozen=True, eq=False)
 class Sheet:
-    """The room that a picture takes, in inches.
+    """The size of a picture, in inches.
 
-    ``patch``: the side of a patch; ``left``, ``top``: room for labels of rows and columns;
-    ``bar``: whether there is a colour bar.
+    Attributes:
+        cells: The cells, in patches.
+        patch: The side of a patch.
+        left: The room for labels of rows.
+        top: The room for labels of columns.
+        bar: Whether there is a colour bar.
+
     """
 
     cells: Cells
@@ -41,7 +46,7 @@ class Sheet:
     bar: bool = True
 
     def figure(self, caption: list[str], warning: str | None) -> tuple[Figure, Axes, Any]:
-        """Return a figure with its Axes for the mosaic and for the colour bar."""
+        """Return a figure, its Axes for the mosaic, and its Axes for the colour bar."""
         height, width = (side * self.patch for side in self.cells.size)
         right = MARGIN + BAR + BAR_LABELS if self.bar else 0.0
         whole = max(LEAST_WIDTH, 2 * MARGIN + self.left + width + right)
@@ -71,17 +76,17 @@ class Sheet:
 
 
 def draw_bar(figure: Figure, bar: Axes, norm: Normalize, beyond: str) -> None:
-    """Draw the colour bar of ``norm`` into the Axes ``bar``, its ends labelled with the limits."""
+    """Draw the colour bar of ``norm`` into the Axes ``bar``. Labels show the limits at its ends."""
     ticks = np.linspace(0, 1, 5)
     values = norm.inverse(ticks)
     colours = ScalarMappable(norm, colour_map())
-    # Its pointed ends are as long as it is wide.
+    # The pointed ends are as long as the bar is wide.
     height = bar.get_position().height * figure.get_size_inches()[1]
     figure.colorbar(colours, cax=bar, extend=beyond, extendfrac=BAR / height)
     bar.minorticks_off()
-    # On a linear scale the least of thousands of weights is nought to the eye.
-    nought = 0 if isinstance(norm, LogNorm) else values[-1] / 1e4
-    bar.set_yticks(values, [_in_percent(value if value > nought else 0) for value in values])
+    # On a linear scale the smallest of thousands of weights looks like zero.
+    zero = 0 if isinstance(norm, LogNorm) else values[-1] / 1e4
+    bar.set_yticks(values, [_in_percent(value if value > zero else 0) for value in values])
     bar.tick_params(labelsize=POINTS - 2, labelfontfamily=FONT)
 
 
@@ -90,7 +95,7 @@ def _in_percent(value: float) -> str:
     return f"{100 * value:.0e} %" if small else f"{100 * value:.3g} %"
 
 
-def _write(figure: Figure, lines: list[str], at: tuple[float, float], **look: Any) -> None:
+def _write(figure: Figure, lines: list[str], at: tuple[float, float], **font: Any) -> None:
     width, height = figure.get_size_inches()
     for number, line in enumerate(lines):
         y = at[1] + number * LINE
@@ -102,5 +107,5 @@ def _write(figure: Figure, lines: list[str], at: tuple[float, float], **look: An
             fontsize=POINTS,
             family=FONT,
             parse_math=False,
-            **look,
+            **font,
         )

@@ -1,4 +1,4 @@
-"""How numbers become colours in a picture: contrast, limits, what is done with outliers."""
+"""How numbers become colours: contrast, limits, outliers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Outliers = Literal["mark", "clip", "mask", "none"]
 Interpolation = Literal["nearest", "bilinear"]
 
 GREY = (0.6, 0.6, 0.6, 1.0)
-# What a logarithmic scale shows: attention can be nought.
+# The range of a logarithmic scale. Attention can be zero.
 DECADES = 4
 
 
@@ -25,14 +25,16 @@ DECADES = 4
 class Style:
     """How maps are drawn.
 
-    =============  ==================================================================
-    log            a logarithmic scale, of four decades at most, for what is small
-    interpolation  between patches: ``"nearest"`` (none) or ``"bilinear"``
-    outliers       artifact tokens, where they are known: ``"mark"`` (a red square),
-                   ``"clip"`` (left out of the colours' limits), ``"mask"`` (grey, and
-                   left out of the limits) or ``"none"``
-    alpha          how much of the map lies over the photograph, in (0, 1]
-    =============  ==================================================================
+    Attributes:
+        log: Whether the scale is logarithmic, with four decades at most.
+        interpolation: Between patches: ``"nearest"`` (none) or ``"bilinear"``.
+        outliers: How artifact tokens are drawn: ``"mark"`` (a red square), ``"clip"`` (excluded
+            from the limits of the colours), ``"mask"`` (grey, and excluded) or ``"none"``.
+        alpha: The opacity of a map over an image, in (0, 1].
+
+    Raises:
+        InvalidInputError: for any other value.
+
     """
 
     log: bool = False
@@ -53,13 +55,13 @@ class Style:
 
     @property
     def spares(self) -> bool:
-        """Whether outliers are left out of the limits."""
+        """Whether outliers are excluded from the limits of the colours."""
         return self.outliers in ("clip", "mask")
 
     def norm(self, values: Values, outlying: Mask | None = None) -> Normalize:
-        """Return matplotlib's scale of maps ``(…, h, w)``: from their least to their greatest.
+        """Return matplotlib's scale for maps ``(…, h, w)``, from their minimum to their maximum.
 
-        ``outlying`` ``(h, w)`` are the artifacts. Numbers that are not finite do not count.
+        ``outlying`` ``(h, w)`` marks the artifacts. Numbers that are not finite are ignored.
         """
         if self.spares and outlying is not None and not outlying.all():
             values = values[..., ~outlying]
@@ -69,14 +71,14 @@ class Style:
         low, high = (values.min(), values.max()) if values.size else (0.1, 1.0)
         if self.log:
             low = max(low, high / 10**DECADES)
-            # A constant has the lowest colour.
+            # A constant map gets the lowest colour.
             return LogNorm(low, high if high > low else 10 * low, clip=True)
         return Normalize(low, high if high > low else 2 * low or 1.0)
 
     def without_outliers(self, values: Values, outlying: Mask | None) -> Values:
-        """Return a map ``(h, w)`` in which masked outliers are as the least of the others.
+        """Return a map ``(h, w)`` with masked outliers at the minimum of the others.
 
-        They are covered in grey; what they held is not to shine into their neighbours.
+        Grey covers them. Interpolation must not spread their values to their neighbours.
         """
         if self.outliers != "mask" or outlying is None or outlying.all():
             return values
@@ -84,12 +86,12 @@ class Style:
 
 
 def colour_map() -> Colormap:
-    """Return viridis, with black for what is no number."""
+    """Return viridis, with black for NaN."""
     return matplotlib.colormaps["viridis"].with_extremes(bad="black")
 
 
 def extend(norm: Any, values: Values) -> str:
-    """Say at which ends there are ``values`` beyond the scale: neither, min, max or both."""
+    """Return at which ends ``values`` exceed the scale: neither, min, max or both."""
     finite = values[np.isfinite(values)]
     below, above = (finite < norm.vmin).any(), (finite > norm.vmax).any()
     return ("both" if above else "min") if below else ("max" if above else "neither")

@@ -1,4 +1,4 @@
-"""Words in pictures: what the font has, on lines of the picture's width."""
+"""Text in pictures: printable letters, broken into lines."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import matplotlib.font_manager
 from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
 
-FONT = "DejaVu Sans"  # which matplotlib brings
+FONT = "DejaVu Sans"  # shipped with matplotlib
 POINTS_PER_INCH = 72
 _SIZE = 100  # in which letters are measured
 SCREEN = 100  # pixels per inch, the fewest that pictures here have
 
 
 def printable(text: str) -> str:
-    """Return ``text`` on one line, with a sign for each letter that the font has not."""
+    """Return ``text`` on one line, with a sign for each letter that the font lacks."""
     known = _letters()
     words = " ".join(text.split())
     return "".join(

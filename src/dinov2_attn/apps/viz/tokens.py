@@ -1,4 +1,4 @@
-"""Tokens as people name them: cls, register:2, or a patch by its row and column."""
+"""Names of tokens: cls, register:2, or a patch by its row and column."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Token = int | str | tuple[int, int]
 
 
 def read_token(text: str) -> Token:
-    """Read ``cls``, ``register:K`` or ``ROW,COL``; raise ``InvalidInputError`` otherwise."""
+    """Parse ``cls``, ``register:K`` or ``ROW,COL``. Raise ``InvalidInputError`` otherwise."""
     word, colon, number = text.partition(":")
     if word == "cls" and not colon:
         return word
@@ -30,9 +30,16 @@ def read_token(text: str) -> Token:
 def position_of(token: Token, prefix: int, grid: tuple[int, int]) -> int:
     """Return the position of ``token`` in the sequence ``[CLS, registers, patches]``.
 
-    ``token`` is ``"cls"``, ``"register:K"`` with K from 1 to R, a patch ``(row, column)``
-    counted from 0, all three as text too, or a position. Raises ``OutOfRangeError`` with what
-    there is, and ``InvalidInputError``.
+    Args:
+        token: ``"cls"``, ``"register:K"`` with K from 1 to R, a patch ``(row, column)`` counted
+            from 0, one of the three as text, or a position.
+        prefix: The number of tokens before the patches, ``1 + R``.
+        grid: The patch grid ``(h, w)``.
+
+    Raises:
+        OutOfRangeError: if there is no such token.
+        InvalidInputError: if ``token`` has another form.
+
     """
     if isinstance(token, str):
         token = read_token(token)
@@ -44,14 +51,14 @@ def position_of(token: Token, prefix: int, grid: tuple[int, int]) -> int:
 
 
 def file_name(token: Token) -> str:
-    """Return ``token`` as a part of a file name: register2, 3-5."""
+    """Return ``token`` as part of a file name: register2, 3-5."""
     if isinstance(token, tuple):
         return "{}-{}".format(*token)
     return str(token).replace(":", "")
 
 
 def _is_count(text: str) -> bool:
-    # Python reads 4300 digits; no image has a row of such a number.
+    # Python parses up to 4300 digits. No image has so many rows.
     return text.isdecimal() and text.isascii() and len(text) < 20
 
 
@@ -59,7 +66,7 @@ def _register(number: int, count: int) -> int:
     if count == 0:
         raise OutOfRangeError(
             "a model with registers",
-            f"register {number} asked of one that has none",
+            f"register {number} of one without registers",
             "Ask for cls, or for a patch by ROW,COL.",
         )
     if not 1 <= number <= count:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dinov2_attn._files import replacing
+from dinov2_attn._files import atomic_file
 from dinov2_attn.apps.weights.checkpoints import load_checkpoint
 from dinov2_attn.apps.weights.network import brief
 from dinov2_attn.errors import UnavailableError, UnreadableFileError
@@ -55,7 +55,7 @@ def _fill_and_keep(model: nn.Module, url: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # torch.hub takes a broken line for the end of the file.
-        with replacing(path) as file:
+        with atomic_file(path) as file:
             with brief():
                 torch.hub.download_url_to_file(url, str(file))
             load_checkpoint(model, file)
