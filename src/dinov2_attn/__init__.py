@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from dinov2_attn.apps.weights.checkpoints import load_checkpoint
     from dinov2_attn.grafting.grafted import grafted
     from dinov2_attn.maps.artifacts import ArtifactTokens, artifact_tokens
-    from dinov2_attn.maps.ask import attention_maps
-    from dinov2_attn.maps.attention_maps import AttentionMaps
+    from dinov2_attn.maps.attention_maps import AttentionMaps, attention_maps
     from dinov2_attn.maps.record import Recording, record
     from dinov2_attn.maps.rollout import rollout
 
@@ -61,7 +60,7 @@ __getattr__, __dir__ = lazily(
         "AttentionMaps": "dinov2_attn.maps.attention_maps",
         "Recording": "dinov2_attn.maps.record",
         "artifact_tokens": "dinov2_attn.maps.artifacts",
-        "attention_maps": "dinov2_attn.maps.ask",
+        "attention_maps": "dinov2_attn.maps.attention_maps",
         "extract": "dinov2_attn.apps.extraction.extract",
         "grafted": "dinov2_attn.grafting.grafted",
         "load_checkpoint": "dinov2_attn.apps.weights.checkpoints",

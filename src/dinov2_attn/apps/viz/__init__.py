@@ -24,6 +24,7 @@ __getattr__, __dir__ = lazily(
     {
         "Style": "dinov2_attn.apps.viz.style",
         "animate": "dinov2_attn.apps.viz.saving",
+        "picture_of": "dinov2_attn.apps.viz.notebook",
         "plot": "dinov2_attn.apps.viz.pictures",
         "plot_heads": "dinov2_attn.apps.viz.pictures",
         "plot_layers": "dinov2_attn.apps.viz.pictures",

@@ -26,22 +26,19 @@ class Outlying:
     threshold: float
 
 
-def outlying_in(
-    artifacts: ArtifactTokens | None, look: Look, sample: int | tuple[int, int] = 0
-) -> Outlying | None:
+def outlying_in(artifacts: ArtifactTokens | None, look: Look, sample: int = 0) -> Outlying | None:
     """Return the artifacts of the image looked at; raise ``InvalidInputError`` for others'."""
     if artifacts is None:
         return None
-    index = sample[1] if isinstance(sample, tuple) else sample
     shape = tuple(artifacts.mask.shape)
-    if index >= shape[0] or shape[1:] != look.grid:
+    if sample >= shape[0] or shape[1:] != look.grid:
         raise InvalidInputError(
-            f"artifact tokens of image {index} on a grid of {look.grid[0]} × {look.grid[1]}",
+            f"artifact tokens of image {sample} on a grid of {look.grid[0]} × {look.grid[1]}",
             f"a mask of shape {shape}",
             "Pass what artifact_tokens returned for the same batch.",
         )
-    mask = artifacts.mask[index].cpu().numpy()
-    return Outlying(mask, int(artifacts.layer[index]), float(artifacts.threshold[index]))
+    mask = artifacts.mask[sample].cpu().numpy()
+    return Outlying(mask, int(artifacts.layer[sample]), float(artifacts.threshold[sample]))
 
 
 def sentences(

@@ -16,8 +16,7 @@ from dinov2_attn.apps.viz.colours import Grid, Pixels, blend, heaviest, stain, u
 from dinov2_attn.apps.viz.folders import together
 from dinov2_attn.apps.viz.images import Photograph
 from dinov2_attn.apps.viz.inference import looking_at
-from dinov2_attn.maps.ask import attention_maps
-from dinov2_attn.maps.attention_maps import AttentionMaps
+from dinov2_attn.maps.attention_maps import AttentionMaps, attention_maps
 from dinov2_attn.typing import Layers, Queries
 
 Device = str | torch.device

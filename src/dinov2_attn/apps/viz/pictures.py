@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 PLAIN = Style()
 STAIN = (1.0, 0.0, 0.0, 0.5)
-Sample = int | tuple[int, int]
 # A photograph: an array or a tensor with the channels last, or an image of Pillow.
 Picture: TypeAlias = "npt.ArrayLike | PIL.Image.Image"
 
@@ -55,7 +54,7 @@ def plot(
     layer: int | None = None,
     head: Head = "mean",
     query: Token = "cls",
-    sample: Sample = 0,
+    sample: int = 0,
     image: Picture | None = None,
     artifacts: ArtifactTokens | None = None,
     style: Style = PLAIN,
@@ -76,7 +75,7 @@ def plot(
     head       its number, or ``"mean"``
     query      ``"cls"``, ``"register:2"``, a patch ``(row, column)``, or a position; a
                patch is framed in white
-    sample     which image of the batch; of a list of batches ``(batch, image)``
+    sample     which image of the batch
     image      a photograph ``(H, W, 3)`` or ``(H, W)`` to lay the map over: integers of 0…255
                or floats of 0…1
     artifacts  what ``artifact_tokens`` found in the same batch, treated as ``style`` says
@@ -119,7 +118,7 @@ def plot_heads(
     *,
     layer: int | None = None,
     query: Token = "cls",
-    sample: Sample = 0,
+    sample: int = 0,
     image: Picture | None = None,
     artifacts: ArtifactTokens | None = None,
     style: Style = PLAIN,
@@ -163,7 +162,7 @@ def plot_layers(
     maps: Drawable,
     *,
     query: Token = "cls",
-    sample: Sample = 0,
+    sample: int = 0,
     artifacts: ArtifactTokens | None = None,
     style: Style = PLAIN,
     name: str | None = None,
@@ -208,7 +207,7 @@ def plot_masks(
     image: Picture,
     layer: int | None = None,
     query: Token = "cls",
-    sample: Sample = 0,
+    sample: int = 0,
     name: str | None = None,
     warning: str | None = None,
 ) -> Figure:
