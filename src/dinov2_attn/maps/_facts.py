@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -39,7 +40,7 @@ def size(grid: Grid | None) -> str:
 
 def tokens(queries: Sequence[int] | None, prefix: int, grid: Grid | None) -> str:
     """Return the names of the tokens at the positions ``queries``."""
-    if queries is None:
+    if queries is None or (grid is not None and _are_all(queries, prefix, grid)):
         return "all"
     named = [
         f"#{query}"
@@ -55,6 +56,10 @@ def values(tensor: Any) -> str:
     if getattr(tensor, "is_meta", False):
         return "unknown"
     return f"[{listed([str(value) for value in tensor.tolist()])}]"
+
+
+def _are_all(queries: Sequence[int], prefix: int, grid: Grid) -> bool:
+    return tuple(queries) == tuple(range(prefix + math.prod(grid)))
 
 
 def _shape(entry: Any) -> str:

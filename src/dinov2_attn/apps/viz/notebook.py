@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DPI = 80
 # Inches of the longer side of a map that stands alone.
 SIDE = 4.0
+POINTS = 72  # in an inch
 
 
 def picture_of(result: object) -> bytes | None:
@@ -76,7 +77,8 @@ def _of_rollout(rollout: Rollout) -> Figure:
 def _of_artifacts(artifacts: ArtifactTokens) -> Figure:
     figure = _alone(artifacts.norms[0], f"Norms after layer {int(artifacts.layer[0])}")
     rows, columns = _numbers(artifacts.mask[0]).nonzero()
-    figure.axes[0].scatter(columns, rows, marker="s", s=60, facecolors="none", edgecolors="red")
+    side = POINTS * SIDE * 0.7 / max(artifacts.norms.shape[1:])
+    figure.axes[0].scatter(columns, rows, side**2, marker="s", facecolors="none", edgecolors="red")
     return figure
 
 
