@@ -209,7 +209,7 @@ def record(
 
 
 class _Recorder:
-    """Puts layers together to passes: one begins with its images and ends with its last layer."""
+    """Assembles layers to passes: one begins with its images and ends with its last layer."""
 
     def __init__(
         self,
@@ -241,7 +241,7 @@ class _Recorder:
         self._grids: list[Grid | None] = []
         self._kept: dict[int, list[Any]] = {}
         self._whole, self._broken = 0, 0
-        # Of the pass that runs: whether images were seen, and whether no layer ran again too early.
+        # Of the current pass: whether images were seen, and whether no layer ran again too early.
         self._begun, self._clean = False, True
         self.recording: Recording[Any] = Recording()
 
