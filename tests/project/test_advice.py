@@ -329,7 +329,7 @@ def twice(lab):
 
 
 case(
-    "maps/record",
+    "maps/recording",
     "Each forward pass is an entry of .passes",
     lambda lab: twice(lab).weights,
     lambda lab: [one.weights for one in twice(lab).passes],

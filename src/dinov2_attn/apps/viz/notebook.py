@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinov2_attn.maps.artifacts import ArtifactTokens
 from dinov2_attn.maps.attention_maps import AttentionMaps
-from dinov2_attn.maps.record import Recording
+from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.rollout import Rollout
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.math.selection import name_token, whole_number
 
 if TYPE_CHECKING:
-    from dinov2_attn.maps.record import Recording
+    from dinov2_attn.maps.recording import Recording
 
 Values = npt.NDArray[np.float64]
 Head = int | str
