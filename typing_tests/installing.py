@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import assert_type
 
 import dinov2_attn
@@ -46,6 +46,5 @@ def draw(maps: AttentionMaps, recording: Recording, ax: Axes) -> None:
     viz.save(viz.plot_heads(maps), "heads.png")
 
 
-def turn_into_arrays(maps: AttentionMaps, lists: AttentionMaps[list[Tensor]]) -> None:
+def turn_into_arrays(maps: AttentionMaps) -> None:
     assert_type(maps.numpy(), AttentionMaps[npt.NDArray[Any]])
-    assert_type(lists.numpy(), AttentionMaps[list[npt.NDArray[Any]]])

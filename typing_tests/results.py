@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import dinov2_attn
 from dinov2_attn import ArtifactTokens, AttentionMaps, Recording
 from dinov2_attn.maps.rollout import Rollout
+from dinov2_attn.typing import Grid
 
 
 def look_at_maps(model: nn.Module, images: Tensor) -> None:
@@ -21,19 +23,22 @@ def look_at_maps(model: nn.Module, images: Tensor) -> None:
     assert_type(maps.patch_maps(), tuple[Tensor, ...])
     assert_type(maps.prefix_mass()[0], Tensor)
     assert_type(maps.cpu(), AttentionMaps)
+    assert_type(maps.to("cpu"), AttentionMaps)
     assert_type(dinov2_attn.attention_maps(dinov2_attn.grafted(model), images), AttentionMaps)
 
 
 def look_at_maps_of_a_list(model: nn.Module, batches: list[Tensor]) -> None:
     maps = dinov2_attn.attention_maps(model, batches)
-    assert_type(maps, AttentionMaps[list[Tensor]])
-    assert_type(maps.patch_maps(), tuple[list[Tensor], ...])
+    assert_type(maps, list[AttentionMaps])
+    assert_type(maps[0].patch_maps(), tuple[Tensor, ...])
 
 
 def roll_out(model: nn.Module, images: Tensor) -> None:
     rollout = dinov2_attn.rollout(model, images, heads="max")
     assert_type(rollout, Rollout)
     assert_type(rollout.patch_maps(), Tensor)
+    assert_type(rollout.to("cpu"), Rollout)
+    assert_type(rollout.numpy(), Rollout[npt.NDArray[Any]])
     assert_type(dinov2_attn.rollout(model, [images]), list[Rollout])
 
 
@@ -41,6 +46,9 @@ def find_artifacts(model: nn.Module, images: Tensor) -> None:
     found = dinov2_attn.artifact_tokens(model, images)
     assert_type(found, ArtifactTokens)
     assert_type(found.mask, Tensor)
+    assert_type(found.suspicious, Tensor)
+    assert_type(found.cpu(), ArtifactTokens)
+    assert_type(found.numpy().mask, npt.NDArray[Any])
     assert_type(dinov2_attn.artifact_tokens(model, [images]), list[ArtifactTokens])
 
 
@@ -49,11 +57,16 @@ def record_passes(model: nn.Module, images: Tensor) -> None:
         model(images)
     assert_type(recording, Recording[Tensor])
     assert_type(recording.passes, list[AttentionMaps[Tensor]])
+    assert_type(recording[0], AttentionMaps)
+    assert_type(recording[:1], list[AttentionMaps])
+    assert_type([one.grid for one in recording], list[Grid | None])
     assert_type(recording.weights, tuple[Tensor, ...])
     assert_type(recording.layers, tuple[int, ...])
     assert_type(recording.prefix, int)
     assert_type(recording.patch_maps(), tuple[Tensor, ...])
     assert_type(recording.cpu(), AttentionMaps[Tensor])
+    assert_type(recording.to("cpu"), AttentionMaps[Tensor])
+    assert_type(recording.numpy(), AttentionMaps[npt.NDArray[Any]])
 
 
 def record_what_is_made_of_weights(model: nn.Module, images: Tensor) -> None:
@@ -66,6 +79,10 @@ def record_what_is_made_of_weights(model: nn.Module, images: Tensor) -> None:
     assert_type(recording.passes[0], AttentionMaps[float])
 
 
-def keep_maps(model: nn.Module, images: Tensor, path: Path) -> None:
+def keep_results(model: nn.Module, images: Tensor, path: Path) -> None:
     dinov2_attn.attention_maps(model, images).save(path)
-    assert_type(AttentionMaps.load(path), AttentionMaps[Any])
+    assert_type(AttentionMaps.load(path), AttentionMaps)
+    dinov2_attn.rollout(model, images).save(path)
+    assert_type(Rollout.load(path), Rollout)
+    dinov2_attn.artifact_tokens(model, images).save(path)
+    assert_type(ArtifactTokens.load(path), ArtifactTokens)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from dinov2_attn.apps.weights.checkpoints import load_checkpoint
     from dinov2_attn.grafting.grafted import grafted
     from dinov2_attn.maps.artifacts import ArtifactTokens, artifact_tokens
-    from dinov2_attn.maps.ask import attention_maps
-    from dinov2_attn.maps.attention_maps import AttentionMaps
-    from dinov2_attn.maps.record import Recording, record
+    from dinov2_attn.maps.attention_maps import AttentionMaps, attention_maps
+    from dinov2_attn.maps.record import record
+    from dinov2_attn.maps.recording import Recording
     from dinov2_attn.maps.rollout import rollout
 
 __all__ = [
@@ -59,9 +59,9 @@ __getattr__, __dir__ = lazily(
         "ArtifactTokens": "dinov2_attn.maps.artifacts",
         "AttentionDataset": "dinov2_attn.apps.extraction.read",
         "AttentionMaps": "dinov2_attn.maps.attention_maps",
-        "Recording": "dinov2_attn.maps.record",
+        "Recording": "dinov2_attn.maps.recording",
         "artifact_tokens": "dinov2_attn.maps.artifacts",
-        "attention_maps": "dinov2_attn.maps.ask",
+        "attention_maps": "dinov2_attn.maps.attention_maps",
         "extract": "dinov2_attn.apps.extraction.extract",
         "grafted": "dinov2_attn.grafting.grafted",
         "load_checkpoint": "dinov2_attn.apps.weights.checkpoints",

@@ -1,12 +1,12 @@
-"""Types for code that uses this package: what a grafted model answers, and what it takes.
+"""Types for code that uses this package: the arguments and results of grafted models.
 
 >>> from dinov2_attn.typing import GraftedVisionTransformer
 >>> model: GraftedVisionTransformer = dinov2_attn.grafted(model)
 
-Grafts are set on classes at run time, where no type checker sees them. The protocols here say
-what is there afterwards, and ``dinov2_attn.grafted`` returns a model as one of them.
+Grafts are set on classes at run time, which no type checker sees. The protocols here declare
+the grafted methods, and ``dinov2_attn.grafted`` returns a model as one of them.
 
-Nothing here imports torch: the aliases that name its tensors are strings.
+This module does not import torch: aliases that name its tensors are strings.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ Grid = tuple[int, int]
 
 Images: TypeAlias = "Tensor | Sequence[Tensor]"
 Masks: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
-# A model that answers: what install() reached, told to a type checker or not.
+# A model that install() has reached, typed as such or as a plain module.
 Model: TypeAlias = "nn.Module | GraftedVisionTransformer"
 
-# Any method of upstream's, whatever it takes and returns.
+# Any method of upstream's, with any arguments and result.
 Forward = Callable[..., Any]
 
 
@@ -68,9 +68,9 @@ class _EveryFeature(TypedDict):
 
 
 class Features(_EveryFeature, total=False):
-    """What ``forward_features(x, return_attention=True)`` returns: upstream's dict, and one more.
+    """The result of ``forward_features(x, return_attention=True)``: upstream's dict, and a key.
 
-    ``x_norm_regtokens`` is there since upstream has registers; DINOv3 calls them
+    ``x_norm_regtokens`` exists in versions of upstream with registers; DINOv3 calls them
     ``x_storage_tokens``.
     """
 
@@ -135,9 +135,9 @@ class GraftedBlock(Protocol):
 class GraftedVisionTransformer(Protocol):
     """A vision transformer that ``install`` has reached.
 
-    A tensor of images gives tensors, a list of them gives lists. Besides what was grafted it
-    names the methods of ``torch.nn.Module`` that hand a model on. Where torch itself is given
-    the model (an optimiser, ``torch.compile``), keep the variable that was an ``nn.Module``.
+    A tensor of images gives tensors, a list of them gives lists. The protocol also names the
+    methods of ``torch.nn.Module`` that return the model. For functions of torch that take the
+    model (an optimiser, ``torch.compile``), keep the variable that was an ``nn.Module``.
     """
 
     @property

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dinov2_attn import record
+import dinov2_attn
+from dinov2_attn import attention_maps, record
+from dinov2_attn.errors import NotRecordedError
 from tests.support import reference, upstreams
 from tests.support.recordings import IMAGES, Adapted, N, assert_all_close, assert_nothing_on, build
 from tests.support.strategies import model_cases, noise
@@ -112,7 +114,7 @@ def test_blocks_and_projections_of_others_are_not_taken_for_its_own(models):
 
 @quiet
 @given(case=model_cases(), queries=queries, heads=heads)
-def test_a_nested_list_gives_lists(nested, case, queries, heads):
+def test_a_nested_list_gives_an_entry_for_each_batch(nested, case, queries, heads):
     model = case.build(nested)
     images = [case.images, noise(2, 3, 2, 6, seed=case.seed, dtype=case.dtype)]
     if nested is upstreams.MOGE:  # its own forward_features_list unpacks three of two
@@ -125,12 +127,13 @@ def test_a_nested_list_gives_lists(nested, case, queries, heads):
     with record(model, n, queries=queries, heads=heads) as maps:
         again = run()
     expected = model.get_self_attention(images, n, queries=queries, heads=heads)
-    for ours, theirs in zip(maps.weights, expected, strict=True):
-        assert isinstance(ours, list)
-        for a, b in zip(ours, theirs, strict=True):
-            assert_close(a, b)
+    assert len(maps) == 2
+    for ours, theirs in zip(maps, zip(*expected, strict=True), strict=True):
+        assert_all_close(ours.weights, theirs)
     if nested is not upstreams.MOGE:
-        assert maps.grid == [case.grid, (1, 3)]
+        assert [one.grid for one in maps] == [case.grid, (1, 3)]
+        one_by_one = attention_maps(model, images, queries=queries, heads=heads)
+        assert [one.queries for one in maps] == [one.queries for one in one_by_one]
         for a, b in zip(plain, again, strict=True):
             assert_same_bits(b["x_prenorm"], a["x_prenorm"])
 
@@ -294,3 +297,48 @@ def test_what_is_recorded_with_a_graph_is_freed_with_it(models):
     del maps
     gc.collect()
     assert last() is None
+
+
+@quiet
+def test_reduce_is_given_one_batch_of_a_nested_list_at_a_time(nested):
+    block = partial(nested.cls("NestedTensorBlock"), attn_class=nested.cls("MemEffAttention"))
+    model, shapes = build(nested, block_fn=block), []
+
+    def reduce(layer, weights):
+        shapes.append((layer, *weights.shape))
+        return weights[..., 0].detach()
+
+    with dinov2_attn.install(model), record(model, [1, 2], reduce=reduce) as maps:
+        tokens = [model.prepare_tokens_with_masks(x) for x in (IMAGES, IMAGES[:1, ..., :2])]
+        for one in model.blocks:
+            tokens = one(tokens)
+    assert shapes == [(1, 2, 2, 7, 7), (1, 1, 2, 3, 3), (2, 2, 2, 7, 7), (2, 1, 2, 3, 3)]
+    assert [[tuple(w.shape) for w in one.weights] for one in maps] == [
+        [(2, 2, 7)] * 2,
+        [(1, 2, 3)] * 2,
+    ]
+    assert [one.grid for one in maps] == [(2, 3), (2, 1)]
+    with pytest.raises(NotRecordedError, match="Found 2"):
+        _ = maps.weights
+
+
+@quiet
+def test_layers_of_different_batches_are_no_pass(nested):
+    """A pass that takes a list in one block and a tensor in the next has no batches."""
+    block = partial(nested.cls("NestedTensorBlock"), attn_class=nested.cls("MemEffAttention"))
+    model = build(nested, block_fn=block)
+    tokens = noise(2, 7, 8, seed=0).double()
+
+    def run(recordings):
+        with record(model, [0, 1]) as maps:
+            recordings.append(maps)
+            model.blocks[0]([tokens, tokens])
+            model.blocks[1](tokens)
+
+    recordings = []
+    with (
+        dinov2_attn.install(model),
+        pytest.raises(NotRecordedError, match="without some of these layers"),
+    ):
+        run(recordings)
+    assert list(recordings[0]) == []

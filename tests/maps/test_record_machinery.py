@@ -147,7 +147,7 @@ def test_the_grids_of_a_list_are_those_of_its_elements_under_an_override_too(nes
         model.blocks[0]([model.prepare_tokens_with_masks(x) for x in (IMAGES, IMAGES[..., :2])])
         model.prepare_tokens_with_masks(IMAGES)  # and not used
         model.blocks[0](noise(1, 6, 8, seed=0).double())
-    assert [one.grid for one in maps.passes] == [[(2, 3), (2, 1)], None]
+    assert [one.grid for one in maps.passes] == [(2, 3), (2, 1), None]
 
 
 def test_a_projection_that_runs_twice_is_refused(models):

@@ -37,6 +37,7 @@ def test_every_pass_has_its_maps(models):
     assert [one.grid for one in maps.passes] == [(2, 3), (1, 3), (2, 3)]
     asked = {name: attrgetter(name) for name in ("weights", "layers", "grid", "prefix", "queries")}
     called = ("patch_maps", "prefix_mass", "cpu", "numpy")
+    asked["to"] = methodcaller("to", "cpu")
     asked |= {name: methodcaller(name) for name in called}
     asked["save"] = methodcaller("save", "absent.safetensors")
     for name, ask in asked.items():
@@ -46,6 +47,12 @@ def test_every_pass_has_its_maps(models):
     with pytest.raises(AttributeError, match="'Recording' object has no .* 'nothing_like_that'"):
         _ = maps.nothing_like_that
     assert not hasattr(maps, "__dataclass_fields__")
+    assert list(maps) == [maps[0], maps[1], maps[-1]] == maps.passes
+    assert maps[1:] == maps.passes[1:]
+    assert len(maps) == 3
+    assert repr(maps).startswith(
+        "Recording(passes=3, layers=1–2, weights=various, grid=various, prefix=1"
+    )
     assert len(copy.deepcopy(maps).passes) == 3
     assert len(pickle.loads(pickle.dumps(maps)).passes) == 3
 
@@ -256,7 +263,7 @@ def test_a_model_that_was_never_grafted_is_refused(models):
 
 def test_the_public_names_are_there_when_they_are_asked_for():
     assert dinov2_attn.record is record
-    assert {"record", "AttentionMaps", "Recording", "NotRecordedError"} <= set(dinov2_attn.__all__)
+    assert {"record", "AttentionMaps", "Recording"} <= set(dinov2_attn.__all__)
     assert all(hasattr(dinov2_attn, name) for name in dinov2_attn.__all__)
     with pytest.raises(AttributeError, match="no attribute 'recrod'"):
         _ = dinov2_attn.recrod

@@ -329,7 +329,7 @@ def twice(lab):
 
 
 case(
-    "maps/record",
+    "maps/recording",
     "Each forward pass is an entry of .passes",
     lambda lab: twice(lab).weights,
     lambda lab: [one.weights for one in twice(lab).passes],
@@ -450,7 +450,7 @@ case(
     ).patch_maps(),
 )
 case(
-    "maps/ask",
+    "backbone/backbone",
     "pass the transformer itself",
     lambda lab: attention_maps(Around(lab.model), lab.x),
     lambda lab: dinov2_attn.install(lab.model) and attention_maps(Around(lab.model).inner, lab.x),
@@ -463,7 +463,7 @@ case(
 )
 case(
     "maps/rollout",
-    "Leave n out",
+    "Leave layers out",
     lambda lab: rollout(lab.model, lab.x, []),
     lambda lab: rollout(lab.model, lab.x),
 )
@@ -480,19 +480,27 @@ case(
     lambda lab: rollout(lab.model, lab.x, residual=0.5),
 )
 case(
-    "maps/storage",
+    "maps/_storage",
     "or make the folder",
     lambda lab: saved(lab, lab.maps(), "absent/maps.safetensors"),
     lambda lab: (lab.folder / "absent").mkdir() or saved(lab, lab.maps(), "absent/m.safetensors"),
 )
 case(
-    "maps/storage",
+    "maps/_storage",
     "Save before .numpy()",
     lambda lab: saved(lab, lab.maps().numpy()),
     lambda lab: saved(lab, lab.maps()),
 )
 case(
-    "maps/storage",
+    "maps/_storage",
+    "let reduce return tensors",
+    lambda lab: saved(lab, recorded(lab.model, lambda: lab.model(lab.x), reduce=lambda _, w: 1.0)),
+    lambda lab: saved(
+        lab, recorded(lab.model, lambda: lab.model(lab.x), reduce=lambda _, w: w.sum())
+    ),
+)
+case(
+    "maps/_storage",
     "Name the .safetensors file itself",
     lambda lab: AttentionMaps.load(saved(lab, lab.maps()).parent),
     lambda lab: AttentionMaps.load(saved(lab, lab.maps())),
@@ -551,9 +559,9 @@ case(
 )
 case(
     "apps/viz/rows",
-    "Give the number of the batch and the number of the image in it",
-    lambda lab: drawn(lab, attention_maps(lab.model, [lab.x]), sample=1),
-    lambda lab: drawn(lab, attention_maps(lab.model, [lab.x]), sample=(0, 1)),
+    "draw one of them, such as maps[0]",
+    lambda lab: drawn(lab, attention_maps(lab.model, [lab.x])),
+    lambda lab: drawn(lab, attention_maps(lab.model, [lab.x])[0]),
 )
 case(
     "apps/viz/rows",
@@ -648,9 +656,17 @@ case(
 )
 case(
     "apps/explorer/write",
-    "Pass the maps of one batch",
+    "pass one of them, such as maps[0]",
     lambda lab: page(lab, attention_maps(lab.model, [lab.x])),
-    lambda lab: page(lab, attention_maps(lab.model, lab.x)),
+    lambda lab: page(lab, attention_maps(lab.model, [lab.x])[0]),
+)
+case(
+    "apps/explorer/write",
+    "Pass the maps of one batch",
+    lambda lab: page(
+        lab, recorded(lab.model, lambda: lab.model(lab.x), reduce=lambda _, w: w[0, 0, 0])
+    ),
+    lambda lab: page(lab, recorded(lab.model, lambda: lab.model(lab.x))),
 )
 case(
     "apps/explorer/write",

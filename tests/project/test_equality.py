@@ -27,7 +27,7 @@ def extracted(grafted, tmp_path_factory):
 
 
 def of_one_pass(grafted, extracted):
-    """Each kind of result, made anew."""
+    """Return each kind of result, made again."""
     model = build(grafted)
     with record(model) as recording:
         model(IMAGES)
@@ -39,6 +39,8 @@ def of_one_pass(grafted, extracted):
         "ArtifactTokens": artifact_tokens(model, IMAGES),
         "Recording": recording,
         "Rollout": rollout(model, IMAGES),
+        "arrays of a rollout": rollout(model, IMAGES).numpy(),
+        "arrays of artifacts": artifact_tokens(model, IMAGES).numpy(),
         "Status": dinov2_attn.status(),
         "Handle": dinov2_attn.install(),
         "Preview": copy.copy(preview),
@@ -54,6 +56,7 @@ OTHERS = [None, 0, "text", (), [], {}, object()]
 KINDS = (
     *("AttentionMaps", "numpy", "ArtifactTokens", "Recording", "Rollout", "Status", "Handle"),
     *("Preview", "Summary", "AttentionDataset", "row"),
+    *("arrays of a rollout", "arrays of artifacts"),
 )
 
 

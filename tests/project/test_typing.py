@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
 import json
 import subprocess
 import sys
+import types
 import typing
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import dinov2_attn
-from dinov2_attn import AttentionMaps, Recording
+from dinov2_attn import ArtifactTokens, AttentionMaps, Recording
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.grafting.models import METHODS
+from dinov2_attn.maps.rollout import Rollout
 from dinov2_attn.typing import GraftedVisionTransformer
 from tests.support.recordings import IMAGES, build
 from tests.support.strategies import noise
@@ -64,6 +67,8 @@ def holds(value: object, hint: Any) -> bool:
         return all(hasattr(value, name) for name in vars(hint) if not name.startswith("_"))
     if typing.is_typeddict(hint):
         return isinstance(value, dict) and hint.__required_keys__ <= value.keys()
+    if isinstance(hint, types.UnionType):
+        return any(holds(value, one) for one in get_args(hint))
     origin = get_origin(hint) or hint
     return isinstance(value, origin) and parts_hold(value, origin, get_args(hint))
 
@@ -71,9 +76,16 @@ def holds(value: object, hint: Any) -> bool:
 def parts_hold(value, origin, args):
     if origin in (AttentionMaps, Recording):
         return all(holds(entry, args[0] if args else Tensor) for entry in value.weights)
+    if origin in (Rollout, ArtifactTokens):
+        return all(holds(part, args[0] if args else Tensor) for part in tensors_of(value))
     if origin is list or (origin is tuple and args[-1] is ...):
         return all(holds(entry, args[0]) for entry in value)
     return origin is not tuple or (len(value) == len(args) and all(map(holds, value, args)))
+
+
+def tensors_of(value):
+    layout = ("grid", "prefix", "queries")
+    return [getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in layout]
 
 
 def check(value, hint):

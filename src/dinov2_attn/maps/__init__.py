@@ -1,1 +1,1 @@
-"""What is made of the attention of whole models: recordings, rollout."""
+"""Results made of the attention of whole models: maps, recordings, rollout, artifacts."""

@@ -1,7 +1,7 @@
-"""Artifact tokens: patches that a model uses as memory, seen by their norm and their attention.
+"""Artifact tokens: patches that a model uses as memory, found by norm and attention.
 
-Large models put global information into a few patches of little content, whose norm then is
-many times that of the others, and whose column outshines every map. They are found and
+Large models store global information in a few patches of little content. The norm of such a
+patch is many times that of the others, and its column dominates every map. They are found and
 reported here; nothing is changed.
 """
 
@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, overload
+from typing import Any, Generic, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,77 +21,95 @@ from dinov2_attn.errors import SuspiciousArtifactsWarning
 from dinov2_attn.grafting.channel import unrecorded
 from dinov2_attn.grafting.compute import Instead
 from dinov2_attn.grafting.modules import weights_from
+from dinov2_attn.maps import _facts
+from dinov2_attn.maps._artifact_text import in_words
 from dinov2_attn.maps.outliers import DEVIATIONS, FLOOR, Rule, median
+from dinov2_attn.maps.result import Array, Result, W, as_array
 from dinov2_attn.maps.rollout import Layer
 from dinov2_attn.typing import Images, Masks, Model
 
 # More than this share of the patches are no artifacts, of which there are 2 or 3 in a hundred.
 MOST = 0.1
-# Tokens named in a line of text.
-NAMED = 6
 
 
-@dataclass(frozen=True, eq=False)
-class ArtifactTokens:
-    """The artifact tokens of a batch of images, and what they were told by.
+@dataclass(frozen=True, eq=False, repr=False)
+class ArtifactTokens(Result, Generic[W]):
+    """The artifact tokens of a batch of images, and the evidence for them.
 
-    =========  =======================================================================
-    mask       bool ``(B, h, w)``: patches whose norm is above the threshold
-    norms      ``(B, h, w)``: Euclidean norms of the output of block ``layer``, before any
-               final LayerNorm; float32 at least
-    layer      int64 ``(B,)``: the block, counted from 0, that an image's norms are read after
-    threshold  ``(B,)``: of the norms of each image
-    from_cls   ``(B, h, w)``: what CLS gives to each patch in the last block, mean of heads
-    from_all   ``(B, h, w)``: what a token gives to each patch there, mean of heads and of
-               all N tokens
-    cls_sinks  bool ``(B, h, w)``: patches that stand out in ``from_cls``
-    sinks      bool ``(B, h, w)``: patches that stand out in ``from_all``
-    =========  =======================================================================
+    Norms decide what is an artifact. Attention alone does not: a patch may receive much for
+    its content, so the sinks are a second opinion. One rule makes all masks.
 
-    Norms tell artifacts. Attention alone does not: a patch may receive much for what it
-    shows, and so the sinks are a second opinion. All four masks are made by one rule.
+    Attributes:
+        mask: Bool ``(B, h, w)``: patches whose norm is above the threshold.
+        norms: ``(B, h, w)``: Euclidean norms of the output of block ``layer``, before any
+            final LayerNorm; float32 at least.
+        layer: int64 ``(B,)``: the block, counted from 0, after which an image's norms are read.
+        threshold: ``(B,)``: of the norms of each image.
+        from_cls: ``(B, h, w)``: the attention of CLS to each patch in the last block, mean of
+            heads.
+        from_all: ``(B, h, w)``: the attention to each patch there, mean of heads and of all N
+            tokens.
+        cls_sinks: Bool ``(B, h, w)``: outliers of ``from_cls``.
+        sinks: Bool ``(B, h, w)``: outliers of ``from_all``.
+
     """
 
-    mask: Tensor
-    norms: Tensor
-    layer: Tensor
-    threshold: Tensor
-    from_cls: Tensor
-    from_all: Tensor
-    cls_sinks: Tensor
-    sinks: Tensor
+    mask: W
+    norms: W
+    layer: W
+    threshold: W
+    from_cls: W
+    from_all: W
+    cls_sinks: W
+    sinks: W
 
     @property
-    def share(self) -> Tensor:
+    def share(self) -> W:
         """The share ``(B,)`` of CLS's attention in the last block that the artifacts hold."""
-        return (self.from_cls * self.mask).sum((-2, -1))
+        from_cls: Any = self.from_cls
+        share: W = (from_cls * self.mask).sum((-2, -1))
+        return share
 
     @property
-    def suspicious(self) -> Tensor:
+    def suspicious(self) -> W:
         """Bool ``(B,)``: more than one patch, and more than 10 % of them, are flagged."""
-        height, width = self.mask.shape[1:]
-        return self.mask.flatten(1).sum(1) > max(1, MOST * height * width)
+        mask: Any = self.mask
+        height, width = mask.shape[1:]
+        suspicious: W = mask.sum((-2, -1)) > max(1, MOST * height * width)
+        return suspicious
 
-    def cpu(self) -> ArtifactTokens:
-        """Return the same on the CPU."""
-        return ArtifactTokens(**{f.name: getattr(self, f.name).cpu() for f in fields(self)})
+    def numpy(self: ArtifactTokens[Tensor]) -> ArtifactTokens[Array]:
+        """Return the same with NumPy arrays."""
+        arrays: ArtifactTokens[Array] = self._with(as_array)
+        return arrays
 
     def report(self) -> list[dict[str, Any]]:
         """Return one dictionary of JSON's own types for each image.
 
-        ``grid`` (h, w), ``layer``, ``threshold``, ``median`` (of the norms), ``share``,
-        ``suspicious``, and the lists ``tokens``, ``cls_sinks`` and ``sinks`` of patches, each
-        with ``row``, ``col``, ``norm``, ``from_cls`` and ``from_all``; in ``tokens`` the
-        largest norm comes first, in the others the largest attention. A number that is not
-        finite is ``None``.
+        Its keys are ``grid`` (h, w), ``layer``, ``threshold``, ``median`` (of the norms),
+        ``share``, ``suspicious``, and the lists ``tokens``, ``cls_sinks`` and ``sinks`` of
+        patches. Each patch has ``row``, ``col``, ``norm``, ``from_cls`` and ``from_all``. The
+        largest norm comes first in ``tokens``, the largest attention in the others. A number
+        that is not finite is ``None``.
         """
-        return [self._report(i) for i in range(len(self.mask))]
+        own = {f.name: torch.as_tensor(getattr(self, f.name)) for f in fields(self)}
+        tensors = ArtifactTokens(**own)
+        return [tensors._report(i) for i in range(len(tensors.mask))]
 
     def describe(self) -> list[str]:
-        """Return one line of text for each image: what stands out, where, and what it holds."""
-        return [_in_words(entry) for entry in self.report()]
+        """Return one line of text for each image: which patches, where, and their attention."""
+        return [in_words(entry) for entry in self.report()]
 
-    def _report(self, i: int) -> dict[str, Any]:
+    def _facts(self) -> dict[str, str]:
+        mask: Any = self.mask
+        return {
+            "images": f"{len(mask)}",
+            "grid": _facts.size(tuple(mask.shape[1:])),
+            "layer": _facts.values(self.layer),
+            "tokens": _facts.values(mask.sum((-2, -1))),
+        }
+
+    def _report(self: ArtifactTokens, i: int) -> dict[str, Any]:
         patches = self.norms[i].numel()
         return {
             "grid": list(self.norms.shape[1:]),
@@ -105,7 +123,7 @@ class ArtifactTokens:
             "sinks": self._tokens(i, self.sinks, self.from_all),
         }
 
-    def _tokens(self, i: int, mask: Tensor, order: Tensor) -> list[dict[str, Any]]:
+    def _tokens(self: ArtifactTokens, i: int, mask: Tensor, order: Tensor) -> list[dict[str, Any]]:
         places = mask[i].nonzero().tolist()
         places.sort(key=lambda place: -float(order[i][tuple(place)]))
         return [
@@ -152,34 +170,44 @@ def artifact_tokens(
     deviations: float = DEVIATIONS,
     floor: float = FLOOR,
 ) -> ArtifactTokens | list[ArtifactTokens]:
-    """Return the artifact tokens of ``images``, an ``ArtifactTokens``; for a list, a list of these.
+    """Return the artifact tokens of ``images``.
 
-    ==========  ====================================================================
-    images      ``(B, C, H, W)``, or a list of such batches
-    layer       the block after which norms are read; ``None``: of those from a third of
-                the depth to the second-to-last, for each image the one whose most
-                outstanding token is furthest above its threshold
-    masks       ``None`` or boolean ``(B, h·w)``; for a list, one for each tensor
-    deviations  how many median absolute deviations from the median an outlier is
-    floor       how many times the median it is at least
-    ==========  ====================================================================
-
-    A value is an outlier of its image when it is above
+    A value is an outlier of its image if it is above
     ``max(median + deviations · MAD, floor · median)`` of all patches; CLS and registers are
-    not judged. Norms are read inside because smaller models show no artifacts at the output,
-    and before the final LayerNorm because that hides them. The same rule is put to what
-    patches receive in the last block, from CLS and from all tokens.
+    not judged. Norms are read inside the model because smaller models show no artifacts at the
+    output, and before the final LayerNorm because it hides them. The same rule is applied to
+    the attention that patches receive in the last block, from CLS and from all tokens.
 
-    Costs one forward pass and one softmax over the last block's matrix, which is not kept:
-    memory is that of the tokens of one block. Nothing is differentiated, no hook is set,
-    recordings around it see nothing.
+    The cost is one forward pass and one softmax over the last block's matrix, which is not
+    kept: memory is that of the tokens of one block. Nothing is differentiated, no hook is set,
+    and recordings around the call see nothing.
 
-    Warns with ``SuspiciousArtifactsWarning`` where more than 10 % of an image's patches (and more
-    than one) are flagged: that is no artifact any more. Raises ``InvalidInputError`` and
-    ``OutOfRangeError`` for what cannot be, ``NotGraftedError`` where ``install`` has not reached.
+    Args:
+        model: A DINOv2 that ``install`` has reached.
+        images: ``(B, C, H, W)``, or a list of such batches.
+        layer: The block after which norms are read. ``None``: for each image the block whose
+            largest norm is furthest above its threshold, from a third of the depth to the
+            second-to-last block.
+        masks: ``None`` or boolean ``(B, h·w)``; for a list, one for each batch.
+        deviations: The least distance of an outlier from the median, in median absolute
+            deviations.
+        floor: The least outlier, in medians.
+
+    Returns:
+        The artifact tokens of the batch; for a list of batches, a list of these.
+
+    Raises:
+        InvalidInputError: An argument is of the wrong kind or shape.
+        OutOfRangeError: The layer does not exist.
+        NotGraftedError: ``install`` has not reached the model.
+
+    Warns:
+        SuspiciousArtifactsWarning: More than 10 % of an image's patches, and more than one,
+            are flagged: these are no artifacts.
 
     Sources: Darcet et al., *Vision Transformers Need Registers*, 2023 (norms); Jiang et al.,
     *Vision Transformers Don't Need Trained Registers*, 2025 (attention follows norms).
+
     """
     backbone = grafted_backbone(model)
     rule = Rule(deviations, floor)
@@ -191,15 +219,15 @@ def artifact_tokens(
     return found if isinstance(images, list | tuple) else found[0]
 
 
-# Shown the number of a block, the block and what it is given.
+# Called with the number of a block, the block and its input tokens.
 Visit = Callable[[int, nn.Module, Tensor], None]
 
 
 @torch.no_grad()
 def artifacts_on_the_way(model: Any, images: Tensor, visit: Visit) -> ArtifactTokens:
-    """Return ``artifact_tokens`` of ``images``; every block is shown to ``visit`` before it runs.
+    """Return ``artifact_tokens`` of ``images``, calling ``visit`` with every block before it runs.
 
-    So a second question to the same tokens takes no second pass. Nothing is warned of.
+    So a second question to the same tokens needs no second pass. There are no warnings.
     """
     backbone = Backbone(model)
     with unrecorded():
@@ -207,7 +235,7 @@ def artifacts_on_the_way(model: Any, images: Tensor, visit: Visit) -> ArtifactTo
 
 
 def _pass_by(*_: object) -> None:
-    """Let a block run that nobody asks anything of."""
+    """Do nothing before a block runs."""
 
 
 def _one(
@@ -221,7 +249,7 @@ def _one(
     grid, prefix = backbone.grid(images), backbone.prefix
     start = backbone.tokens(images, masks)
     choice, block, tokens = _Choice(rule, start), backbone.blocks[0], start
-    for i, block, tokens in backbone.walk(start):  # the last one is asked below
+    for i, block, tokens in backbone.walk(start):  # the last one is used below
         visit(i, block, tokens)
         if i - 1 in layers:
             choice.add(i - 1, _norms(tokens[:, prefix:], grid))
@@ -243,7 +271,7 @@ def _one(
 
 
 class _Choice:
-    """Of each image the layer whose largest norm is furthest above its threshold."""
+    """For each image the layer whose largest norm is furthest above its threshold."""
 
     def __init__(self, rule: Rule, tokens: Tensor) -> None:
         self._rule = rule
@@ -252,7 +280,7 @@ class _Choice:
         self.layer = torch.zeros_like(self._excess, dtype=torch.int64)
 
     def add(self, layer: int, norms: Tensor) -> None:
-        """Take ``norms (B, h, w)`` after block ``layer`` for the images where they tell more."""
+        """Take ``norms (B, h, w)`` after block ``layer`` for images where they stand out more."""
         excess = self._rule.excess(norms)
         further = excess > self._excess
         self.norms = torch.where(further[:, None, None], norms, self.norms)
@@ -273,14 +301,14 @@ def _norms(patches: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _received(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what each token gets from CLS and from all tokens, ``(B, N)`` each, heads averaged."""
+    """Return the attention to each token, from CLS and from all tokens, ``(B, N)`` each."""
     length = tokens.shape[1]
     positions = torch.arange(length, device=tokens.device)
     shares = torch.full((2, length), 1 / length, dtype=torch.float32, device=tokens.device)
     shares[0] = positions == 0
     ask = {"queries": None, "heads": Instead.QUERIES_AND_KEYS}
     pieces = weights_from(block, "return_attention", tokens, **ask)
-    # The rows are made a few at a time: all that is kept of the matrix are two sums.
+    # Rows are computed a few at a time; only two sums of the matrix are kept.
     layer = Layer("mean", residual=0.0)
     each = [
         layer.push(shares.expand(len(piece.query), -1, -1), positions, piece, scale)
@@ -305,28 +333,3 @@ def _warn(found: list[ArtifactTokens]) -> None:
 def _number(value: Tensor) -> float | None:
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _in_words(entry: dict[str, Any]) -> str:
-    patches, tokens = math.prod(entry["grid"]), entry["tokens"]
-    where = f"after block {entry['layer']}"
-    if not tokens:
-        return f"no artifact tokens among {patches} patches (norms {where})"
-    named = ", ".join(
-        f"({token['row']}, {token['col']}) {_short(token['norm'])}" for token in tokens[:NAMED]
-    )
-    more = f" and {len(tokens) - NAMED} more" if len(tokens) > NAMED else ""
-    doubt = "; so many are no artifacts" if entry["suspicious"] else ""
-    return (
-        f"{len(tokens)} of {patches} patches with a norm above {_short(entry['threshold'])} "
-        f"{where}: {named}{more}; they hold {_percent(entry['share'])} of CLS's attention in the "
-        f"last block{doubt}"
-    )
-
-
-def _short(number: float | None) -> str:
-    return "?" if number is None else f"{number:.4g}"
-
-
-def _percent(number: float | None) -> str:
-    return "?" if number is None else f"{100 * number:.1f} %"

@@ -1,144 +1,189 @@
-"""The attention of one forward pass, and how it lies on the patch grid."""
+"""The attention of a model on one batch of images, and how it lies on the patch grid."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, overload
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, overload
 
 from torch import Tensor
 
+from dinov2_attn.backbone.backbone import grafted_backbone
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.typing import Grid
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
-    from typing_extensions import TypeVar
-
-    W = TypeVar("W", default=Tensor)
-else:
-    from typing import TypeVar
-
-    W = TypeVar("W")
+from dinov2_attn.maps import _facts
+from dinov2_attn.maps.result import Array, Result, W, as_array
+from dinov2_attn.math.selection import positions
+from dinov2_attn.typing import Grid, Heads, Images, Layers, Masks, Model, Queries
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionMaps(Generic[W]):
-    """The attention weights of one forward pass, and how their rows and columns are laid out.
+@dataclass(frozen=True, eq=False, repr=False)
+class AttentionMaps(Result, Generic[W]):
+    """The attention weights of one batch of images, and the layout of their rows and columns.
 
-    =======  =========================================================================
-    weights  one entry for each layer: ``(B, heads, Q, N)``, ``(B, Q, N)`` for the mean of
-             heads, a list of these where the pass ran on a list of batches, or whatever
-             ``reduce`` made of them
-    layers   the blocks they belong to, counted from 0
-    grid     height and width ``(h, w)`` of the patch grid, a list of these for a list of
-             batches; ``None`` where tokens did not come from images of whole patches
-    prefix   ``1 + R``: the columns of CLS and the registers, in front of the patches
-    queries  the tokens whose rows these are, by position, 0 being CLS; a list of these for
-             a list of batches; ``None`` for all of them
-    =======  =========================================================================
+    ``AttentionMaps[W]`` says to a type checker what an entry of ``weights`` is;
+    ``AttentionMaps`` alone says that it is a tensor.
 
-    For a type checker ``AttentionMaps[W]`` says what an entry is, ``AttentionMaps`` that it
-    is a tensor.
+    Attributes:
+        weights: One entry for each layer: ``(B, heads, Q, N)``, ``(B, Q, N)`` for the mean of
+            heads, or what ``reduce`` returned.
+        layers: The blocks, counted from 0.
+        grid: Height and width ``(h, w)`` of the patch grid; ``None`` if it is not known, as
+            for tokens that did not come from images.
+        prefix: ``1 + R``, the number of columns before the patches: CLS and R registers.
+        queries: The positions of the tokens whose rows these are, CLS being 0; ``None`` for
+            all tokens.
+
     """
+
+    _LAYOUT: ClassVar[tuple[str, ...]] = ("layers", "grid", "prefix", "queries")
 
     weights: tuple[W, ...]
     layers: tuple[int, ...]
-    grid: Grid | list[Grid | None] | None
+    grid: Grid | None
     prefix: int
-    queries: tuple[int, ...] | list[tuple[int, ...]] | None = None
+    queries: tuple[int, ...] | None = None
 
     def patch_maps(self) -> tuple[W, ...]:
-        """Return what the rows give to patches, for each layer ``(…, h, w)``.
+        """Return the attention to patches, ``(…, h, w)`` for each layer.
 
-        The equivalent code is ``weights[..., prefix:].unflatten(-1, grid)``: nothing is
-        rescaled, so that a map sums to one only together with ``prefix_mass()``. Raises
-        ``InvalidInputError`` where the columns are not the prefix and the grid.
+        The equivalent code is ``weights[..., prefix:].unflatten(-1, grid)``. Nothing is
+        rescaled: a map and its ``prefix_mass()`` together sum to one.
+
+        Raises:
+            InvalidInputError: The grid is unknown, or the columns are not prefix and grid.
+
         """
-        return self._each(self._map)
+        return tuple(map(self._map, self.weights))
 
     def prefix_mass(self) -> tuple[W, ...]:
-        """Return what the rows give to CLS and the registers together, for each layer ``(…)``.
+        """Return the attention to CLS and the registers together, ``(…)`` for each layer.
 
-        What each of these tokens holds by itself is ``weights[..., :prefix]``.
+        The attention to each of them is ``weights[..., :prefix]``.
+
+        Raises:
+            InvalidInputError: The grid is unknown, or the columns are not prefix and grid.
+
         """
-        return self._each(self._prefix_mass)
+        return tuple(map(self._prefix_mass, self.weights))
 
-    def cpu(self) -> AttentionMaps[W]:
-        """Return the same on the CPU and outside of autograd's graph."""
-        return self._with(lambda weights: weights.detach().cpu())
+    def numpy(self: AttentionMaps[Tensor]) -> AttentionMaps[Array]:
+        """Return the same with NumPy arrays; bfloat16, which NumPy lacks, becomes float32."""
+        maps: AttentionMaps[Array] = self._with(as_array)
+        return maps
 
-    @overload
-    def numpy(self: AttentionMaps[Tensor]) -> AttentionMaps[npt.NDArray[Any]]: ...
-    @overload
-    def numpy(self: AttentionMaps[list[Tensor]]) -> AttentionMaps[list[npt.NDArray[Any]]]: ...
-
-    def numpy(self) -> AttentionMaps[Any]:
-        """Return the same with NumPy arrays for tensors; bfloat16, which it lacks, as float32."""
-        return self._with(_array)
-
-    def save(self, path: str | Path) -> None:
-        """Write all of it to one safetensors file, which appears whole or not at all.
-
-        Tensors are named ``layer.11``, or ``layer.11.0`` for the first of a list of batches;
-        grid, prefix, layers and queries stand in the metadata as JSON. Raises ``InvalidInputError``
-        unless weights are tensors, and ``UnwritableOutputError``.
-        """
-        from dinov2_attn.maps.storage import save
-
-        save(self, Path(path))
-
-    @classmethod
-    def load(cls, path: str | Path) -> AttentionMaps[Any]:
-        """Read what ``save`` wrote. Raises ``UnreadableFileError``."""
-        from dinov2_attn.maps.storage import load
-
-        return load(Path(path))
-
-    def _map(self, weights: Any, grid: Grid | None) -> Any:
-        height, width = self._checked(weights, grid)
+    def _map(self, weights: Any) -> Any:
+        height, width = self._checked_grid(weights)
         return weights[..., self.prefix :].reshape(*weights.shape[:-1], height, width)
 
-    def _prefix_mass(self, weights: Any, grid: Grid | None) -> Any:
-        self._checked(weights, grid)
+    def _prefix_mass(self, weights: Any) -> Any:
+        self._checked_grid(weights)
         return weights[..., : self.prefix].sum(-1)
 
-    def _checked(self, weights: Any, grid: Grid | None) -> Grid:
+    def _checked_grid(self, weights: Any) -> Grid:
         shape = tuple(getattr(weights, "shape", ()))
-        if grid is None:
+        if self.grid is None:
             raise InvalidInputError(
                 "maps whose patch grid is known",
                 f"weights {shape} of tokens that came from no images of whole patches",
                 "Say dataclasses.replace(maps, grid=(h, w)) if you know it; of a recording "
                 "say it of maps.passes[0].",
             )
-        count = self.prefix + grid[0] * grid[1]
+        height, width = self.grid
+        count = self.prefix + height * width
         if not shape or shape[-1] != count:
             raise InvalidInputError(
-                f"{self.prefix} + {grid[0]} · {grid[1]} = {count} columns: CLS and registers, "
+                f"{self.prefix} + {height} · {width} = {count} columns: CLS and registers, "
                 "then one for each patch",
                 f"weights of shape {shape}" if shape else f"{type(weights).__name__}",
                 "Correct prefix or grid, or keep the columns in reduce.",
             )
-        return grid
+        return self.grid
 
-    def _each(self, change: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
-        def entry(weights: Any) -> Any:
-            if not isinstance(weights, list):
-                return change(weights, self.grid)
-            grids = self.grid if isinstance(self.grid, list) else [self.grid] * len(weights)
-            return [change(one, grid) for one, grid in zip(weights, grids, strict=True)]
+    def _facts(self) -> dict[str, str]:
+        return {
+            "layers": _facts.ranges(self.layers),
+            "weights": _facts.shapes(self.weights),
+            "grid": _facts.size(self.grid),
+            "prefix": f"{self.prefix}",
+            "queries": _facts.tokens(self.queries, self.prefix, self.grid),
+        }
 
-        return tuple(map(entry, self.weights))
+    def _tensors(self) -> dict[str, Any]:
+        named = zip(self.layers, self.weights, strict=True)
+        return {f"layer.{layer}": weights for layer, weights in named}
 
-    def _with(self, change: Callable[[Tensor], Any]) -> AttentionMaps[Any]:
-        return replace(self, weights=self._each(lambda weights, _: change(weights)))
+    @classmethod
+    def _restored(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Any:
+        weights = tuple(tensors[f"layer.{layer}"] for layer in about["layers"])
+        return cls(weights, **about)  # type: ignore[arg-type]  # a file holds tensors
 
 
-def _array(weights: Tensor) -> npt.NDArray[Any]:
-    weights = weights.detach().cpu()
-    try:
-        return weights.numpy()
-    except TypeError:  # NumPy has no bfloat16
-        return weights.float().numpy()
+@overload
+def attention_maps(
+    model: Model,
+    images: Tensor,
+    layers: Layers = None,
+    masks: Tensor | None = None,
+    *,
+    queries: Queries = None,
+    heads: Heads = None,
+) -> AttentionMaps: ...
+@overload
+def attention_maps(
+    model: Model,
+    images: Sequence[Tensor],
+    layers: Layers = None,
+    masks: Sequence[Tensor | None] | None = None,
+    *,
+    queries: Queries = None,
+    heads: Heads = None,
+) -> list[AttentionMaps]: ...
+
+
+def attention_maps(
+    model: Any,
+    images: Images,
+    layers: Layers = None,
+    masks: Masks = None,
+    *,
+    queries: Queries = None,
+    heads: Heads = None,
+) -> AttentionMaps | list[AttentionMaps]:
+    """Return the attention of ``model`` on ``images``, with grid and prefix.
+
+    >>> maps = attention_maps(model, images, layers=1, queries="cls")
+    >>> maps.patch_maps()[0]   # (B, heads, 1, h, w)
+    >>> maps.prefix_mass()[0]  # (B, heads, 1)
+
+    Gradients flow when grad is on.
+
+    Args:
+        model: A DINOv2 that ``install`` has reached. For a model that only contains one, use
+            ``record``.
+        images: ``(B, C, H, W)``, or a list of such batches.
+        layers: ``None`` for all blocks, an int for the last so many, or a sequence of blocks.
+        masks: ``None`` or boolean ``(B, h·w)``; for a list, one for each batch.
+        queries: The tokens whose rows are wanted: ``None`` for all, ``"cls"``,
+            ``"registers"``, ``"patches"``, a position, a slice or a sequence of positions.
+        heads: ``None`` for each head, ``"mean"`` for their mean.
+
+    Returns:
+        The maps of the batch; for a list of batches, a list of maps.
+
+    Raises:
+        InvalidInputError: An argument is of the wrong kind or shape.
+        OutOfRangeError: A layer or a query does not exist.
+        NotGraftedError: ``install`` has not reached the model.
+
+    """
+    backbone = grafted_backbone(model)
+    weights = model.get_self_attention(images, layers, masks, queries=queries, heads=heads)
+    spelled, numbers = backbone.spell_out(queries), tuple(backbone.layers(layers))
+
+    def of_batch(batch: Tensor, own: tuple[Tensor, ...]) -> AttentionMaps:
+        rows = positions(spelled, backbone.length(batch))
+        return AttentionMaps(own, numbers, backbone.grid(batch), backbone.prefix, rows)
+
+    if isinstance(images, Tensor):
+        return of_batch(images, weights)
+    return [of_batch(batch, tuple(layer[i] for layer in weights)) for i, batch in enumerate(images)]

@@ -9,7 +9,7 @@ NAMED = 3
 
 
 class Course:
-    """The blocks in the order in which they ran, pass by pass, as far as passes were partial."""
+    """The blocks of partial passes, in the order in which they ran."""
 
     def __init__(self) -> None:
         self._passes: dict[tuple[int, ...], None] = {}
@@ -20,7 +20,7 @@ class Course:
         self._now.append(layer)
 
     def end(self, *, whole: bool) -> None:
-        """Note the end of a pass. One with all of its layers is whole for any choice of them."""
+        """Note the end of a pass; a ``whole`` one ran all of its layers."""
         if self._now and not whole:
             self._passes[tuple(self._now)] = None
         self._now = []
@@ -40,7 +40,7 @@ class Course:
     def calls(self, wanted: Sequence[int]) -> list[str]:
         """Return the calls that together record every block that ran, the largest first.
 
-        Of the blocks ``wanted``, or of all if none of those ran.
+        They name the blocks ``wanted``, or all blocks if none of those ran.
         """
         ran = self._layers()
         groups = self._together([i for i in wanted if i in ran] or ran)

@@ -1,4 +1,4 @@
-"""What stands out among the numbers of an image, told by their median and not by their mean."""
+"""Outliers among the numbers of an image, judged by their median and not by their mean."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from dinov2_attn.errors import InvalidInputError
 
 # 7.5 median absolute deviations are five standard deviations of a bell curve.
 DEVIATIONS = 7.5
-# Of the median: norms that hardly differ have next to no deviation.
+# In medians: norms that hardly differ have almost no deviation.
 FLOOR = 2.5
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What makes a value an outlier among others."""
+    """The rule that makes a value an outlier.
+
+    Attributes:
+        deviations: The least distance from the median, in median absolute deviations.
+        floor: The least outlier, in medians.
+
+    """
 
     deviations: float = DEVIATIONS
     floor: float = FLOOR
@@ -42,18 +48,18 @@ class Rule:
         return torch.maximum(middle + self.deviations * spread, self.floor * middle)
 
     def outliers(self, values: Tensor) -> Tensor:
-        """Return which of ``values (B, h, w)``, none of them negative, are above the threshold."""
+        """Return the mask of ``values (B, h, w)``, none of them negative, above the threshold."""
         return values > self.thresholds(values)[:, None, None]
 
     def excess(self, norms: Tensor) -> Tensor:
-        """Return how many times its threshold the most outstanding norm of each image is, (B,)."""
+        """Return the largest norm of each image in units of its threshold, ``(B,)``."""
         greatest, thresholds = norms.flatten(1).amax(1), self.thresholds(norms)
-        # Nought by nought is NaN, and nothing; anything else by nought is beyond comparison.
+        # 0/0 is NaN and becomes 0; anything else by 0 becomes the largest number.
         return (greatest / thresholds).nan_to_num()
 
 
 def median(values: Tensor) -> Tensor:
-    """Return the median of each row: of an even number of values the mean of both in the middle."""
+    """Return the median of each row; of an even number of values, the mean of the middle two."""
     ordered = values.sort(dim=1).values  # NaN comes last
     half = values.shape[1] // 2
     middle = (ordered[:, half] + ordered[:, -half - 1]) / 2

@@ -1,8 +1,8 @@
 """Attention rollout of chosen tokens, without a matrix product and without a matrix.
 
 The textbook multiplies one N × N matrix per layer into another. One row of that product needs
-less: its vector goes through the layers from the last to the first, ``r ← r · A``, and a
-layer's rows are made a few at a time and let go.
+less: its vector goes through the layers from the last to the first, ``r ← r · A``. The rows of
+a layer are computed a few at a time and released.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, Literal, get_args, overload
+from typing import Any, ClassVar, Generic, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,41 +21,66 @@ from dinov2_attn.backbone.projection import Piece
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.compute import Instead
 from dinov2_attn.grafting.modules import weights_from
+from dinov2_attn.maps import _facts
+from dinov2_attn.maps.result import Array, Result, W, as_array
 from dinov2_attn.math.attention import attention_weights
-from dinov2_attn.math.selection import place
+from dinov2_attn.math.selection import positions
 from dinov2_attn.math.tiles import cut
-from dinov2_attn.typing import Images, Layers, Masks, Model, Queries
+from dinov2_attn.typing import Grid, Images, Layers, Masks, Model, Queries
 
 Fusion = Literal["mean", "min", "max"]
 Tokens = Callable[[], Tensor]
 
-# The rows of all heads that exist at a time. Small beside one layer's matrix, large beside a call.
+# Bytes of the rows that exist at a time: few against one layer's matrix, many against a call.
 TILE_BYTES = 2**23
 
 
-@dataclass(frozen=True, eq=False)
-class Rollout:
-    """How much of every token has come into some tokens by way of all layers.
+@dataclass(frozen=True, eq=False, repr=False)
+class Rollout(Result, Generic[W]):
+    """The share that every token has in some tokens after all layers.
 
-    =======  ==================================================================
-    weights  ``(B, Q, N)``, float32 at least: rows of the rolled-out attention,
-             which sum to one; columns are CLS, registers, patches row by row
-    grid     ``(h, w)``, the patches of the images
-    prefix   1 + R, the columns in front of the patches
-    =======  ==================================================================
+    Attributes:
+        weights: ``(B, Q, N)``, float32 at least: rows of the rolled-out attention. A row sums
+            to one; its columns are CLS, registers, patches row by row.
+        grid: Height and width ``(h, w)`` of the patch grid.
+        prefix: ``1 + R``, the number of columns before the patches.
+        queries: The positions of the tokens whose rows these are, CLS being 0; ``None`` if
+            they are not known.
+
     """
 
-    weights: Tensor
-    grid: tuple[int, int]
-    prefix: int
+    _LAYOUT: ClassVar[tuple[str, ...]] = ("grid", "prefix", "queries")
 
-    def patch_maps(self) -> Tensor:
+    weights: W
+    grid: Grid
+    prefix: int
+    queries: tuple[int, ...] | None = None
+
+    def patch_maps(self) -> W:
         """Return the patch columns as maps ``(B, Q, h, w)``.
 
-        CLS and registers stay out of the picture; what went through them on its way did not
-        stay out of the weights. A map sums to less than one by what they hold themselves.
+        CLS and registers are left out of the picture; what passed through them stays in the
+        weights. The sum of a map is one minus the shares of CLS and registers themselves.
         """
-        return self.weights[..., self.prefix :].reshape(*self.weights.shape[:2], *self.grid)
+        weights: Any = self.weights
+        maps: W = weights[..., self.prefix :].reshape(*weights.shape[:2], *self.grid)
+        return maps
+
+    def numpy(self: Rollout[Tensor]) -> Rollout[Array]:
+        """Return the same with NumPy arrays."""
+        arrays: Rollout[Array] = self._with(as_array)
+        return arrays
+
+    def _facts(self) -> dict[str, str]:
+        unknown = self.queries is None
+        return {
+            "weights": _facts.shapes([self.weights]),
+            "grid": _facts.size(self.grid),
+            "prefix": f"{self.prefix}",
+            "queries": "unknown"
+            if unknown
+            else _facts.tokens(self.queries, self.prefix, self.grid),
+        }
 
 
 @overload
@@ -93,21 +118,10 @@ def rollout(
     residual: float = 0.5,
     masks: Masks = None,
 ) -> Rollout | list[Rollout]:
-    """Return the attention rollout of some tokens, a ``Rollout``; for a list, a list of these.
-
-    ========  ==================================================================
-    images    ``(B, C, H, W)``, or a list of such batches
-    layers    the blocks to roll out over, as in ``get_self_attention``: all, the
-              last few (an int), or those
-    queries   the tokens to start from, as in ``get_self_attention``; their order
-              is that of the rows
-    heads     how the heads of a layer are fused: ``"mean"``, ``"min"``, ``"max"``
-    residual  the share, from 0 to 1, of what goes past the attention of a layer
-    masks     ``None`` or boolean ``(B, h·w)``; for a list, one for each tensor
-    ========  ==================================================================
+    """Return the attention rollout of some tokens.
 
     Memory beyond one forward pass is O(N): the tokens of each layer, the queries and keys
-    of one, a few rows of its weights; time is O(N²) for each layer. Nothing is differentiated.
+    of one, a few rows of its weights. Time is O(N²) for each layer. Nothing is differentiated.
     The equivalent code is::
 
         product = identity
@@ -116,11 +130,27 @@ def rollout(
             product = (layer / layer.sum(-1, keepdim=True)) @ product
         return product[:, queries]
 
-    Raises ``InvalidInputError`` and ``OutOfRangeError`` for what cannot be, ``NotGraftedError`` for
-    a model that ``install`` has not reached.
+    Args:
+        model: A DINOv2 that ``install`` has reached.
+        images: ``(B, C, H, W)``, or a list of such batches.
+        layers: The blocks to roll out over: ``None`` for all, an int for the last so many, or
+            a sequence of blocks.
+        queries: The tokens to start from, as in ``attention_maps``, in the order of the rows.
+        heads: How the heads of a layer are fused: ``"mean"``, ``"min"`` or ``"max"``.
+        residual: The share, from 0 to 1, of the residual connection around the attention.
+        masks: ``None`` or boolean ``(B, h·w)``; for a list, one for each batch.
 
-    Source: Abnar and Zuidema, *Quantifying Attention Flow in Transformers*, 2020; the fusion
+    Returns:
+        The rollout of the batch; for a list of batches, a list of rollouts.
+
+    Raises:
+        InvalidInputError: An argument is of the wrong kind or shape.
+        OutOfRangeError: A layer or a query does not exist.
+        NotGraftedError: ``install`` has not reached the model.
+
+    Sources: Abnar and Zuidema, *Quantifying Attention Flow in Transformers*, 2020. The fusion
     of heads by min and max: Gildenblat, vit-explain.
+
     """
     _check(heads, residual)
     backbone = grafted_backbone(model)
@@ -156,9 +186,9 @@ def _check(heads: object, residual: object) -> None:
 def _inputs(
     backbone: Backbone, wanted: list[int], images: Tensor, masks: Any
 ) -> list[tuple[nn.Module, Tokens]]:
-    """Return the ``wanted`` blocks with what makes the tokens that each is given in a pass.
+    """Return the ``wanted`` blocks, each with a function that returns its input tokens.
 
-    The tokens of all but the first are kept: those come out of the images again.
+    The tokens of the first block are computed again from the images; the others are kept.
     """
     prepare = partial(backbone.tokens, images, masks)
     return [
@@ -180,21 +210,22 @@ def _one(
     queries: Queries,
 ) -> Rollout:
     length = backbone.length(images)
-    positions = torch.arange(length, device=images.device)
-    start = positions[place(queries, length)]
-    # Of the last layer no other rows are needed than those of the tokens to start from.
+    rows = positions(queries, length)
+    every = torch.arange(length, device=images.device)
+    start = every[list(rows)]
+    # Of the last layer only the rows of the tokens to start from are needed.
     shares = torch.eye(len(start), device=images.device).expand(len(images), -1, -1)
     for block, tokens in reversed(inputs):
         ask = {"queries": queries, "heads": Instead.QUERIES_AND_KEYS}
         pieces = weights_from(block, "return_attention", tokens(), **ask)
         shares = torch.cat([layer.push(shares[p.samples], start, p, scale) for p, scale in pieces])
-        queries, start = None, positions
-    return Rollout(shares, backbone.grid(images), backbone.prefix)
+        queries, start = None, every
+    return Rollout(shares, backbone.grid(images), backbone.prefix, rows)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer does to the shares that its output tokens hold."""
+    """What one layer does to the shares of its output tokens."""
 
     heads: Fusion
     residual: float

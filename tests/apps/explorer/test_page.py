@@ -338,9 +338,8 @@ def test_bad_arguments_are_explained(path, change, message):
 
 
 def test_maps_that_no_page_can_show_are_refused(path):
-    lists = AttentionMaps(([weights_of(0)],), (0,), [GRID], PREFIX, [None])
-    with pytest.raises(InvalidInputError, match="a list of batches"):
-        write_page(path, PICTURE, lists)
+    with pytest.raises(InvalidInputError, match=r"a list of 1\.\n.*maps\[0\]"):
+        write_page(path, PICTURE, [maps_of()])
     with pytest.raises(InvalidInputError, match="no layer"):
         write_page(path, PICTURE, AttentionMaps((), (), GRID, PREFIX))
     uneven = AttentionMaps((weights_of(0), weights_of(0, heads=3)), (0, 1), GRID, PREFIX)

@@ -458,7 +458,7 @@ def test_maps_of_all_kinds_can_be_looked_at(grafted):
     kinds = [
         (full, 1),
         (attention_maps(model, IMAGES, queries=[2, 4]), 1),
-        (attention_maps(model, [IMAGES[:1], IMAGES], queries=[4]), (1, 1)),
+        (attention_maps(model, [IMAGES[:1], IMAGES], queries=[4])[1], 1),
         (attention_maps(model, IMAGES, queries=[4]).numpy(), 1),
     ]
     with record(model, queries=[4]) as recorded:
@@ -492,7 +492,7 @@ def test_maps_of_all_kinds_can_be_looked_at(grafted):
         ({"head": 3}, OutOfRangeError, "a head among 0, 1, 2, or 'mean'.\nFound 3"),
         ({"head": "max"}, OutOfRangeError, "Found 'max'"),
         ({"sample": 1}, OutOfRangeError, "an image from 0 to 0.\nFound 1"),
-        ({"sample": (0, 0)}, InvalidInputError, "these maps hold one batch"),
+        ({"sample": (0, 0)}, InvalidInputError, "maps being of one batch"),
         ({"image": np.zeros((2, 3, 7))}, InvalidInputError, r"Found ndarray of shape \(2, 3, 7\)"),
         ({"artifacts": artifacts_at((5, 3))}, InvalidInputError, r"grid of 3 × 5\.\nFound a mask"),
     ],
@@ -518,7 +518,7 @@ def test_a_style_of_no_sense_is_an_error(options, message):
 
 def test_reduced_and_listed_maps_are_told_what_to_do(grafted):
     model = build(grafted)
-    with pytest.raises(InvalidInputError, match=r"(?s)sample as \(batch, image\).*hold 2 batches"):
+    with pytest.raises(InvalidInputError, match=r"(?s)maps of one batch.*list of 2.*maps\[0\]"):
         viz.plot(attention_maps(model, [IMAGES, IMAGES]))
     with record(model, reduce=lambda _, weights: weights.mean((1, 2))) as maps:
         model(IMAGES)

@@ -98,6 +98,12 @@ def write_page(
         UnwritableOutputError: if the file cannot be written.
 
     """
+    if isinstance(maps, list | tuple):
+        raise InvalidInputError(
+            "the maps of one batch",
+            f"a {type(maps).__name__} of {len(maps)}",
+            "A list of batches gives a list of maps: pass one of them, such as maps[0].",
+        )
     entries = {
         layer: _entry(weights, sample)
         for layer, weights in zip(maps.layers, maps.weights, strict=True)
@@ -158,10 +164,10 @@ def _rows(weights: Tensor, queries: tuple[int, ...], chosen: tuple[int, ...]) ->
 
 
 def _entry(weights: Any, sample: int) -> Tensor:
-    if isinstance(weights, list) or getattr(weights, "ndim", 0) not in (3, 4):
+    if getattr(weights, "ndim", 0) not in (3, 4):
         raise InvalidInputError(
             "weights (B, heads, Q, N) or (B, Q, N) for each layer",
-            "a list of batches" if isinstance(weights, list) else f"{type(weights).__name__}",
+            f"{type(weights).__name__}",
             "Pass the maps of one batch, as attention_maps or record return them.",
         )
     if not -len(weights) <= sample < len(weights):
@@ -183,4 +189,4 @@ def _shape(maps: AttentionMaps, entries: Mapping[int, Tensor]) -> Shape:
     (shape,) = shapes
     queries = maps.queries or tuple(range(shape[-2]))
     heads = shape[0] if len(shape) == 3 else 0
-    return Shape(heads, tuple(queries), maps.prefix, maps.grid)  # type: ignore[arg-type]  # one batch
+    return Shape(heads, tuple(queries), maps.prefix, maps.grid)  # type: ignore[arg-type]  # patch_maps checks

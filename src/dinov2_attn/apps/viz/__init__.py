@@ -43,6 +43,7 @@ _MODULES = {
     "animate": "dinov2_attn.apps.viz.saving",
     "explore": "dinov2_attn.apps.explorer.explore",
     "load_image": "dinov2_attn.apps.viz.images",
+    "picture_of": "dinov2_attn.apps.viz.notebook",
     "plot": "dinov2_attn.apps.viz.pictures",
     "plot_heads": "dinov2_attn.apps.viz.pictures",
     "plot_layers": "dinov2_attn.apps.viz.pictures",

@@ -34,21 +34,20 @@ class Outlying:
 
 
 def outlying_in(
-    artifacts: ArtifactTokens | None, row: AttentionRow, sample: int | tuple[int, int] = 0
+    artifacts: ArtifactTokens | None, row: AttentionRow, sample: int = 0
 ) -> Outlying | None:
     """Return the artifacts of one image. Raise ``InvalidInputError`` if the grid is another."""
     if artifacts is None:
         return None
-    index = sample[1] if isinstance(sample, tuple) else sample
     shape = tuple(artifacts.mask.shape)
-    if index >= shape[0] or shape[1:] != row.grid:
+    if sample >= shape[0] or shape[1:] != row.grid:
         raise InvalidInputError(
-            f"artifact tokens of image {index} on a grid of {row.grid[0]} × {row.grid[1]}",
+            f"artifact tokens of image {sample} on a grid of {row.grid[0]} × {row.grid[1]}",
             f"a mask of shape {shape}",
             "Pass what artifact_tokens returned for the same batch.",
         )
-    mask = artifacts.mask[index].cpu().numpy()
-    return Outlying(mask, int(artifacts.layer[index]), float(artifacts.threshold[index]))
+    mask = artifacts.mask[sample].cpu().numpy()
+    return Outlying(mask, int(artifacts.layer[sample]), float(artifacts.threshold[sample]))
 
 
 def sentences(

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 PLAIN = Style()
 RED_TINT = (1.0, 0.0, 0.0, 0.5)
-Sample = int | tuple[int, int]
 # An image: what load_image returns, an image of Pillow, or an array with the channels last.
 Picture: TypeAlias = "LoadedImage | npt.ArrayLike | PIL.Image.Image"
 
@@ -51,7 +50,7 @@ def plot(
     layer: int | None = None,
     head: Head = "mean",
     query: Token = "cls",
-    sample: Sample = 0,
+    sample: int = 0,
     image: Picture | None = None,
     artifacts: ArtifactTokens | None = None,
     style: Style = PLAIN,
@@ -75,7 +74,7 @@ def plot(
         head: The number of a head, or ``"mean"``.
         query: ``"cls"``, ``"register:2"``, a patch ``(row, column)``, or a position. A patch is
             framed in white.
-        sample: Which image of the batch. For a list of batches ``(batch, image)``.
+        sample: Which image of the batch.
         image: The image below the map: what ``load_image`` returned, an image of Pillow, or an
             array ``(H, W, 3)`` or ``(H, W)``, integers of 0…255 or floats of 0…1.
         artifacts: What ``artifact_tokens`` found in the same batch. ``style`` says how to draw
@@ -121,7 +120,7 @@ def plot_heads(
     *,
     layer: int | None = None,
     query: Token = "cls",
-    sample: Sample = 0,
+    sample: int = 0,
     image: Picture | None = None,
     artifacts: ArtifactTokens | None = None,
     style: Style = PLAIN,
@@ -179,7 +178,7 @@ def plot_layers(
     maps: Drawable,
     *,
     query: Token = "cls",
-    sample: Sample = 0,
+    sample: int = 0,
     artifacts: ArtifactTokens | None = None,
     style: Style = PLAIN,
     name: str | None = None,
@@ -227,7 +226,7 @@ def plot_masks(
     image: Picture,
     layer: int | None = None,
     query: Token = "cls",
-    sample: Sample = 0,
+    sample: int = 0,
     name: str | None = None,
     warning: str | None = None,
 ) -> Figure:

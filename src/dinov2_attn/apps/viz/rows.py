@@ -14,7 +14,7 @@ from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.math.selection import name_token, whole_number
 
 if TYPE_CHECKING:
-    from dinov2_attn.maps.record import Recording
+    from dinov2_attn.maps.recording import Recording
 
 Values = npt.NDArray[np.float64]
 Head = int | str
@@ -93,23 +93,22 @@ class AttentionRow:
         return float(self.row(layer, head)[: self.prefix].sum())
 
 
-def select_row(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 0) -> AttentionRow:
+def select_row(maps: Any, query: Token = "cls", sample: int = 0) -> AttentionRow:
     """Return the row of ``query`` in one image.
 
     Args:
         maps: An ``AttentionMaps``, or a ``Recording`` of one pass.
         query: The token, as in ``plot``.
-        sample: Which image of the batch. For a list of batches ``(batch, image)``.
+        sample: Which image of the batch.
 
     Raises:
         InvalidInputError: if the maps have no rows of one image to show.
         OutOfRangeError: if there is no such query or sample.
 
     """
-    maps = _one_batch(maps, sample)
+    _check(maps)
     maps.patch_maps()  # raises what does not fit
-    index = sample[1] if isinstance(sample, tuple) else sample
-    rows = [_of_image(weights, index) for weights in maps.weights]
+    rows = [_of_image(weights, sample) for weights in maps.weights]
     position = position_of(query, maps.prefix, maps.grid)
     length = rows[0].shape[-1]
     queries = tuple(range(length)) if maps.queries is None else maps.queries
@@ -127,36 +126,20 @@ def select_row(maps: Any, query: Token = "cls", sample: int | tuple[int, int] = 
     return AttentionRow(shown, maps.layers, maps.grid, maps.prefix, position, heads)
 
 
-def _one_batch(maps: Any, sample: int | tuple[int, int]) -> Any:
-    weights = maps.weights
-    if not isinstance(weights[0], list):
-        if isinstance(sample, tuple):
-            raise InvalidInputError(
-                "sample as an int: these maps hold one batch",
-                repr(sample),
-                "Give the number of the image.",
-            )
-        plain = maps
-    elif not isinstance(sample, tuple) or len(sample) != 2:
+def _check(maps: Any) -> None:
+    if isinstance(maps, list | tuple):
         raise InvalidInputError(
-            f"sample as (batch, image): these maps hold {len(weights[0])} batches",
-            repr(sample),
-            "Give the number of the batch and the number of the image in it.",
+            "the maps of one batch",
+            f"a {type(maps).__name__} of {len(maps)}",
+            "A list of batches gives a list of maps: draw one of them, such as maps[0].",
         )
-    else:
-        batch = _within(sample[0], len(weights[0]), "a batch")
-        queries = maps.queries[batch] if isinstance(maps.queries, list) else maps.queries
-        grid = maps.grid[batch] if isinstance(maps.grid, list) else maps.grid
-        own = tuple(layer[batch] for layer in weights)
-        plain = AttentionMaps(own, maps.layers, grid, maps.prefix, queries)
-    for layer in plain.weights:
+    for layer in maps.weights:
         if getattr(layer, "ndim", 0) not in (3, 4):
             raise InvalidInputError(
                 "weights of shape (B, heads, Q, N) or (B, Q, N)",
                 str(tuple(getattr(layer, "shape", ())) or type(layer).__name__),
                 "Draw what attention_maps returns, without reduce.",
             )
-    return plain
 
 
 def _of_image(weights: Any, index: int) -> Values:
@@ -167,6 +150,12 @@ def _of_image(weights: Any, index: int) -> Values:
 
 
 def _within(number: object, count: int, what: str) -> int:
+    if isinstance(number, list | tuple):
+        raise InvalidInputError(
+            "sample as a number, maps being of one batch",
+            repr(number),
+            "Give the image's number; of a list of maps, draw one.",
+        )
     place = whole_number(number, "sample")
     if not 0 <= place < count:
         raise OutOfRangeError(f"{what} from 0 to {count - 1}", str(place), "Images count from 0.")

@@ -1,0 +1,111 @@
+"""The recorded passes of a model: a sequence of ``AttentionMaps``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import SupportsIndex, overload
+
+import torch
+from torch import Tensor
+
+from dinov2_attn.errors import NotRecordedError
+from dinov2_attn.maps.attention_maps import AttentionMaps
+from dinov2_attn.maps.result import Array, Face, W
+from dinov2_attn.typing import Grid
+
+
+class Recording(Face, Sequence[AttentionMaps[W]]):
+    """What ``record`` yields: a sequence of ``AttentionMaps``, one for each batch of a pass.
+
+    A pass over a list of batches is recorded as one pass for each batch, in their order.
+
+    If there is exactly one entry, the recording answers for it: ``maps.weights`` is
+    ``maps[0].weights``, and so on.
+
+    Attributes:
+        passes: The entries as a plain list. In a long loop, take from it what you need and
+            clear it.
+
+    """
+
+    def __init__(self) -> None:
+        self.passes: list[AttentionMaps[W]] = []
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> AttentionMaps[W]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[AttentionMaps[W]]: ...
+
+    def __getitem__(
+        self, index: SupportsIndex | slice
+    ) -> AttentionMaps[W] | list[AttentionMaps[W]]:
+        return self.passes[index]
+
+    @property
+    def weights(self) -> tuple[W, ...]:
+        """The ``weights`` of the one pass."""
+        return self._one("weights").weights
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The ``layers`` of the one pass."""
+        return self._one("layers").layers
+
+    @property
+    def grid(self) -> Grid | None:
+        """The ``grid`` of the one pass."""
+        return self._one("grid").grid
+
+    @property
+    def prefix(self) -> int:
+        """The ``prefix`` of the one pass."""
+        return self._one("prefix").prefix
+
+    @property
+    def queries(self) -> tuple[int, ...] | None:
+        """The ``queries`` of the one pass."""
+        return self._one("queries").queries
+
+    def patch_maps(self) -> tuple[W, ...]:
+        """Return the ``patch_maps()`` of the one pass."""
+        return self._one("patch_maps").patch_maps()
+
+    def prefix_mass(self) -> tuple[W, ...]:
+        """Return the ``prefix_mass()`` of the one pass."""
+        return self._one("prefix_mass").prefix_mass()
+
+    def to(self, device: torch.device | str | int) -> AttentionMaps[W]:
+        """Return the one pass on ``device``."""
+        return self._one("to").to(device)
+
+    def cpu(self) -> AttentionMaps[W]:
+        """Return the one pass on the CPU, detached from autograd's graph."""
+        return self._one("cpu").cpu()
+
+    def numpy(self: Recording[Tensor]) -> AttentionMaps[Array]:
+        """Return the one pass with NumPy arrays; bfloat16 becomes float32."""
+        return self._one("numpy").numpy()
+
+    def save(self, path: str | Path) -> None:
+        """Write the one pass to one safetensors file, as ``AttentionMaps.save`` does."""
+        self._one("save").save(path)
+
+    def _one(self, name: str) -> AttentionMaps[W]:
+        if len(self.passes) != 1:
+            raise NotRecordedError(
+                f"one recorded pass, whose {name} that is",
+                f"{len(self.passes)}",
+                "Each forward pass is an entry of .passes, and so is each batch of a list.",
+            )
+        return self.passes[0]
+
+    def _facts(self) -> dict[str, str]:
+        each = [one._facts() for one in self.passes]
+        return {"passes": f"{len(each)}"} | {
+            name: fact if all(other[name] == fact for other in each) else "various"
+            for name, fact in (each[0] if each else {}).items()
+        }

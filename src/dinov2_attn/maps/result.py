@@ -1,0 +1,133 @@
+"""What every result has in common: one line of text, a notebook's view, devices and files."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dinov2_attn.maps._storage import read, write
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from typing_extensions import Self, TypeVar
+
+    # What an entry of a result is.
+    W = TypeVar("W", default=Tensor)
+else:
+    from typing import TypeVar
+
+    W = TypeVar("W")
+
+Array: TypeAlias = "npt.NDArray[Any]"
+
+
+class Face:
+    """The face of a result: ``repr`` in one line, a table and a picture in a notebook."""
+
+    def _facts(self) -> dict[str, str]:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{name}={fact}" for name, fact in self._facts().items())
+        return " ".join(f"{type(self).__name__}({facts})".split())
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(fact)}</td></tr>"
+            for name, fact in self._facts().items()
+        )
+        name = html.escape(type(self).__name__)
+        table = f"<table><caption>{name}</caption><tbody>{rows}</tbody></table>"
+        # A notebook shows a result's HTML in place of its PNG.
+        picture = self._repr_png_()
+        if picture is None:
+            return table
+        encoded = base64.b64encode(picture).decode("ascii")
+        return f'{table}<img alt="Picture of {name}" src="data:image/png;base64,{encoded}">'
+
+    def _repr_png_(self) -> bytes | None:
+        # The engine does not depend on pictures: a notebook that asks for one imports them.
+        picture: bytes | None = import_module("dinov2_attn.viz").picture_of(self)
+        return picture
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result(Face):
+    """Tensors of one batch of images, and how they are laid out."""
+
+    # The fields that are no tensors.
+    _LAYOUT: ClassVar[tuple[str, ...]] = ()
+
+    def to(self, device: torch.device | str | int) -> Self:
+        """Return the same on ``device``. Gradients flow through it, as through ``Tensor.to``."""
+        moved: Self = self._with(lambda tensor: tensor.to(device=device))
+        return moved
+
+    def cpu(self) -> Self:
+        """Return the same on the CPU, detached from autograd's graph."""
+        moved: Self = self._with(lambda tensor: tensor.detach().cpu())
+        return moved
+
+    def save(self, path: str | Path) -> None:
+        """Write the result to one safetensors file, which appears whole or not at all.
+
+        The metadata hold the kind of the result and its layout as JSON.
+
+        Raises:
+            InvalidInputError: The result holds something else than tensors.
+            UnwritableOutputError: ``path`` cannot be written.
+            UnavailableError: The library safetensors is not installed.
+
+        """
+        about = {name: getattr(self, name) for name in self._LAYOUT}
+        write(Path(path), type(self).__name__, self._tensors(), about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what ``save`` wrote; tensors are on the CPU.
+
+        Raises:
+            UnreadableFileError: ``path`` is missing, damaged, or holds another kind of result.
+            UnavailableError: The library safetensors is not installed.
+
+        """
+        return read(Path(path), cls.__name__, cls._restored)
+
+    def _tensors(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self._LAYOUT}
+
+    @classmethod
+    def _restored(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Self:
+        return cls(**tensors, **about)
+
+    def _with(self, change: Callable[[Tensor], Any]) -> Any:
+        names = [f.name for f in fields(self) if f.name not in self._LAYOUT]
+        return replace(self, **{name: _changed(getattr(self, name), change) for name in names})
+
+
+def as_array(tensor: Tensor) -> Array:
+    """Return ``tensor`` as a NumPy array; bfloat16, which NumPy lacks, as float32."""
+    tensor = tensor.detach().cpu()
+    try:
+        return tensor.numpy()
+    except TypeError:
+        return tensor.float().numpy()
+
+
+def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return ``value`` with every tensor in it changed; ``reduce`` may have nested them."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _changed(one, change) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_changed(one, change) for one in value)
+    return value
