@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dinov2_attn
-from dinov2_attn.backbone.structure import Part, part_of_module
+from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.maps import rollout as module_of_rollout
 from tests.support import reference, upstreams
@@ -25,7 +25,7 @@ RESIDUAL = st.sampled_from([0.0, 0.25, 0.5, 1.0])
 
 def textbook(model, images, *, heads="mean", residual=0.5, n=None, masks=None):
     """The product ``(B, N, N)`` in NumPy and float64, of upstream's own forward pass."""
-    attentions = [m for m in model.modules() if part_of_module(m) is Part.ATTENTION]
+    attentions = [m for m in model.modules() if role_of_module(m) is Role.ATTENTION]
     seen = []
     hooks = [m.register_forward_pre_hook(lambda _, a: seen.append(a[0])) for m in attentions]
     with torch.no_grad():

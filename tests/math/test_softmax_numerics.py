@@ -177,9 +177,9 @@ def test_a_bias_of_any_kind_is_what_pytorchs_kernel_makes_of_it(
 
 
 def test_rows_without_keys_are_not_looked_at():
-    assert tiles.see_nothing(torch.zeros(2, 3, 4, 0)) is None
-    found = tiles.see_nothing(torch.full((2, 3, 0, 5), -INF))
-    assert (found is not None) == tiles.BLIND_IS_NOUGHT
+    assert tiles.fully_masked_rows(torch.zeros(2, 3, 4, 0)) is None
+    found = tiles.fully_masked_rows(torch.full((2, 3, 0, 5), -INF))
+    assert (found is not None) == tiles.MASKED_ROWS_ARE_ZERO
 
 
 def test_scores_beyond_what_floats_hold_are_not_taken_for_masked():

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from dinov2_attn.backbone.structure import Part
+from dinov2_attn.backbone.structure import Role
 from dinov2_attn.errors import IncompatibleUpstreamError
 
 # What is known to be passed in. `attn_bias` and `is_causal` change the weights in ways that are
 # known here; a position, a rotary table or anything new would change them in ways that are not.
 _ARGUMENTS = {
-    Part.ATTENTION: {"x", "attn_bias", "is_causal"},
-    Part.BLOCK: {"x", "x_or_x_list"},
-    Part.CAUSAL_BLOCK: {"x"},
+    Role.ATTENTION: {"x", "attn_bias", "is_causal"},
+    Role.BLOCK: {"x", "x_or_x_list"},
+    Role.CAUSAL_BLOCK: {"x"},
 }
 
 # All that any revision of upstream and any fork known to compute plain attention reads in
@@ -28,19 +28,19 @@ _EVERY_MODULE = frozenset(vars(nn.Module()))
 
 # What the grafts add; upstream code that has it already was patched by hand.
 _OURS = {
-    Part.ATTENTION: "return_attn",
-    Part.BLOCK: "return_attention",
-    Part.CAUSAL_BLOCK: "return_attention",
-    Part.TRANSFORMER: "return_attention",
+    Role.ATTENTION: "return_attn",
+    Role.BLOCK: "return_attention",
+    Role.CAUSAL_BLOCK: "return_attention",
+    Role.TRANSFORMER: "return_attention",
 }
 
 
-def check_arguments(cls: type, part: Part, method: str) -> None:
+def check_arguments(cls: type, role: Role, method: str) -> None:
     """Raise ``IncompatibleUpstreamError`` unless ``cls.method`` takes what grafts pass on."""
     names = argument_names(vars(cls)[method])
-    if _OURS[part] in names:
-        raise _patched_by_hand(cls, f"{method} with an argument {_OURS[part]}")
-    allowed = _ARGUMENTS.get(part)
+    if _OURS[role] in names:
+        raise _patched_by_hand(cls, f"{method} with an argument {_OURS[role]}")
+    allowed = _ARGUMENTS.get(role)
     if allowed is not None and (unknown := [name for name in names if name not in allowed]):
         raise IncompatibleUpstreamError(
             f"{name_of(cls)}.{method} to take no more than {', '.join(sorted(allowed))}",

@@ -13,7 +13,7 @@ from torch.nn.modules import module as nn_module
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN
 from dinov2_attn.math.bias import Group
 from dinov2_attn.math.selection import Rows
-from dinov2_attn.math.tiles import cut, may_tile
+from dinov2_attn.math.tiles import chunks, may_tile
 
 # Queries and keys that are made at a time: beside the weights of a large batch they are nothing.
 TILE_BYTES = 2**20
@@ -89,7 +89,7 @@ class Projection:
 
     def _few_at_a_time(self, queries: Tensor, keys: Tensor, rows: Rows) -> Iterator[Piece]:
         sample = 2 * queries.shape[1] * queries.shape[2] * queries.element_size()
-        for some in cut(max(1, len(queries)), TILE_BYTES // max(1, sample)):
+        for some in chunks(max(1, len(queries)), TILE_BYTES // max(1, sample)):
             query = self._queries(queries[some], rows)
             head_dim = query.shape[-1]
             if self._is_exact and _does_without_keys(query, keys):

@@ -19,7 +19,7 @@ from dinov2_attn.backbone import contract
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.projection import project
-from dinov2_attn.backbone.structure import Part, part_of_module
+from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import IncompatibleUpstreamError
 from dinov2_attn.kernels.call import Kernel, branches
 from dinov2_attn.kernels.xformers_flags import is_gated
@@ -35,7 +35,7 @@ _TOLERANCE = 1e-9
 
 
 @contextmanager
-def laboratory() -> Iterator[None]:
+def sandbox() -> Iterator[None]:
     """Give checks a place to run: on the CPU, without autograd or a trace in any RNG.
 
     Modes around it do not see them: under a fake one there would be nothing to compare.
@@ -73,18 +73,20 @@ def prove_attention(cls: type, forward: Forward, grafted: Forward, kernel: Kerne
     for xformers, run in branches(forward).items():
         contract.check_reads(module, partial(run, module, x))
         weights = _weights(module, x, kernel, xformers)
-        _same(cls, "proj(weights @ v)", _features(module, x, weights), run(module, x))
+        _require_equal(cls, "proj(weights @ v)", _features(module, x, weights), run(module, x))
         takes_bias = xformers or not is_gated(forward)
         if takes_bias and "attn_bias" in contract.argument_names(forward):
-            bias = _noise(len(x), _HEADS, _TOKENS, _TOKENS)
+            bias = _randn(len(x), _HEADS, _TOKENS, _TOKENS)
             weights = _weights(module, x, kernel, xformers, bias)
             output = run(module, x, attn_bias=bias)
-            _same(cls, "attention under a bias", _features(module, x, weights), output)
+            _require_equal(cls, "attention under a bias", _features(module, x, weights), output)
     weights = _weights(module, x, kernel, None)
-    _same(cls, "the weights returned", grafted(module, x, return_attn=True), weights)
+    _require_equal(cls, "the weights returned", grafted(module, x, return_attn=True), weights)
     if "is_causal" in contract.argument_names(forward):
         causal = grafted(module, x, True, return_attn=True)
-        _same(cls, "causal attention", _features(module, x, causal), forward(module, x, True))
+        _require_equal(
+            cls, "causal attention", _features(module, x, causal), forward(module, x, True)
+        )
 
 
 def prove_block(
@@ -96,22 +98,22 @@ def prove_block(
     _one_call_each(cls, calls, 1)
     expected = getattr(module, child)(*calls[0], return_attn=True)
     asked = grafted(module, _tokens(), return_attention=True)
-    _same(cls, "the attention of a block", asked, expected)
+    _require_equal(cls, "the attention of a block", asked, expected)
 
 
 def prove_transformer(cls: type, options: dict[str, Any]) -> None:
     """Prove that a model's weights, flat and chunked, are those of its own forward pass."""
     for chunks in (0, 2):
         model = _build(cls, **_MODEL, block_chunks=chunks, **options)
-        images = _noise(2, 3, _GRID[0] * _PATCH, _GRID[1] * _PATCH)
-        attentions = [m for m in model.modules() if part_of_module(m) is Part.ATTENTION]
+        images = _randn(2, 3, _GRID[0] * _PATCH, _GRID[1] * _PATCH)
+        attentions = [m for m in model.modules() if role_of_module(m) is Role.ATTENTION]
         calls = _calls_of(attentions, partial(model.forward_features, images))
         _one_call_each(cls, calls, _MODEL["depth"])
         expected = [m(*call, return_attn=True) for m, call in zip(attentions, calls, strict=True)]
         for own in expected:
             _layout_fits(cls, model, tokens=own.shape[-1])
         for asked, own in zip(model.get_self_attention(images), expected, strict=True):
-            _same(cls, "the attention of a model", asked, own)
+            _require_equal(cls, "the attention of a model", asked, own)
 
 
 _MODEL: dict[str, Any] = {
@@ -134,17 +136,17 @@ def _build(cls: type, **options: Any) -> Any:
     module: Any = cls(**{name: value for name, value in options.items() if name in known})
     # A seed for each: layers that are all alike would hide that two were mixed up.
     for seed, parameter in enumerate(module.double().eval().parameters()):
-        parameter.copy_(_noise(*parameter.shape, seed=seed) / 2)
+        parameter.copy_(_randn(*parameter.shape, seed=seed) / 2)
     return module
 
 
-def _noise(*shape: int, seed: int = 0) -> Tensor:
+def _randn(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _tokens() -> Tensor:
-    return _noise(3, _TOKENS, _DIM)
+    return _randn(3, _TOKENS, _DIM)
 
 
 def _weights(
@@ -170,7 +172,7 @@ def _calls_of(modules: list[Any], run: Callable[[], object]) -> list[tuple[Any, 
     return calls
 
 
-def _same(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
+def _require_equal(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
     if ours.shape != theirs.shape:
         gap = f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
     elif torch.allclose(ours, theirs, _TOLERANCE, _TOLERANCE):

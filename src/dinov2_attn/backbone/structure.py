@@ -15,7 +15,7 @@ from types import ModuleType
 from torch import nn
 
 
-class Part(Enum):
+class Role(Enum):
     """The kinds of class that are grafted, in the order in which they build on each other."""
 
     ATTENTION = "attention module"
@@ -24,38 +24,40 @@ class Part(Enum):
     TRANSFORMER = "vision transformer"
 
 
-ANATOMY = {
-    Part.ATTENTION: {"qkv", "proj", "num_heads", "scale"},
-    Part.BLOCK: {"norm1", "attn"},
-    Part.CAUSAL_BLOCK: {"attention_norm", "attention", "is_causal"},
-    Part.TRANSFORMER: {"blocks", "prepare_tokens_with_masks"},
+REQUIRED_ATTRIBUTES = {
+    Role.ATTENTION: {"qkv", "proj", "num_heads", "scale"},
+    Role.BLOCK: {"norm1", "attn"},
+    Role.CAUSAL_BLOCK: {"attention_norm", "attention", "is_causal"},
+    Role.TRANSFORMER: {"blocks", "prepare_tokens_with_masks"},
 }
 
 # The norm before the attention and the attention itself, by upstream's names.
 BLOCK_CHILDREN = {
-    Part.BLOCK: ("norm1", "attn"),
-    Part.CAUSAL_BLOCK: ("attention_norm", "attention"),
+    Role.BLOCK: ("norm1", "attn"),
+    Role.CAUSAL_BLOCK: ("attention_norm", "attention"),
 }
 
 # The methods that decide what attention a class computes, and on what.
 _CODE = frozenset({"forward", "forward_features", "prepare_tokens_with_masks"})
 
 
-def part_of_class(cls: type) -> Part | None:
+def role_of_class(cls: type) -> Role | None:
     """Say which part ``cls`` is, from the names its ``__init__`` and its body use."""
     names = {name for base in cls.__mro__ for name in (*vars(base), *_names_in_init(base))}
     return _matching(names)
 
 
-def part_of_module(module: nn.Module) -> Part | None:
+def role_of_module(module: nn.Module) -> Role | None:
     """Say which part a live ``module`` is, from the attributes that it has itself.
 
     A wrapper that reads everything from the module inside by ``__getattr__`` is none.
     """
-    return next((part for part, needed in ANATOMY.items() if _has_itself(module, needed)), None)
+    return next(
+        (role for role, needed in REQUIRED_ATTRIBUTES.items() if _has_itself(module, needed)), None
+    )
 
 
-def classes_in(module: ModuleType) -> Iterator[tuple[type, Part]]:
+def classes_in(module: ModuleType) -> Iterator[tuple[type, Role]]:
     """Yield the parts that ``module`` works with, defined there or elsewhere in its package.
 
     Those it imports count too: after a reload of one module, others go on building models
@@ -65,29 +67,29 @@ def classes_in(module: ModuleType) -> Iterator[tuple[type, Part]]:
     for cls in vars(module).copy().values():
         if isinstance(cls, type) and issubclass(cls, nn.Module):
             for base in _own_bases(cls):
-                if _package(base.__module__) == package and (part := part_of_class(base)):
-                    yield base, part
+                if _package(base.__module__) == package and (role := role_of_class(base)):
+                    yield base, role
 
 
-def classes_behind(model: nn.Module) -> Iterator[tuple[type, Part]]:
+def classes_behind(model: nn.Module) -> Iterator[tuple[type, Role]]:
     """Yield the classes whose code a live ``model`` runs as one of the parts.
 
     Inside a larger model only what belongs to its vision transformers counts, so that
     somebody else's attention beside them is none of our business. Base classes come
     too: upstream's methods call those of their bases.
     """
-    transformers = [m for m in model.modules() if part_of_module(m) is Part.TRANSFORMER]
-    found: dict[type, Part] = {}
+    transformers = [m for m in model.modules() if role_of_module(m) is Role.TRANSFORMER]
+    found: dict[type, Role] = {}
     for root in transformers or [model]:
         for module in root.modules():
-            if (part := part_of_module(module)) is not None:
-                found.update(dict.fromkeys(_own_bases(type(module)), part))
+            if (role := role_of_module(module)) is not None:
+                found.update(dict.fromkeys(_own_bases(type(module)), role))
     yield from in_order(found.items())
 
 
-def in_order(classes: Iterable[tuple[type, Part]]) -> list[tuple[type, Part]]:
+def in_order(classes: Iterable[tuple[type, Role]]) -> list[tuple[type, Role]]:
     """Sort by part, so that what others build on comes first; otherwise as given."""
-    return sorted(classes, key=lambda item: list(Part).index(item[1]))
+    return sorted(classes, key=lambda item: list(Role).index(item[1]))
 
 
 def _own_bases(cls: type) -> list[type]:
@@ -108,8 +110,8 @@ def _has_itself(module: nn.Module, names: set[str]) -> bool:
     return all(any(name in some for some in held) for name in names)
 
 
-def _matching(names: set[str]) -> Part | None:
-    return next((part for part, needed in ANATOMY.items() if needed <= names), None)
+def _matching(names: set[str]) -> Role | None:
+    return next((role for role, needed in REQUIRED_ATTRIBUTES.items() if needed <= names), None)
 
 
 def _names_in_init(cls: type) -> tuple[str, ...]:

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.import_hook import Finder
-from dinov2_attn.grafting.registry import Ledger
+from dinov2_attn.grafting.registry import GraftRegistry
 from dinov2_attn.grafting.targets import UPSTREAM, UPSTREAM_MODULES, LiveModel, Package
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from dinov2_attn.backbone.structure import Part
+    from dinov2_attn.backbone.structure import Role
 
 # Python's own, which has no public way to wait for an import that another thread has begun.
 _bootstrap: Any = importlib._bootstrap
 _LOCK = threading.RLock()
-_LEDGER = Ledger()
+_REGISTRY = GraftRegistry()
 _PACKAGES: dict[str, Package] = {}
 
 
@@ -118,7 +118,7 @@ def uninstall() -> None:
     Raises ``PatchedOnTopError``, and undoes nothing, where somebody patched on top of a graft.
     """
     with _LOCK:
-        _LEDGER.release_all()
+        _REGISTRY.release_all()
         _PACKAGES.clear()
         _await_imports()
 
@@ -126,7 +126,7 @@ def uninstall() -> None:
 def status() -> Status:
     """Say what is grafted, what is pending and how each target was recognised."""
     with _LOCK:
-        targets = {target for graft in _LEDGER for target in graft.targets}
+        targets = {target for graft in _REGISTRY for target in graft.targets}
         recognised: dict[str, str] = {}
         for target in sorted(targets, key=str):
             recognised[_unused(str(target), recognised)] = _recognise(target)
@@ -134,8 +134,8 @@ def status() -> Status:
             p.name: f"refused: {in_one_line(p.failure)}" for p in _PACKAGES.values() if p.failure
         }
         return Status(
-            grafted=tuple(str(graft) for graft in _LEDGER if graft.in_force),
-            covered=tuple(str(graft) for graft in _LEDGER if not graft.in_force),
+            grafted=tuple(str(graft) for graft in _REGISTRY if graft.in_force),
+            covered=tuple(str(graft) for graft in _REGISTRY if not graft.in_force),
             pending=tuple(
                 name for p in _PACKAGES.values() for name in p.pending(p.name in targets)
             ),
@@ -152,8 +152,8 @@ def _unused(label: str, taken: Mapping[str, str]) -> str:
 def _recognise(target: Hashable) -> str:
     from dinov2_attn.history.identify import recognise
 
-    owners = [graft.owner for graft in _LEDGER if target in graft.targets]
-    return recognise(_LEDGER, list(dict.fromkeys(o for o in owners if isinstance(o, type))))
+    owners = [graft.owner for graft in _REGISTRY if target in graft.targets]
+    return recognise(_REGISTRY, list(dict.fromkeys(o for o in owners if isinstance(o, type))))
 
 
 def _install_package(package: Package, fallback: bool) -> Handle:
@@ -177,7 +177,7 @@ def _install_package(package: Package, fallback: bool) -> Handle:
 def _install_model(model: nn.Module, fallback: bool) -> Handle:
     from dinov2_attn.backbone.contract import name_of
     from dinov2_attn.backbone.structure import classes_behind
-    from dinov2_attn.grafting.transaction import operate
+    from dinov2_attn.grafting.transaction import graft_classes
 
     classes = list(classes_behind(model))
     if not classes:
@@ -189,8 +189,8 @@ def _install_model(model: nn.Module, fallback: bool) -> Handle:
     label = f"model with {name_of(classes[-1][0])}"
     target = LiveModel(label, frozenset(cls for cls, _ in classes))
     with _LOCK:
-        before = [graft for graft in _LEDGER if target in graft.targets]
-        operate(_LEDGER, target, classes, fallback=fallback)
+        before = [graft for graft in _REGISTRY if target in graft.targets]
+        graft_classes(_REGISTRY, target, classes, fallback=fallback)
     if not before:
         return Handle(target, partial(_remove, target))
     former = any(graft.is_kernel for graft in before)
@@ -203,12 +203,12 @@ def _switch_package(package: Package, fallback: bool) -> None:
         _graft_package(package)
 
 
-def _switch_model(target: LiveModel, classes: list[tuple[type, Part]], fallback: bool) -> None:
-    from dinov2_attn.grafting.transaction import operate
+def _switch_model(target: LiveModel, classes: list[tuple[type, Role]], fallback: bool) -> None:
+    from dinov2_attn.grafting.transaction import graft_classes
 
     with _LOCK:
-        if any(target in graft.targets for graft in _LEDGER):  # not uninstalled meanwhile
-            operate(_LEDGER, target, classes, fallback=fallback)
+        if any(target in graft.targets for graft in _REGISTRY):  # not uninstalled meanwhile
+            graft_classes(_REGISTRY, target, classes, fallback=fallback)
 
 
 def _finish_imports(package: Package) -> None:
@@ -231,11 +231,11 @@ def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
         # Another thread may have taken it back while this one waited.
         if _PACKAGES.get(package.name) is not package or not package.imported():
             return
-        from dinov2_attn.grafting.transaction import operate
+        from dinov2_attn.grafting.transaction import graft_classes
 
         try:
             classes = package.classes(arrived)
-            operate(_LEDGER, package.name, classes, fallback=package.fallback)
+            graft_classes(_REGISTRY, package.name, classes, fallback=package.fallback)
             package.failure = None
         except Exception as error:  # told again by status(), whatever it is
             package.failure = error
@@ -250,7 +250,7 @@ def _arrived(module: ModuleType) -> None:
 
 def _remove(target: Hashable) -> None:
     with _LOCK:
-        _LEDGER.release(target)
+        _REGISTRY.release(target)
         if isinstance(target, str):
             _PACKAGES.pop(target, None)
         _await_imports()

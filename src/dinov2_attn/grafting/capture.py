@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.errors import NotRecordedError
-from dinov2_attn.grafting.channel import TAP, unpacked, unrecorded
+from dinov2_attn.grafting.channel import STATE, unpacked, unrecorded
 from dinov2_attn.math.tiles import is_compiling, is_transformed
 from dinov2_attn.typing import Forward
 
@@ -34,7 +34,7 @@ def run_recorded(
     Inside nobody is told of anything: the base class's graft runs for the same module, and
     whoever takes weights may ask or run models meanwhile.
     """
-    wanting = [recorder for recorder in TAP.recorders if recorder.wants(module)]
+    wanting = [recorder for recorder in STATE.recorders if recorder.wants(module)]
     if wanting and is_transformed():
         raise in_a_graph()
     with unrecorded():

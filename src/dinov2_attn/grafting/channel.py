@@ -31,20 +31,20 @@ class Recorder(Protocol):
         """Keep what ``weigh(queries=, heads=)`` gives: the weights that are about to be used."""
 
 
-class _Tap(threading.local):
+class _State(threading.local):
     """What the grafts of this thread report to: nobody, as a rule."""
 
     def __init__(self) -> None:
         # On the instance from the start, in every thread: Dynamo guards on their presence too.
         self.listener: Listener | None = None
-        self.answers: list[Any] | None = None
+        self.published: list[Any] | None = None
         self.recorders: tuple[Recorder, ...] = ()
 
 
-TAP = _Tap()
+STATE = _State()
 
 
-class _Switch:
+class _Active:
     """Whether any thread reports to anybody: what grafts look at first.
 
     A plain attribute is guarded by every Dynamo. Those of torch before 2.4 take what is None or
@@ -57,7 +57,7 @@ class _Switch:
         self._lock = threading.Lock()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """Keep it on inside, for this thread and so for all."""
         if is_compiling():  # a graph ends as it began, and takes no lock
             before, self.on = self.on, True
@@ -78,41 +78,41 @@ class _Switch:
             self.on = self._users > 0
 
 
-SWITCH = _Switch()
+ACTIVE = _Active()
 
 
-def answer(weights: Any) -> Any:
+def publish(weights: Any) -> Any:
     """Return ``weights`` from a graft, and hand them to ``ask`` if it is waiting."""
-    if TAP.answers is not None:
-        TAP.answers.append(weights)
+    if STATE.published is not None:
+        STATE.published.append(weights)
     return weights
 
 
-def ask(module: nn.Module, *args: Any, **keywords: Any) -> Any:
+def request(module: nn.Module, *args: Any, **keywords: Any) -> Any:
     """Call ``module`` and return the weights that a graft in it answered; ``None`` if none did.
 
     Its return value is not asked: forward hooks that steer or ablate features, adapters and
     wrappers that drop keywords make something else of it.
     """
-    before, TAP.answers = TAP.answers, []
+    before, STATE.published = STATE.published, []
     try:
         module(*args, **keywords)
-        return TAP.answers[-1] if TAP.answers else None
+        return STATE.published[-1] if STATE.published else None
     finally:
-        TAP.answers = before
+        STATE.published = before
 
 
 @contextmanager
 def unrecorded() -> Iterator[tuple[Recorder, ...]]:
     """Let nothing that runs inside be recorded; yields who would have been told."""
-    before, TAP.recorders = TAP.recorders, ()
+    before, STATE.recorders = STATE.recorders, ()
     try:
         yield before
     finally:
-        TAP.recorders = before
+        STATE.recorders = before
 
 
-class Collected:
+class _Results:
     """What the blocks of a pass answered, in the order in which they ran, and which is running.
 
     Dynamo guards a list by its length and what is asked for its ``id`` by that: a block that is
@@ -120,12 +120,12 @@ class Collected:
     """
 
     def __init__(self) -> None:
-        self._start = self._end = _Link(None)
+        self._start = self._end = _Result(None)
         self.running: nn.Module | None = None
 
     def add(self, weights: Any) -> None:
         """Put ``weights`` behind those that are there."""
-        link = _Link(weights)
+        link = _Result(weights)
         self._end.behind = link
         self._end = link
 
@@ -138,21 +138,21 @@ class Collected:
         return tuple(found)
 
 
-class _Link:
+class _Result:
     def __init__(self, weights: Any) -> None:
         self.weights = weights
-        self.behind: _Link | None = None
+        self.behind: _Result | None = None
 
 
 @contextmanager
-def attentions_of_pass(**selection: Any) -> Iterator[Collected]:
+def attentions_of_pass(**selection: Any) -> Iterator[_Results]:
     """Collect the attention of every block that runs inside, in the order in which they run.
 
     The weights come from the very tokens that a block is given, so features and weights
     belong together even where a pass draws random numbers. ``selection`` holds
     ``queries`` and ``heads``.
     """
-    collected = Collected()
+    collected = _Results()
 
     def listen(
         original: Forward,
@@ -176,12 +176,12 @@ def attentions_of_pass(**selection: Any) -> Iterator[Collected]:
         finally:
             collected.running = outer
 
-    before, TAP.listener = TAP.listener, listen
+    before, STATE.listener = STATE.listener, listen
     try:
-        with SWITCH.held():
+        with ACTIVE.active():
             yield collected
     finally:
-        TAP.listener = before
+        STATE.listener = before
 
 
 def _same_draws(tokens: Any, *_: Any) -> AbstractContextManager[object]:

@@ -16,7 +16,7 @@ from dinov2_attn.kernels.call import Kernel
 from dinov2_attn.math.attention import attention_weights, check_heads, shape_of_weights
 from dinov2_attn.math.bias import Group, dense, groups, is_block_diagonal
 from dinov2_attn.math.buffers import NewResult, new_result
-from dinov2_attn.math.selection import Rows, place
+from dinov2_attn.math.selection import Rows, to_index
 from dinov2_attn.math.tiles import may_tile
 from dinov2_attn.typing import Heads, Queries
 
@@ -27,7 +27,7 @@ class Instead(Enum):
     QUERIES_AND_KEYS = auto()
 
 
-def attend(
+def module_weights(
     module: Any,
     kernel: Kernel,
     *,
@@ -56,15 +56,15 @@ def attend(
     check_tokens(x)
     if attn_bias is not None:
         kernel.check_bias(attn_bias)
-    ask = _Question(module, kernel, queries, heads, is_causal, new)
+    request = _Request(module, kernel, queries, heads, is_causal, new)
     wide = torch.promote_types(x.dtype, torch.float32)
     if is_block_diagonal(attn_bias):
         found, source = groups(attn_bias, x, wide), Projection(module, x, projected)
-        return [ask.answer(source, g.batch, g.length, g.mask, g) for g in found]
+        return [request.weights(source, g.batch, g.length, g.mask, g) for g in found]
     batch, length = x.shape[:2]
     if attn_bias is not None:
         attn_bias = dense(attn_bias, (batch, module.num_heads, length, length), x.device, wide)
-    return ask.answer(Projection(module, x, projected), batch, length, attn_bias)
+    return request.weights(Projection(module, x, projected), batch, length, attn_bias)
 
 
 def check_tokens(tokens: object) -> None:
@@ -79,7 +79,7 @@ def check_tokens(tokens: object) -> None:
 
 
 @dataclass(frozen=True)
-class _Question:
+class _Request:
     module: Any
     kernel: Kernel
     queries: Queries
@@ -87,7 +87,7 @@ class _Question:
     is_causal: bool
     new: NewResult
 
-    def answer(
+    def weights(
         self,
         source: Projection,
         batch: int,
@@ -96,7 +96,7 @@ class _Question:
         group: Group | None = None,
     ) -> Tensor:
         """Return the weights of ``batch`` sequences of ``length`` queries, piece by piece."""
-        rows = place(self.queries, length)
+        rows = to_index(self.queries, length)
         if bias is not None:
             bias = _rows(bias, rows)
         pieces = source.pieces(rows, group)
@@ -140,7 +140,7 @@ def _queries_and_keys(
             "a causal block" if is_causal else "one with attn_bias",
             "Ask for the weights, which know of it, with get_self_attention.",
         )
-    pieces = Projection(module, x).pieces(place(queries, x.shape[1]))
+    pieces = Projection(module, x).pieces(to_index(queries, x.shape[1]))
     return [(piece, kernel.scale(module, piece.head_dim)) for piece in pieces]
 
 

@@ -42,7 +42,7 @@ class Finder(MetaPathFinder):
             self._thread.asking = False
         # A namespace package has no code to run, an old-style loader no such method.
         if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _CallingBack(spec.loader, self._callback)
+            spec.loader = _NotifyingLoader(spec.loader, self._callback)
         return spec
 
     def _ask_others(
@@ -57,7 +57,7 @@ class Finder(MetaPathFinder):
         return None
 
 
-class _CallingBack(Loader):
+class _NotifyingLoader(Loader):
     def __init__(self, loader: Loader, callback: Callable[[ModuleType], None]) -> None:
         self._loader = loader
         self._callback = callback

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import NotGraftedError
 from dinov2_attn.grafting.capture import prepare_recorded
-from dinov2_attn.grafting.channel import SWITCH, TAP, attentions_of_pass, unrecorded
-from dinov2_attn.grafting.modules import announce, weights_from
+from dinov2_attn.grafting.channel import ACTIVE, STATE, attentions_of_pass, unrecorded
+from dinov2_attn.grafting.modules import extend_signature, weights_from
 from dinov2_attn.kernels.xformers_nesting import can_nest, check_stochastic_depth
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.typing import Forward, Heads, Layers, Queries
@@ -49,11 +49,11 @@ def get_self_attention(
     is number ``b * C + c``. Raises ``InvalidInputError`` and
     ``OutOfRangeError`` for what cannot be, ``NotGraftedError`` where a block's class is unknown.
     """
-    if SWITCH.on and TAP.recorders:  # no ordinary pass: it may end early
+    if ACTIVE.on and STATE.recorders:  # no ordinary pass: it may end early
         with unrecorded():
             return get_self_attention(self, x, n, masks, queries=queries, heads=heads)
     backbone = Backbone(self)
-    queries = backbone.spell_out(queries)
+    queries = backbone.resolve_names(queries)
     check_heads(heads)
     wanted = backbone.layers(n)
     pairs = backbone.batches(x, masks, queries)
@@ -102,13 +102,13 @@ def graft_forward_features(original: Forward) -> Forward:
     def forward_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.pop("return_attention", False):
             return original(self, *args, **kwargs)
-        answers = _answer(original, self, *args, **kwargs)
+        answers = _output_and_attentions(original, self, *args, **kwargs)
         if isinstance(answers, list):
             return [{**features, "attentions": attentions} for features, attentions in answers]
         features, attentions = answers
         return {**features, "attentions": attentions}
 
-    return announce(original, forward_features, "return_attention")
+    return extend_signature(original, forward_features, "return_attention")
 
 
 def graft_forward(original: Forward) -> Forward:
@@ -124,13 +124,13 @@ def graft_forward(original: Forward) -> Forward:
             return original(self, *args, **kwargs)
         # A list passes upstream's head in training only, where nothing is done to it.
         takes_lists = kwargs.get("is_training", False)
-        answers = _answer(original, self, *args, takes_lists=takes_lists, **kwargs)
+        answers = _output_and_attentions(original, self, *args, takes_lists=takes_lists, **kwargs)
         if isinstance(answers, list):
             outputs, attentions = zip(*answers, strict=True)
             return list(outputs), tuple(map(list, zip(*attentions, strict=True)))
         return answers
 
-    return announce(original, forward, "return_attention")
+    return extend_signature(original, forward, "return_attention")
 
 
 def graft_prepare_tokens(original: Forward) -> Forward:
@@ -138,7 +138,7 @@ def graft_prepare_tokens(original: Forward) -> Forward:
 
     @functools.wraps(original, updated=())
     def prepare_tokens_with_masks(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if SWITCH.on and TAP.recorders:
+        if ACTIVE.on and STATE.recorders:
             return prepare_recorded(original, self, args, kwargs)
         return original(self, *args, **kwargs)
 
@@ -170,7 +170,7 @@ def _nests(model: Any, blocks: Sequence[nn.Module], images: Sequence[Tensor]) ->
     return True
 
 
-def _answer(
+def _output_and_attentions(
     original: Forward,
     model: Any,
     x: Any = None,
@@ -183,7 +183,7 @@ def _answer(
 ) -> Any:
     """Return ``(output, attentions)`` of one pass; for a list of tensors a list of these."""
     backbone = Backbone(model)
-    queries = backbone.spell_out(queries)
+    queries = backbone.resolve_names(queries)
     check_heads(heads)
     pairs = backbone.batches(x, masks, queries)
     selection = {"queries": queries, "heads": heads}

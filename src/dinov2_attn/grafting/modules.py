@@ -18,11 +18,11 @@ from torch import nn
 
 from dinov2_attn.backbone.backbone import MARK, accepts
 from dinov2_attn.backbone.contract import argument_names, name_of
-from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Part
+from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.grafting.capture import run_recorded
-from dinov2_attn.grafting.channel import SWITCH, TAP, answer, ask
-from dinov2_attn.grafting.compute import attend, check_tokens
+from dinov2_attn.grafting.channel import ACTIVE, STATE, publish, request
+from dinov2_attn.grafting.compute import check_tokens, module_weights
 from dinov2_attn.kernels.call import Kernel
 from dinov2_attn.kernels.xformers_nesting import check_stochastic_depth
 from dinov2_attn.typing import Forward
@@ -40,20 +40,20 @@ def graft_attention(original: Forward, kernel: Kernel) -> Forward:
     names = argument_names(original)
 
     def weights_of(self: nn.Module, args: Any, kwargs: Any, **selection: Any) -> Any:
-        return attend(self, kernel, **_by_name(names, args, kwargs), **selection)
+        return module_weights(self, kernel, **_by_name(names, args, kwargs), **selection)
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if kwargs.pop("return_attn", False):
-            return answer(weights_of(self, args, kwargs))
-        if SWITCH.on and TAP.recorders:
+            return publish(weights_of(self, args, kwargs))
+        if ACTIVE.on and STATE.recorders:
             return run_recorded(original, self, weights_of, args, kwargs)
         return original(self, *args, **kwargs)
 
-    return announce(original, forward, "return_attn")
+    return extend_signature(original, forward, "return_attn")
 
 
-def graft_block(original: Forward, part: Part) -> Forward:
+def graft_block(original: Forward, role: Role) -> Forward:
     """Give a block's ``forward`` a ``return_attention``; a list in gives a list out.
 
     Asked, it returns the weights of its attention on its normalised input; the rest of
@@ -61,7 +61,7 @@ def graft_block(original: Forward, part: Part) -> Forward:
     and projection know no neighbours, so the weights are the same.
     """
     names = argument_names(original)
-    norm, attention = BLOCK_CHILDREN[part]
+    norm, attention = BLOCK_CHILDREN[role]
 
     def weights_of(self: nn.Module, *args: Any, **kw: Any) -> Any:
         selection = {name: kw.pop(name, None) for name in ("queries", "heads")}
@@ -72,19 +72,19 @@ def graft_block(original: Forward, part: Part) -> Forward:
             check_stochastic_depth(self, tokens)
             return [weights_of(self, t, **selection) for t in tokens]
         check_tokens(tokens)
-        causal = (self.is_causal,) if part is Part.CAUSAL_BLOCK else ()
+        causal = (self.is_causal,) if role is Role.CAUSAL_BLOCK else ()
         normed = getattr(self, norm)(tokens)
         return weights_from(getattr(self, attention), "return_attn", normed, *causal, **selection)
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if kwargs.pop("return_attention", False):
-            return answer(weights_of(self, *args, **kwargs))
-        if SWITCH.on and TAP.listener is not None:
-            return TAP.listener(original, weights_of, self, args, kwargs)
+            return publish(weights_of(self, *args, **kwargs))
+        if ACTIVE.on and STATE.listener is not None:
+            return STATE.listener(original, weights_of, self, args, kwargs)
         return original(self, *args, **kwargs)
 
-    return announce(original, forward, "return_attention")
+    return extend_signature(original, forward, "return_attention")
 
 
 def weights_from(module: nn.Module, keyword: str, *args: Any, **selection: Any) -> Any:
@@ -96,7 +96,7 @@ def weights_from(module: nn.Module, keyword: str, *args: Any, **selection: Any) 
             f"{name_of(type(module))}, whose forward was never grafted",
             "Call dinov2_attn.install(model) with the live model: its own classes are found.",
         )
-    weights = ask(module, *args, **{keyword: True}, **selection)
+    weights = request(module, *args, **{keyword: True}, **selection)
     if weights is None:
         raise NotGraftedError(
             f"{name_of(type(module))} to hand {keyword} on to the module it wraps",
@@ -106,7 +106,7 @@ def weights_from(module: nn.Module, keyword: str, *args: Any, **selection: Any) 
     return weights
 
 
-def announce(original: Forward, forward: Forward, keyword: str) -> Forward:
+def extend_signature(original: Forward, forward: Forward, keyword: str) -> Forward:
     """Show what a graft adds to ``original`` in ``help()``, and mark it as taking ``keyword``."""
     signature = inspect.signature(original)
     parameters = list(signature.parameters.values())

@@ -42,7 +42,7 @@ class Graft:
     @property
     def in_force(self) -> bool:
         """Whether our function is still there, and nobody's on top of it."""
-        return content(self.owner).get(self.name) is self.new
+        return namespace_of(self.owner).get(self.name) is self.new
 
     @property
     def is_undone(self) -> bool:
@@ -51,7 +51,7 @@ class Graft:
         That may be older than what we replaced: the class's own function, once a patch that
         was below ours is taken off.
         """
-        found = content(self.owner).get(self.name, _ABSENT)
+        found = namespace_of(self.owner).get(self.name, _ABSENT)
         return found is self.old or _is_as_written(self.owner, self.name, found)
 
     def undo(self) -> None:
@@ -64,7 +64,7 @@ class Graft:
             setattr(self.owner, self.name, self.old)
 
 
-class Ledger:
+class GraftRegistry:
     """Grafts in the order in which they were set.
 
     Classes are keys, not their names: after a reload two classes go by one name, and
@@ -82,7 +82,7 @@ class Ledger:
 
         Where somebody undid a graft this is the one anew, for all who needed it.
         """
-        graft = Graft(owner, name, new, content(owner).get(name, _ABSENT), {target})
+        graft = Graft(owner, name, new, namespace_of(owner).get(name, _ABSENT), {target})
         for undone in self.find(owner, name):
             graft.targets |= undone.targets
             self._grafts.remove(undone)
@@ -92,7 +92,7 @@ class Ledger:
             setattr(owner, name, new)
         self._grafts.append(graft)
 
-    def keep(self, owner: Owner, name: str, target: Hashable) -> bool:
+    def claim(self, owner: Owner, name: str, target: Hashable) -> bool:
         """Note that ``target`` needs the graft on ``owner.name``; say whether there is one."""
         for graft in self.find(owner, name):
             if not graft.is_undone:
@@ -131,7 +131,7 @@ class Ledger:
             self._grafts.remove(graft)
 
 
-def content(owner: Owner) -> Mapping[str, Any]:
+def namespace_of(owner: Owner) -> Mapping[str, Any]:
     """Return what ``owner`` itself holds, by name."""
     return owner if isinstance(owner, dict) else vars(owner)
 
@@ -153,7 +153,7 @@ def _is_as_written(owner: Owner, name: str, found: object) -> bool:
 def _refuse_if_covered(covered: list[Graft]) -> None:
     if not covered:
         return
-    found = content(covered[0].owner).get(covered[0].name, "nothing")
+    found = namespace_of(covered[0].owner).get(covered[0].name, "nothing")
     raise PatchedOnTopError(
         f"the graft of dinov2_attn at {', '.join(map(str, covered))}",
         f"{found!r}, set by somebody else on top of it",

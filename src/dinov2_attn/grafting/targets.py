@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dinov2_attn.errors import IncompatibleUpstreamError
 
 if TYPE_CHECKING:
-    from dinov2_attn.backbone.structure import Part
+    from dinov2_attn.backbone.structure import Role
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Package:
         modules = sys.modules.copy()
         return {name: m for name, m in modules.items() if m is not None and self.covers(name)}
 
-    def classes(self, arrived: ModuleType | None = None) -> Iterator[tuple[type, Part]]:
+    def classes(self, arrived: ModuleType | None = None) -> Iterator[tuple[type, Role]]:
         """Yield what is to be grafted in every module that is complete, as ``arrived`` is."""
         from dinov2_attn.backbone.structure import classes_in
 
@@ -64,7 +64,7 @@ class Package:
             if module is arrived or not _is_initializing(module):
                 found = dict(classes_in(module))
                 needed = self.modules.get(name)
-                if needed is not None and needed not in {part.name for part in found.values()}:
+                if needed is not None and needed not in {role.name for role in found.values()}:
                     raise _missing(needed, name)
                 yield from found.items()
 
@@ -74,9 +74,9 @@ def _is_initializing(module: ModuleType) -> bool:
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
-def _missing(part: str, module: str) -> IncompatibleUpstreamError:
+def _missing(role: str, module: str) -> IncompatibleUpstreamError:
     return IncompatibleUpstreamError(
-        f"a class in {module} with the structure of upstream's {part.lower()}",
+        f"a class in {module} with the structure of upstream's {role.lower()}",
         "none",
         "Upstream moved or renamed them: call install(model) with a live model instead.",
     )

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from dinov2_attn.backbone import contract, proof
-from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Part, in_order
+from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role, in_order
 from dinov2_attn.errors import Dinov2AttnError, IncompatibleUpstreamError, PatchedOnTopError
 from dinov2_attn.grafting.models import (
     METHODS,
@@ -17,14 +17,18 @@ from dinov2_attn.grafting.models import (
     graft_prepare_tokens,
 )
 from dinov2_attn.grafting.modules import graft_attention, graft_block
-from dinov2_attn.grafting.registry import Ledger
+from dinov2_attn.grafting.registry import GraftRegistry
 from dinov2_attn.history.identify import warn_of_drift
 from dinov2_attn.kernels.xformers_fallback import graft_kernel
-from dinov2_attn.kernels.xformers_flags import KERNEL, home_of_kernel
+from dinov2_attn.kernels.xformers_flags import KERNEL, kernel_namespace
 
 
-def operate(
-    ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part]], *, fallback: bool
+def graft_classes(
+    registry: GraftRegistry,
+    target: Hashable,
+    classes: Iterable[tuple[type, Role]],
+    *,
+    fallback: bool,
 ) -> None:
     """Graft ``classes`` for ``target``: all of them and proved, or nothing of this target.
 
@@ -33,31 +37,31 @@ def operate(
     With ``fallback`` the kernels of xFormers that they call are grafted as well.
     Upstream's code that is new here and holds is warned of, once, when it is grafted.
     """
-    before = list(ledger)
+    before = list(registry)
     try:
         found = in_order(classes)
-        options = _made_of(found)
-        with proof.laboratory():
-            for cls, part in found:
-                _graft(ledger, target, cls, part, options.get(part, {}))
+        options = constructor_options(found)
+        with proof.sandbox():
+            for cls, role in found:
+                _graft(registry, target, cls, role, options.get(role, {}))
         if fallback:
-            _graft_kernels(ledger, target, [cls for cls, _ in found])
+            _graft_kernels(registry, target, [cls for cls, _ in found])
         else:
-            ledger.release(target, only_kernels=True)
-        if any(graft not in before for graft in ledger):
-            warn_of_drift(ledger, target, [cls for cls, _ in found])
+            registry.release(target, only_kernels=True)
+        if any(graft not in before for graft in registry):
+            warn_of_drift(registry, target, [cls for cls, _ in found])
     except BaseException:
-        ledger.roll_back(before)
+        registry.roll_back(before)
         with suppress(PatchedOnTopError):  # what was proved before may stay under somebody's patch
-            ledger.release(target)
+            registry.release(target)
         raise
 
 
 def _graft(
-    ledger: Ledger, target: Hashable, cls: type, part: Part, options: dict[str, Any]
+    registry: GraftRegistry, target: Hashable, cls: type, role: Role, options: dict[str, Any]
 ) -> None:
     try:
-        _STEPS[part](ledger, target, cls, part, options)
+        _GRAFTERS[role](registry, target, cls, role, options)
     except Dinov2AttnError:
         raise
     except Exception as error:  # foreign code: whatever it raises, it is not what we know
@@ -68,70 +72,70 @@ def _graft(
         ) from error
 
 
-def _made_of(classes: list[tuple[type, Part]]) -> dict[Part, dict[str, Any]]:
+def constructor_options(classes: list[tuple[type, Role]]) -> dict[Role, dict[str, Any]]:
     """Say what blocks and models are to be built of: the first, most basic classes at hand.
 
     The defaults of a class may be upstream's and not grafted, where a user's model has an
     attention or a block of its own.
     """
-    first: dict[Part, type] = {}
-    for cls, part in classes:
-        first.setdefault(part, cls)
-    options: dict[Part, dict[str, Any]] = {}
-    if Part.ATTENTION in first:
-        options[Part.BLOCK] = {"attn_class": first[Part.ATTENTION]}
-        if Part.BLOCK in first:
-            block = partial(first[Part.BLOCK], **options[Part.BLOCK])
-            options[Part.TRANSFORMER] = {"block_fn": block}
+    first: dict[Role, type] = {}
+    for cls, role in classes:
+        first.setdefault(role, cls)
+    options: dict[Role, dict[str, Any]] = {}
+    if Role.ATTENTION in first:
+        options[Role.BLOCK] = {"attn_class": first[Role.ATTENTION]}
+        if Role.BLOCK in first:
+            block = partial(first[Role.BLOCK], **options[Role.BLOCK])
+            options[Role.TRANSFORMER] = {"block_fn": block}
     return options
 
 
 def _graft_attention(
-    ledger: Ledger, target: Hashable, cls: type, part: Part, _: dict[str, Any]
+    registry: GraftRegistry, target: Hashable, cls: type, role: Role, _: dict[str, Any]
 ) -> None:
-    if "forward" not in vars(cls) or ledger.keep(cls, "forward", target):
+    if "forward" not in vars(cls) or registry.claim(cls, "forward", target):
         return
-    contract.check_arguments(cls, part, "forward")
+    contract.check_arguments(cls, role, "forward")
     original = vars(cls)["forward"]
     kernel = proof.measure_kernel(cls, original)
     grafted = graft_attention(original, kernel)
-    ledger.set(cls, "forward", grafted, target)
+    registry.set(cls, "forward", grafted, target)
     proof.prove_attention(cls, original, grafted, kernel)
 
 
 def _graft_block(
-    ledger: Ledger, target: Hashable, cls: type, part: Part, options: dict[str, Any]
+    registry: GraftRegistry, target: Hashable, cls: type, role: Role, options: dict[str, Any]
 ) -> None:
-    if "forward" not in vars(cls) or ledger.keep(cls, "forward", target):
+    if "forward" not in vars(cls) or registry.claim(cls, "forward", target):
         return
-    contract.check_arguments(cls, part, "forward")
+    contract.check_arguments(cls, role, "forward")
     original = vars(cls)["forward"]
-    grafted = graft_block(original, part)
-    ledger.set(cls, "forward", grafted, target)
-    proof.prove_block(cls, original, grafted, BLOCK_CHILDREN[part][1], options)
+    grafted = graft_block(original, role)
+    registry.set(cls, "forward", grafted, target)
+    proof.prove_block(cls, original, grafted, BLOCK_CHILDREN[role][1], options)
 
 
 def _graft_transformer(
-    ledger: Ledger, target: Hashable, cls: type, part: Part, options: dict[str, Any]
+    registry: GraftRegistry, target: Hashable, cls: type, role: Role, options: dict[str, Any]
 ) -> None:
-    missing = [name for name in (*_FORWARDS, *METHODS) if not ledger.keep(cls, name, target)]
+    missing = [name for name in (*_FORWARDS, *METHODS) if not registry.claim(cls, name, target)]
     if not missing:
         return
     contract.check_methods(cls, {name: METHODS[name] for name in missing if name in METHODS})
     for name in missing:
         if name in vars(cls) and name in _FORWARDS:
-            contract.check_arguments(cls, part, name)
-            ledger.set(cls, name, _FORWARDS[name](vars(cls)[name]), target)
+            contract.check_arguments(cls, role, name)
+            registry.set(cls, name, _FORWARDS[name](vars(cls)[name]), target)
         elif name in METHODS and not hasattr(cls, name):  # a base class may bring it already
-            ledger.set(cls, name, METHODS[name], target)
+            registry.set(cls, name, METHODS[name], target)
     proof.prove_transformer(cls, options)
 
 
-def _graft_kernels(ledger: Ledger, target: Hashable, classes: list[type]) -> None:
+def _graft_kernels(registry: GraftRegistry, target: Hashable, classes: list[type]) -> None:
     for cls in classes:
-        home = home_of_kernel(vars(cls).get("forward", cls))
-        if home is not None and not ledger.keep(home, KERNEL, target):
-            ledger.set(home, KERNEL, graft_kernel(home[KERNEL]), target)
+        home = kernel_namespace(vars(cls).get("forward", cls))
+        if home is not None and not registry.claim(home, KERNEL, target):
+            registry.set(home, KERNEL, graft_kernel(home[KERNEL]), target)
 
 
 # What calls another comes first, and goes last: upstream's own forward would pass a question on to
@@ -142,10 +146,10 @@ _FORWARDS = {
     "prepare_tokens_with_masks": graft_prepare_tokens,
 }
 
-_Step = Callable[[Ledger, Hashable, type, Part, dict[str, Any]], None]
-_STEPS: dict[Part, _Step] = {
-    Part.ATTENTION: _graft_attention,
-    Part.BLOCK: _graft_block,
-    Part.CAUSAL_BLOCK: _graft_block,
-    Part.TRANSFORMER: _graft_transformer,
+_Step = Callable[[GraftRegistry, Hashable, type, Role, dict[str, Any]], None]
+_GRAFTERS: dict[Role, _Step] = {
+    Role.ATTENTION: _graft_attention,
+    Role.BLOCK: _graft_block,
+    Role.CAUSAL_BLOCK: _graft_block,
+    Role.TRANSFORMER: _graft_transformer,
 }

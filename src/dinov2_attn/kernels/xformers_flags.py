@@ -50,7 +50,7 @@ def describe_flags(forward: FunctionType) -> str:
     return ", ".join([*sorted(flags), f"XFORMERS_DISABLED is {environment}"])
 
 
-def nests(block: nn.Module) -> bool:
+def runs_nested(block: nn.Module) -> bool:
     """Say whether upstream's own code would run ``block`` on a list, all tensors in one.
 
     Both flags must be up: the block nests, and its attention takes the nested bias.
@@ -59,7 +59,7 @@ def nests(block: nn.Module) -> bool:
     return _flag_of_module(block) and attention is not None and _flag_of_module(attention)
 
 
-def home_of_kernel(forward: Forward) -> dict[str, Any] | None:
+def kernel_namespace(forward: Forward) -> dict[str, Any] | None:
     """Return the globals in which ``forward`` finds xFormers' kernel, ``None`` if it does not."""
     forward = inspect.unwrap(forward)
     if is_gated(forward) and KERNEL in forward.__code__.co_names and KERNEL in forward.__globals__:

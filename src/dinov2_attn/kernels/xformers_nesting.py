@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinov2_attn.errors import NoOperatorError
-from dinov2_attn.kernels.xformers_flags import nests
+from dinov2_attn.kernels.xformers_flags import runs_nested
 
 
 def can_nest(model: Any, blocks: Iterable[nn.Module], images: Sequence[Tensor]) -> bool:
@@ -17,7 +17,7 @@ def can_nest(model: Any, blocks: Iterable[nn.Module], images: Sequence[Tensor]) 
     Its masks know no sequence of a batch without samples.
     """
     takes_lists = hasattr(model, "forward_features_list")
-    return takes_lists and all(map(len, images)) and all(map(nests, blocks))
+    return takes_lists and all(map(len, images)) and all(map(runs_nested, blocks))
 
 
 def check_stochastic_depth(block: nn.Module, tensors: Sequence[Tensor]) -> None:
@@ -28,7 +28,7 @@ def check_stochastic_depth(block: nn.Module, tensors: Sequence[Tensor]) -> None:
     """
     ratio = getattr(block, "sample_drop_ratio", 0.0)
     devices = {tensor.device.type for tensor in tensors}
-    if block.training and ratio > 0 and nests(block) and devices != {"cuda"}:
+    if block.training and ratio > 0 and runs_nested(block) and devices != {"cuda"}:
         raise NoOperatorError(
             "nested tensors on a CUDA device, or no stochastic depth: in training upstream drops "
             "samples of a list with operators that xFormers has for CUDA only",

@@ -59,7 +59,7 @@ def attention_maps(
     weights = model.get_self_attention(images, layers, masks, queries=queries, heads=heads)
     several = isinstance(images, list | tuple)
     batches: list[Any] = list(images) if several else [images]
-    spelled = backbone.spell_out(queries)
+    spelled = backbone.resolve_names(queries)
     grids = [backbone.grid(batch) for batch in batches]
     rows = [positions(spelled, backbone.length(batch)) for batch in batches]
     return AttentionMaps(

@@ -22,8 +22,8 @@ from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.compute import Instead
 from dinov2_attn.grafting.modules import weights_from
 from dinov2_attn.math.attention import attention_weights
-from dinov2_attn.math.selection import place
-from dinov2_attn.math.tiles import cut
+from dinov2_attn.math.selection import to_index
+from dinov2_attn.math.tiles import chunks
 from dinov2_attn.typing import Images, Layers, Masks, Model, Queries
 
 Fusion = Literal["mean", "min", "max"]
@@ -125,7 +125,7 @@ def rollout(
     _check(heads, residual)
     backbone = grafted_backbone(model)
     layer = Layer(heads, float(residual))
-    queries = backbone.spell_out(queries)
+    queries = backbone.resolve_names(queries)
     wanted = backbone.layers(layers)
     if not wanted:
         raise InvalidInputError(
@@ -181,7 +181,7 @@ def _one(
 ) -> Rollout:
     length = backbone.length(images)
     positions = torch.arange(length, device=images.device)
-    start = positions[place(queries, length)]
+    start = positions[to_index(queries, length)]
     # Of the last layer no other rows are needed than those of the tokens to start from.
     shares = torch.eye(len(start), device=images.device).expand(len(images), -1, -1)
     for block, tokens in reversed(inputs):
@@ -223,7 +223,7 @@ class Layer:
         step = max(1, TILE_BYTES // (together * length * key.element_size()))
         # One tile for all: fresh memory costs as much as what is written into it.
         memory = query.new_empty(together * min(step, query.shape[1]) * length)
-        for heads, lines in product(cut(count, together), cut(query.shape[1], step)):
+        for heads, lines in product(chunks(count, together), chunks(query.shape[1], step)):
             some, keys = query[None, heads, lines], key[None, heads if len(key) > 1 else slice(1)]
             out = memory[: some.shape[1] * some.shape[2] * length].view(*some.shape[:3], length)
             weights = attention_weights(some, keys, scale, out=out)[0]

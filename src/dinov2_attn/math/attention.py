@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math.buffers import new_result
-from dinov2_attn.math.tiles import fill, may_tile, see_nothing
+from dinov2_attn.math.tiles import fully_masked_rows, may_tile, softmax_into
 from dinov2_attn.typing import Heads
 
 # Where autocast exists in every torch from 2.0 on. Elsewhere (meta, mps, ...) there is either
@@ -71,18 +71,18 @@ def attention_weights(
         if may_tile(query):
             if out is None:
                 out = new_result(query, shape_of_weights(query, key, heads))
-            fill(out, query.to(dtype), wide, scale, bias=bias, seen=seen)
+            softmax_into(out, query.to(dtype), wide, scale, bias=bias, seen=seen)
             return out
         scores = (query.to(dtype) * scale) @ wide.transpose(2, 3)
         if bias is not None:
             scores = scores + bias
         if seen is not None:
             scores = scores.masked_fill(~seen, -math.inf)
-        blind = None if bias is None else see_nothing(scores.detach())
-        if blind is None:
+        masked = None if bias is None else fully_masked_rows(scores.detach())
+        if masked is None:
             weights = scores.softmax(dim=-1)
         else:
-            weights = scores.masked_fill(blind, 0).softmax(dim=-1).masked_fill(blind, 0)
+            weights = scores.masked_fill(masked, 0).softmax(dim=-1).masked_fill(masked, 0)
         if heads == "mean":
             weights = weights.mean(dim=1)
         return weights.to(query.dtype)

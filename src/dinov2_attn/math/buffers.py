@@ -17,7 +17,7 @@ _LARGE = 2**22
 _MADV_HUGEPAGE = 14
 
 
-# What ``new_result`` and each ``lend`` are.
+# What ``new_result`` and each ``allocate`` are.
 NewResult = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
@@ -61,7 +61,7 @@ def _whole_pages(tensor: Tensor) -> tuple[int, int]:
     return -(-tensor.data_ptr() // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
 
 
-class Scratch:
+class ReusableBuffer:
     """Memory for one large result after another, as long as nobody keeps the one before.
 
     What is written a second time costs no page faults at all. A result that is still held
@@ -71,7 +71,7 @@ class Scratch:
     def __init__(self) -> None:
         self._lent: dict[int, _Lent] = {}
 
-    def lend(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def allocate(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return what ``new_result`` does."""
         size = torch.Size(shape).numel() * like.element_size()
         if like.device.type != "cpu" or size < _LARGE:
@@ -85,7 +85,7 @@ class Scratch:
         return self._lent[size].tensor(like, shape)
 
 
-class SetAside:
+class Preallocated:
     """Memory for as many results as there are layers, taken when the first is asked for.
 
     Small results that are kept, each allocated among a layer's large ones, would leave holes
@@ -96,7 +96,7 @@ class SetAside:
         self._layers = layers
         self._spare: dict[object, list[Tensor]] = {}
 
-    def lend(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def allocate(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return what ``new_result`` does."""
         spare = self._spare.setdefault((shape, like.dtype, like.device), [])
         if not spare:

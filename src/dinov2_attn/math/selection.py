@@ -19,7 +19,7 @@ Rows = slice | list[int]
 _WORDS = get_args(QueryWord)
 
 
-def spell_out(queries: Queries, registers: int) -> Queries:
+def resolve_names(queries: Queries, registers: int) -> Queries:
     """Replace a word by the rows it stands for, in the layout ``[CLS, registers, patches]``.
 
     ``"cls"`` is row 0, ``"registers"`` rows ``1 … R`` (none without registers),
@@ -34,7 +34,7 @@ def spell_out(queries: Queries, registers: int) -> Queries:
     ]
 
 
-def place(queries: Queries, length: int) -> Rows:
+def to_index(queries: Queries, length: int) -> Rows:
     """Return the rows that ``queries`` selects among ``length`` tokens.
 
     The result indexes a token dimension and always keeps it: an int gives one row.
@@ -58,7 +58,7 @@ def place(queries: Queries, length: int) -> Rows:
 
 def positions(queries: Queries, length: int) -> tuple[int, ...]:
     """Return the positions of the rows that ``queries`` selects among ``length`` tokens."""
-    rows = place(queries, length)
+    rows = to_index(queries, length)
     return tuple(range(length)[rows] if isinstance(rows, slice) else rows)
 
 

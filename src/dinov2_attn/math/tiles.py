@@ -27,7 +27,7 @@ TILE_BYTES = 2**23
 
 # What PyTorch's kernel gives a query that a bias shows no key at all: nought from 2.5 on, where
 # this function came in, and NaN before.
-BLIND_IS_NOUGHT = hasattr(torch, "_safe_softmax")
+MASKED_ROWS_ARE_ZERO = hasattr(torch, "_safe_softmax")
 
 Piece = tuple[slice, slice, slice]
 
@@ -43,7 +43,7 @@ def may_tile(tensor: Tensor) -> bool:
     )
 
 
-def fill(
+def softmax_into(
     result: Tensor,
     query: Tensor,
     key: Tensor,
@@ -92,9 +92,9 @@ def fill(
             out.copy_(scores.mean(dim=1) if mean else scores)
 
 
-def see_nothing(scores: Tensor) -> Tensor | None:
+def fully_masked_rows(scores: Tensor) -> Tensor | None:
     """Return which rows ``(…, 1)`` of ``scores`` are nought instead of a softmax, if any can be."""
-    if not (BLIND_IS_NOUGHT and scores.shape[-1]):
+    if not (MASKED_ROWS_ARE_ZERO and scores.shape[-1]):
         return None
     return scores.amax(dim=-1, keepdim=True) == -math.inf
 
@@ -121,16 +121,16 @@ def _product_into(scores: Tensor, query: Tensor, key: Tensor) -> None:
 
 
 def _softmax_into(out: Tensor, scores: Tensor, *, biased: bool) -> None:
-    blind = see_nothing(scores) if biased else None
-    if blind is not None:
-        scores.masked_fill_(blind, 0)
+    masked = fully_masked_rows(scores) if biased else None
+    if masked is not None:
+        scores.masked_fill_(masked, 0)
     if scores.device.type in ("cpu", "cuda"):
         # In place too: their kernels have read all of a row before they write any of it.
         torch.softmax(scores, -1, out=out)
     else:
         out.copy_(scores.softmax(dim=-1))
-    if blind is not None:
-        out.masked_fill_(blind, 0)
+    if masked is not None:
+        out.masked_fill_(masked, 0)
 
 
 def _pieces(shape: tuple[int, ...], rows: int, *, together: bool) -> Iterator[Piece]:
@@ -141,13 +141,13 @@ def _pieces(shape: tuple[int, ...], rows: int, *, together: bool) -> Iterator[Pi
     """
     batch, heads, lines = shape
     several = heads if together else min(heads, max(1, rows // max(1, lines)))
-    for samples in cut(batch, rows // max(1, heads * lines)):
-        for some in cut(heads, several):
-            for line in cut(lines, rows // max(1, several)):
+    for samples in chunks(batch, rows // max(1, heads * lines)):
+        for some in chunks(heads, several):
+            for line in chunks(lines, rows // max(1, several)):
                 yield samples, some, line
 
 
-def cut(length: int, step: int) -> Iterator[slice]:
+def chunks(length: int, step: int) -> Iterator[slice]:
     """Cut ``length`` into slices of at least 1 and at most ``step``."""
     step = max(1, step)
     for start in range(0, length, step):

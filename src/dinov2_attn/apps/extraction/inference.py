@@ -126,7 +126,7 @@ def _maps(
     if not options.outliers:
         return attention_maps(model, images, options.layers, **asked), None
     backbone = Backbone(model)
-    asked["queries"] = backbone.spell_out(options.rows)
+    asked["queries"] = backbone.resolve_names(options.rows)
     weights = {}
 
     def visit(i: int, block: nn.Module, tokens: Tensor) -> None:
