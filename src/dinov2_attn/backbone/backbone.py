@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dinov2_attn._compat import submodules
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.backbone.validation import check_batch, check_list, layers_to_take
@@ -229,11 +230,11 @@ def _chunk_in(module: nn.Module) -> nn.ModuleList | None:
 
 
 def _is_transformer(module: nn.Module) -> bool:
-    return "blocks" in module._modules and role_of_module(module) is Role.TRANSFORMER
+    return "blocks" in submodules(module) and role_of_module(module) is Role.TRANSFORMER
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return "qkv" in module._modules and role_of_module(module) is Role.ATTENTION
+    return "qkv" in submodules(module) and role_of_module(module) is Role.ATTENTION
 
 
 def _attention_of(block: nn.Module) -> nn.Module:

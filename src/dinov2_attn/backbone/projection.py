@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
+from dinov2_attn._compat import hooks_of, submodules
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN
 from dinov2_attn.math.bias import Group
 from dinov2_attn.math.selection import Rows
@@ -107,8 +107,8 @@ class Projection:
 def draws_nothing(block: nn.Module) -> bool:
     """Say whether a plain norm and a plain product alone make queries and keys in ``block``."""
     for names in BLOCK_CHILDREN.values():
-        norm, attention = map(block._modules.get, names)
-        if norm is not None and attention is not None and "qkv" in attention._modules:
+        norm, attention = map(submodules(block).get, names)
+        if norm is not None and attention is not None and "qkv" in submodules(attention):
             return (
                 _is_plain(norm, nn.LayerNorm)
                 and not _acted_upon(attention)
@@ -172,13 +172,7 @@ def _is_plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> bool:
 
 def _acted_upon(layer: nn.Module) -> bool:
     """Say whether a hook or an override changes what calling ``layer`` does."""
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        nn_module._global_forward_hooks,
-        nn_module._global_forward_pre_hooks,
-    )
-    return "forward" in vars(layer) or any(map(_any_acts, hooks))
+    return "forward" in vars(layer) or any(map(_any_acts, hooks_of(layer)))
 
 
 def _any_acts(hooks: Mapping[int, object]) -> bool:

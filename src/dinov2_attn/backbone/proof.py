@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from dinov2_attn._compat import without_modes
 from dinov2_attn.backbone import contract
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.contract import name_of
@@ -42,7 +42,7 @@ def sandbox() -> Iterator[None]:
     Autocast may be on: it leaves float64 alone.
     """
     with ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
+        stack.enter_context(without_modes())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         default = torch.get_default_dtype()
         if default not in (torch.float32, torch.float64):  # old torch initialises no others

@@ -14,6 +14,8 @@ from types import ModuleType
 
 from torch import nn
 
+from dinov2_attn._compat import submodules
+
 
 class Role(Enum):
     """The kinds of class that are grafted, in the order in which they build on each other."""
@@ -106,7 +108,7 @@ def _package(module: str) -> str:
 
 
 def _has_itself(module: nn.Module, names: set[str]) -> bool:
-    held = (vars(module), module._modules, *map(vars, type(module).__mro__))
+    held = (vars(module), submodules(module), *map(vars, type(module).__mro__))
     return all(any(name in some for some in held) for name in names)
 
 

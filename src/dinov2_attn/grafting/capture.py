@@ -12,13 +12,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from dinov2_attn._compat import is_compiling, is_in_backward, is_transformed
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.grafting.channel import STATE, unpacked, unrecorded
-from dinov2_attn.math.tiles import is_compiling, is_transformed
 from dinov2_attn.typing import Forward
 
 
@@ -38,7 +37,7 @@ def run_recorded(
     if wanting and is_transformed():
         raise in_a_graph()
     with unrecorded():
-        if not wanting or _is_recomputing():
+        if not wanting or is_in_backward():
             return original(module, *args, **kwargs)
 
         def take(projected: Tensor) -> None:
@@ -64,7 +63,7 @@ def prepare_recorded(
     """Run a vision transformer's ``original`` on images, and tell recorders that a pass began."""
     with unrecorded() as recorders:  # an override calls its base's graft
         tokens = original(model, *args, **kwargs)
-    if is_compiling() or _is_recomputing():  # the attention decides whether that may be
+    if is_compiling() or is_in_backward():  # the attention decides whether that may be
         return tokens
     images = args[0] if args else kwargs.get("x")
     for recorder in recorders:
@@ -109,8 +108,3 @@ class _Listening:
             self._taking = True
             self._take(projected)
             self._taking = False
-
-
-def _is_recomputing() -> bool:
-    """Say whether this is checkpointing's second run, in the middle of a backward pass."""
-    return torch._C._current_graph_task_id() != -1

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dinov2_attn._compat import is_compiling, is_transformed
 from dinov2_attn.backbone.projection import draws_nothing
-from dinov2_attn.math.tiles import is_compiling, is_transformed
 from dinov2_attn.typing import Forward
 
 # Runs the first function, a block's forward, and asks the second for the weights.

@@ -58,20 +58,17 @@ class Package:
 
     def classes(self, arrived: ModuleType | None = None) -> Iterator[tuple[type, Role]]:
         """Yield what is to be grafted in every module that is complete, as ``arrived`` is."""
+        # Not above: nothing here imports torch before upstream has.
+        from dinov2_attn._compat import is_initializing
         from dinov2_attn.backbone.structure import classes_in
 
         for name, module in self.imported().items():
-            if module is arrived or not _is_initializing(module):
+            if module is arrived or not is_initializing(module):
                 found = dict(classes_in(module))
                 needed = self.modules.get(name)
                 if needed is not None and needed not in {role.name for role in found.values()}:
                     raise _missing(needed, name)
                 yield from found.items()
-
-
-def _is_initializing(module: ModuleType) -> bool:
-    # What the import system itself asks; odd entries of sys.modules have no spec at all.
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def _missing(role: str, module: str) -> IncompatibleUpstreamError:

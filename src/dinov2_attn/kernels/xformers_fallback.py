@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_attn._compat import is_compiling
 from dinov2_attn.errors import KernelFallbackWarning
 from dinov2_attn.math.bias import dense, groups, is_block_diagonal, is_known
-from dinov2_attn.math.tiles import is_compiling
 
 
 def graft_kernel(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, overload
 
 from torch import Tensor, nn
 
+from dinov2_attn._compat import is_compiling, raised_by_dynamo
 from dinov2_attn.backbone.backbone import backbone_in
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
 from dinov2_attn.grafting.capture import in_a_graph
@@ -19,7 +20,6 @@ from dinov2_attn.maps.course import Course, advice
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.buffers import Preallocated, ReusableBuffer
 from dinov2_attn.math.selection import positions
-from dinov2_attn.math.tiles import is_compiling
 from dinov2_attn.typing import Grid, Heads, Layers, Model, Queries
 
 if TYPE_CHECKING:
@@ -169,9 +169,7 @@ def record(
             yield recorder.recording
     except Exception as error:
         # Dynamo wraps what is raised while it traces, and keeps only the words.
-        if type(error).__module__ == "torch._dynamo.exc" and NotRecordedError.__name__ in str(
-            error
-        ):
+        if raised_by_dynamo(error) and NotRecordedError.__name__ in str(error):
             raise in_a_graph() from error
         raise
     finally:

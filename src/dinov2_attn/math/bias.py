@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_attn._compat import is_compiling
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.math.tiles import is_compiling
 
 _Span = tuple[int, int]
 

@@ -8,14 +8,12 @@ nothing traces or differentiates (``may_tile``).
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from dinov2_attn._compat import MASKED_ROWS_ARE_ZERO, has_tangents, is_traced, is_transformed
 from dinov2_attn.math.buffers import is_fresh
 
 # Scores that become the result where they lie: few calls rather than cached ones, for at the
@@ -24,10 +22,6 @@ PIECE_BYTES = 2**26
 
 # Scores of which something else is made, on the CPU: they cost memory and stay in its cache.
 TILE_BYTES = 2**23
-
-# What PyTorch's kernel gives a query that a bias shows no key at all: nought from 2.5 on, where
-# this function came in, and NaN before.
-MASKED_ROWS_ARE_ZERO = hasattr(torch, "_safe_softmax")
 
 Piece = tuple[slice, slice, slice]
 
@@ -38,8 +32,8 @@ def may_tile(tensor: Tensor) -> bool:
         not torch.is_grad_enabled()
         and type(tensor) in (Tensor, nn.Parameter)
         and not is_transformed()
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0  # tangents without torch.func, which no_grad lets pass
+        and not is_traced()
+        and not has_tangents()
     )
 
 
@@ -152,17 +146,3 @@ def chunks(length: int, step: int) -> Iterator[slice]:
     step = max(1, step)
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
-
-
-def is_compiling() -> bool:
-    """Say whether Dynamo is following this very call."""
-    compiler: Any = getattr(torch, "compiler", None)  # torch 2.1 has it, and 2.2 this in it
-    if hasattr(compiler, "is_compiling"):
-        return bool(compiler.is_compiling())
-    dynamo = sys.modules.get("torch._dynamo")
-    return dynamo is not None and bool(dynamo.is_compiling())
-
-
-def is_transformed() -> bool:
-    """Say whether Dynamo or a function transform (vmap, grad, … of torch.func) sees this call."""
-    return is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
