@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dinov2_attn.backbone.proof import measure_kernel, sandbox
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.kernels.call import Kernel, branches
-from dinov2_attn.kernels.xformers_flags import (
+from dinov2_attn.kernels.xformers import (
     FLAG,
     KERNEL,
     describe_flags,

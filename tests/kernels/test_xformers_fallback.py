@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import dinov2_attn
 from dinov2_attn.errors import KernelFallbackWarning, PatchedOnTopError
-from dinov2_attn.kernels.xformers_fallback import graft_kernel
+from dinov2_attn.kernels.xformers import graft_kernel
 from tests.support import upstreams, xformers_visibility
 from tests.support.strategies import noise, seeds
 from tests.support.tolerances import are_close, assert_close, assert_same_bits

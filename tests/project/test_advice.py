@@ -667,7 +667,7 @@ TABLE = {
     "needs xFormers in the process: test_biases and test_nested follow it": {
         "math/bias": ("",),
         "kernels/call": ("",),
-        "kernels/xformers_nesting": ("",),
+        "kernels/xformers": ("",),
     },
     "needs a network or a package index": {
         "proof/verify/git": ("",),

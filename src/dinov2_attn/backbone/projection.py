@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dinov2_attn._compat import hooks_of, submodules
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN
+from dinov2_attn.math.attention import chunks, may_tile
 from dinov2_attn.math.bias import Group
 from dinov2_attn.math.selection import Rows
-from dinov2_attn.math.tiles import chunks, may_tile
 
 # Queries and keys that are made at a time: beside the weights of a large batch they are nothing.
 TILE_BYTES = 2**20

@@ -22,7 +22,7 @@ from dinov2_attn.backbone.projection import project
 from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import IncompatibleUpstreamError
 from dinov2_attn.kernels.call import Kernel, branches
-from dinov2_attn.kernels.xformers_flags import is_gated
+from dinov2_attn.kernels.xformers import is_gated
 from dinov2_attn.math.attention import attention_weights
 from dinov2_attn.typing import Forward
 

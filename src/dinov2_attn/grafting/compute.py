@@ -13,11 +13,10 @@ from torch import Tensor
 from dinov2_attn.backbone.projection import Piece, Projection
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.kernels.call import Kernel
-from dinov2_attn.math.attention import attention_weights, check_heads, shape_of_weights
+from dinov2_attn.math.attention import attention_weights, check_heads, may_tile, shape_of_weights
 from dinov2_attn.math.bias import Group, dense, groups, is_block_diagonal
 from dinov2_attn.math.buffers import NewResult, new_result
 from dinov2_attn.math.selection import Rows, to_index
-from dinov2_attn.math.tiles import may_tile
 from dinov2_attn.typing import Heads, Queries
 
 

@@ -24,7 +24,7 @@ from dinov2_attn.grafting.capture import run_recorded
 from dinov2_attn.grafting.channel import ACTIVE, STATE, publish, request
 from dinov2_attn.grafting.compute import check_tokens, module_weights
 from dinov2_attn.kernels.call import Kernel
-from dinov2_attn.kernels.xformers_nesting import check_stochastic_depth
+from dinov2_attn.kernels.xformers import check_stochastic_depth
 from dinov2_attn.typing import Forward
 
 

@@ -19,8 +19,7 @@ from dinov2_attn.grafting.models import (
 from dinov2_attn.grafting.modules import graft_attention, graft_block
 from dinov2_attn.grafting.registry import GraftRegistry
 from dinov2_attn.history.identify import warn_of_drift
-from dinov2_attn.kernels.xformers_fallback import graft_kernel
-from dinov2_attn.kernels.xformers_flags import KERNEL, kernel_namespace
+from dinov2_attn.kernels.xformers import KERNEL, graft_kernel, kernel_namespace
 
 
 def graft_classes(

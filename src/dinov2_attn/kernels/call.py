@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.kernels.xformers_flags import FLAG, KERNEL, describe_flags, flag_of, is_gated
+from dinov2_attn.kernels.xformers import FLAG, KERNEL, describe_flags, flag_of, is_gated
 from dinov2_attn.math import bias as biases
 from dinov2_attn.typing import Forward
 

@@ -21,9 +21,8 @@ from dinov2_attn.backbone.projection import Piece
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.compute import Instead
 from dinov2_attn.grafting.modules import weights_from
-from dinov2_attn.math.attention import attention_weights
+from dinov2_attn.math.attention import attention_weights, chunks
 from dinov2_attn.math.selection import to_index
-from dinov2_attn.math.tiles import chunks
 from dinov2_attn.typing import Images, Layers, Masks, Model, Queries
 
 Fusion = Literal["mean", "min", "max"]
