@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.import_hook import Finder
@@ -26,11 +26,61 @@ if TYPE_CHECKING:
 
     from dinov2_attn.backbone.structure import Role
 
-# Python's own, which has no public way to wait for an import that another thread has begun.
-_bootstrap: Any = importlib._bootstrap
 _LOCK = threading.RLock()
 _REGISTRY = GraftRegistry()
 _PACKAGES: dict[str, Package] = {}
+
+
+def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
+    with _LOCK:
+        # Another thread may have taken it back while this one waited.
+        if _PACKAGES.get(package.name) is not package or not package.imported():
+            return
+        from dinov2_attn.grafting.transaction import graft_classes
+
+        try:
+            classes = package.classes(arrived)
+            graft_classes(_REGISTRY, package.name, classes, fallback=package.fallback)
+            package.failure = None
+        except Exception as error:  # told again by status(), whatever it is
+            package.failure = error
+            raise
+
+
+def _arrived(module: ModuleType) -> None:
+    for package in list(_PACKAGES.values()):
+        if package.covers(module.__name__):
+            _graft_package(package, module)
+
+
+_FINDER = Finder(lambda name: any(p.covers(name) for p in list(_PACKAGES.values())), _arrived)
+
+
+def _await_imports() -> None:
+    """Keep the finder first on ``sys.meta_path`` while there is a package to wait for."""
+    # Another thread may be looking through the list: it must never be without the finder.
+    if _PACKAGES and sys.meta_path[:1] != [_FINDER]:
+        sys.meta_path.insert(0, _FINDER)
+    for i in reversed(range(len(sys.meta_path))):
+        if sys.meta_path[i] is _FINDER and (i or not _PACKAGES):
+            del sys.meta_path[i]
+
+
+def _remove(target: Hashable) -> None:
+    with _LOCK:
+        _REGISTRY.release(target)
+        if isinstance(target, str):
+            _PACKAGES.pop(target, None)
+        _await_imports()
+
+
+def _finish_imports(package: Package) -> None:
+    """Wait for modules that another thread is importing, without holding our lock."""
+    for name in package.imported():
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue  # that import failed elsewhere and was reported there: still pending
 
 
 @dataclass(frozen=True)
@@ -209,61 +259,3 @@ def _switch_model(target: LiveModel, classes: list[tuple[type, Role]], fallback:
     with _LOCK:
         if any(target in graft.targets for graft in _REGISTRY):  # not uninstalled meanwhile
             graft_classes(_REGISTRY, target, classes, fallback=fallback)
-
-
-def _finish_imports(package: Package) -> None:
-    """Wait for modules that another thread is importing, without holding our lock.
-
-    The finder is in place by now, so whatever starts to be imported later is seen there.
-    """
-    # One that was looked for before is not in sys.modules yet: only its lock says so.
-    for name in filter(package.covers, getattr(_bootstrap, "_module_locks", {}).copy()):
-        _bootstrap._lock_unlock_module(name)
-    for name in package.imported():
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            continue  # that import failed elsewhere and was reported there: still pending
-
-
-def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
-    with _LOCK:
-        # Another thread may have taken it back while this one waited.
-        if _PACKAGES.get(package.name) is not package or not package.imported():
-            return
-        from dinov2_attn.grafting.transaction import graft_classes
-
-        try:
-            classes = package.classes(arrived)
-            graft_classes(_REGISTRY, package.name, classes, fallback=package.fallback)
-            package.failure = None
-        except Exception as error:  # told again by status(), whatever it is
-            package.failure = error
-            raise
-
-
-def _arrived(module: ModuleType) -> None:
-    for package in list(_PACKAGES.values()):
-        if package.covers(module.__name__):
-            _graft_package(package, module)
-
-
-def _remove(target: Hashable) -> None:
-    with _LOCK:
-        _REGISTRY.release(target)
-        if isinstance(target, str):
-            _PACKAGES.pop(target, None)
-        _await_imports()
-
-
-_FINDER = Finder(lambda name: any(p.covers(name) for p in list(_PACKAGES.values())), _arrived)
-
-
-def _await_imports() -> None:
-    """Keep the finder first on ``sys.meta_path`` while there is a package to wait for."""
-    # Another thread may be looking through the list: it must never be without the finder.
-    if _PACKAGES and sys.meta_path[:1] != [_FINDER]:
-        sys.meta_path.insert(0, _FINDER)
-    for i in reversed(range(len(sys.meta_path))):
-        if sys.meta_path[i] is _FINDER and (i or not _PACKAGES):
-            del sys.meta_path[i]
