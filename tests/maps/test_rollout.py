@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dinov2_attn
 from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
+from dinov2_attn.grafting.modules import Returns, queries_and_keys_from
 from dinov2_attn.maps import rollout as module_of_rollout
 from tests.support import reference, upstreams
 from tests.support.strategies import ModelCase, model_cases, noise, randomise
@@ -258,9 +259,8 @@ def test_causal_blocks_and_biases_are_refused():
     upstream = upstreams.ANOMALIB
     with dinov2_attn.install(upstream.package):
         block = randomise(upstream.cls("CausalAttentionBlock")(12, num_heads=2), 5)
-        asked = module_of_rollout.Instead.QUERIES_AND_KEYS
         with pytest.raises(InvalidInputError, match=r"alike\.\nFound a causal block"):
-            block(noise(2, 7, 12, seed=5), return_attention=True, heads=asked)
+            queries_and_keys_from(block, noise(2, 7, 12, seed=5), None)
         module = upstream.cls("MemEffAttention")(12, num_heads=2)
         with pytest.raises(InvalidInputError, match="alike.\nFound one with attn_bias"):
-            module(noise(2, 7, 12, seed=5), torch.zeros(7, 7), return_attn=True, heads=asked)
+            module(noise(2, 7, 12, seed=5), torch.zeros(7, 7), return_attn=Returns.QUERIES_AND_KEYS)

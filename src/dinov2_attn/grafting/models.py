@@ -151,7 +151,7 @@ def _walk(
     """Return the weights of the blocks ``wanted``; blocks behind the last of these do not run."""
     return tuple(
         [
-            weights_from(block, "return_attention", given, **selection)
+            weights_from(block, given, **selection)
             for i, block, given in backbone.walk(tokens, _end(wanted))
             if i in wanted
         ]

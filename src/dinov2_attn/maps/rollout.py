@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
 from dinov2_attn.backbone.projection import Piece
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.grafting.compute import Instead
-from dinov2_attn.grafting.modules import weights_from
+from dinov2_attn.grafting.modules import queries_and_keys_from
 from dinov2_attn.math.attention import attention_weights, chunks
 from dinov2_attn.math.selection import to_index
 from dinov2_attn.typing import Images, Layers, Masks, Model, Queries
@@ -184,8 +183,7 @@ def _one(
     # Of the last layer no other rows are needed than those of the tokens to start from.
     shares = torch.eye(len(start), device=images.device).expand(len(images), -1, -1)
     for block, tokens in reversed(inputs):
-        ask = {"queries": queries, "heads": Instead.QUERIES_AND_KEYS}
-        pieces = weights_from(block, "return_attention", tokens(), **ask)
+        pieces = queries_and_keys_from(block, tokens(), queries)
         shares = torch.cat([layer.push(shares[p.samples], start, p, scale) for p, scale in pieces])
         queries, start = None, positions
     return Rollout(shares, backbone.grid(images), backbone.prefix)

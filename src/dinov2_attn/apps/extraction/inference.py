@@ -131,7 +131,7 @@ def _maps(
 
     def visit(i: int, block: nn.Module, tokens: Tensor) -> None:
         if i in options.layers:
-            weights[i] = weights_from(block, "return_attention", tokens, **asked)
+            weights[i] = weights_from(block, tokens, **asked)
 
     artifacts = artifacts_on_the_way(model, images, visit)
     each = tuple(weights[layer] for layer in options.layers)
