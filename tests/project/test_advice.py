@@ -666,7 +666,6 @@ NOTHING_TO_DO = "names no call, option or command: this cannot be had"
 TABLE = {
     "needs xFormers in the process: test_biases and test_nested follow it": {
         "math/bias": ("",),
-        "kernels/call": ("",),
         "kernels/xformers": ("",),
     },
     "needs a network or a package index": {

@@ -81,27 +81,6 @@ class _Active:
 ACTIVE = _Active()
 
 
-def publish(weights: Any) -> Any:
-    """Return ``weights`` from a graft, and hand them to ``ask`` if it is waiting."""
-    if STATE.published is not None:
-        STATE.published.append(weights)
-    return weights
-
-
-def request(module: nn.Module, *args: Any, **keywords: Any) -> Any:
-    """Call ``module`` and return the weights that a graft in it answered; ``None`` if none did.
-
-    Its return value is not asked: forward hooks that steer or ablate features, adapters and
-    wrappers that drop keywords make something else of it.
-    """
-    before, STATE.published = STATE.published, []
-    try:
-        module(*args, **keywords)
-        return STATE.published[-1] if STATE.published else None
-    finally:
-        STATE.published = before
-
-
 @contextmanager
 def unrecorded() -> Iterator[tuple[Recorder, ...]]:
     """Let nothing that runs inside be recorded; yields who would have been told."""

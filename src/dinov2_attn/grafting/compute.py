@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinov2_attn.backbone.projection import Piece, Projection
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.kernels.call import Kernel
+from dinov2_attn.kernels.xformers import Kernel
 from dinov2_attn.math.attention import attention_weights, check_heads, may_tile, shape_of_weights
 from dinov2_attn.math.bias import Group, dense, groups, is_block_diagonal
 from dinov2_attn.math.buffers import NewResult, new_result
@@ -54,15 +54,14 @@ def module_weights(
     """
     check_heads(heads)
     check_tokens(x)
-    if attn_bias is not None:
-        kernel.check_bias(attn_bias)
     request = _Request(module, kernel, queries, heads, is_causal, new)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if is_block_diagonal(attn_bias):
-        found, source = groups(attn_bias, x, wide), Projection(module, x, projected)
-        return [request.weights(source, g.batch, g.length, g.mask, g) for g in found]
     batch, length = x.shape[:2]
     if attn_bias is not None:
+        kernel.check_bias(attn_bias)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if is_block_diagonal(attn_bias):
+            found, source = groups(attn_bias, x, wide), Projection(module, x, projected)
+            return [request.weights(source, g.batch, g.length, g.mask, g) for g in found]
         attn_bias = dense(attn_bias, (batch, module.num_heads, length, length), x.device, wide)
     return request.weights(Projection(module, x, projected), batch, length, attn_bias)
 

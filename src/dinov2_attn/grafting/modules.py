@@ -23,10 +23,9 @@ from dinov2_attn.backbone.projection import Piece
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.grafting.capture import run_recorded
-from dinov2_attn.grafting.channel import ACTIVE, STATE, publish, request
+from dinov2_attn.grafting.channel import ACTIVE, STATE
 from dinov2_attn.grafting.compute import check_tokens, module_weights, queries_and_keys
-from dinov2_attn.kernels.call import Kernel
-from dinov2_attn.kernels.xformers import check_stochastic_depth
+from dinov2_attn.kernels.xformers import Kernel, check_stochastic_depth
 from dinov2_attn.typing import Forward, Heads, Queries
 
 
@@ -148,6 +147,27 @@ def _result_of(module: nn.Module, keyword: str, asked: object, *args: Any, **sel
             "Let the wrapper's forward pass **kwargs on.",
         )
     return weights
+
+
+def request(module: nn.Module, *args: Any, **keywords: Any) -> Any:
+    """Call ``module``, and return what a graft in it published last, ``None`` if none did.
+
+    The return value is not used, because forward hooks, adapters and wrappers that drop keywords
+    change it.
+    """
+    before, STATE.published = STATE.published, []
+    try:
+        module(*args, **keywords)
+        return STATE.published[-1] if STATE.published else None
+    finally:
+        STATE.published = before
+
+
+def publish(result: Any) -> Any:
+    """Return ``result`` from a graft, and give it to the ``request`` that waits for it."""
+    if STATE.published is not None:
+        STATE.published.append(result)
+    return result
 
 
 def extend_signature(original: Forward, forward: Forward, keyword: str) -> Forward:

@@ -1,4 +1,4 @@
-"""What this package knows about xFormers: upstream's switches, nested lists, the fallback.
+"""Everything about xFormers: upstream's switches, its kernel, nested lists and the fallback.
 
 Each module of upstream sets ``XFORMERS_AVAILABLE`` at import, by itself. So attention and block
 can disagree: one import failed, or one flag was changed. ``XFORMERS_DISABLED`` in the environment
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_attn._compat import is_compiling
-from dinov2_attn.errors import KernelFallbackWarning, NoOperatorError
-from dinov2_attn.math.bias import dense, groups, is_block_diagonal, is_known
+from dinov2_attn.errors import InvalidInputError, KernelFallbackWarning, NoOperatorError
+from dinov2_attn.math.bias import dense, groups, is_block_diagonal, is_known, unknown
 from dinov2_attn.typing import Forward
 
 FLAG = "XFORMERS_AVAILABLE"
@@ -57,6 +57,50 @@ def describe_flags(forward: FunctionType) -> str:
     ]
     environment = "set" if "XFORMERS_DISABLED" in os.environ else "not set"
     return ", ".join([*sorted(flags), f"XFORMERS_DISABLED is {environment}"])
+
+
+class Kernel:
+    """The kernel inside an attention class's own ``forward``.
+
+    Explicit code of upstream multiplies by ``module.scale``. The fused kernels of PyTorch and
+    xFormers do not see that attribute and use ``head_dim ** -0.5``. The two agree until the
+    attribute is changed. Then only the choice of the kernel gives the attention that the features
+    were made of. The proof measures it.
+
+    Args:
+        forward: The class's own ``forward``.
+        honours_scale: Whether it reads ``module.scale``, without xFormers and with it.
+
+    """
+
+    def __init__(self, forward: Forward, honours_scale: dict[bool, bool]) -> None:
+        self._forward = forward
+        self._honours_scale = honours_scale
+
+    def scale(self, module: Any, head_dim: int, *, xformers: bool | None = None) -> float:
+        """Return the factor on ``query @ keyᵀ``, by default for the branch that would run now."""
+        if xformers is None:
+            xformers = flag_of(self._forward)
+        if self._honours_scale[xformers]:
+            return float(module.scale)
+        return 1 / math.sqrt(head_dim)
+
+    def check_bias(self, bias: object) -> None:
+        """Raise ``InvalidInputError`` unless ``forward`` has a kernel that takes this ``bias``."""
+        if not is_known(bias):
+            raise unknown(bias)
+        if is_gated(self._forward) and not flag_of(self._forward):
+            raise InvalidInputError(
+                f"no attn_bias, which this attention takes only where its module's {FLAG} is true",
+                f"one of type {type(bias).__name__}, where {describe_flags(self._forward)}",
+                "Leave it out, or install xFormers and import upstream without XFORMERS_DISABLED.",
+            )
+        if not (is_gated(self._forward) or isinstance(bias, Tensor)):
+            raise InvalidInputError(
+                "attn_bias as a dense tensor: this class hands it to PyTorch's kernel",
+                f"one of type {type(bias).__name__}",
+                "Use MemEffAttention, or pass attn_bias.materialize(...).",
+            )
 
 
 def kernel_namespace(forward: Forward) -> dict[str, Any] | None:
