@@ -408,7 +408,7 @@ def record_compiled(lab):
 
 
 case(
-    "grafting/capture",
+    "grafting/channel",
     "compiled._orig_mod(images), or compiled(images) under torch.compiler.set_stance",
     lambda lab: recorded(lab.model, lambda: compiled(lab)(lab.x)),
     record_compiled,
@@ -687,7 +687,7 @@ TABLE = {
         "grafting/compute": ("Ask for the weights, which know of it",),
     },
     "whether a hook is seen differs from torch to torch: test_record_compiled asks": {
-        "grafting/capture": ("Where qkv itself was compiled",),
+        "grafting/channel": ("Where qkv itself was compiled",),
     },
     "needs a copy that upstream has renamed": {"grafting/targets": ("Upstream moved",)},
     LATER: {

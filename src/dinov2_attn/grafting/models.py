@@ -11,8 +11,13 @@ from torch import Tensor, nn
 
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import NotGraftedError
-from dinov2_attn.grafting.capture import prepare_recorded
-from dinov2_attn.grafting.channel import ACTIVE, STATE, attentions_of_pass, unrecorded
+from dinov2_attn.grafting.channel import (
+    ACTIVE,
+    STATE,
+    attentions_of_pass,
+    prepare_recorded,
+    unrecorded,
+)
 from dinov2_attn.grafting.modules import extend_signature, weights_from
 from dinov2_attn.kernels.xformers import can_nest, check_stochastic_depth
 from dinov2_attn.math.attention import check_heads

@@ -22,8 +22,7 @@ from dinov2_attn.backbone.contract import argument_names, name_of
 from dinov2_attn.backbone.projection import Piece
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
-from dinov2_attn.grafting.capture import run_recorded
-from dinov2_attn.grafting.channel import ACTIVE, STATE
+from dinov2_attn.grafting.channel import ACTIVE, STATE, run_recorded
 from dinov2_attn.grafting.compute import check_tokens, module_weights, queries_and_keys
 from dinov2_attn.kernels.xformers import Kernel, check_stochastic_depth
 from dinov2_attn.typing import Forward, Heads, Queries

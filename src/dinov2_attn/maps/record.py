@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from dinov2_attn._compat import is_compiling, raised_by_dynamo
 from dinov2_attn.backbone.backbone import backbone_in
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
-from dinov2_attn.grafting.capture import in_a_graph
-from dinov2_attn.grafting.channel import ACTIVE, STATE
+from dinov2_attn.grafting.channel import ACTIVE, STATE, in_a_graph
 from dinov2_attn.maps.attention_maps import AttentionMaps, W
 from dinov2_attn.maps.course import Course, advice
 from dinov2_attn.math.attention import check_heads
