@@ -189,7 +189,7 @@ case(
 
 case(
     "grafting/compute",
-    "Ask the model if images are at hand, or add the batch dimension",
+    "Call the model instead if you have images, or add the batch dimension",
     lambda lab: lab.block(lab.tokens[0], return_attention=True),
     lambda lab: lab.block(lab.tokens[0][None], return_attention=True),
 )
@@ -684,7 +684,7 @@ TABLE = {
         "backbone/contract": ("so nothing was grafted", "This copy was patched by hand"),
         "backbone/proof": ("so nothing was grafted",),
         "backbone/backbone": ("Weights of shared modules cannot be told apart",),
-        "grafting/compute": ("Ask for the weights, which know of it",),
+        "grafting/compute": ("Use get_self_attention, whose weights include it",),
     },
     "whether a hook is seen differs from torch to torch: test_record_compiled asks": {
         "grafting/channel": ("Where qkv itself was compiled",),

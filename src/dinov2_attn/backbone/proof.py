@@ -1,7 +1,7 @@
-"""Proof at install: tiny modules in float64, a few milliseconds, no random number drawn.
+"""The proof at install: small modules in float64, a few milliseconds, no random number drawn.
 
-Each check builds one small instance of the class at hand, runs upstream's own code on it
-and compares. What does not hold raises ``IncompatibleUpstreamError``.
+Each check builds one small instance of the class, runs upstream's own code on it and compares. A
+difference raises ``IncompatibleUpstreamError``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dinov2_attn.kernels.xformers import Kernel, is_gated
 from dinov2_attn.math.attention import attention_weights
 from dinov2_attn.typing import Forward
 
-# Odd on purpose: no two of tokens, channels, heads and head channels are the same number.
+# No two of tokens, channels, heads and head channels are the same number.
 _DIM, _HEADS, _TOKENS = 10, 2, 7
 _PATCH, _GRID = 2, (2, 3)
 
@@ -36,10 +36,10 @@ _TOLERANCE = 1e-9
 
 @contextmanager
 def sandbox() -> Iterator[None]:
-    """Give checks a place to run: on the CPU, without autograd or a trace in any RNG.
+    """Run checks on the CPU, without autograd and without a change of any random state.
 
-    Modes around it do not see them: under a fake one there would be nothing to compare.
-    Autocast may be on: it leaves float64 alone.
+    Surrounding modes are off, because a fake tensor has no values to compare. Autocast may be on,
+    because it does not change float64.
     """
     with ExitStack() as stack:
         stack.enter_context(without_modes())
@@ -48,7 +48,7 @@ def sandbox() -> Iterator[None]:
         if default not in (torch.float32, torch.float64):  # old torch initialises no others
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, default)
-        # Under a default device of the user's only: the context slows every call inside it.
+        # Only under a user's default device: the context slows every call inside.
         if torch.empty(0).device.type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.no_grad())
@@ -56,7 +56,7 @@ def sandbox() -> Iterator[None]:
 
 
 def measure_kernel(cls: type, forward: Forward) -> Kernel:
-    """Find out whose scale each branch of ``forward`` uses, by changing the attribute."""
+    """Measure whether each branch of ``forward`` uses ``module.scale``, by changing it."""
     module, x = _build(cls, dim=_DIM, num_heads=_HEADS), _tokens()
     runs = branches(forward)
     before = {flag: run(module, x) for flag, run in runs.items()}
@@ -68,7 +68,7 @@ def measure_kernel(cls: type, forward: Forward) -> Kernel:
 
 
 def prove_attention(cls: type, forward: Forward, grafted: Forward, kernel: Kernel) -> None:
-    """Prove invariants 1 and 2 for an attention class: unasked as before, asked faithful."""
+    """Prove that the weights of an attention class are those its features are made of."""
     module, x = _build(cls, dim=_DIM, num_heads=_HEADS, qkv_bias=True), _tokens()
     for xformers, run in branches(forward).items():
         contract.check_reads(module, partial(run, module, x))
@@ -130,11 +130,11 @@ _MODEL: dict[str, Any] = {
 def _build(cls: type, **options: Any) -> Any:
     """Build a small ``cls`` in float64 with parameters of order one, in evaluation mode.
 
-    Options that a revision does not know yet (registers) are left out.
+    Options that a revision does not have (registers) are left out.
     """
     known = contract.options_of(cls)
     module: Any = cls(**{name: value for name, value in options.items() if name in known})
-    # A seed for each: layers that are all alike would hide that two were mixed up.
+    # One seed for each: equal layers would hide that two were mixed up.
     for seed, parameter in enumerate(module.double().eval().parameters()):
         parameter.copy_(_randn(*parameter.shape, seed=seed) / 2)
     return module

@@ -1,8 +1,7 @@
 """Finding attention modules, blocks and transformers by their structure.
 
-Names and places differ between upstream and the copies that others vendor; what the
-classes are made of does not. A class found here is a candidate and nothing more: the
-contract and the self-check decide.
+Names and places differ between upstream and vendored copies. What the classes are made of does
+not. A class found here is only a candidate: the contract and the proof decide.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from dinov2_attn._compat import submodules
 
 
 class Role(Enum):
-    """The kinds of class that are grafted, in the order in which they build on each other."""
+    """The kinds of class that are grafted. Each builds on those before it."""
 
     ATTENTION = "attention module"
     BLOCK = "transformer block"
@@ -44,15 +43,15 @@ _CODE = frozenset({"forward", "forward_features", "prepare_tokens_with_masks"})
 
 
 def role_of_class(cls: type) -> Role | None:
-    """Say which part ``cls`` is, from the names its ``__init__`` and its body use."""
+    """Return the role of ``cls``, from the names in its ``__init__`` and body."""
     names = {name for base in cls.__mro__ for name in (*vars(base), *_names_in_init(base))}
     return _matching(names)
 
 
 def role_of_module(module: nn.Module) -> Role | None:
-    """Say which part a live ``module`` is, from the attributes that it has itself.
+    """Return the role of a live ``module``, from its own attributes.
 
-    A wrapper that reads everything from the module inside by ``__getattr__`` is none.
+    A wrapper that reads them from the module inside by ``__getattr__`` has none.
     """
     return next(
         (role for role, needed in REQUIRED_ATTRIBUTES.items() if _has_itself(module, needed)), None
@@ -60,10 +59,10 @@ def role_of_module(module: nn.Module) -> Role | None:
 
 
 def classes_in(module: ModuleType) -> Iterator[tuple[type, Role]]:
-    """Yield the parts that ``module`` works with, defined there or elsewhere in its package.
+    """Yield the classes with a role that ``module`` uses, defined there or in its package.
 
-    Those it imports count too: after a reload of one module, others go on building models
-    of the classes from before.
+    Imported classes count: after a reload of one module, others still build models of the older
+    classes.
     """
     package = _package(module.__name__)
     for cls in vars(module).copy().values():
@@ -74,11 +73,10 @@ def classes_in(module: ModuleType) -> Iterator[tuple[type, Role]]:
 
 
 def classes_behind(model: nn.Module) -> Iterator[tuple[type, Role]]:
-    """Yield the classes whose code a live ``model`` runs as one of the parts.
+    """Yield the classes with a role whose code a live ``model`` runs.
 
-    Inside a larger model only what belongs to its vision transformers counts, so that
-    somebody else's attention beside them is none of our business. Base classes come
-    too: upstream's methods call those of their bases.
+    In a larger model only its vision transformers count, and other attention is left alone. Base
+    classes are included, because upstream's methods call those of their bases.
     """
     transformers = [m for m in model.modules() if role_of_module(m) is Role.TRANSFORMER]
     found: dict[type, Role] = {}
@@ -90,12 +88,12 @@ def classes_behind(model: nn.Module) -> Iterator[tuple[type, Role]]:
 
 
 def in_order(classes: Iterable[tuple[type, Role]]) -> list[tuple[type, Role]]:
-    """Sort by part, so that what others build on comes first; otherwise as given."""
+    """Return the classes sorted by role, otherwise in their order."""
     return sorted(classes, key=lambda item: list(Role).index(item[1]))
 
 
 def _own_bases(cls: type) -> list[type]:
-    """Return the bases of ``cls`` that bring code of a part, bases first, PyTorch's left out."""
+    """Return ``cls`` and its bases that define such a method, bases first, without PyTorch's."""
     return [
         base
         for base in reversed(cls.__mro__)

@@ -1,7 +1,7 @@
-"""``install``, ``uninstall`` and ``status``: what is grafted, for whom, and how it ends.
+"""``install``, ``uninstall`` and ``status``.
 
-Importing this module imports neither torch nor upstream: grafting does, and by then both
-are there.
+Importing this module imports neither torch nor upstream. Both are imported when a class is
+grafted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PACKAGES: dict[str, Package] = {}
 
 def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
     with _LOCK:
-        # Another thread may have taken it back while this one waited.
+        # Another thread may have uninstalled it while this one waited.
         if _PACKAGES.get(package.name) is not package or not package.imported():
             return
         from dinov2_attn.grafting.transaction import graft_classes
@@ -42,7 +42,7 @@ def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
             classes = package.classes(arrived)
             graft_classes(_REGISTRY, package.name, classes, fallback=package.fallback)
             package.failure = None
-        except Exception as error:  # told again by status(), whatever it is
+        except Exception as error:  # status() reports it again
             package.failure = error
             raise
 
@@ -58,7 +58,7 @@ _FINDER = Finder(lambda name: any(p.covers(name) for p in list(_PACKAGES.values(
 
 def _await_imports() -> None:
     """Keep the finder first on ``sys.meta_path`` while there is a package to wait for."""
-    # Another thread may be looking through the list: it must never be without the finder.
+    # Another thread may iterate over the list, which must always have the finder.
     if _PACKAGES and sys.meta_path[:1] != [_FINDER]:
         sys.meta_path.insert(0, _FINDER)
     for i in reversed(range(len(sys.meta_path))):
@@ -80,16 +80,19 @@ def _finish_imports(package: Package) -> None:
         try:
             importlib.import_module(name)
         except ImportError:
-            continue  # that import failed elsewhere and was reported there: still pending
+            continue  # the thread that began the import raises it; the module is still pending
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is installed: tuples for programs, ``str()`` for people.
+    """What is installed. ``str()`` is for people.
 
-    ``grafted`` names every graft in force, ``covered`` those that somebody else patched
-    on top of, ``pending`` the modules that will be grafted when they are imported, and
-    ``recognised`` says of each target how its code was recognised, or why it was not.
+    Attributes:
+        grafted: Every graft in force.
+        covered: Grafts with another patch on top.
+        pending: Modules that will be grafted when they are imported.
+        recognised: For each target, how its code was recognised, or why it was not.
+
     """
 
     grafted: tuple[str, ...]
@@ -106,10 +109,10 @@ class Status:
 
 
 class Handle:
-    """What ``install`` returns: takes that installation back.
+    """What ``install`` returns. It undoes that installation.
 
-    Leaving a ``with`` block restores what was found when ``install`` was called, so a
-    target that was installed before stays installed. ``uninstall()`` takes it off.
+    The end of a ``with`` block restores the state before ``install``, so a target that was
+    installed before stays installed. ``uninstall()`` removes the target in any case.
     """
 
     def __init__(self, target: Hashable, restore: Callable[[], None]) -> None:
@@ -126,26 +129,36 @@ class Handle:
         self._restore()
 
     def uninstall(self) -> None:
-        """Take this target's grafts off; nothing happens where they are off already."""
+        """Remove the grafts of this target. Nothing happens if they are removed already."""
         _remove(self._target)
 
 
 def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> Handle:
     """Graft ``return_attention`` onto DINOv2's own classes, in place and reversibly.
 
-    ``target`` is ``None`` for upstream's package ``dinov2``, the name of a package that
-    vendors a copy, or a live model. Packages are grafted now as far as they are imported
-    and later, at every import and reload, for the rest. Installing twice is installing
-    once. No random number is drawn.
+    Every class is proved on a small instance in float64 first. Modules that are imported are
+    grafted now, all others at every import and reload. A second call changes nothing. No random
+    number is drawn.
 
-    Where xFormers is importable and has no kernel for a device (any CPU), upstream's call
-    of it fails; unless ``fallback`` is false it is answered by PyTorch's kernel from then
-    on, with one ``KernelFallbackWarning`` warning.
+    Call it before other threads import the package. It waits for a module that is running in
+    another thread. It cannot see one whose import is at an earlier step: call it again then.
 
-    Every class is proved on a small instance in float64 first. Raises
-    ``IncompatibleUpstreamError`` where its attention is not softmax(q kᵀ · scale) of its own
-    projection, and then nothing is grafted; for a package that is not imported yet, that
-    is raised by its import.
+    Args:
+        target: None for upstream's package ``dinov2``, the name of a package that vendors a copy,
+            or a live model.
+        fallback: Whether PyTorch's kernel runs if xFormers can be imported and has no kernel for
+            the device (any CPU). One ``KernelFallbackWarning`` is shown. Without it upstream's
+            own call of xFormers raises.
+
+    Returns:
+        The handle that undoes the installation.
+
+    Raises:
+        IncompatibleUpstreamError: If the attention of a class is not softmax(q kᵀ · scale) of its
+            own projection. Then nothing is grafted. If a package is not imported yet, its import
+            raises it.
+        InvalidInputError: If ``target`` is anything else.
+
     """
     if target is None:
         target = UPSTREAM
@@ -163,9 +176,11 @@ def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> 
 
 
 def uninstall() -> None:
-    """Take every graft off: each class holds the very function objects it held before.
+    """Remove every graft. Each class has the same function objects again as before.
 
-    Raises ``PatchedOnTopError``, and undoes nothing, where somebody patched on top of a graft.
+    Raises:
+        PatchedOnTopError: If another patch is on top of a graft. Then nothing is undone.
+
     """
     with _LOCK:
         _REGISTRY.release_all()
@@ -174,7 +189,7 @@ def uninstall() -> None:
 
 
 def status() -> Status:
-    """Say what is grafted, what is pending and how each target was recognised."""
+    """Return what is grafted, what is pending and how each target was recognised."""
     with _LOCK:
         targets = {target for graft in _REGISTRY for target in graft.targets}
         recognised: dict[str, str] = {}
@@ -257,5 +272,7 @@ def _switch_model(target: LiveModel, classes: list[tuple[type, Role]], fallback:
     from dinov2_attn.grafting.transaction import graft_classes
 
     with _LOCK:
-        if any(target in graft.targets for graft in _REGISTRY):  # not uninstalled meanwhile
+        if any(
+            target in graft.targets for graft in _REGISTRY
+        ):  # it may have been uninstalled meanwhile
             graft_classes(_REGISTRY, target, classes, fallback=fallback)

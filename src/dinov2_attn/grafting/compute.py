@@ -85,7 +85,7 @@ def queries_and_keys(
         raise InvalidInputError(
             "attention that sees all tokens alike",
             "a causal block" if is_causal else "one with attn_bias",
-            "Ask for the weights, which know of it, with get_self_attention.",
+            "Use get_self_attention, whose weights include it.",
         )
     pieces = Projection(module, x).pieces(to_index(queries, x.shape[1]))
     return [(piece, kernel.scale(module, piece.head_dim)) for piece in pieces]
@@ -98,7 +98,7 @@ def check_tokens(tokens: object) -> None:
         raise InvalidInputError(
             "tokens as a tensor of shape (B, N, C), to a block also a list of such tensors",
             f"{found}",
-            "Ask the model if images are at hand, or add the batch dimension.",
+            "Call the model instead if you have images, or add the batch dimension.",
         )
 
 

@@ -1,7 +1,7 @@
-"""Identity: which revision of upstream the code below the grafts is, and what differs.
+"""Identify the revision of upstream below the grafts, and what differs from it.
 
-What it says comes after the proof, never in its place: unknown code that holds contract and
-behaviour is grafted, and said to be unknown.
+This never replaces the proof. Unknown code that passes the proof is grafted, and reported as
+unknown.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _PROVED = "verified by contract and behaviour"
 
 @dataclass(frozen=True)
 class FunctionDigest:
-    """A function that the grafts rely on, as it was found: ``digest`` is ``None`` without source.
+    """A function that the grafts rely on, with its digest, ``None`` without source.
 
-    ``author`` is the module of the function, where that is not of the class's package.
+    ``author`` is the module of the function, if it is of another package than the class.
     """
 
     name: str
@@ -40,10 +40,10 @@ class FunctionDigest:
 
 
 def recognise(registry: GraftRegistry, classes: Iterable[type]) -> str:
-    """Say which revisions hold the code of ``classes``, all of them proved at install.
+    """Return which revisions have the code of ``classes``, which were proved at install.
 
     ``attention and blocks as in 12592a9 … 7764ea0 (2025-06-11 … 2026-06-03), verified``;
-    where upstream never had that code, what of it is like upstream's and what is not.
+    if upstream never had that code, what of it is upstream's and what is not.
     """
     classes = list(classes)
     seen = {section: _look(registry, section, classes) for section in RELIED_ON}
@@ -66,8 +66,8 @@ def recognise(registry: GraftRegistry, classes: Iterable[type]) -> str:
 def warn_of_drift(registry: GraftRegistry, target: Hashable, classes: Iterable[type]) -> None:
     """Warn if upstream's own package holds code that no revision known here does.
 
-    Forks are never warned of: what they are is their own affair. A package is judged when
-    all of it is imported, so that one warning names all that changed.
+    Forks are never warned of. A package is judged when all of it is imported, so that one warning
+    names every change.
     """
     own = [cls for cls in classes if _package(cls.__module__) == UPSTREAM]
     seen = {section: _look(registry, section, own) for section in RELIED_ON}
@@ -102,7 +102,7 @@ def _say(what: str, functions: list[FunctionDigest]) -> str:
 
 
 def _look(registry: GraftRegistry, section: str, classes: list[type]) -> list[FunctionDigest]:
-    """See what ``classes`` are made of by upstream's names, each that differs once."""
+    """Return the functions of ``classes`` by upstream's names, without duplicates."""
     names = RELIED_ON[section]
     seen = [
         s for cls in classes for s in _function_digests(registry, cls, names.get(cls.__name__, ()))
@@ -148,14 +148,14 @@ def _unmatched(shared: Code, functions: list[FunctionDigest]) -> list[str]:
 
 
 def _missing(shared: Code, functions: list[FunctionDigest]) -> list[str]:
-    """Name what a whole package lacks: a method that is gone is inherited, from known code."""
+    """Return what a package lacks. A missing method is inherited from known code."""
     names = {function.name for function in functions}
     missing = (sorted({*era.digests} - names) for era in eras.agreeing(shared))
     return [f"{name} (gone)" for name in min(missing, key=len)]
 
 
 def _checkout() -> str:
-    """Name the folder that ``dinov2`` was imported from, as a shell takes it."""
+    """Return the folder that ``dinov2`` was imported from, quoted for a shell."""
     init = getattr(sys.modules.get(UPSTREAM), "__file__", None)
     return shlex.quote(str(Path(init).parent.parent)) if init else "PATH"
 
