@@ -102,7 +102,7 @@ class Status:
 
     def __str__(self) -> str:
         lines = [f"grafted: {name}" for name in self.grafted]
-        lines += [f"patched on top by somebody else: {name}" for name in self.covered]
+        lines += [f"patched on top by other code: {name}" for name in self.covered]
         lines += [f"pending, until imported: {name}" for name in self.pending]
         lines += [f"{target}: {how}" for target, how in self.recognised.items()]
         return "\n".join(lines) or "nothing installed"
