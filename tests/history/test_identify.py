@@ -120,7 +120,7 @@ def test_of_what_may_be_gone_the_least_is_named():
     later = {"CausalAttentionBlock.forward", "MemEffAttention.forward"}
     names = {name for era in eras.table() for name in era.digests} - later
     found = [identify.FunctionDigest(name, "any") for name in names]
-    assert identify._gone(frozenset(), found) == ["MemEffAttention.forward (gone)"]
+    assert identify._missing(frozenset(), found) == ["MemEffAttention.forward (gone)"]
 
 
 def test_all_that_differs_is_named(first, monkeypatch):
