@@ -13,7 +13,7 @@ def lazily(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return ``__getattr__`` and ``__dir__`` of ``package``, for names with a module as home.
 
-    A name is imported once: the package holds it from then on. ``dir`` lists names before that.
+    Each name is imported once and then kept in the package. ``dir`` lists it before that.
     """
 
     def get(name: str) -> Any:

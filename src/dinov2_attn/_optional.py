@@ -1,4 +1,4 @@
-"""Libraries that only some of this package needs, and what to do where they are missing."""
+"""Optional libraries, and the error that is raised if one is missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dinov2_attn.errors import UnavailableError
 
 
 def safetensors() -> Any:
-    """Return the module ``safetensors``, its part for torch loaded; raise ``UnavailableError``."""
+    """Return the module ``safetensors``, with its part for torch."""
     try:
         import safetensors
         import safetensors.torch
@@ -23,7 +23,7 @@ def safetensors() -> Any:
 
 
 def require(*modules: str) -> None:
-    """Raise ``UnavailableError`` where one of these is missing."""
+    """Raise ``UnavailableError`` if one of these modules is missing."""
     for name in modules:
         if importlib.util.find_spec(name) is None:
             raise UnavailableError(

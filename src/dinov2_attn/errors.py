@@ -6,9 +6,8 @@ from __future__ import annotations
 class Dinov2AttnError(Exception):
     """The base of all errors of this package.
 
-    What was ``expected``, what was ``found`` and a ``hint`` what to do next, which are the three
-    lines of ``str()``. They are kept in ``args``, so that an error survives pickling on its way
-    out of a worker process.
+    It has three parts: ``expected``, ``found`` and a ``hint`` for the next step. They are the lines
+    of ``str()``. ``args`` holds them, so that an error can be pickled by a worker process.
     """
 
     def __init__(self, expected: str, found: str, hint: str) -> None:
@@ -36,7 +35,7 @@ class Dinov2AttnError(Exception):
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return what ``error`` says as one line, for lists, tables and other errors."""
+    """Return the text of ``error`` as one line, for lists, tables and other errors."""
     text = str(error)
     if isinstance(error, Dinov2AttnError):
         text = f"expected {error.expected}; found {error.found}. {error.hint}"
@@ -48,15 +47,15 @@ def _sentence(text: str) -> str:
 
 
 class IncompatibleUpstreamError(Dinov2AttnError, RuntimeError):
-    """The classes at hand do not compute the attention this package would return."""
+    """The classes do not compute the attention this package would return."""
 
 
 class PatchedOnTopError(Dinov2AttnError, RuntimeError):
-    """Somebody replaced a graft after it was set, so it cannot be undone safely."""
+    """Another patch replaced a graft after it was set, so it cannot be undone safely."""
 
 
 class NotGraftedError(Dinov2AttnError, RuntimeError):
-    """Attention was asked of a module that ``install`` has not reached."""
+    """``install`` has not reached the module that should return attention."""
 
 
 class NotRecordedError(Dinov2AttnError, RuntimeError):
@@ -76,7 +75,7 @@ class OutOfRangeError(InvalidInputError, IndexError):
 
 
 class UnavailableError(Dinov2AttnError, RuntimeError):
-    """Code or weights could not be had in any of the ways that were tried."""
+    """Code or weights could not be found or downloaded."""
 
 
 class UnreadableFileError(Dinov2AttnError, RuntimeError):
@@ -84,20 +83,20 @@ class UnreadableFileError(Dinov2AttnError, RuntimeError):
 
 
 class UnwritableOutputError(Dinov2AttnError, RuntimeError):
-    """A result could not be written; nothing half-written was left behind."""
+    """A result could not be written, and no partial file was left."""
 
 
 class KernelFallbackWarning(UserWarning):
-    """xFormers has no operator for what it is given, so PyTorch's kernel is used."""
+    """xFormers has no operator for its inputs, so PyTorch's kernel is used."""
 
 
 class UpstreamDriftWarning(UserWarning):
-    """Upstream's code is none that is known here, and holds all the same."""
+    """Upstream's code is of no known revision, and passed the proof."""
 
 
 class SuspiciousArtifactsWarning(UserWarning):
-    """So many patches have outlying norms that something else than artifacts is going on."""
+    """Too many patches have outlier norms for these to be artifact tokens."""
 
 
 class SuspiciousRangeWarning(UserWarning):
-    """An image uses so little of the range of its format that the format may not tell it."""
+    """An image uses little of the range of its format, so its values may have another range."""

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import dinov2_attn
-from dinov2_attn.backbone.proof import laboratory, measure_kernel, prove_attention
-from dinov2_attn.backbone.structure import Part, classes_in, part_of_module
+from dinov2_attn.backbone.proof import measure_kernel, prove_attention, sandbox
+from dinov2_attn.backbone.structure import Role, classes_in, role_of_module
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError
 from dinov2_attn.kernels.call import branches
 from tests.support import upstreams
@@ -221,7 +221,7 @@ def test_a_graft_that_returns_anything_else_is_refused():
         return torch.full((3, 2, 7, 7), 1 / 7, dtype=x.dtype)
 
     with (
-        laboratory(),
+        sandbox(),
         pytest.raises(IncompatibleUpstreamError, match="Expected the weights returned to"),
     ):
         prove_attention(cls, forward, wrong, measure_kernel(cls, forward))
@@ -355,7 +355,7 @@ def test_a_model_whose_pass_is_another_is_refused():
         def forward_features(self, x, masks=None):
             x = self.prepare_tokens_with_masks(x, masks)
             for block in list(self.modules())[::-1]:
-                x = block(x) if part_of_module(block) is Part.BLOCK else x
+                x = block(x) if role_of_module(block) is Role.BLOCK else x
             return {"x_norm_clstoken": x[:, 0]}
 
     for cls in (Trailing, Skipping):

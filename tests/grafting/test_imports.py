@@ -80,7 +80,7 @@ class Slow:
             self.module = importlib.import_module("slow_vit.attention")
 
 
-@pytest.fixture(params=["is looked for", "is made", "runs"])
+@pytest.fixture
 def slow(tmp_path, monkeypatch, request):
     monkeypatch.syspath_prepend(tmp_path)
     slow = Slow(tmp_path, request.param)
@@ -90,8 +90,9 @@ def slow(tmp_path, monkeypatch, request):
         sys.modules.pop(name, None)
 
 
-def test_an_installation_waits_for_an_import_under_way(slow):
-    """Begun before the finder was there, it would be missed by it."""
+@pytest.mark.parametrize("slow", ["runs"], indirect=True)
+def test_an_installation_waits_for_a_module_that_is_running(slow):
+    """Its import began before the finder was there, so the finder does not see it."""
     slow.begin()
     threading.Timer(0.5, slow.end).start()
     with dinov2_attn.install("slow_vit"):
@@ -114,14 +115,19 @@ def test_an_installation_does_not_wait_for_an_import_that_is_not_its_own(slow):
         slow.end()
 
 
-def test_a_python_that_shows_no_locks_of_modules_installs_all_the_same(monkeypatch):
-    """They are CPython's own."""
-    install = importlib.import_module("dinov2_attn.grafting.api")
-    monkeypatch.setattr(install, "_bootstrap", types.SimpleNamespace())
-    with dinov2_attn.install():
-        assert asks(load())
+@pytest.mark.parametrize("slow", ["is looked for", "is made"], indirect=True)
+def test_a_second_installation_reaches_an_import_that_began_before_the_first(slow):
+    """The finder cannot see it, and Python shows no such module yet. So install() comes first."""
+    slow.begin()
+    with dinov2_attn.install("slow_vit"):
+        slow.end()
+        assert not is_grafted(slow.module.Attention)
+        assert dinov2_attn.status().pending == ("slow_vit",)
+        with dinov2_attn.install("slow_vit"):
+            assert is_grafted(slow.module.Attention)
 
 
+@pytest.mark.parametrize("slow", ["runs"], indirect=True)
 def test_an_installation_that_is_taken_back_while_it_waits_sets_nothing(slow):
     """Otherwise grafts would stand without a finder, installed for nobody."""
     slow.begin()

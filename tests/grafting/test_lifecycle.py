@@ -9,7 +9,7 @@ import pytest
 
 import dinov2_attn
 from dinov2_attn.errors import IncompatibleUpstreamError
-from dinov2_attn.grafting.registry import Graft, Ledger
+from dinov2_attn.grafting.registry import Graft, GraftRegistry
 from dinov2_attn.grafting.targets import UPSTREAM_MODULES
 from tests.support import upstreams
 from tests.support.dinov2_package import (
@@ -183,7 +183,7 @@ def test_at_no_moment_is_a_question_passed_on_and_its_answer_dropped(monkeypatch
 
         return watched
 
-    monkeypatch.setattr(Ledger, "set", look(Ledger.set))
+    monkeypatch.setattr(GraftRegistry, "set", look(GraftRegistry.set))
     monkeypatch.setattr(Graft, "undo", look(Graft.undo))
     dinov2_attn.install().uninstall()
     assert [False, False] in moments

@@ -7,47 +7,47 @@ import functools
 import pytest
 
 from dinov2_attn.errors import PatchedOnTopError
-from dinov2_attn.grafting.registry import Ledger
+from dinov2_attn.grafting.registry import GraftRegistry
 
 
-def test_the_ledger_knows_absence_and_who_needs_what():
+def test_the_registry_knows_absence_and_who_needs_what():
     class Upstream:
         def old(self):
             return "old"
 
-    ledger, old = Ledger(), vars(Upstream)["old"]
-    ledger.set(Upstream, "old", lambda self: "first", "a")
-    ledger.set(Upstream, "new", lambda self: "new", "b")
-    assert ledger.keep(Upstream, "old", "b")
-    assert not ledger.keep(Upstream, "newer", "b")
-    assert not ledger.keep(int, "old", "b")
-    ledger.release("a")  # needed by b as well
+    registry, old = GraftRegistry(), vars(Upstream)["old"]
+    registry.set(Upstream, "old", lambda self: "first", "a")
+    registry.set(Upstream, "new", lambda self: "new", "b")
+    assert registry.claim(Upstream, "old", "b")
+    assert not registry.claim(Upstream, "newer", "b")
+    assert not registry.claim(int, "old", "b")
+    registry.release("a")  # needed by b as well
     assert Upstream().old() == "first"
-    ledger.release("b")
+    registry.release("b")
     assert vars(Upstream)["old"] is old
     assert not hasattr(Upstream, "new")
-    assert list(ledger) == []
+    assert list(registry) == []
 
 
-def test_the_ledger_rolls_back_what_is_new_after_somebody_elses_undo():
+def test_the_registry_rolls_back_what_is_new_after_somebody_elses_undo():
     """Dropping an entry that was undone must not hide the one that takes its place."""
 
     class Upstream:
         def old(self):
             return "old"
 
-    ledger, old = Ledger(), vars(Upstream)["old"]
-    ledger.set(Upstream, "old", lambda self: "first", "a")
+    registry, old = GraftRegistry(), vars(Upstream)["old"]
+    registry.set(Upstream, "old", lambda self: "first", "a")
     Upstream.old = old
-    before = list(ledger)
-    assert not ledger.keep(Upstream, "old", "a")
-    ledger.set(Upstream, "old", lambda self: "second", "a")
-    ledger.roll_back(before)
+    before = list(registry)
+    assert not registry.claim(Upstream, "old", "a")
+    registry.set(Upstream, "old", lambda self: "second", "a")
+    registry.roll_back(before)
     assert vars(Upstream)["old"] is old
-    assert list(ledger) == before
-    ledger.release("a")
+    assert list(registry) == before
+    registry.release("a")
     assert vars(Upstream)["old"] is old
-    assert list(ledger) == []
+    assert list(registry) == []
 
 
 def test_a_graft_set_anew_is_there_for_all_who_needed_the_one_before():
@@ -57,16 +57,16 @@ def test_a_graft_set_anew_is_there_for_all_who_needed_the_one_before():
         def old(self):
             return "old"
 
-    ledger, old = Ledger(), vars(Upstream)["old"]
-    ledger.set(Upstream, "old", lambda self: "first", "a")
-    assert ledger.keep(Upstream, "old", "b")
+    registry, old = GraftRegistry(), vars(Upstream)["old"]
+    registry.set(Upstream, "old", lambda self: "first", "a")
+    assert registry.claim(Upstream, "old", "b")
     Upstream.old = old
-    assert not ledger.keep(Upstream, "old", "a")
-    ledger.set(Upstream, "old", lambda self: "second", "c")
+    assert not registry.claim(Upstream, "old", "a")
+    registry.set(Upstream, "old", lambda self: "second", "c")
     for target in ("a", "b"):
-        ledger.release(target)
+        registry.release(target)
         assert Upstream().old() == "second"
-    ledger.release("c")
+    registry.release("c")
     assert vars(Upstream)["old"] is old
 
 
@@ -81,11 +81,11 @@ def test_a_wrapper_from_the_classs_own_module_is_a_patch_all_the_same():
     def theirs(self):
         return "theirs"
 
-    ledger = Ledger()
-    ledger.set(Upstream, "old", lambda self: "first", "a")
+    registry = GraftRegistry()
+    registry.set(Upstream, "old", lambda self: "first", "a")
     Upstream.old = theirs
     with pytest.raises(PatchedOnTopError):
-        ledger.release("a")
+        registry.release("a")
     assert vars(Upstream)["old"] is theirs
 
 
@@ -94,9 +94,9 @@ def test_what_somebody_took_away_is_not_put_back_in_silence():
         def old(self):
             return "old"
 
-    ledger = Ledger()
-    ledger.set(Upstream, "old", lambda self: "first", "a")
+    registry = GraftRegistry()
+    registry.set(Upstream, "old", lambda self: "first", "a")
     del Upstream.old
     with pytest.raises(PatchedOnTopError, match="Found 'nothing'"):
-        ledger.release("a")
+        registry.release("a")
     assert not hasattr(Upstream, "old")

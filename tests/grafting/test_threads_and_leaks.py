@@ -13,7 +13,7 @@ import torch
 import dinov2_attn
 from dinov2_attn import record, rollout
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
-from dinov2_attn.grafting.channel import TAP
+from dinov2_attn.grafting.channel import STATE
 from tests.support import upstreams
 from tests.support.dinov2_package import at_once
 from tests.support.recordings import assert_nothing_on
@@ -87,7 +87,7 @@ def assert_same(ours, theirs, name):
 
 
 def assert_nothing_left(model):
-    assert (TAP.recorders, TAP.listener, TAP.answers) == ((), None, None)
+    assert (STATE.recorders, STATE.listener, STATE.published) == ((), None, None)
     assert_nothing_on(model)
 
 
@@ -96,7 +96,7 @@ def leaving_nothing(job):
 
     def do():
         job()
-        assert (TAP.recorders, TAP.listener, TAP.answers) == ((), None, None)
+        assert (STATE.recorders, STATE.listener, STATE.published) == ((), None, None)
 
     return do
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dinov2_attn.errors import NotGraftedError
-from dinov2_attn.grafting.channel import SWITCH, TAP
+from dinov2_attn.grafting.channel import ACTIVE, STATE
 from tests.support import reference
 from tests.support.strategies import noise, randomise
 from tests.support.tolerances import assert_close, assert_same_bits
@@ -202,15 +202,15 @@ def test_what_is_not_asked_keeps_nothing(models):
     """No weights stay behind in the thread that asked for them."""
     module = models.attentions[1](8, num_heads=2)
     module(noise(1, 5, 8, seed=0), return_attn=True)
-    assert TAP.answers is None
-    assert TAP.listener is None
+    assert STATE.published is None
+    assert STATE.listener is None
 
 
 def test_a_switch_is_on_while_anybody_holds_it():
-    switch = type(SWITCH)()
+    switch = type(ACTIVE)()
     assert not switch.on
-    with switch.held():
-        with switch.held():
+    with switch.active():
+        with switch.active():
             assert switch.on
         assert switch.on
     assert not switch.on

@@ -11,16 +11,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dinov2_attn.backbone.proof import laboratory, measure_kernel
+from dinov2_attn.backbone.proof import measure_kernel, sandbox
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.kernels.call import Kernel, branches
-from dinov2_attn.kernels.xformers_flags import (
+from dinov2_attn.kernels.call import branches
+from dinov2_attn.kernels.xformers import (
     FLAG,
     KERNEL,
+    Kernel,
     describe_flags,
     flag_of,
-    home_of_kernel,
-    nests,
+    kernel_namespace,
+    runs_nested,
 )
 from tests.support import upstreams
 from tests.support.strategies import noise
@@ -44,7 +45,7 @@ def scales(cls):
     """The factor on scores of a module whose ``scale`` is 3: plain, with xFormers, as it is."""
     module = cls(8, num_heads=2)
     module.scale = torch.tensor(3.0)  # whatever can be made a number of
-    with laboratory():
+    with sandbox():
         kernel = measure_kernel(cls, cls.forward)
     found = [kernel.scale(module, 4, xformers=flag) for flag in (False, True, None)]
     assert all(type(scale) is float for scale in found)
@@ -192,29 +193,31 @@ def test_a_block_nests_where_both_flags_are_up(memory_efficient, monkeypatch, at
             return super().forward(x)
 
     for cls in (PINNED.cls("NestedTensorBlock"), Own):
-        assert nests(cls(8, num_heads=2, attn_class=memory_efficient)) is (attention and block)
+        assert runs_nested(cls(8, num_heads=2, attn_class=memory_efficient)) is (
+            attention and block
+        )
 
 
 def test_what_asks_no_flag_does_not_nest(memory_efficient, monkeypatch):
     flip(monkeypatch, PINNED.attention, True)
     flip(monkeypatch, PINNED.block, True)
     nested = PINNED.cls("NestedTensorBlock")
-    assert not nests(nested(8, num_heads=2))  # its attention is the plain one
-    assert not nests(PINNED.cls("Block")(8, num_heads=2, attn_class=memory_efficient))
+    assert not runs_nested(nested(8, num_heads=2))  # its attention is the plain one
+    assert not runs_nested(PINNED.cls("Block")(8, num_heads=2, attn_class=memory_efficient))
     without = nested(8, num_heads=2, attn_class=memory_efficient)
     del without.attn
-    assert nests(without) is False
+    assert runs_nested(without) is False
     without.attn = nn.Module()
-    assert nests(without) is False
+    assert runs_nested(without) is False
 
 
 def test_the_kernel_is_at_home_where_a_forward_calls_it(memory_efficient, monkeypatch):
     module = PINNED.module(PINNED.attention)
     forward = memory_efficient.forward
-    assert home_of_kernel(forward) is None  # without xFormers there is none
+    assert kernel_namespace(forward) is None  # without xFormers there is none
     monkeypatch.setattr(module, KERNEL, print, raising=False)
-    assert home_of_kernel(forward) is vars(module)
-    assert home_of_kernel(PINNED.cls("Attention").forward) is None
-    assert home_of_kernel(PINNED.cls("NestedTensorBlock").forward) is None  # asks, does not call
+    assert kernel_namespace(forward) is vars(module)
+    assert kernel_namespace(PINNED.cls("Attention").forward) is None
+    assert kernel_namespace(PINNED.cls("NestedTensorBlock").forward) is None  # asks, does not call
     monkeypatch.delattr(module, FLAG)
-    assert home_of_kernel(forward) is None
+    assert kernel_namespace(forward) is None

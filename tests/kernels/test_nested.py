@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.functional import dropout
 
 from dinov2_attn.errors import NoOperatorError
-from dinov2_attn.kernels.xformers_nesting import check_stochastic_depth
+from dinov2_attn.kernels.xformers import check_stochastic_depth
 from tests.support import reference, subprocesses, upstreams, xformers_visibility
 from tests.support.compiling import compiles
 from tests.support.recordings import IMAGES, build

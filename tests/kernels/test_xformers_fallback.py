@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import dinov2_attn
 from dinov2_attn.errors import KernelFallbackWarning, PatchedOnTopError
-from dinov2_attn.kernels.xformers_fallback import graft_kernel
+from dinov2_attn.kernels.xformers import graft_kernel
 from tests.support import upstreams, xformers_visibility
 from tests.support.strategies import noise, seeds
 from tests.support.tolerances import are_close, assert_close, assert_same_bits
@@ -240,7 +240,7 @@ def test_the_warning_names_the_line_that_called_the_kernel():
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_it_is_an_entry_of_the_ledger_like_any_other(pristine):
+def test_it_is_an_entry_of_the_registry_like_any_other(pristine):
     attention = pristine.module(pristine.attention)
     original = vars(attention)[NAME]
     dinov2_attn.install()

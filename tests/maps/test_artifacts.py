@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 import dinov2_attn
 from dinov2_attn import ArtifactTokens, artifact_tokens, record
 from dinov2_attn.backbone.backbone import flat_blocks
-from dinov2_attn.backbone.structure import Part, part_of_module
+from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import (
     InvalidInputError,
     NotGraftedError,
@@ -74,7 +74,7 @@ def of_upstream(model, images, masks=None):
         b.register_forward_hook(lambda _, __, out: outputs.append(out))
         for b in flat_blocks(model.blocks)
     ]
-    attentions = [m for m in model.modules() if part_of_module(m) is Part.ATTENTION]
+    attentions = [m for m in model.modules() if role_of_module(m) is Role.ATTENTION]
     hooks.append(attentions[-1].register_forward_pre_hook(lambda _, a: inputs.append(a[0])))
     with torch.no_grad():
         model.forward_features(images, masks)

@@ -17,7 +17,7 @@ from torch import nn
 import dinov2_attn
 from dinov2_attn import record
 from dinov2_attn.errors import InvalidInputError, NotGraftedError, NotRecordedError, OutOfRangeError
-from dinov2_attn.grafting.channel import TAP
+from dinov2_attn.grafting.channel import STATE
 from tests.support.recordings import IMAGES, N, assert_all_close, assert_nothing_on, build
 from tests.support.tolerances import assert_close, assert_same_bits
 
@@ -248,7 +248,7 @@ def test_what_cannot_be_recorded_is_refused_at_once(models):
     for subject, options, error, words in cases:
         with pytest.raises(error, match=words), record(subject, **options):
             raise AssertionError("entered")
-        assert TAP.recorders == ()
+        assert STATE.recorders == ()
 
 
 def test_a_model_that_was_never_grafted_is_refused(models):

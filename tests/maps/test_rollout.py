@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dinov2_attn
-from dinov2_attn.backbone.structure import Part, part_of_module
+from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
+from dinov2_attn.grafting.modules import Returns, queries_and_keys_from
 from dinov2_attn.maps import rollout as module_of_rollout
 from tests.support import reference, upstreams
 from tests.support.strategies import ModelCase, model_cases, noise, randomise
@@ -25,7 +26,7 @@ RESIDUAL = st.sampled_from([0.0, 0.25, 0.5, 1.0])
 
 def textbook(model, images, *, heads="mean", residual=0.5, n=None, masks=None):
     """The product ``(B, N, N)`` in NumPy and float64, of upstream's own forward pass."""
-    attentions = [m for m in model.modules() if part_of_module(m) is Part.ATTENTION]
+    attentions = [m for m in model.modules() if role_of_module(m) is Role.ATTENTION]
     seen = []
     hooks = [m.register_forward_pre_hook(lambda _, a: seen.append(a[0])) for m in attentions]
     with torch.no_grad():
@@ -258,9 +259,8 @@ def test_causal_blocks_and_biases_are_refused():
     upstream = upstreams.ANOMALIB
     with dinov2_attn.install(upstream.package):
         block = randomise(upstream.cls("CausalAttentionBlock")(12, num_heads=2), 5)
-        asked = module_of_rollout.Instead.QUERIES_AND_KEYS
         with pytest.raises(InvalidInputError, match=r"alike\.\nFound a causal block"):
-            block(noise(2, 7, 12, seed=5), return_attention=True, heads=asked)
+            queries_and_keys_from(block, noise(2, 7, 12, seed=5), None)
         module = upstream.cls("MemEffAttention")(12, num_heads=2)
         with pytest.raises(InvalidInputError, match="alike.\nFound one with attn_bias"):
-            module(noise(2, 7, 12, seed=5), torch.zeros(7, 7), return_attn=True, heads=asked)
+            module(noise(2, 7, 12, seed=5), torch.zeros(7, 7), return_attn=Returns.QUERIES_AND_KEYS)

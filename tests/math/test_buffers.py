@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import dinov2_attn
 from dinov2_attn.math import buffers
-from dinov2_attn.math.buffers import Scratch, SetAside, is_fresh
+from dinov2_attn.math.buffers import Preallocated, ReusableBuffer, is_fresh
 from tests.support.strategies import ModelCase
 from tests.support.tolerances import assert_close
 
@@ -70,9 +70,9 @@ def test_layers_share_memory_where_nothing_of_it_is_kept(models, name):
 
 def test_tensors_of_one_list_live_side_by_side():
     """And those of the next layer lie where they lay."""
-    scratch, like, seen = Scratch(), torch.zeros(1), []
+    scratch, like, seen = ReusableBuffer(), torch.zeros(1), []
     for _ in range(4):
-        together = [scratch.lend(like, shape) for shape in ((2, 3), (7,), (4, 5))]
+        together = [scratch.allocate(like, shape) for shape in ((2, 3), (7,), (4, 5))]
         seen.append([tensor.data_ptr() for tensor in together])
         assert len(set(seen[-1])) == 3
         del together
@@ -80,9 +80,9 @@ def test_tensors_of_one_list_live_side_by_side():
 
 
 def test_tensors_of_one_size_live_side_by_side_too():
-    scratch, like = Scratch(), torch.zeros(1)
+    scratch, like = ReusableBuffer(), torch.zeros(1)
     for _ in range(3):
-        first, second = (scratch.lend(like, (6,)) for _ in range(2))
+        first, second = (scratch.allocate(like, (6,)) for _ in range(2))
         first.fill_(1.0)
         second.fill_(2.0)
         assert (first == 1).all()
@@ -90,9 +90,9 @@ def test_tensors_of_one_size_live_side_by_side_too():
 
 
 def test_sizes_that_no_longer_come_are_let_go():
-    scratch, like = Scratch(), torch.zeros(1)
+    scratch, like = ReusableBuffer(), torch.zeros(1)
     for size in range(2, 50):
-        scratch.lend(like, (size,))
+        scratch.allocate(like, (size,))
     assert len(scratch._lent) == 1
 
 
@@ -125,20 +125,20 @@ def test_huge_pages_are_asked_for_where_no_page_is_shared(monkeypatch):
 
 
 def test_memory_that_is_lent_again_is_not_fresh():
-    scratch, like = Scratch(), torch.zeros(1)
-    kept = scratch.lend(like, (3, 2**22)).fill_(7.0)
-    second = scratch.lend(like, (3, 2**22)).fill_(8.0)
+    scratch, like = ReusableBuffer(), torch.zeros(1)
+    kept = scratch.allocate(like, (3, 2**22)).fill_(7.0)
+    second = scratch.allocate(like, (3, 2**22)).fill_(8.0)
     address = second.data_ptr()
     del second
-    assert scratch.lend(like, (2**22, 3)).data_ptr() == address
+    assert scratch.allocate(like, (2**22, 3)).data_ptr() == address
     assert (kept == 7).all()
 
 
 def test_what_shares_no_memory_is_lent_anew():
     """The empty has none, and a device's cannot be looked into."""
-    scratch, like = Scratch(), torch.zeros(1)
-    assert scratch.lend(like, (0, 3)).shape == (0, 3)
-    assert scratch.lend(like.to("meta"), (3, 2**22)).is_meta
+    scratch, like = ReusableBuffer(), torch.zeros(1)
+    assert scratch.allocate(like, (0, 3)).shape == (0, 3)
+    assert scratch.allocate(like.to("meta"), (3, 2**22)).is_meta
 
 
 def test_weights_outlive_the_recording(models):
@@ -157,11 +157,11 @@ def test_weights_outlive_the_recording(models):
 
 
 def test_what_is_set_aside_is_lent_once():
-    aside, like = SetAside(3), torch.zeros(1)
-    lent = [aside.lend(like, shape) for shape in ((2, 5), (4,), (2, 5), (2, 5), (2, 5))]
+    aside, like = Preallocated(3), torch.zeros(1)
+    lent = [aside.allocate(like, shape) for shape in ((2, 5), (4,), (2, 5), (2, 5), (2, 5))]
     assert [tuple(one.shape) for one in lent] == [(2, 5), (4,), (2, 5), (2, 5), (2, 5)]
     assert len({one.data_ptr() for one in lent}) == len(lent)
-    assert aside.lend(like.double(), (4,)).dtype == torch.float64
+    assert aside.allocate(like.double(), (4,)).dtype == torch.float64
 
 
 @torch.no_grad()
@@ -186,6 +186,6 @@ def test_as_much_is_set_aside_as_there_are_layers(monkeypatch):
     monkeypatch.setattr(
         buffers, "new_result", lambda like, shape: made.append(shape) or new_result(like, shape)
     )
-    aside = SetAside(3)
-    lent = [aside.lend(torch.zeros(1), (2, 5)) for _ in range(3)]
+    aside = Preallocated(3)
+    lent = [aside.allocate(torch.zeros(1), (2, 5)) for _ in range(3)]
     assert len(made) == len(lent)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.math.selection import place, positions, spell_out
+from dinov2_attn.math.selection import positions, resolve_names, to_index
 from tests.support.strategies import AttentionCase, attention_cases, model_cases
 from tests.support.tolerances import assert_close
 
@@ -73,17 +73,17 @@ def test_words_name_rows_of_the_models_layout(models, case):
     "queries", [range(1, 4), (1, 2, 3), torch.tensor([1, 2, 3]), np.array([1, 2, 3])]
 )
 def test_any_sequence_of_whole_numbers_will_do(queries):
-    assert place(queries, 5) == [1, 2, 3]
+    assert to_index(queries, 5) == [1, 2, 3]
 
 
 def test_a_slice_may_run_backwards():
-    assert place(slice(None, None, -2), 5) == [4, 2, 0]
-    assert place(slice(1, None), 5) == slice(1, None)
+    assert to_index(slice(None, None, -2), 5) == [4, 2, 0]
+    assert to_index(slice(1, None), 5) == slice(1, None)
 
 
 @pytest.mark.parametrize("queries", [4, np.int64(4), torch.tensor(4), -1])
 def test_any_whole_number_keeps_the_dimension(queries):
-    assert place(queries, 5) == slice(4, 5)
+    assert to_index(queries, 5) == slice(4, 5)
 
 
 @pytest.mark.parametrize(
@@ -114,16 +114,16 @@ def test_positions_are_counted_from_the_first_token(queries, expected):
 )
 def test_a_query_that_cannot_be_says_what_can(queries, expected):
     with pytest.raises(InvalidInputError, match=expected):
-        place(queries, 5)
+        to_index(queries, 5)
 
 
 def test_words_are_spelled_out_for_any_number_of_registers():
-    assert spell_out("cls", 4) == place("cls", 5) == slice(0, 1)
-    assert spell_out("registers", 0) == slice(1, 1)
-    assert spell_out("patches", 4) == slice(5, None)
-    assert spell_out([3], 4) == [3]
+    assert resolve_names("cls", 4) == to_index("cls", 5) == slice(0, 1)
+    assert resolve_names("registers", 0) == slice(1, 1)
+    assert resolve_names("patches", 4) == slice(5, None)
+    assert resolve_names([3], 4) == [3]
     with pytest.raises(InvalidInputError, match="register'"):
-        spell_out("register", 4)
+        resolve_names("register", 4)
 
 
 @pytest.mark.parametrize("heads", ["max", 0, [1], True])

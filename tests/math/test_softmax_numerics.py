@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import dinov2_attn
 from dinov2_attn.backbone import projection
-from dinov2_attn.math import tiles
+from dinov2_attn.math import attention
 from dinov2_attn.math.attention import attention_weights
 from tests.support import reference, upstreams
 from tests.support.strategies import dtypes, seeds
@@ -100,12 +100,12 @@ def assert_right(weights, expected):
 @contextmanager
 def cut_into(size):
     """Tiles and pieces of ``size`` bytes."""
-    before = tiles.TILE_BYTES, tiles.PIECE_BYTES, projection.TILE_BYTES
-    tiles.TILE_BYTES = tiles.PIECE_BYTES = projection.TILE_BYTES = size
+    before = attention.TILE_BYTES, attention.PIECE_BYTES, projection.TILE_BYTES
+    attention.TILE_BYTES = attention.PIECE_BYTES = projection.TILE_BYTES = size
     try:
         yield
     finally:
-        tiles.TILE_BYTES, tiles.PIECE_BYTES, projection.TILE_BYTES = before
+        attention.TILE_BYTES, attention.PIECE_BYTES, projection.TILE_BYTES = before
 
 
 def both_ways(ask, size):
@@ -177,9 +177,9 @@ def test_a_bias_of_any_kind_is_what_pytorchs_kernel_makes_of_it(
 
 
 def test_rows_without_keys_are_not_looked_at():
-    assert tiles.see_nothing(torch.zeros(2, 3, 4, 0)) is None
-    found = tiles.see_nothing(torch.full((2, 3, 0, 5), -INF))
-    assert (found is not None) == tiles.BLIND_IS_NOUGHT
+    assert attention.fully_masked_rows(torch.zeros(2, 3, 4, 0)) is None
+    found = attention.fully_masked_rows(torch.full((2, 3, 0, 5), -INF))
+    assert (found is not None) == attention.MASKED_ROWS_ARE_ZERO
 
 
 def test_scores_beyond_what_floats_hold_are_not_taken_for_masked():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dinov2_attn.backbone import projection
-from dinov2_attn.math import attention, buffers, tiles
+from dinov2_attn.math import attention, buffers
 from tests.support.strategies import attention_cases, noise, seeds
 from tests.support.tolerances import assert_close
 
@@ -19,8 +19,8 @@ def tiny(monkeypatch):
     """Tiles and pieces of a few numbers, so that every cut is made."""
 
     def cut(size):
-        monkeypatch.setattr(tiles, "TILE_BYTES", size)
-        monkeypatch.setattr(tiles, "PIECE_BYTES", size)
+        monkeypatch.setattr(attention, "TILE_BYTES", size)
+        monkeypatch.setattr(attention, "PIECE_BYTES", size)
         monkeypatch.setattr(projection, "TILE_BYTES", size)
 
     return cut
@@ -50,15 +50,15 @@ def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, fresh, size, s
     if causal:
         kwargs["causal_rows"] = torch.arange(rows)
     whole = attention.attention_weights(query, key, 0.7, **kwargs)
-    before = tiles.TILE_BYTES, tiles.PIECE_BYTES
-    tiles.TILE_BYTES = tiles.PIECE_BYTES = size
+    before = attention.TILE_BYTES, attention.PIECE_BYTES
+    attention.TILE_BYTES = attention.PIECE_BYTES = size
     try:
         with torch.no_grad():
-            tiles.is_fresh = lambda result: fresh
+            attention.is_fresh = lambda result: fresh
             tiled = attention.attention_weights(query, key, 0.7, **kwargs)
     finally:
-        tiles.TILE_BYTES, tiles.PIECE_BYTES = before
-        tiles.is_fresh = buffers.is_fresh
+        attention.TILE_BYTES, attention.PIECE_BYTES = before
+        attention.is_fresh = buffers.is_fresh
     assert tiled.dtype == dtype
     assert_close(tiled, whole)
 
@@ -69,13 +69,13 @@ def test_pieces_equal_the_whole(layers, case, size, data):
     queries = data.draw(st.sampled_from([None, 0, [-1, 0]]))
     heads = data.draw(st.sampled_from([None, "mean"]))
     whole = module(tokens, return_attn=True, queries=queries, heads=heads)
-    before = tiles.TILE_BYTES, tiles.PIECE_BYTES, projection.TILE_BYTES
-    tiles.TILE_BYTES = tiles.PIECE_BYTES = projection.TILE_BYTES = size
+    before = attention.TILE_BYTES, attention.PIECE_BYTES, projection.TILE_BYTES
+    attention.TILE_BYTES = attention.PIECE_BYTES = projection.TILE_BYTES = size
     try:
         with torch.no_grad():
             assert_close(module(tokens, return_attn=True, queries=queries, heads=heads), whole)
     finally:
-        tiles.TILE_BYTES, tiles.PIECE_BYTES, projection.TILE_BYTES = before
+        attention.TILE_BYTES, attention.PIECE_BYTES, projection.TILE_BYTES = before
 
 
 @torch.no_grad()
@@ -166,9 +166,9 @@ def test_scores_that_become_the_result_are_cut_into_fewer_pieces(fresh, products
             self.products += func is torch.ops.aten.bmm.out
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(tiles, "TILE_BYTES", 2**14)
-    monkeypatch.setattr(tiles, "PIECE_BYTES", 2**16)
-    monkeypatch.setattr(tiles, "is_fresh", lambda result: fresh)
+    monkeypatch.setattr(attention, "TILE_BYTES", 2**14)
+    monkeypatch.setattr(attention, "PIECE_BYTES", 2**16)
+    monkeypatch.setattr(attention, "is_fresh", lambda result: fresh)
     query = noise(1, 4, 64, 8, seed=0)
     with Count() as count:
         attention.attention_weights(query, query, 0.25)
@@ -188,14 +188,14 @@ def test_scores_that_become_the_result_are_cut_into_fewer_pieces(fresh, products
     ],
 )
 def test_pieces_are_whole_samples_else_heads_else_rows(shape, rows, together, sizes):
-    pieces = tiles._pieces(shape, rows, together=together)
+    pieces = attention._pieces(shape, rows, together=together)
     assert [tuple(cut.stop - cut.start for cut in piece) for piece in pieces] == sizes
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("fresh", [True, False])
 def test_heads_that_share_their_keys_are_cut_too(fresh, tiny, monkeypatch):
-    monkeypatch.setattr(tiles, "is_fresh", lambda result: fresh)
+    monkeypatch.setattr(attention, "is_fresh", lambda result: fresh)
     query, key = noise(2, 3, 5, 4, seed=0), noise(2, 1, 6, 4, seed=1)
     whole = (query.double() * 0.5 @ key.double().mT).softmax(-1)
     for rows in range(1, 31):
@@ -215,7 +215,7 @@ class Elsewhere(torch.Tensor):
 def test_other_devices_take_the_softmax_of_the_same_rows():
     """Their kernels are not known to read all of a row before they write any of it."""
     scores, out = noise(2, 3, 4, 5, seed=0), torch.empty(2, 3, 4, 5)
-    tiles._softmax_into(out, scores.as_subclass(Elsewhere), biased=False)
+    attention._softmax_into(out, scores.as_subclass(Elsewhere), biased=False)
     assert_close(out, scores.double().softmax(-1))
 
 

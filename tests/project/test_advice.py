@@ -189,7 +189,7 @@ case(
 
 case(
     "grafting/compute",
-    "Ask the model if images are at hand, or add the batch dimension",
+    "Call the model instead if you have images, or add the batch dimension",
     lambda lab: lab.block(lab.tokens[0], return_attention=True),
     lambda lab: lab.block(lab.tokens[0][None], return_attention=True),
 )
@@ -408,7 +408,7 @@ def record_compiled(lab):
 
 
 case(
-    "grafting/capture",
+    "grafting/channel",
     "compiled._orig_mod(images), or compiled(images) under torch.compiler.set_stance",
     lambda lab: recorded(lab.model, lambda: compiled(lab)(lab.x)),
     record_compiled,
@@ -682,8 +682,7 @@ NOTHING_TO_DO = "names no call, option or command: this cannot be had"
 TABLE = {
     "needs xFormers in the process: test_biases and test_nested follow it": {
         "math/bias": ("",),
-        "kernels/call": ("",),
-        "kernels/xformers_nesting": ("",),
+        "kernels/xformers": ("",),
     },
     "needs a network or a package index": {
         "proof/verify/git": ("",),
@@ -701,10 +700,10 @@ TABLE = {
         "backbone/contract": ("so nothing was grafted", "This copy was patched by hand"),
         "backbone/proof": ("so nothing was grafted",),
         "backbone/backbone": ("Weights of shared modules cannot be told apart",),
-        "grafting/compute": ("Ask for the weights, which know of it",),
+        "grafting/compute": ("Use get_self_attention, whose weights include it",),
     },
     "whether a hook is seen differs from torch to torch: test_record_compiled asks": {
-        "grafting/capture": ("Where qkv itself was compiled",),
+        "grafting/channel": ("Where qkv itself was compiled",),
     },
     "needs a copy that upstream has renamed": {"grafting/targets": ("Upstream moved",)},
     LATER: {

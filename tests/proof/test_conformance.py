@@ -146,8 +146,9 @@ def test_what_cannot_be_proved_says_so(where, package, expected, tmp_path):
 BROKEN = {
     "a random number drawn when nothing is asked": (
         "grafting/modules.py",
-        "        if SWITCH.on and TAP.recorders:\n",
-        "        import torch\n\n        torch.rand(1)\n        if SWITCH.on and TAP.recorders:\n",
+        "        if ACTIVE.on and STATE.recorders:\n",
+        "        import torch\n\n        torch.rand(1)\n"
+        "        if ACTIVE.on and STATE.recorders:\n",
         "test_unasked",
         "bit for bit",
     ),

@@ -1,4 +1,4 @@
-"""What classes should hold after any event, worked out from the contract and not from the ledger.
+"""What classes should hold after any event, worked out from the contract and not from the registry.
 
 A slot is one name of one class. Everybody who patches it remembers what was there: we as well as
 others. Classes are told by upstream's names for them, not by the structure that the package reads.

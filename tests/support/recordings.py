@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dinov2_attn.grafting.channel import SWITCH, TAP
+from dinov2_attn.grafting.channel import ACTIVE, STATE
 from tests.support.strategies import noise, randomise
 from tests.support.tolerances import assert_close
 
@@ -46,8 +46,8 @@ class Around(nn.Module):
 
 
 def assert_nothing_on(model):
-    assert TAP.recorders == ()
-    assert not SWITCH.on
+    assert STATE.recorders == ()
+    assert not ACTIVE.on
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dinov2_attn
-from dinov2_attn.math.tiles import is_compiling
+from dinov2_attn._compat import is_compiling
 from tests.support.bit_identity import assert_unchanged
 from tests.support.compiling import asking, compiles
 from tests.support.recordings import IMAGES, Around, assert_all_close, build

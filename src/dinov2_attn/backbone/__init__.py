@@ -1,1 +1,1 @@
-"""What a vision transformer is: its parts, its layout, its projection, and the proof of them."""
+"""What a vision transformer is: blocks, token layout, projection and the proof of its attention."""

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dinov2_attn._compat import submodules
 from dinov2_attn.backbone.contract import name_of
-from dinov2_attn.backbone.structure import Part, part_of_module
+from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.backbone.validation import check_batch, check_list, layers_to_take
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, NotGraftedError
-from dinov2_attn.math.selection import place, spell_out
+from dinov2_attn.math.selection import resolve_names, to_index
 from dinov2_attn.typing import Grid, Layers, Queries
 
 # The name under which a graft notes the keyword that it adds.
@@ -79,9 +80,9 @@ class Backbone:
         """Return the numbers of the blocks that ``chosen`` names, in ascending order."""
         return layers_to_take(chosen, self.depth)
 
-    def spell_out(self, queries: Queries) -> Queries:
+    def resolve_names(self, queries: Queries) -> Queries:
         """Return ``queries`` with the words ``"registers"`` and ``"patches"`` as positions."""
-        return spell_out(queries, self.registers)
+        return resolve_names(queries, self.registers)
 
     def batches(self, images: Any, masks: Any, queries: Queries = None) -> list[tuple[Any, Any]]:
         """Return the images and the mask of each batch as the model runs them.
@@ -101,7 +102,7 @@ class Backbone:
         )
         pairs = [self._batch(batch, mask) for batch, mask in given]
         for batch, _ in pairs:
-            place(queries, self.length(batch))
+            to_index(queries, self.length(batch))
         return pairs
 
     def tokens(self, images: Any, masks: Any = None) -> Any:
@@ -229,11 +230,11 @@ def _chunk_in(module: nn.Module) -> nn.ModuleList | None:
 
 
 def _is_transformer(module: nn.Module) -> bool:
-    return "blocks" in module._modules and part_of_module(module) is Part.TRANSFORMER
+    return "blocks" in submodules(module) and role_of_module(module) is Role.TRANSFORMER
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return "qkv" in module._modules and part_of_module(module) is Part.ATTENTION
+    return "qkv" in submodules(module) and role_of_module(module) is Role.ATTENTION
 
 
 def _attention_of(block: nn.Module) -> nn.Module:

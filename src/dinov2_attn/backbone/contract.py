@@ -1,4 +1,4 @@
-"""What the grafts rely on: the names, arguments and attributes of upstream's methods."""
+"""The names, arguments and attributes of upstream's methods that the grafts rely on."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import Any
 
 from torch import nn
 
-from dinov2_attn.backbone.structure import Part
+from dinov2_attn.backbone.structure import Role
 from dinov2_attn.errors import IncompatibleUpstreamError
 
-# What is known to be passed in. `attn_bias` and `is_causal` change the weights in ways that are
-# known here; a position, a rotary table or anything new would change them in ways that are not.
+# The arguments that the grafts can handle. A position, a rotary table or anything new would change
+# the weights in an unknown way.
 _ARGUMENTS = {
-    Part.ATTENTION: {"x", "attn_bias", "is_causal"},
-    Part.BLOCK: {"x", "x_or_x_list"},
-    Part.CAUSAL_BLOCK: {"x"},
+    Role.ATTENTION: {"x", "attn_bias", "is_causal"},
+    Role.BLOCK: {"x", "x_or_x_list"},
+    Role.CAUSAL_BLOCK: {"x"},
 }
 
-# All that any revision of upstream and any fork known to compute plain attention reads in
-# `Attention.forward`. A q_norm, a rope or a mask read there stands between projection and kernel.
+# What `Attention.forward` reads in upstream and in all forks with plain attention. A q_norm, a rope
+# or a mask would act between projection and kernel.
 _READS = {"qkv", "proj", "num_heads", "scale", "attn_drop", "proj_drop", "dim", "head_dim"}
 
 # What PyTorch itself keeps on the instance of any module.
 _EVERY_MODULE = frozenset(vars(nn.Module()))
 
-# What the grafts add; upstream code that has it already was patched by hand.
+# The argument that a graft adds. Code that has it already was patched by hand.
 _OURS = {
-    Part.ATTENTION: "return_attn",
-    Part.BLOCK: "return_attention",
-    Part.CAUSAL_BLOCK: "return_attention",
-    Part.TRANSFORMER: "return_attention",
+    Role.ATTENTION: "return_attn",
+    Role.BLOCK: "return_attention",
+    Role.CAUSAL_BLOCK: "return_attention",
+    Role.TRANSFORMER: "return_attention",
 }
 
 
-def check_arguments(cls: type, part: Part, method: str) -> None:
+def check_arguments(cls: type, role: Role, method: str) -> None:
     """Raise ``IncompatibleUpstreamError`` unless ``cls.method`` takes what grafts pass on."""
     names = argument_names(vars(cls)[method])
-    if _OURS[part] in names:
-        raise _patched_by_hand(cls, f"{method} with an argument {_OURS[part]}")
-    allowed = _ARGUMENTS.get(part)
+    if _OURS[role] in names:
+        raise _patched_by_hand(cls, f"{method} with an argument {_OURS[role]}")
+    allowed = _ARGUMENTS.get(role)
     if allowed is not None and (unknown := [name for name in names if name not in allowed]):
         raise IncompatibleUpstreamError(
             f"{name_of(cls)}.{method} to take no more than {', '.join(sorted(allowed))}",
@@ -58,8 +58,8 @@ def check_methods(cls: type, ours: Mapping[str, object]) -> None:
 def check_reads(module: nn.Module, run: Callable[[], object]) -> None:
     """Raise ``IncompatibleUpstreamError`` unless ``run`` reads only what plain attention needs.
 
-    The attributes are seen as they are read, in whatever helper, rather than looked for
-    in the source, which need not be there and may hold dead code.
+    The attributes are observed as they are read, in any helper. The source may be missing, or
+    have dead code.
     """
     cls = type(module)
     if unknown := sorted(_reads(module, run) - _READS):
@@ -80,7 +80,7 @@ def argument_names(function: Callable[..., Any]) -> list[str]:
 
 
 def options_of(cls: type) -> set[str]:
-    """Name what ``cls(...)`` takes, and what it passes on to its bases by ``**kwargs``."""
+    """Return the arguments of ``cls(...)``, with those that ``**kwargs`` passes to its bases."""
     names: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base):
@@ -105,7 +105,7 @@ def _patched_by_hand(cls: type, found: str) -> IncompatibleUpstreamError:
 
 
 def _reads(module: nn.Module, run: Callable[[], object]) -> set[str]:
-    """Names of ``module`` that ``run`` reads, what every ``nn.Module`` has left out."""
+    """Return the names of ``module`` that ``run`` reads, without those of every ``nn.Module``."""
     seen: set[str] = set()
     cls = type(module)
 

@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
+from dinov2_attn._compat import hooks_of, submodules
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN
+from dinov2_attn.math.attention import chunks, may_tile
 from dinov2_attn.math.bias import Group
 from dinov2_attn.math.selection import Rows
-from dinov2_attn.math.tiles import cut, may_tile
 
-# Queries and keys that are made at a time: beside the weights of a large batch they are nothing.
+# Bytes of queries and keys that are made at a time: little next to the weights of a large batch.
 TILE_BYTES = 2**20
 
-# Multiplications without keys for each with them, up to which doing without is faster: where
-# they are as many the times are equal too, as measured by benchmarks/break_even.py.
+# The ratio of multiplications, without keys to with them, below which no keys are made. At equal
+# counts the times are equal too, as measured by benchmarks/break_even.py.
 BREAK_EVEN = 1
 
 _EXACT = (torch.float32, torch.float64)
@@ -42,8 +42,7 @@ class Piece(NamedTuple):
 def project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return query, key and value ``(B, heads, N, head_dim)`` of tokens ``x (B, N, C)``.
 
-    The module's own ``qkv`` is called, so whatever sits there (hooks, adapters, a
-    quantised layer) has its say.
+    The module's own ``qkv`` is called, with its hooks, adapters or quantised layer.
     """
     query, key, value = _by_heads(module, module.qkv(x), 3)
     return query, key, value
@@ -52,11 +51,10 @@ def project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Projection:
     """Queries and keys of tokens ``x (B, N, C)``, made as late and as little as is safe.
 
-    A plain linear layer, where nothing is differentiated or traced, gives the same for a
-    few samples at a time and for some of its outputs: no memory to speak of, no values, no
-    queries that nobody asked for, and for few of them no keys either. Whatever else sits
-    at ``qkv`` is called as upstream calls it: once, with everything. What a pass has
-    ``projected`` already, ``(B, N, 3 · C)``, is not projected again.
+    A plain linear layer gives the same for a few samples and for some of its outputs. Without
+    autograd or a trace, only the needed queries are made, for few of them no keys, and no values.
+    Any other ``qkv`` is called as upstream calls it: once, with everything. If a pass has
+    ``projected (B, N, 3 · C)`` already, it is not called.
     """
 
     def __init__(self, module: Any, x: Tensor, projected: Tensor | None = None) -> None:
@@ -89,7 +87,7 @@ class Projection:
 
     def _few_at_a_time(self, queries: Tensor, keys: Tensor, rows: Rows) -> Iterator[Piece]:
         sample = 2 * queries.shape[1] * queries.shape[2] * queries.element_size()
-        for some in cut(max(1, len(queries)), TILE_BYTES // max(1, sample)):
+        for some in chunks(max(1, len(queries)), TILE_BYTES // max(1, sample)):
             query = self._queries(queries[some], rows)
             head_dim = query.shape[-1]
             if self._is_exact and _does_without_keys(query, keys):
@@ -105,10 +103,10 @@ class Projection:
 
 
 def draws_nothing(block: nn.Module) -> bool:
-    """Say whether a plain norm and a plain product alone make queries and keys in ``block``."""
+    """Return whether only a plain norm and a plain product make queries and keys in ``block``."""
     for names in BLOCK_CHILDREN.values():
-        norm, attention = map(block._modules.get, names)
-        if norm is not None and attention is not None and "qkv" in attention._modules:
+        norm, attention = map(submodules(block).get, names)
+        if norm is not None and attention is not None and "qkv" in submodules(attention):
             return (
                 _is_plain(norm, nn.LayerNorm)
                 and not _acted_upon(attention)
@@ -118,7 +116,7 @@ def draws_nothing(block: nn.Module) -> bool:
 
 
 def _does_without_keys(query: Tensor, tokens: Tensor) -> bool:
-    """Say whether it takes fewer multiplications to send queries through the keys' weights."""
+    """Return whether it takes fewer multiplications to send queries through the keys' weights."""
     _, heads, rows, head_dim = query.shape
     _, length, channels = tokens.shape
     without = rows * channels * heads * (head_dim + length)
@@ -129,8 +127,8 @@ def _does_without_keys(query: Tensor, tokens: Tensor) -> bool:
 def _through_keys(module: Any, query: Tensor) -> Tensor:
     """Return ``W_kᵀ q (B, heads, Q, C)``, to be multiplied with tokens in place of keys.
 
-    ``q · (W_k x + b_k) = (W_kᵀ q) · x + q · b_k``, and the softmax does not see what is the
-    same for all tokens of a row.
+    ``q · (W_k x + b_k) = (W_kᵀ q) · x + q · b_k``. The softmax cancels the last term, which is
+    equal for all tokens of a row.
     """
     weight: Tensor = module.qkv.weight.chunk(3)[1]
     return query @ weight.view(query.shape[1], query.shape[3], -1)
@@ -144,7 +142,7 @@ def _third(module: Any, x: Tensor, which: int) -> Tensor:
 
 
 def _product_dtype(module: Any, x: Tensor) -> torch.dtype:
-    """Say in what dtype the projection comes out here and now, autocast or not."""
+    """Return the dtype of the projection under the current autocast."""
     one: Tensor = F.linear(x[:1, :1], module.qkv.weight[:1])
     return one.dtype
 
@@ -162,7 +160,7 @@ def _regroup(group: Group, tensor: Tensor, where: slice) -> Tensor:
 
 
 def _is_plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Say whether calling ``layer`` is what PyTorch's ``kind`` does, and nothing more."""
+    """Return whether ``layer`` does what PyTorch's ``kind`` does, and nothing more."""
     return (
         type(layer) is kind
         and not _acted_upon(layer)
@@ -171,16 +169,10 @@ def _is_plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> bool:
 
 
 def _acted_upon(layer: nn.Module) -> bool:
-    """Say whether a hook or an override changes what calling ``layer`` does."""
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        nn_module._global_forward_hooks,
-        nn_module._global_forward_pre_hooks,
-    )
-    return "forward" in vars(layer) or any(map(_any_acts, hooks))
+    """Return whether a hook or an override changes what calling ``layer`` does."""
+    return "forward" in vars(layer) or any(map(_any_acts, hooks_of(layer)))
 
 
 def _any_acts(hooks: Mapping[int, object]) -> bool:
-    # A copy: other threads add and remove hooks meanwhile, those that record for instance.
+    # A copy, because other threads that record add and remove hooks meanwhile.
     return any(not getattr(hook, "only_listens", False) for hook in tuple(hooks.values()))

@@ -1,7 +1,7 @@
-"""Proof at install: tiny modules in float64, a few milliseconds, no random number drawn.
+"""The proof at install: small modules in float64, a few milliseconds, no random number drawn.
 
-Each check builds one small instance of the class at hand, runs upstream's own code on it
-and compares. What does not hold raises ``IncompatibleUpstreamError``.
+Each check builds one small instance of the class, runs upstream's own code on it and compares. A
+difference raises ``IncompatibleUpstreamError``.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from dinov2_attn._compat import without_modes
 from dinov2_attn.backbone import contract
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.projection import project
-from dinov2_attn.backbone.structure import Part, part_of_module
+from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import IncompatibleUpstreamError
-from dinov2_attn.kernels.call import Kernel, branches
-from dinov2_attn.kernels.xformers_flags import is_gated
+from dinov2_attn.kernels.call import branches
+from dinov2_attn.kernels.xformers import Kernel, is_gated
 from dinov2_attn.math.attention import attention_weights
 from dinov2_attn.typing import Forward
 
-# Odd on purpose: no two of tokens, channels, heads and head channels are the same number.
+# No two of tokens, channels, heads and head channels are the same number.
 _DIM, _HEADS, _TOKENS = 10, 2, 7
 _PATCH, _GRID = 2, (2, 3)
 
@@ -35,20 +35,20 @@ _TOLERANCE = 1e-9
 
 
 @contextmanager
-def laboratory() -> Iterator[None]:
-    """Give checks a place to run: on the CPU, without autograd or a trace in any RNG.
+def sandbox() -> Iterator[None]:
+    """Run checks on the CPU, without autograd and without a change of any random state.
 
-    Modes around it do not see them: under a fake one there would be nothing to compare.
-    Autocast may be on: it leaves float64 alone.
+    Surrounding modes are off, because a fake tensor has no values to compare. Autocast may be on,
+    because it does not change float64.
     """
     with ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
+        stack.enter_context(without_modes())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         default = torch.get_default_dtype()
         if default not in (torch.float32, torch.float64):  # old torch initialises no others
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, default)
-        # Under a default device of the user's only: the context slows every call inside it.
+        # Only under a user's default device: the context slows every call inside.
         if torch.empty(0).device.type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.no_grad())
@@ -56,7 +56,7 @@ def laboratory() -> Iterator[None]:
 
 
 def measure_kernel(cls: type, forward: Forward) -> Kernel:
-    """Find out whose scale each branch of ``forward`` uses, by changing the attribute."""
+    """Measure whether each branch of ``forward`` uses ``module.scale``, by changing it."""
     module, x = _build(cls, dim=_DIM, num_heads=_HEADS), _tokens()
     runs = branches(forward)
     before = {flag: run(module, x) for flag, run in runs.items()}
@@ -68,23 +68,25 @@ def measure_kernel(cls: type, forward: Forward) -> Kernel:
 
 
 def prove_attention(cls: type, forward: Forward, grafted: Forward, kernel: Kernel) -> None:
-    """Prove invariants 1 and 2 for an attention class: unasked as before, asked faithful."""
+    """Prove that the weights of an attention class are those its features are made of."""
     module, x = _build(cls, dim=_DIM, num_heads=_HEADS, qkv_bias=True), _tokens()
     for xformers, run in branches(forward).items():
         contract.check_reads(module, partial(run, module, x))
         weights = _weights(module, x, kernel, xformers)
-        _same(cls, "proj(weights @ v)", _features(module, x, weights), run(module, x))
+        _require_equal(cls, "proj(weights @ v)", _features(module, x, weights), run(module, x))
         takes_bias = xformers or not is_gated(forward)
         if takes_bias and "attn_bias" in contract.argument_names(forward):
-            bias = _noise(len(x), _HEADS, _TOKENS, _TOKENS)
+            bias = _randn(len(x), _HEADS, _TOKENS, _TOKENS)
             weights = _weights(module, x, kernel, xformers, bias)
             output = run(module, x, attn_bias=bias)
-            _same(cls, "attention under a bias", _features(module, x, weights), output)
+            _require_equal(cls, "attention under a bias", _features(module, x, weights), output)
     weights = _weights(module, x, kernel, None)
-    _same(cls, "the weights returned", grafted(module, x, return_attn=True), weights)
+    _require_equal(cls, "the weights returned", grafted(module, x, return_attn=True), weights)
     if "is_causal" in contract.argument_names(forward):
         causal = grafted(module, x, True, return_attn=True)
-        _same(cls, "causal attention", _features(module, x, causal), forward(module, x, True))
+        _require_equal(
+            cls, "causal attention", _features(module, x, causal), forward(module, x, True)
+        )
 
 
 def prove_block(
@@ -96,22 +98,22 @@ def prove_block(
     _one_call_each(cls, calls, 1)
     expected = getattr(module, child)(*calls[0], return_attn=True)
     asked = grafted(module, _tokens(), return_attention=True)
-    _same(cls, "the attention of a block", asked, expected)
+    _require_equal(cls, "the attention of a block", asked, expected)
 
 
 def prove_transformer(cls: type, options: dict[str, Any]) -> None:
     """Prove that a model's weights, flat and chunked, are those of its own forward pass."""
     for chunks in (0, 2):
         model = _build(cls, **_MODEL, block_chunks=chunks, **options)
-        images = _noise(2, 3, _GRID[0] * _PATCH, _GRID[1] * _PATCH)
-        attentions = [m for m in model.modules() if part_of_module(m) is Part.ATTENTION]
+        images = _randn(2, 3, _GRID[0] * _PATCH, _GRID[1] * _PATCH)
+        attentions = [m for m in model.modules() if role_of_module(m) is Role.ATTENTION]
         calls = _calls_of(attentions, partial(model.forward_features, images))
         _one_call_each(cls, calls, _MODEL["depth"])
         expected = [m(*call, return_attn=True) for m, call in zip(attentions, calls, strict=True)]
         for own in expected:
             _layout_fits(cls, model, tokens=own.shape[-1])
         for asked, own in zip(model.get_self_attention(images), expected, strict=True):
-            _same(cls, "the attention of a model", asked, own)
+            _require_equal(cls, "the attention of a model", asked, own)
 
 
 _MODEL: dict[str, Any] = {
@@ -128,23 +130,23 @@ _MODEL: dict[str, Any] = {
 def _build(cls: type, **options: Any) -> Any:
     """Build a small ``cls`` in float64 with parameters of order one, in evaluation mode.
 
-    Options that a revision does not know yet (registers) are left out.
+    Options that a revision does not have (registers) are left out.
     """
     known = contract.options_of(cls)
     module: Any = cls(**{name: value for name, value in options.items() if name in known})
-    # A seed for each: layers that are all alike would hide that two were mixed up.
+    # One seed for each: equal layers would hide that two were mixed up.
     for seed, parameter in enumerate(module.double().eval().parameters()):
-        parameter.copy_(_noise(*parameter.shape, seed=seed) / 2)
+        parameter.copy_(_randn(*parameter.shape, seed=seed) / 2)
     return module
 
 
-def _noise(*shape: int, seed: int = 0) -> Tensor:
+def _randn(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _tokens() -> Tensor:
-    return _noise(3, _TOKENS, _DIM)
+    return _randn(3, _TOKENS, _DIM)
 
 
 def _weights(
@@ -170,7 +172,7 @@ def _calls_of(modules: list[Any], run: Callable[[], object]) -> list[tuple[Any, 
     return calls
 
 
-def _same(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
+def _require_equal(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
     if ours.shape != theirs.shape:
         gap = f"shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
     elif torch.allclose(ours, theirs, _TOLERANCE, _TOLERANCE):

@@ -1,8 +1,7 @@
 """Finding attention modules, blocks and transformers by their structure.
 
-Names and places differ between upstream and the copies that others vendor; what the
-classes are made of does not. A class found here is a candidate and nothing more: the
-contract and the self-check decide.
+Names and places differ between upstream and vendored copies. What the classes are made of does
+not. A class found here is only a candidate: the contract and the proof decide.
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ from types import ModuleType
 
 from torch import nn
 
+from dinov2_attn._compat import submodules
 
-class Part(Enum):
-    """The kinds of class that are grafted, in the order in which they build on each other."""
+
+class Role(Enum):
+    """The kinds of class that are grafted. Each builds on those before it."""
 
     ATTENTION = "attention module"
     BLOCK = "transformer block"
@@ -24,74 +25,75 @@ class Part(Enum):
     TRANSFORMER = "vision transformer"
 
 
-ANATOMY = {
-    Part.ATTENTION: {"qkv", "proj", "num_heads", "scale"},
-    Part.BLOCK: {"norm1", "attn"},
-    Part.CAUSAL_BLOCK: {"attention_norm", "attention", "is_causal"},
-    Part.TRANSFORMER: {"blocks", "prepare_tokens_with_masks"},
+REQUIRED_ATTRIBUTES = {
+    Role.ATTENTION: {"qkv", "proj", "num_heads", "scale"},
+    Role.BLOCK: {"norm1", "attn"},
+    Role.CAUSAL_BLOCK: {"attention_norm", "attention", "is_causal"},
+    Role.TRANSFORMER: {"blocks", "prepare_tokens_with_masks"},
 }
 
 # The norm before the attention and the attention itself, by upstream's names.
 BLOCK_CHILDREN = {
-    Part.BLOCK: ("norm1", "attn"),
-    Part.CAUSAL_BLOCK: ("attention_norm", "attention"),
+    Role.BLOCK: ("norm1", "attn"),
+    Role.CAUSAL_BLOCK: ("attention_norm", "attention"),
 }
 
 # The methods that decide what attention a class computes, and on what.
 _CODE = frozenset({"forward", "forward_features", "prepare_tokens_with_masks"})
 
 
-def part_of_class(cls: type) -> Part | None:
-    """Say which part ``cls`` is, from the names its ``__init__`` and its body use."""
+def role_of_class(cls: type) -> Role | None:
+    """Return the role of ``cls``, from the names in its ``__init__`` and body."""
     names = {name for base in cls.__mro__ for name in (*vars(base), *_names_in_init(base))}
     return _matching(names)
 
 
-def part_of_module(module: nn.Module) -> Part | None:
-    """Say which part a live ``module`` is, from the attributes that it has itself.
+def role_of_module(module: nn.Module) -> Role | None:
+    """Return the role of a live ``module``, from its own attributes.
 
-    A wrapper that reads everything from the module inside by ``__getattr__`` is none.
+    A wrapper that reads them from the module inside by ``__getattr__`` has none.
     """
-    return next((part for part, needed in ANATOMY.items() if _has_itself(module, needed)), None)
+    return next(
+        (role for role, needed in REQUIRED_ATTRIBUTES.items() if _has_itself(module, needed)), None
+    )
 
 
-def classes_in(module: ModuleType) -> Iterator[tuple[type, Part]]:
-    """Yield the parts that ``module`` works with, defined there or elsewhere in its package.
+def classes_in(module: ModuleType) -> Iterator[tuple[type, Role]]:
+    """Yield the classes with a role that ``module`` uses, defined there or in its package.
 
-    Those it imports count too: after a reload of one module, others go on building models
-    of the classes from before.
+    Imported classes count: after a reload of one module, others still build models of the older
+    classes.
     """
     package = _package(module.__name__)
     for cls in vars(module).copy().values():
         if isinstance(cls, type) and issubclass(cls, nn.Module):
             for base in _own_bases(cls):
-                if _package(base.__module__) == package and (part := part_of_class(base)):
-                    yield base, part
+                if _package(base.__module__) == package and (role := role_of_class(base)):
+                    yield base, role
 
 
-def classes_behind(model: nn.Module) -> Iterator[tuple[type, Part]]:
-    """Yield the classes whose code a live ``model`` runs as one of the parts.
+def classes_behind(model: nn.Module) -> Iterator[tuple[type, Role]]:
+    """Yield the classes with a role whose code a live ``model`` runs.
 
-    Inside a larger model only what belongs to its vision transformers counts, so that
-    somebody else's attention beside them is none of our business. Base classes come
-    too: upstream's methods call those of their bases.
+    In a larger model only its vision transformers count, and other attention is left alone. Base
+    classes are included, because upstream's methods call those of their bases.
     """
-    transformers = [m for m in model.modules() if part_of_module(m) is Part.TRANSFORMER]
-    found: dict[type, Part] = {}
+    transformers = [m for m in model.modules() if role_of_module(m) is Role.TRANSFORMER]
+    found: dict[type, Role] = {}
     for root in transformers or [model]:
         for module in root.modules():
-            if (part := part_of_module(module)) is not None:
-                found.update(dict.fromkeys(_own_bases(type(module)), part))
+            if (role := role_of_module(module)) is not None:
+                found.update(dict.fromkeys(_own_bases(type(module)), role))
     yield from in_order(found.items())
 
 
-def in_order(classes: Iterable[tuple[type, Part]]) -> list[tuple[type, Part]]:
-    """Sort by part, so that what others build on comes first; otherwise as given."""
-    return sorted(classes, key=lambda item: list(Part).index(item[1]))
+def in_order(classes: Iterable[tuple[type, Role]]) -> list[tuple[type, Role]]:
+    """Return the classes sorted by role, otherwise in their order."""
+    return sorted(classes, key=lambda item: list(Role).index(item[1]))
 
 
 def _own_bases(cls: type) -> list[type]:
-    """Return the bases of ``cls`` that bring code of a part, bases first, PyTorch's left out."""
+    """Return ``cls`` and its bases that define such a method, bases first, without PyTorch's."""
     return [
         base
         for base in reversed(cls.__mro__)
@@ -104,12 +106,12 @@ def _package(module: str) -> str:
 
 
 def _has_itself(module: nn.Module, names: set[str]) -> bool:
-    held = (vars(module), module._modules, *map(vars, type(module).__mro__))
+    held = (vars(module), submodules(module), *map(vars, type(module).__mro__))
     return all(any(name in some for some in held) for name in names)
 
 
-def _matching(names: set[str]) -> Part | None:
-    return next((part for part, needed in ANATOMY.items() if needed <= names), None)
+def _matching(names: set[str]) -> Role | None:
+    return next((role for role, needed in REQUIRED_ATTRIBUTES.items() if needed <= names), None)
 
 
 def _names_in_init(cls: type) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Refusing what a model cannot take, before anything runs."""
+"""Checking images, masks and layers before anything runs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _way_to_channels(channels: int, images: Tensor) -> str:
 
 
 def _to_floating(images: object) -> str:
-    """Say how to make what is no floating batch one, with the values that a model expects."""
+    """Return how to convert ``images`` to a floating batch with the values a model expects."""
     if not isinstance(images, Tensor):
         return "Convert with torch.as_tensor(...), scaled to 0…1 and normalised as in training."
     batch = "images[None]" if images.ndim == 3 else "images"
@@ -110,7 +110,7 @@ def _to_floating(images: object) -> str:
     )
 
 
-# What white is, by dtype; other integers are taken for values of 8 bits.
+# The value of white by dtype. Other integers are taken as 8-bit values.
 _GREATEST = {"bool": 1, "uint16": 65535}
 
 
@@ -132,10 +132,10 @@ def check_list(images: Sequence[object], masks: object) -> list[Any]:
 
 
 def layers_to_take(n: Layers, depth: int) -> list[int]:
-    """Return the blocks meant by ``n``, in the order in which they run.
+    """Return the numbers of the blocks that ``n`` selects, in ascending order.
 
-    As in upstream's ``get_intermediate_layers``: an int takes the last ``n``, a sequence
-    takes those (negative ones counted from the end), ``None`` takes all.
+    As in upstream's ``get_intermediate_layers``: an int selects the last ``n``, a sequence selects
+    those in it, ``None`` selects all. Negative numbers count from the end.
     """
     if n is None:
         return list(range(depth))

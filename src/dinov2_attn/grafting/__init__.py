@@ -1,1 +1,1 @@
-"""Setting grafts on upstream's classes and taking them off again."""
+"""Replace methods on upstream's classes by functions that return attention, and put them back."""

@@ -1,7 +1,7 @@
-"""``install``, ``uninstall`` and ``status``: what is grafted, for whom, and how it ends.
+"""``install``, ``uninstall`` and ``status``.
 
-Importing this module imports neither torch nor upstream: grafting does, and by then both
-are there.
+Importing this module imports neither torch nor upstream. Both are imported when a class is
+grafted.
 """
 
 from __future__ import annotations
@@ -14,32 +14,85 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.import_hook import Finder
-from dinov2_attn.grafting.registry import Ledger
+from dinov2_attn.grafting.registry import GraftRegistry
 from dinov2_attn.grafting.targets import UPSTREAM, UPSTREAM_MODULES, LiveModel, Package
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from dinov2_attn.backbone.structure import Part
+    from dinov2_attn.backbone.structure import Role
 
-# Python's own, which has no public way to wait for an import that another thread has begun.
-_bootstrap: Any = importlib._bootstrap
 _LOCK = threading.RLock()
-_LEDGER = Ledger()
+_REGISTRY = GraftRegistry()
 _PACKAGES: dict[str, Package] = {}
+
+
+def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
+    with _LOCK:
+        # Another thread may have uninstalled it while this one waited.
+        if _PACKAGES.get(package.name) is not package or not package.imported():
+            return
+        from dinov2_attn.grafting.transaction import graft_classes
+
+        try:
+            classes = package.classes(arrived)
+            graft_classes(_REGISTRY, package.name, classes, fallback=package.fallback)
+            package.failure = None
+        except Exception as error:  # status() reports it again
+            package.failure = error
+            raise
+
+
+def _arrived(module: ModuleType) -> None:
+    for package in list(_PACKAGES.values()):
+        if package.covers(module.__name__):
+            _graft_package(package, module)
+
+
+_FINDER = Finder(lambda name: any(p.covers(name) for p in list(_PACKAGES.values())), _arrived)
+
+
+def _await_imports() -> None:
+    """Keep the finder first on ``sys.meta_path`` while there is a package to wait for."""
+    # Another thread may iterate over the list, which must always have the finder.
+    if _PACKAGES and sys.meta_path[:1] != [_FINDER]:
+        sys.meta_path.insert(0, _FINDER)
+    for i in reversed(range(len(sys.meta_path))):
+        if sys.meta_path[i] is _FINDER and (i or not _PACKAGES):
+            del sys.meta_path[i]
+
+
+def _remove(target: Hashable) -> None:
+    with _LOCK:
+        _REGISTRY.release(target)
+        if isinstance(target, str):
+            _PACKAGES.pop(target, None)
+        _await_imports()
+
+
+def _finish_imports(package: Package) -> None:
+    """Wait for modules that another thread is importing, without holding our lock."""
+    for name in package.imported():
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue  # the thread that began the import raises it; the module is still pending
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is installed: tuples for programs, ``str()`` for people.
+    """What is installed. ``str()`` is for people.
 
-    ``grafted`` names every graft in force, ``covered`` those that somebody else patched
-    on top of, ``pending`` the modules that will be grafted when they are imported, and
-    ``recognised`` says of each target how its code was recognised, or why it was not.
+    Attributes:
+        grafted: Every graft in force.
+        covered: Grafts with another patch on top.
+        pending: Modules that will be grafted when they are imported.
+        recognised: For each target, how its code was recognised, or why it was not.
+
     """
 
     grafted: tuple[str, ...]
@@ -49,17 +102,17 @@ class Status:
 
     def __str__(self) -> str:
         lines = [f"grafted: {name}" for name in self.grafted]
-        lines += [f"patched on top by somebody else: {name}" for name in self.covered]
+        lines += [f"patched on top by other code: {name}" for name in self.covered]
         lines += [f"pending, until imported: {name}" for name in self.pending]
         lines += [f"{target}: {how}" for target, how in self.recognised.items()]
         return "\n".join(lines) or "nothing installed"
 
 
 class Handle:
-    """What ``install`` returns: takes that installation back.
+    """What ``install`` returns. It undoes that installation.
 
-    Leaving a ``with`` block restores what was found when ``install`` was called, so a
-    target that was installed before stays installed. ``uninstall()`` takes it off.
+    The end of a ``with`` block restores the state before ``install``, so a target that was
+    installed before stays installed. ``uninstall()`` removes the target in any case.
     """
 
     def __init__(self, target: Hashable, restore: Callable[[], None]) -> None:
@@ -76,26 +129,36 @@ class Handle:
         self._restore()
 
     def uninstall(self) -> None:
-        """Take this target's grafts off; nothing happens where they are off already."""
+        """Remove the grafts of this target. Nothing happens if they are removed already."""
         _remove(self._target)
 
 
 def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> Handle:
     """Graft ``return_attention`` onto DINOv2's own classes, in place and reversibly.
 
-    ``target`` is ``None`` for upstream's package ``dinov2``, the name of a package that
-    vendors a copy, or a live model. Packages are grafted now as far as they are imported
-    and later, at every import and reload, for the rest. Installing twice is installing
-    once. No random number is drawn.
+    Every class is proved on a small instance in float64 first. Modules that are imported are
+    grafted now, all others at every import and reload. A second call changes nothing. No random
+    number is drawn.
 
-    Where xFormers is importable and has no kernel for a device (any CPU), upstream's call
-    of it fails; unless ``fallback`` is false it is answered by PyTorch's kernel from then
-    on, with one ``KernelFallbackWarning`` warning.
+    Call it before other threads import the package. It waits for a module that is running in
+    another thread. It cannot see one whose import is at an earlier step: call it again then.
 
-    Every class is proved on a small instance in float64 first. Raises
-    ``IncompatibleUpstreamError`` where its attention is not softmax(q kᵀ · scale) of its own
-    projection, and then nothing is grafted; for a package that is not imported yet, that
-    is raised by its import.
+    Args:
+        target: None for upstream's package ``dinov2``, the name of a package that vendors a copy,
+            or a live model.
+        fallback: Whether PyTorch's kernel runs if xFormers can be imported and has no kernel for
+            the device (any CPU). One ``KernelFallbackWarning`` is shown. Without it upstream's
+            own call of xFormers raises.
+
+    Returns:
+        The handle that undoes the installation.
+
+    Raises:
+        IncompatibleUpstreamError: If the attention of a class is not softmax(q kᵀ · scale) of its
+            own projection. Then nothing is grafted. If a package is not imported yet, its import
+            raises it.
+        InvalidInputError: If ``target`` is anything else.
+
     """
     if target is None:
         target = UPSTREAM
@@ -113,20 +176,22 @@ def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> 
 
 
 def uninstall() -> None:
-    """Take every graft off: each class holds the very function objects it held before.
+    """Remove every graft. Each class has the same function objects again as before.
 
-    Raises ``PatchedOnTopError``, and undoes nothing, where somebody patched on top of a graft.
+    Raises:
+        PatchedOnTopError: If another patch is on top of a graft. Then nothing is undone.
+
     """
     with _LOCK:
-        _LEDGER.release_all()
+        _REGISTRY.release_all()
         _PACKAGES.clear()
         _await_imports()
 
 
 def status() -> Status:
-    """Say what is grafted, what is pending and how each target was recognised."""
+    """Return what is grafted, what is pending and how each target was recognised."""
     with _LOCK:
-        targets = {target for graft in _LEDGER for target in graft.targets}
+        targets = {target for graft in _REGISTRY for target in graft.targets}
         recognised: dict[str, str] = {}
         for target in sorted(targets, key=str):
             recognised[_unused(str(target), recognised)] = _recognise(target)
@@ -134,8 +199,8 @@ def status() -> Status:
             p.name: f"refused: {in_one_line(p.failure)}" for p in _PACKAGES.values() if p.failure
         }
         return Status(
-            grafted=tuple(str(graft) for graft in _LEDGER if graft.in_force),
-            covered=tuple(str(graft) for graft in _LEDGER if not graft.in_force),
+            grafted=tuple(str(graft) for graft in _REGISTRY if graft.in_force),
+            covered=tuple(str(graft) for graft in _REGISTRY if not graft.in_force),
             pending=tuple(
                 name for p in _PACKAGES.values() for name in p.pending(p.name in targets)
             ),
@@ -152,8 +217,8 @@ def _unused(label: str, taken: Mapping[str, str]) -> str:
 def _recognise(target: Hashable) -> str:
     from dinov2_attn.history.identify import recognise
 
-    owners = [graft.owner for graft in _LEDGER if target in graft.targets]
-    return recognise(_LEDGER, list(dict.fromkeys(o for o in owners if isinstance(o, type))))
+    owners = [graft.owner for graft in _REGISTRY if target in graft.targets]
+    return recognise(_REGISTRY, list(dict.fromkeys(o for o in owners if isinstance(o, type))))
 
 
 def _install_package(package: Package, fallback: bool) -> Handle:
@@ -177,7 +242,7 @@ def _install_package(package: Package, fallback: bool) -> Handle:
 def _install_model(model: nn.Module, fallback: bool) -> Handle:
     from dinov2_attn.backbone.contract import name_of
     from dinov2_attn.backbone.structure import classes_behind
-    from dinov2_attn.grafting.transaction import operate
+    from dinov2_attn.grafting.transaction import graft_classes
 
     classes = list(classes_behind(model))
     if not classes:
@@ -189,8 +254,8 @@ def _install_model(model: nn.Module, fallback: bool) -> Handle:
     label = f"model with {name_of(classes[-1][0])}"
     target = LiveModel(label, frozenset(cls for cls, _ in classes))
     with _LOCK:
-        before = [graft for graft in _LEDGER if target in graft.targets]
-        operate(_LEDGER, target, classes, fallback=fallback)
+        before = [graft for graft in _REGISTRY if target in graft.targets]
+        graft_classes(_REGISTRY, target, classes, fallback=fallback)
     if not before:
         return Handle(target, partial(_remove, target))
     former = any(graft.is_kernel for graft in before)
@@ -203,67 +268,11 @@ def _switch_package(package: Package, fallback: bool) -> None:
         _graft_package(package)
 
 
-def _switch_model(target: LiveModel, classes: list[tuple[type, Part]], fallback: bool) -> None:
-    from dinov2_attn.grafting.transaction import operate
+def _switch_model(target: LiveModel, classes: list[tuple[type, Role]], fallback: bool) -> None:
+    from dinov2_attn.grafting.transaction import graft_classes
 
     with _LOCK:
-        if any(target in graft.targets for graft in _LEDGER):  # not uninstalled meanwhile
-            operate(_LEDGER, target, classes, fallback=fallback)
-
-
-def _finish_imports(package: Package) -> None:
-    """Wait for modules that another thread is importing, without holding our lock.
-
-    The finder is in place by now, so whatever starts to be imported later is seen there.
-    """
-    # One that was looked for before is not in sys.modules yet: only its lock says so.
-    for name in filter(package.covers, getattr(_bootstrap, "_module_locks", {}).copy()):
-        _bootstrap._lock_unlock_module(name)
-    for name in package.imported():
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            continue  # that import failed elsewhere and was reported there: still pending
-
-
-def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
-    with _LOCK:
-        # Another thread may have taken it back while this one waited.
-        if _PACKAGES.get(package.name) is not package or not package.imported():
-            return
-        from dinov2_attn.grafting.transaction import operate
-
-        try:
-            classes = package.classes(arrived)
-            operate(_LEDGER, package.name, classes, fallback=package.fallback)
-            package.failure = None
-        except Exception as error:  # told again by status(), whatever it is
-            package.failure = error
-            raise
-
-
-def _arrived(module: ModuleType) -> None:
-    for package in list(_PACKAGES.values()):
-        if package.covers(module.__name__):
-            _graft_package(package, module)
-
-
-def _remove(target: Hashable) -> None:
-    with _LOCK:
-        _LEDGER.release(target)
-        if isinstance(target, str):
-            _PACKAGES.pop(target, None)
-        _await_imports()
-
-
-_FINDER = Finder(lambda name: any(p.covers(name) for p in list(_PACKAGES.values())), _arrived)
-
-
-def _await_imports() -> None:
-    """Keep the finder first on ``sys.meta_path`` while there is a package to wait for."""
-    # Another thread may be looking through the list: it must never be without the finder.
-    if _PACKAGES and sys.meta_path[:1] != [_FINDER]:
-        sys.meta_path.insert(0, _FINDER)
-    for i in reversed(range(len(sys.meta_path))):
-        if sys.meta_path[i] is _FINDER and (i or not _PACKAGES):
-            del sys.meta_path[i]
+        if any(
+            target in graft.targets for graft in _REGISTRY
+        ):  # it may have been uninstalled meanwhile
+            graft_classes(_REGISTRY, target, classes, fallback=fallback)

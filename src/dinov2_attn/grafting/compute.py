@@ -1,9 +1,8 @@
-"""What one attention module answers when it is asked for its weights."""
+"""What the graft on an attention module returns: its weights, or its queries and keys."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, auto
 from itertools import chain
 from typing import Any
 
@@ -12,22 +11,15 @@ from torch import Tensor
 
 from dinov2_attn.backbone.projection import Piece, Projection
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.kernels.call import Kernel
-from dinov2_attn.math.attention import attention_weights, check_heads, shape_of_weights
+from dinov2_attn.kernels.xformers import Kernel
+from dinov2_attn.math.attention import attention_weights, check_heads, may_tile, shape_of_weights
 from dinov2_attn.math.bias import Group, dense, groups, is_block_diagonal
 from dinov2_attn.math.buffers import NewResult, new_result
-from dinov2_attn.math.selection import Rows, place
-from dinov2_attn.math.tiles import may_tile
+from dinov2_attn.math.selection import Rows, to_index
 from dinov2_attn.typing import Heads, Queries
 
 
-class Instead(Enum):
-    """What this package itself asks of an attention module in the place of fused heads."""
-
-    QUERIES_AND_KEYS = auto()
-
-
-def attend(
+def module_weights(
     module: Any,
     kernel: Kernel,
     *,
@@ -35,36 +27,68 @@ def attend(
     attn_bias: Any = None,
     is_causal: bool = False,
     queries: Queries = None,
-    heads: Heads | Instead = None,
+    heads: Heads = None,
     projected: Tensor | None = None,
     new: NewResult = new_result,
-) -> Tensor | list[Tensor] | list[tuple[Piece, float]]:
-    """Return the weights of ``module`` on tokens ``x (B, N, C)``.
+) -> Tensor | list[Tensor]:
+    """Return the weights of an attention module.
 
-    ``projected (B, N, 3 · C)`` is what ``module.qkv`` has made of them, where it has;
-    ``new`` gives the memory for results that are written in place.
+    Never more than Σ n² weights are computed, in little more memory than they need.
 
-    One tensor ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads; under a
-    block-diagonal ``attn_bias`` over ``x (1, ΣN, C)`` a list with one such tensor for
-    each element that was nested (``_batch_sizes``), or for each block. Never more than
-    Σ n² weights are computed, nor as much memory again used. Asked for queries and keys
-    ``Instead``, it returns pieces of the batch with the scale of their products.
+    Args:
+        module: The attention module.
+        kernel: The kernel of its class.
+        x: Its tokens, ``(B, N, C)``.
+        attn_bias: As the module's own forward takes it.
+        is_causal: Whether a token sees no token after it.
+        queries: The rows to return, all by default.
+        heads: None for each head, ``"mean"`` for their mean.
+        projected: What ``module.qkv`` returned for ``x``, ``(B, N, 3 · C)``, if it ran already.
+        new: Allocates results that are written in place.
+
+    Returns:
+        ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads. For a block-diagonal
+        ``attn_bias`` over ``x (1, ΣN, C)``, a list with one such tensor for each element that
+        was nested (``_batch_sizes``), or for each block.
+
     """
-    if isinstance(heads, Instead):
-        return _queries_and_keys(module, kernel, x, attn_bias, is_causal, queries)
     check_heads(heads)
     check_tokens(x)
-    if attn_bias is not None:
-        kernel.check_bias(attn_bias)
-    ask = _Question(module, kernel, queries, heads, is_causal, new)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if is_block_diagonal(attn_bias):
-        found, source = groups(attn_bias, x, wide), Projection(module, x, projected)
-        return [ask.answer(source, g.batch, g.length, g.mask, g) for g in found]
+    request = _Request(module, kernel, queries, heads, is_causal, new)
     batch, length = x.shape[:2]
     if attn_bias is not None:
+        kernel.check_bias(attn_bias)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if is_block_diagonal(attn_bias):
+            found, source = groups(attn_bias, x, wide), Projection(module, x, projected)
+            return [request.weights(source, g.batch, g.length, g.mask, g) for g in found]
         attn_bias = dense(attn_bias, (batch, module.num_heads, length, length), x.device, wide)
-    return ask.answer(Projection(module, x, projected), batch, length, attn_bias)
+    return request.weights(Projection(module, x, projected), batch, length, attn_bias)
+
+
+def queries_and_keys(
+    module: Any,
+    kernel: Kernel,
+    *,
+    x: Tensor,
+    attn_bias: Any = None,
+    is_causal: bool = False,
+    queries: Queries = None,
+) -> list[tuple[Piece, float]]:
+    """Return pieces of the batch with their queries and keys, and the scale of the products.
+
+    Raises:
+        InvalidInputError: If a mask or bias decides about the weights too.
+
+    """
+    if attn_bias is not None or is_causal:
+        raise InvalidInputError(
+            "attention that sees all tokens alike",
+            "a causal block" if is_causal else "one with attn_bias",
+            "Use get_self_attention, whose weights include it.",
+        )
+    pieces = Projection(module, x).pieces(to_index(queries, x.shape[1]))
+    return [(piece, kernel.scale(module, piece.head_dim)) for piece in pieces]
 
 
 def check_tokens(tokens: object) -> None:
@@ -74,12 +98,12 @@ def check_tokens(tokens: object) -> None:
         raise InvalidInputError(
             "tokens as a tensor of shape (B, N, C), to a block also a list of such tensors",
             f"{found}",
-            "Ask the model if images are at hand, or add the batch dimension.",
+            "Call the model instead if you have images, or add the batch dimension.",
         )
 
 
 @dataclass(frozen=True)
-class _Question:
+class _Request:
     module: Any
     kernel: Kernel
     queries: Queries
@@ -87,7 +111,7 @@ class _Question:
     is_causal: bool
     new: NewResult
 
-    def answer(
+    def weights(
         self,
         source: Projection,
         batch: int,
@@ -96,7 +120,7 @@ class _Question:
         group: Group | None = None,
     ) -> Tensor:
         """Return the weights of ``batch`` sequences of ``length`` queries, piece by piece."""
-        rows = place(self.queries, length)
+        rows = to_index(self.queries, length)
         if bias is not None:
             bias = _rows(bias, rows)
         pieces = source.pieces(rows, group)
@@ -129,19 +153,6 @@ class _Question:
             heads=self.heads,
             out=out,
         )
-
-
-def _queries_and_keys(
-    module: Any, kernel: Kernel, x: Tensor, attn_bias: Any, is_causal: bool, queries: Queries
-) -> list[tuple[Piece, float]]:
-    if attn_bias is not None or is_causal:
-        raise InvalidInputError(
-            "attention that sees all tokens alike",
-            "a causal block" if is_causal else "one with attn_bias",
-            "Ask for the weights, which know of it, with get_self_attention.",
-        )
-    pieces = Projection(module, x).pieces(place(queries, x.shape[1]))
-    return [(piece, kernel.scale(module, piece.head_dim)) for piece in pieces]
 
 
 def _rows(bias: Tensor, rows: Rows) -> Tensor:

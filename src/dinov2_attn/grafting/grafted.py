@@ -19,11 +19,13 @@ def grafted(model: Model) -> GraftedVisionTransformer:
     >>> model = dinov2_attn.grafted(torch.hub.load("facebookresearch/dinov2", "dinov2_vits14"))
     >>> weights = model.get_last_self_attention(images)  # a Tensor, completed by an editor
 
-    Nothing is changed or copied. A model that does not have the methods but contains exactly
-    one vision transformer that has (a depth model, ``DistributedDataParallel``) gives that one.
+    Nothing is changed or copied. If the model has no such methods but contains one vision
+    transformer that has (a depth model, ``DistributedDataParallel``), that one is returned.
 
-    Raises ``NotGraftedError`` if ``install`` has not reached the model, and ``InvalidInputError``
-    if it is not a ``torch.nn.Module`` or contains several such transformers.
+    Raises:
+        NotGraftedError: If ``install`` has not reached the model.
+        InvalidInputError: If it is no ``torch.nn.Module``, or contains several such transformers.
+
     """
     if not isinstance(model, nn.Module):
         raise InvalidInputError(

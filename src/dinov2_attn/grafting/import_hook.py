@@ -1,7 +1,7 @@
-"""Calling back after a module of interest is executed, at every import and reload.
+"""Call a function after certain modules are executed, at every import and reload.
 
-A finder of one's own rather than a post-import hook: those fire once per process and,
-after a failure, let the second import succeed unpatched.
+This is a finder, because post-import hooks fire once per process. After a failure they let the
+second import succeed without a patch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import ModuleType
 
 
 class Finder(MetaPathFinder):
-    """Leaves finding and loading to the other finders and runs ``callback`` afterwards.
+    """Leave finding and loading to the other finders, and run ``callback`` afterwards.
 
     ``wanted(name)`` picks the modules. An exception from ``callback(module)`` makes the
     import fail, so that the next import tries again.
@@ -32,7 +32,7 @@ class Finder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return the other finders' spec with a loader that calls back, or ``None``."""
-        # Another finder that delegates as we do would ask us back, without end.
+        # Another finder that delegates as we do would call us back without end.
         if not self._wanted(fullname) or getattr(self._thread, "asking", False):
             return None
         self._thread.asking = True
@@ -42,7 +42,7 @@ class Finder(MetaPathFinder):
             self._thread.asking = False
         # A namespace package has no code to run, an old-style loader no such method.
         if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _CallingBack(spec.loader, self._callback)
+            spec.loader = _NotifyingLoader(spec.loader, self._callback)
         return spec
 
     def _ask_others(
@@ -57,21 +57,21 @@ class Finder(MetaPathFinder):
         return None
 
 
-class _CallingBack(Loader):
+class _NotifyingLoader(Loader):
     def __init__(self, loader: Loader, callback: Callable[[ModuleType], None]) -> None:
         self._loader = loader
         self._callback = callback
 
     def __getattr__(self, name: str) -> object:
-        # For those who only look: importlib.util.find_spec, pkgutil, runpy.
+        # For callers that do not load: importlib.util.find_spec, pkgutil, runpy.
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # From here on the module is as it would be without us: inspect, pickle and
-        # importlib.resources all ask its loader.
+        # From here on the module is as without us: inspect, pickle and importlib.resources all
+        # use its loader.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

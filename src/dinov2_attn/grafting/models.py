@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import NotGraftedError
-from dinov2_attn.grafting.capture import prepare_recorded
-from dinov2_attn.grafting.channel import SWITCH, TAP, attentions_of_pass, unrecorded
-from dinov2_attn.grafting.modules import announce, weights_from
-from dinov2_attn.kernels.xformers_nesting import can_nest, check_stochastic_depth
+from dinov2_attn.grafting.channel import (
+    ACTIVE,
+    STATE,
+    attentions_of_pass,
+    prepare_recorded,
+    unrecorded,
+)
+from dinov2_attn.grafting.modules import extend_signature, weights_from
+from dinov2_attn.kernels.xformers import can_nest, check_stochastic_depth
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.typing import Forward, Heads, Layers, Queries
 
@@ -30,30 +35,36 @@ def get_self_attention(
 ) -> tuple[Any, ...]:
     """Return the attention weights of some blocks, one entry for each block.
 
-    ========  ==================================================================
-    x         images ``(B, C, H, W)``, or a list of such batches
-    n         ``None``: all blocks; an int: the last ``n``; a sequence: those, in
-              the order in which they run (as in ``get_intermediate_layers``)
-    masks     ``None`` or boolean ``(B, h·w)``; for a list, one for each tensor
-    queries   the rows: ``None`` (all), ``"cls"``, ``"registers"``, ``"patches"``,
-              an int, a slice, a sequence of ints
-    heads     ``None`` (each) or ``"mean"``
-    result    a tuple of ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean; for a
-              list, a tuple of lists with one tensor for each in ``x``
-    ========  ==================================================================
+    Weights are those before dropout, in the dtype of the projection. Tokens are CLS, registers
+    and patches row by row: ``N = 1 + R + h·w``. Blocks after the last selected one do not run, and
+    of that one only norm and projection. A channel-adaptive model takes each channel as an image
+    of its own. So ``B`` is ``B·C``, and channel ``c`` of image ``b`` is number ``b * C + c``.
 
-    ``N = 1 + R + h·w``: CLS, registers, patches row by row. Weights are those before
-    dropout, in the dtype of the projection. Blocks behind the last one asked for do not
-    run, and of that one only norm and projection. A channel-adaptive model sees each
-    channel as an image of its own, and so ``B`` is ``B·C``: channel ``c`` of image ``b``
-    is number ``b * C + c``. Raises ``InvalidInputError`` and
-    ``OutOfRangeError`` for what cannot be, ``NotGraftedError`` where a block's class is unknown.
+    Args:
+        self: The vision transformer.
+        x: Images ``(B, C, H, W)``, or a list of such batches.
+        n: The blocks, as in ``get_intermediate_layers``. None for all, an int for the last ``n``,
+            a sequence for those, in the order in which they run.
+        masks: None or boolean ``(B, h·w)``. For a list of images, one for each tensor.
+        queries: The rows. None for all, ``"cls"``, ``"registers"``, ``"patches"``, an int, a
+            slice or a sequence of ints.
+        heads: None for each head, ``"mean"`` for their mean.
+
+    Returns:
+        A tuple of ``(B, heads, Q, N)``, or of ``(B, Q, N)`` for the mean. For a list of images, a
+        tuple of lists with one tensor for each.
+
+    Raises:
+        InvalidInputError: If an argument is of the wrong kind or shape.
+        OutOfRangeError: If there is no such block or token.
+        NotGraftedError: If a block is of a class without a graft.
+
     """
-    if SWITCH.on and TAP.recorders:  # no ordinary pass: it may end early
+    if ACTIVE.on and STATE.recorders:  # this is no ordinary pass, and may end early
         with unrecorded():
             return get_self_attention(self, x, n, masks, queries=queries, heads=heads)
     backbone = Backbone(self)
-    queries = backbone.spell_out(queries)
+    queries = backbone.resolve_names(queries)
     check_heads(heads)
     wanted = backbone.layers(n)
     pairs = backbone.batches(x, masks, queries)
@@ -76,14 +87,14 @@ def get_last_self_attention(
 ) -> Any:
     """Return the attention weights of the last block, ``(B, heads, Q, N)``.
 
-    Arguments and errors are those of ``get_self_attention``; a list gives a list. The
-    last block's value product, output projection and FFN do not run. DINO v1 calls it
-    ``get_last_selfattention``, which is there too.
+    Arguments and errors are those of ``get_self_attention``. A list gives a list. Value product,
+    output projection and FFN of the last block do not run. ``get_last_selfattention`` is the name
+    of this method in DINO v1.
     """
     return get_self_attention(self, x, 1, masks, queries=queries, heads=heads)[0]
 
 
-# What is added to the class, by name. DINO v1's spelling is an alias.
+# The methods that are added to a class, by name. DINO v1's spelling is an alias.
 METHODS: dict[str, Callable[..., Any]] = {
     "get_self_attention": get_self_attention,
     "get_last_self_attention": get_last_self_attention,
@@ -92,53 +103,53 @@ METHODS: dict[str, Callable[..., Any]] = {
 
 
 def graft_forward_features(original: Forward) -> Forward:
-    """Give ``forward_features`` a ``return_attention``: ``"attentions"`` joins the dict.
+    """Give ``forward_features`` a ``return_attention``, which adds ``"attentions"`` to the dict.
 
-    The entry is what ``get_self_attention`` returns for all blocks, made in the same pass
-    as the features. A list of tensors gives a list of dicts, answered one by one.
+    The entry is what ``get_self_attention`` returns for all blocks, from the same pass as the
+    features. A list of tensors gives a list of dicts.
     """
 
     @functools.wraps(original, updated=())
     def forward_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.pop("return_attention", False):
             return original(self, *args, **kwargs)
-        answers = _answer(original, self, *args, **kwargs)
+        answers = _output_and_attentions(original, self, *args, **kwargs)
         if isinstance(answers, list):
             return [{**features, "attentions": attentions} for features, attentions in answers]
         features, attentions = answers
         return {**features, "attentions": attentions}
 
-    return announce(original, forward_features, "return_attention")
+    return extend_signature(original, forward_features, "return_attention")
 
 
 def graft_forward(original: Forward) -> Forward:
-    """Give ``forward`` a ``return_attention``: ``(output, attentions)`` comes back.
+    """Give ``forward`` a ``return_attention``, which returns ``(output, attentions)``.
 
-    Attentions are those of ``get_self_attention`` for all blocks; for a list of tensors
-    both members hold lists, as they do there.
+    Attentions are those of ``get_self_attention`` for all blocks. For a list of tensors both are
+    lists, as they are there.
     """
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.pop("return_attention", False):
             return original(self, *args, **kwargs)
-        # A list passes upstream's head in training only, where nothing is done to it.
+        # Upstream's head takes a list in training only, where it returns it unchanged.
         takes_lists = kwargs.get("is_training", False)
-        answers = _answer(original, self, *args, takes_lists=takes_lists, **kwargs)
+        answers = _output_and_attentions(original, self, *args, takes_lists=takes_lists, **kwargs)
         if isinstance(answers, list):
             outputs, attentions = zip(*answers, strict=True)
             return list(outputs), tuple(map(list, zip(*attentions, strict=True)))
         return answers
 
-    return announce(original, forward, "return_attention")
+    return extend_signature(original, forward, "return_attention")
 
 
 def graft_prepare_tokens(original: Forward) -> Forward:
-    """Let ``prepare_tokens_with_masks`` tell recorders which images a pass begins with."""
+    """Give recorders the images with which a pass begins."""
 
     @functools.wraps(original, updated=())
     def prepare_tokens_with_masks(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if SWITCH.on and TAP.recorders:
+        if ACTIVE.on and STATE.recorders:
             return prepare_recorded(original, self, args, kwargs)
         return original(self, *args, **kwargs)
 
@@ -148,10 +159,10 @@ def graft_prepare_tokens(original: Forward) -> Forward:
 def _walk(
     backbone: Backbone, wanted: list[int], selection: dict[str, Any], tokens: Any
 ) -> tuple[Any, ...]:
-    """Return the weights of the blocks ``wanted``; blocks behind the last of these do not run."""
+    """Return the weights of the blocks ``wanted``. Blocks after the last of these do not run."""
     return tuple(
         [
-            weights_from(block, "return_attention", given, **selection)
+            weights_from(block, given, **selection)
             for i, block, given in backbone.walk(tokens, _end(wanted))
             if i in wanted
         ]
@@ -170,7 +181,7 @@ def _nests(model: Any, blocks: Sequence[nn.Module], images: Sequence[Tensor]) ->
     return True
 
 
-def _answer(
+def _output_and_attentions(
     original: Forward,
     model: Any,
     x: Any = None,
@@ -183,7 +194,7 @@ def _answer(
 ) -> Any:
     """Return ``(output, attentions)`` of one pass; for a list of tensors a list of these."""
     backbone = Backbone(model)
-    queries = backbone.spell_out(queries)
+    queries = backbone.resolve_names(queries)
     check_heads(heads)
     pairs = backbone.batches(x, masks, queries)
     selection = {"queries": queries, "heads": heads}

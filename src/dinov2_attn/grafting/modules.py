@@ -1,10 +1,10 @@
 """The functions set on attention modules and blocks.
 
-Each is a plain function around upstream's own, which ``torch.compile`` and
-``torch.export`` follow; asked nothing, it returns what upstream returns. What upstream's
-arguments are called is read from its signature, never assumed: ``is_causal`` came in
-where a hand-written patch would put ``return_attn``. Their own keyword is taken out of
-``kwargs``: Dynamo of torch 2.1 cannot guard a default that it meets behind ``super()``.
+Each is a plain function around upstream's own, so that ``torch.compile`` and ``torch.export``
+trace it. Without its keyword it returns what upstream returns. Argument names are read from
+upstream's signature: ``is_causal`` came in where a hand-written patch would put ``return_attn``.
+The keyword is taken out of ``kwargs``, because Dynamo of torch 2.1 cannot guard a default that it
+meets behind ``super()``.
 """
 
 from __future__ import annotations
@@ -12,59 +12,67 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from enum import Enum
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from dinov2_attn.backbone.backbone import MARK, accepts
 from dinov2_attn.backbone.contract import argument_names, name_of
-from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Part
+from dinov2_attn.backbone.projection import Piece
+from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
-from dinov2_attn.grafting.capture import run_recorded
-from dinov2_attn.grafting.channel import SWITCH, TAP, answer, ask
-from dinov2_attn.grafting.compute import attend, check_tokens
-from dinov2_attn.kernels.call import Kernel
-from dinov2_attn.kernels.xformers_nesting import check_stochastic_depth
-from dinov2_attn.typing import Forward
+from dinov2_attn.grafting.channel import ACTIVE, STATE, run_recorded
+from dinov2_attn.grafting.compute import check_tokens, module_weights, queries_and_keys
+from dinov2_attn.kernels.xformers import Kernel, check_stochastic_depth
+from dinov2_attn.typing import Forward, Heads, Queries
+
+
+class Returns(Enum):
+    """What this package itself passes as ``return_attn`` in place of ``True``."""
+
+    QUERIES_AND_KEYS = "queries and keys"
 
 
 def graft_attention(original: Forward, kernel: Kernel) -> Forward:
     """Give ``Attention.forward`` or ``MemEffAttention.forward`` a ``return_attn``.
 
-    Asked, it returns the weights ``(B, heads, Q, N)`` in place of the features
-    ``(B, N, C)``, before dropout, in the dtype of the projection; value product and
-    output projection do not run. ``queries`` selects rows and ``heads="mean"``
-    averages heads, giving ``(B, Q, N)``. It replaces the attribute on the class, which
-    every instance looks up at every call.
+    With ``return_attn=True`` it returns the weights ``(B, heads, Q, N)`` in place of the features
+    ``(B, N, C)``. They are those before dropout, in the dtype of the projection. Value product
+    and output projection do not run. ``queries`` selects rows. ``heads="mean"`` averages heads,
+    which gives ``(B, Q, N)``.
     """
     names = argument_names(original)
 
     def weights_of(self: nn.Module, args: Any, kwargs: Any, **selection: Any) -> Any:
-        return attend(self, kernel, **_by_name(names, args, kwargs), **selection)
+        return module_weights(self, kernel, **_by_name(names, args, kwargs), **selection)
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.pop("return_attn", False):
-            return answer(weights_of(self, args, kwargs))
-        if SWITCH.on and TAP.recorders:
+        if asked := kwargs.pop("return_attn", False):
+            if asked is Returns.QUERIES_AND_KEYS:
+                return publish(queries_and_keys(self, kernel, **_by_name(names, args, kwargs)))
+            return publish(weights_of(self, args, kwargs))
+        if ACTIVE.on and STATE.recorders:
             return run_recorded(original, self, weights_of, args, kwargs)
         return original(self, *args, **kwargs)
 
-    return announce(original, forward, "return_attn")
+    return extend_signature(original, forward, "return_attn")
 
 
-def graft_block(original: Forward, part: Part) -> Forward:
-    """Give a block's ``forward`` a ``return_attention``; a list in gives a list out.
+def graft_block(original: Forward, role: Role) -> Forward:
+    """Give a block's ``forward`` a ``return_attention``.
 
-    Asked, it returns the weights of its attention on its normalised input; the rest of
-    the block does not run. A list of tensors is answered one by one: nested or not, norm
-    and projection know no neighbours, so the weights are the same.
+    With ``return_attention=True`` it returns the weights of its attention on its normalised input.
+    The rest of the block does not run. A list of tensors gives a list, tensor by tensor: norm and
+    projection are the same for a nested list, so the weights are too.
     """
     names = argument_names(original)
-    norm, attention = BLOCK_CHILDREN[part]
+    norm, attention = BLOCK_CHILDREN[role]
 
     def weights_of(self: nn.Module, *args: Any, **kw: Any) -> Any:
-        selection = {name: kw.pop(name, None) for name in ("queries", "heads")}
+        asked = kw.pop("asked", True)
+        selection = {name: kw.pop(name) for name in ("queries", "heads") if name in kw}
         tokens = _only_tokens(_by_name(names, args, kw))
         if isinstance(tokens, list):
             for tensor in tokens:
@@ -72,23 +80,57 @@ def graft_block(original: Forward, part: Part) -> Forward:
             check_stochastic_depth(self, tokens)
             return [weights_of(self, t, **selection) for t in tokens]
         check_tokens(tokens)
-        causal = (self.is_causal,) if part is Part.CAUSAL_BLOCK else ()
+        causal = (self.is_causal,) if role is Role.CAUSAL_BLOCK else ()
         normed = getattr(self, norm)(tokens)
-        return weights_from(getattr(self, attention), "return_attn", normed, *causal, **selection)
+        inner = getattr(self, attention)
+        return _result_of(inner, "return_attn", asked, normed, *causal, **selection)
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.pop("return_attention", False):
-            return answer(weights_of(self, *args, **kwargs))
-        if SWITCH.on and TAP.listener is not None:
-            return TAP.listener(original, weights_of, self, args, kwargs)
+        if asked := kwargs.pop("return_attention", False):
+            return publish(weights_of(self, *args, asked=asked, **kwargs))
+        if ACTIVE.on and STATE.listener is not None:
+            return STATE.listener(original, weights_of, self, args, kwargs)
         return original(self, *args, **kwargs)
 
-    return announce(original, forward, "return_attention")
+    return extend_signature(original, forward, "return_attention")
 
 
-def weights_from(module: nn.Module, keyword: str, *args: Any, **selection: Any) -> Any:
-    """Ask ``module``, or what it wraps; raise ``NotGraftedError`` if ``keyword`` has no answer."""
+def weights_from(block: nn.Module, tokens: Any, *, queries: Queries, heads: Heads) -> Any:
+    """Return the weights of ``block``, or of the block that it wraps, on ``tokens``.
+
+    Raises:
+        NotGraftedError: If no graft returned weights.
+
+    """
+    return _result_of(block, "return_attention", True, tokens, queries=queries, heads=heads)
+
+
+def queries_and_keys_from(
+    block: nn.Module, tokens: Tensor, queries: Queries
+) -> list[tuple[Piece, float]]:
+    """Return what the weights of ``block`` on ``tokens`` are made of, without making them.
+
+    Args:
+        block: A transformer block, or a wrapper around one.
+        tokens: Its input, ``(B, N, C)``.
+        queries: The rows, None for all.
+
+    Returns:
+        Pieces of the batch, each with the scale of its products.
+
+    Raises:
+        NotGraftedError: If no graft returned them.
+        InvalidInputError: If a mask or bias decides about the weights too.
+
+    """
+    asked = Returns.QUERIES_AND_KEYS
+    found = _result_of(block, "return_attention", asked, tokens, queries=queries)
+    return cast("list[tuple[Piece, float]]", found)
+
+
+def _result_of(module: nn.Module, keyword: str, asked: object, *args: Any, **selection: Any) -> Any:
+    """Call ``module`` with ``keyword=asked``, and return what the graft in it returned."""
     # Compiled, sharded and checkpointed modules are wrappers that pass keywords on.
     if not (accepts(module, keyword) or any(accepts(inner, keyword) for inner in module.modules())):
         raise NotGraftedError(
@@ -96,7 +138,7 @@ def weights_from(module: nn.Module, keyword: str, *args: Any, **selection: Any) 
             f"{name_of(type(module))}, whose forward was never grafted",
             "Call dinov2_attn.install(model) with the live model: its own classes are found.",
         )
-    weights = ask(module, *args, **{keyword: True}, **selection)
+    weights = request(module, *args, **{keyword: asked}, **selection)
     if weights is None:
         raise NotGraftedError(
             f"{name_of(type(module))} to hand {keyword} on to the module it wraps",
@@ -106,8 +148,29 @@ def weights_from(module: nn.Module, keyword: str, *args: Any, **selection: Any) 
     return weights
 
 
-def announce(original: Forward, forward: Forward, keyword: str) -> Forward:
-    """Show what a graft adds to ``original`` in ``help()``, and mark it as taking ``keyword``."""
+def request(module: nn.Module, *args: Any, **keywords: Any) -> Any:
+    """Call ``module``, and return what a graft in it published last, ``None`` if none did.
+
+    The return value is not used, because forward hooks, adapters and wrappers that drop keywords
+    change it.
+    """
+    before, STATE.published = STATE.published, []
+    try:
+        module(*args, **keywords)
+        return STATE.published[-1] if STATE.published else None
+    finally:
+        STATE.published = before
+
+
+def publish(result: Any) -> Any:
+    """Return ``result`` from a graft, and give it to the ``request`` that waits for it."""
+    if STATE.published is not None:
+        STATE.published.append(result)
+    return result
+
+
+def extend_signature(original: Forward, forward: Forward, keyword: str) -> Forward:
+    """Give ``forward`` the signature of ``original`` plus ``keyword``, and mark it with that."""
     signature = inspect.signature(original)
     parameters = list(signature.parameters.values())
     variadic = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
@@ -122,9 +185,9 @@ def announce(original: Forward, forward: Forward, keyword: str) -> Forward:
 
 
 def _by_name(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name positional arguments as upstream's signature does, and take no other names.
+    """Return all arguments by the names of upstream's signature.
 
-    An override that hands on ``*args, **kwargs`` names none: it gets tokens first.
+    An override with ``*args, **kwargs`` has no names. Tokens come first then.
     """
     extra = {"queries", "heads"}
     if names and (unknown := [name for name in kwargs if name not in {*names, *extra}]):

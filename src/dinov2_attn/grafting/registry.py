@@ -1,7 +1,7 @@
-"""The list of grafts in force, with what they replaced.
+"""The grafts in force, with what they replaced.
 
-pytest's ``MonkeyPatch`` with two additions: an entry is kept by every target that needs
-it, and only what is still ours is undone.
+This is pytest's ``MonkeyPatch`` with two additions. Each target that needs a graft keeps it, and
+only what is still ours is undone.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ class Graft:
 
     @property
     def in_force(self) -> bool:
-        """Whether our function is still there, and nobody's on top of it."""
-        return content(self.owner).get(self.name) is self.new
+        """Whether our function is still there, with no other patch on top."""
+        return namespace_of(self.owner).get(self.name) is self.new
 
     @property
     def is_undone(self) -> bool:
-        """Whether somebody put back what was there: their own undo reached past ours.
+        """Whether other code restored what was there before.
 
-        That may be older than what we replaced: the class's own function, once a patch that
-        was below ours is taken off.
+        That may be older than what we replaced: the class's own function, if a patch below ours
+        was removed.
         """
-        found = content(self.owner).get(self.name, _ABSENT)
+        found = namespace_of(self.owner).get(self.name, _ABSENT)
         return found is self.old or _is_as_written(self.owner, self.name, found)
 
     def undo(self) -> None:
-        """Put back the very object that was there, or nothing where nothing was."""
+        """Restore the object that was there, or remove the name if there was none."""
         if isinstance(self.owner, dict):
             self.owner[self.name] = self.old
         elif self.old is _ABSENT:
@@ -64,7 +64,7 @@ class Graft:
             setattr(self.owner, self.name, self.old)
 
 
-class Ledger:
+class GraftRegistry:
     """Grafts in the order in which they were set.
 
     Classes are keys, not their names: after a reload two classes go by one name, and
@@ -78,11 +78,11 @@ class Ledger:
         return iter(list(self._grafts))
 
     def set(self, owner: Owner, name: str, new: Callable[..., object], target: Hashable) -> None:
-        """Put ``new`` in its place for ``target``, remembering what it replaces.
+        """Set ``new`` for ``target``, and remember what it replaces.
 
-        Where somebody undid a graft this is the one anew, for all who needed it.
+        It replaces a graft that other code has undone, and inherits its targets.
         """
-        graft = Graft(owner, name, new, content(owner).get(name, _ABSENT), {target})
+        graft = Graft(owner, name, new, namespace_of(owner).get(name, _ABSENT), {target})
         for undone in self.find(owner, name):
             graft.targets |= undone.targets
             self._grafts.remove(undone)
@@ -92,8 +92,8 @@ class Ledger:
             setattr(owner, name, new)
         self._grafts.append(graft)
 
-    def keep(self, owner: Owner, name: str, target: Hashable) -> bool:
-        """Note that ``target`` needs the graft on ``owner.name``; say whether there is one."""
+    def claim(self, owner: Owner, name: str, target: Hashable) -> bool:
+        """Return whether there is a graft on ``owner.name``, and keep it for ``target`` too."""
         for graft in self.find(owner, name):
             if not graft.is_undone:
                 graft.targets.add(target)
@@ -101,14 +101,14 @@ class Ledger:
         return False
 
     def roll_back(self, before: list[Graft]) -> None:
-        """Undo what an operation has just set, and hold the grafts ``before`` it again."""
+        """Undo every graft that is not in ``before``, and have those again."""
         for graft in reversed(list(self)):
             if graft not in before:
                 graft.undo()
         self._grafts = list(before)
 
     def release(self, target: Hashable, *, only_kernels: bool = False) -> None:
-        """Undo what only ``target`` needs; what others need too stays for them."""
+        """Undo what only ``target`` needs. What others need stays."""
         concerned = [graft for graft in self if graft.is_kernel or not only_kernels]
         self._undo([graft for graft in concerned if graft.targets == {target}])
         for graft in concerned:
@@ -119,11 +119,11 @@ class Ledger:
         self._undo(self._grafts)
 
     def find(self, owner: Owner, name: str) -> list[Graft]:
-        """Return the grafts on ``owner.name``: one, and those that somebody undid."""
+        """Return the grafts on ``owner.name``: one, and those that other code undid."""
         return [graft for graft in self if graft.owner is owner and graft.name == name]
 
     def _undo(self, leaving: list[Graft]) -> None:
-        """Undo all of it or, where somebody patched on top, nothing."""
+        """Undo all of it, or nothing if another patch is on top."""
         _refuse_if_covered([g for g in leaving if not (g.in_force or g.is_undone)])
         for graft in reversed(list(leaving)):
             if graft.in_force:
@@ -131,15 +131,15 @@ class Ledger:
             self._grafts.remove(graft)
 
 
-def content(owner: Owner) -> Mapping[str, Any]:
-    """Return what ``owner`` itself holds, by name."""
+def namespace_of(owner: Owner) -> Mapping[str, Any]:
+    """Return the attributes of ``owner`` itself, by name."""
     return owner if isinstance(owner, dict) else vars(owner)
 
 
 def _is_as_written(owner: Owner, name: str, found: object) -> bool:
-    """Say whether ``found`` is the function in the body of the class, which knows no graft.
+    """Return whether ``found`` is the function in the body of the class.
 
-    A patch has other globals, another name, or says by ``__wrapped__`` what it is around.
+    A patch has other globals, another name, or the attribute ``__wrapped__``.
     """
     return (
         isinstance(owner, type)
@@ -153,9 +153,9 @@ def _is_as_written(owner: Owner, name: str, found: object) -> bool:
 def _refuse_if_covered(covered: list[Graft]) -> None:
     if not covered:
         return
-    found = content(covered[0].owner).get(covered[0].name, "nothing")
+    found = namespace_of(covered[0].owner).get(covered[0].name, "nothing")
     raise PatchedOnTopError(
         f"the graft of dinov2_attn at {', '.join(map(str, covered))}",
-        f"{found!r}, set by somebody else on top of it",
+        f"{found!r}, set by other code on top of it",
         "Nothing was undone. Take that patch off first, then call uninstall() again.",
     )

@@ -1,4 +1,4 @@
-"""What ``install`` can be pointed at: a live model, or a package now or once it is imported."""
+"""The targets of ``install``: a live model, or a package that is or will be imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dinov2_attn.errors import IncompatibleUpstreamError
 
 if TYPE_CHECKING:
-    from dinov2_attn.backbone.structure import Part
+    from dinov2_attn.backbone.structure import Role
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class LiveModel:
 
 @dataclass(eq=False)
 class Package:
-    """A package whose classes are to be grafted, and why that failed if it did.
+    """A package whose classes are to be grafted, and the error if that failed.
 
-    With ``modules`` only those are looked at, and each must hold the part named beside it;
-    otherwise everything in the package is searched.
+    ``modules`` gives the role that each module must have. Without it the whole package is
+    searched.
     """
 
     name: str
@@ -39,13 +39,13 @@ class Package:
     failure: Exception | None = None
 
     def covers(self, module: str) -> bool:
-        """Say whether ``module`` is one to look at."""
+        """Return whether ``module`` is one to search."""
         if self.modules:
             return module in self.modules
         return module == self.name or module.startswith(f"{self.name}.")
 
     def pending(self, grafted: bool) -> list[str]:
-        """Name what is still awaited: modules of upstream, or a package with nothing grafted."""
+        """Return what is not imported yet: modules of upstream, or a package without grafts."""
         if self.modules:
             return [name for name in self.modules if name not in sys.modules]
         return [] if grafted else [self.name]
@@ -56,34 +56,31 @@ class Package:
         modules = sys.modules.copy()
         return {name: m for name, m in modules.items() if m is not None and self.covers(name)}
 
-    def classes(self, arrived: ModuleType | None = None) -> Iterator[tuple[type, Part]]:
-        """Yield what is to be grafted in every module that is complete, as ``arrived`` is."""
+    def classes(self, arrived: ModuleType | None = None) -> Iterator[tuple[type, Role]]:
+        """Yield the classes to graft in every complete module, ``arrived`` included."""
+        # Not above: nothing here imports torch before upstream has.
+        from dinov2_attn._compat import is_initializing
         from dinov2_attn.backbone.structure import classes_in
 
         for name, module in self.imported().items():
-            if module is arrived or not _is_initializing(module):
+            if module is arrived or not is_initializing(module):
                 found = dict(classes_in(module))
                 needed = self.modules.get(name)
-                if needed is not None and needed not in {part.name for part in found.values()}:
+                if needed is not None and needed not in {role.name for role in found.values()}:
                     raise _missing(needed, name)
                 yield from found.items()
 
 
-def _is_initializing(module: ModuleType) -> bool:
-    # What the import system itself asks; odd entries of sys.modules have no spec at all.
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
-
-
-def _missing(part: str, module: str) -> IncompatibleUpstreamError:
+def _missing(role: str, module: str) -> IncompatibleUpstreamError:
     return IncompatibleUpstreamError(
-        f"a class in {module} with the structure of upstream's {part.lower()}",
+        f"a class in {module} with the structure of upstream's {role.lower()}",
         "none",
         "Upstream moved or renamed them: call install(model) with a live model instead.",
     )
 
 
-# Upstream's other modules hold attention of other people's (BEiT adapters in eval/), so for
-# upstream itself the places are named; a vendored copy is searched.
+# Other modules of upstream have attention of other projects (BEiT adapters in eval/), so its places
+# are named. A vendored copy is searched.
 UPSTREAM = "dinov2"
 UPSTREAM_MODULES = {
     "dinov2.layers.attention": "ATTENTION",

@@ -1,14 +1,15 @@
-"""One operation: the classes of a target, recognised, grafted and proved, or left alone."""
+"""Grafting the classes of one target: all of them, each proved, or nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import suppress
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 from dinov2_attn.backbone import contract, proof
-from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Part, in_order
+from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role, in_order
 from dinov2_attn.errors import Dinov2AttnError, IncompatibleUpstreamError, PatchedOnTopError
 from dinov2_attn.grafting.models import (
     METHODS,
@@ -17,50 +18,123 @@ from dinov2_attn.grafting.models import (
     graft_prepare_tokens,
 )
 from dinov2_attn.grafting.modules import graft_attention, graft_block
-from dinov2_attn.grafting.registry import Ledger
+from dinov2_attn.grafting.registry import GraftRegistry, Owner
 from dinov2_attn.history.identify import warn_of_drift
-from dinov2_attn.kernels.xformers_fallback import graft_kernel
-from dinov2_attn.kernels.xformers_flags import KERNEL, home_of_kernel
+from dinov2_attn.kernels.xformers import KERNEL, graft_kernel, kernel_namespace
+
+# A method that calls another comes first, and is undone last. Otherwise upstream's forward would
+# pass return_attention on to forward_features and drop what that returns.
+_FORWARDS = {
+    "forward": graft_forward,
+    "forward_features": graft_forward_features,
+    "prepare_tokens_with_masks": graft_prepare_tokens,
+}
 
 
-def operate(
-    ledger: Ledger, target: Hashable, classes: Iterable[tuple[type, Part]], *, fallback: bool
+class Transaction:
+    """Grafts for one target, kept if the ``with`` block ends and undone if it raises."""
+
+    def __init__(self, registry: GraftRegistry, target: Hashable) -> None:
+        self.registry = registry
+        self.target = target
+        self._before = list(registry)
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.rollback()
+
+    @property
+    def has_new_grafts(self) -> bool:
+        """Whether a graft was set since the beginning."""
+        return any(graft not in self._before for graft in self.registry)
+
+    def claim(self, owner: Owner, name: str) -> bool:
+        """Return whether there is a graft on ``owner.name``, and keep it for the target too."""
+        return self.registry.claim(owner, name, self.target)
+
+    def set(self, owner: Owner, name: str, new: Callable[..., object]) -> None:
+        """Set a graft for the target."""
+        self.registry.set(owner, name, new, self.target)
+
+    def rollback(self) -> None:
+        """Undo every graft since the beginning, and release the target."""
+        self.registry.roll_back(self._before)
+        with suppress(PatchedOnTopError):  # what was proved before may stay under a later patch
+            self.registry.release(self.target)
+
+
+def graft_classes(
+    registry: GraftRegistry,
+    target: Hashable,
+    classes: Iterable[tuple[type, Role]],
+    *,
+    fallback: bool,
 ) -> None:
     """Graft ``classes`` for ``target``: all of them and proved, or nothing of this target.
 
-    Classes that are grafted already are kept for this target too. Parts come in the
-    order in which they build on each other, so that each can be proved on proved ones.
-    With ``fallback`` the kernels of xFormers that they call are grafted as well.
-    Upstream's code that is new here and holds is warned of, once, when it is grafted.
+    Classes with a graft already keep it, for this target too. Classes come in the order in which
+    they build on each other, so that each is proved on proved ones. Code of upstream that no known
+    revision has is warned of once, when it is grafted.
+
+    Args:
+        registry: Holds the grafts.
+        target: What they are for: the name of a package, or a live model.
+        classes: Each class with its role.
+        fallback: Whether to graft the kernels of xFormers that the classes call as well.
+
+    Raises:
+        IncompatibleUpstreamError: If a class does not compute the attention it should.
+
     """
-    before = list(ledger)
-    try:
+    with Transaction(registry, target) as transaction:
         found = in_order(classes)
-        options = _made_of(found)
-        with proof.laboratory():
-            for cls, part in found:
-                _graft(ledger, target, cls, part, options.get(part, {}))
+        options = constructor_options(found)
+        with proof.sandbox():
+            for cls, role in found:
+                _graft(transaction, cls, role, options.get(role, {}))
         if fallback:
-            _graft_kernels(ledger, target, [cls for cls, _ in found])
+            _graft_kernels(transaction, [cls for cls, _ in found])
         else:
-            ledger.release(target, only_kernels=True)
-        if any(graft not in before for graft in ledger):
-            warn_of_drift(ledger, target, [cls for cls, _ in found])
-    except BaseException:
-        ledger.roll_back(before)
-        with suppress(PatchedOnTopError):  # what was proved before may stay under somebody's patch
-            ledger.release(target)
-        raise
+            registry.release(target, only_kernels=True)
+        if transaction.has_new_grafts:
+            warn_of_drift(registry, target, [cls for cls, _ in found])
 
 
-def _graft(
-    ledger: Ledger, target: Hashable, cls: type, part: Part, options: dict[str, Any]
-) -> None:
+def constructor_options(classes: list[tuple[type, Role]]) -> dict[Role, dict[str, Any]]:
+    """Return the arguments that build blocks and models from the first, most basic classes.
+
+    The defaults of a class may be upstream's own, without a graft, if a user's model has an
+    attention or a block of another class.
+    """
+    first: dict[Role, type] = {}
+    for cls, role in classes:
+        first.setdefault(role, cls)
+    options: dict[Role, dict[str, Any]] = {}
+    if Role.ATTENTION in first:
+        options[Role.BLOCK] = {"attn_class": first[Role.ATTENTION]}
+        if Role.BLOCK in first:
+            block = partial(first[Role.BLOCK], **options[Role.BLOCK])
+            options[Role.TRANSFORMER] = {"block_fn": block}
+    return options
+
+
+def _graft(transaction: Transaction, cls: type, role: Role, options: dict[str, Any]) -> None:
     try:
-        _STEPS[part](ledger, target, cls, part, options)
+        if role is Role.TRANSFORMER:
+            _graft_transformer(transaction, cls, role, options)
+        elif "forward" in vars(cls) and not transaction.claim(cls, "forward"):
+            _graft_module(transaction, cls, role, options)
     except Dinov2AttnError:
         raise
-    except Exception as error:  # foreign code: whatever it raises, it is not what we know
+    except Exception as error:  # foreign code may raise anything
         raise IncompatibleUpstreamError(
             f"{contract.name_of(cls)} to be built and run small, as upstream's class can be",
             f"{type(error).__name__}: {error}",
@@ -68,84 +142,38 @@ def _graft(
         ) from error
 
 
-def _made_of(classes: list[tuple[type, Part]]) -> dict[Part, dict[str, Any]]:
-    """Say what blocks and models are to be built of: the first, most basic classes at hand.
-
-    The defaults of a class may be upstream's and not grafted, where a user's model has an
-    attention or a block of its own.
-    """
-    first: dict[Part, type] = {}
-    for cls, part in classes:
-        first.setdefault(part, cls)
-    options: dict[Part, dict[str, Any]] = {}
-    if Part.ATTENTION in first:
-        options[Part.BLOCK] = {"attn_class": first[Part.ATTENTION]}
-        if Part.BLOCK in first:
-            block = partial(first[Part.BLOCK], **options[Part.BLOCK])
-            options[Part.TRANSFORMER] = {"block_fn": block}
-    return options
-
-
-def _graft_attention(
-    ledger: Ledger, target: Hashable, cls: type, part: Part, _: dict[str, Any]
-) -> None:
-    if "forward" not in vars(cls) or ledger.keep(cls, "forward", target):
-        return
-    contract.check_arguments(cls, part, "forward")
+def _graft_module(transaction: Transaction, cls: type, role: Role, options: dict[str, Any]) -> None:
+    contract.check_arguments(cls, role, "forward")
     original = vars(cls)["forward"]
-    kernel = proof.measure_kernel(cls, original)
-    grafted = graft_attention(original, kernel)
-    ledger.set(cls, "forward", grafted, target)
-    proof.prove_attention(cls, original, grafted, kernel)
-
-
-def _graft_block(
-    ledger: Ledger, target: Hashable, cls: type, part: Part, options: dict[str, Any]
-) -> None:
-    if "forward" not in vars(cls) or ledger.keep(cls, "forward", target):
-        return
-    contract.check_arguments(cls, part, "forward")
-    original = vars(cls)["forward"]
-    grafted = graft_block(original, part)
-    ledger.set(cls, "forward", grafted, target)
-    proof.prove_block(cls, original, grafted, BLOCK_CHILDREN[part][1], options)
+    if role is Role.ATTENTION:
+        kernel = proof.measure_kernel(cls, original)
+        grafted = graft_attention(original, kernel)
+        prove = partial(proof.prove_attention, cls, original, grafted, kernel)
+    else:
+        grafted = graft_block(original, role)
+        prove = partial(proof.prove_block, cls, original, grafted, BLOCK_CHILDREN[role][1], options)
+    transaction.set(cls, "forward", grafted)
+    prove()
 
 
 def _graft_transformer(
-    ledger: Ledger, target: Hashable, cls: type, part: Part, options: dict[str, Any]
+    transaction: Transaction, cls: type, role: Role, options: dict[str, Any]
 ) -> None:
-    missing = [name for name in (*_FORWARDS, *METHODS) if not ledger.keep(cls, name, target)]
+    missing = [name for name in (*_FORWARDS, *METHODS) if not transaction.claim(cls, name)]
     if not missing:
         return
     contract.check_methods(cls, {name: METHODS[name] for name in missing if name in METHODS})
     for name in missing:
         if name in vars(cls) and name in _FORWARDS:
-            contract.check_arguments(cls, part, name)
-            ledger.set(cls, name, _FORWARDS[name](vars(cls)[name]), target)
-        elif name in METHODS and not hasattr(cls, name):  # a base class may bring it already
-            ledger.set(cls, name, METHODS[name], target)
+            contract.check_arguments(cls, role, name)
+            transaction.set(cls, name, _FORWARDS[name](vars(cls)[name]))
+        elif name in METHODS and not hasattr(cls, name):  # a base class may have it already
+            transaction.set(cls, name, METHODS[name])
     proof.prove_transformer(cls, options)
 
 
-def _graft_kernels(ledger: Ledger, target: Hashable, classes: list[type]) -> None:
+def _graft_kernels(transaction: Transaction, classes: list[type]) -> None:
     for cls in classes:
-        home = home_of_kernel(vars(cls).get("forward", cls))
-        if home is not None and not ledger.keep(home, KERNEL, target):
-            ledger.set(home, KERNEL, graft_kernel(home[KERNEL]), target)
-
-
-# What calls another comes first, and goes last: upstream's own forward would pass a question on to
-# forward_features and drop its answer.
-_FORWARDS = {
-    "forward": graft_forward,
-    "forward_features": graft_forward_features,
-    "prepare_tokens_with_masks": graft_prepare_tokens,
-}
-
-_Step = Callable[[Ledger, Hashable, type, Part, dict[str, Any]], None]
-_STEPS: dict[Part, _Step] = {
-    Part.ATTENTION: _graft_attention,
-    Part.BLOCK: _graft_block,
-    Part.CAUSAL_BLOCK: _graft_block,
-    Part.TRANSFORMER: _graft_transformer,
-}
+        home = kernel_namespace(vars(cls).get("forward", cls))
+        if home is not None and not transaction.claim(home, KERNEL):
+            transaction.set(home, KERNEL, graft_kernel(home[KERNEL]))

@@ -1,1 +1,1 @@
-"""Which revision of upstream a class comes from. Runs without torch."""
+"""Which revision of upstream a class comes from, by digests of its code."""

@@ -1,8 +1,7 @@
-"""Digests of functions that mean the code and nothing else.
+"""Digests of functions that depend on their code alone.
 
-Comments, docstrings, positions and formatting make no difference, nor does the Python that
-computes them: ``ast.dump`` and ``ast.unparse`` write the same tree differently from one
-version to the next, so the tree is walked here.
+Comments, docstrings, positions and formatting make no difference. Nor does the version of Python:
+``ast.dump`` and ``ast.unparse`` change between versions, so the tree is walked here.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ _SKIPPED = {"ctx", "kind", "type_comment"}
 
 _Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 
-# Read once, when a function is first met: a file that is replaced later (torch.hub does
-# that) is no longer the source of what was imported from it.
+# Read once, at the first request. A file that is replaced later (torch.hub does that) is no longer
+# the source of what was imported from it.
 _MET: WeakKeyDictionary[FunctionType, str | None] = WeakKeyDictionary()
 
 
 def digest_of(function: object) -> str | None:
-    """Return the digest of a live function, ``None`` where its source cannot be had."""
+    """Return the digest of a live function, ``None`` if its source cannot be read."""
     if not isinstance(function, FunctionType):  # compiled, or an object with a __call__
         return None
     if function not in _MET:
@@ -68,15 +67,15 @@ def _digest_unwrapped(function: FunctionType) -> str | None:
     if name == "<lambda>" and source:  # its lines are a piece of something, at best
         return _hash(source)
     node = _parse(source)
-    # Other code at these lines: the file was replaced before anybody asked.
+    # Other code at these lines: the file was replaced before the first request.
     return _hash(_canonical(node)) if isinstance(node, _Function) and node.name == name else None
 
 
 def _source(function: FunctionType) -> str:
-    """Return the lines of ``function``; nothing where they cannot be had.
+    """Return the lines of ``function``, or an empty text.
 
-    As ``inspect.getsource`` does it, but by the loader in the function's own globals: a
-    module in a zip file that has left ``sys.modules`` is still found.
+    As ``inspect.getsource``, but by the loader in the function's own globals. So a module in a zip
+    file that has left ``sys.modules`` is still found.
     """
     code = function.__code__
     linecache.checkcache(code.co_filename)
@@ -95,10 +94,10 @@ def _parse(source: str) -> ast.stmt | None:
 
 
 def _canonical(node: object) -> str:
-    """Write a tree down in the same way on every Python.
+    """Return a tree as text that is the same on every Python.
 
-    What newer versions add (``type_params``) is empty in older code, and nothing that is
-    empty is written. In lists ``None`` has a place: ``{**a, b: c}``, keyword-only defaults.
+    New fields (``type_params``) are empty in older code, and empty fields are left out. In lists
+    ``None`` is kept: ``{**a, b: c}``, keyword-only defaults.
     """
     if isinstance(node, ast.AST):
         fields = [(n, v) for n, v in _fields(node) if n not in _SKIPPED and v not in (None, [])]
@@ -122,5 +121,5 @@ def _fields(node: ast.AST) -> Iterator[tuple[str, object]]:
 
 
 def _hash(text: str) -> str:
-    """Sixteen digits: enough to tell functions apart, short enough to be read in a table."""
+    """Return sixteen digits: enough to distinguish functions, short enough for a table."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""Upstream's history as the grafts see it: which code they rely on, and since when it is so.
+"""Upstream's history: which functions the grafts rely on, and in which commits they changed.
 
-``eras.json`` beside this file holds one entry for each era, a stretch of commits between
-which none of these functions changed, with the digests that differ from the era before.
-Upstream has no releases and never changed its version, so code is the only way to tell.
+``eras.json`` in this folder has one entry for each era: commits between which none of these
+functions changed, and the digests that differ from the era before. Upstream has no releases and
+never changed its version, so only the code identifies a revision.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ RELIED_ON: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# Functions by name with their digests: what somebody's code was found to be.
+# Functions by name with their digests.
 Code = frozenset[tuple[str, str]]
 
 
@@ -99,7 +99,7 @@ def shared_with_nearest(code: Code) -> Code:
 
 
 def span(eras: Iterable[Era]) -> str:
-    """Name a range: ``12592a9 … 7764ea0 (2025-06-11 … 2026-06-03)``."""
+    """Return a range as text: ``12592a9 … 7764ea0 (2025-06-11 … 2026-06-03)``."""
     places = sorted(table().index(era) for era in eras)
     # A change that was reverted later leaves two ranges with a gap between them.
     runs = groupby(enumerate(places), key=lambda item: item[1] - item[0])

@@ -1,7 +1,7 @@
-"""Identity: which revision of upstream the code below the grafts is, and what differs.
+"""Identify the revision of upstream below the grafts, and what differs from it.
 
-What it says comes after the proof, never in its place: unknown code that holds contract and
-behaviour is grafted, and said to be unknown.
+This never replaces the proof. Unknown code that passes the proof is grafted, and reported as
+unknown.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_attn.errors import UpstreamDriftWarning
-from dinov2_attn.grafting.registry import Ledger, Owner, content
+from dinov2_attn.grafting.registry import GraftRegistry, Owner, namespace_of
 from dinov2_attn.grafting.targets import UPSTREAM
 from dinov2_attn.history import eras
 from dinov2_attn.history.digests import digest_of
@@ -25,10 +25,10 @@ _PROVED = "verified by contract and behaviour"
 
 
 @dataclass(frozen=True)
-class Sighting:
-    """A function that the grafts rely on, as it was found: ``digest`` is ``None`` without source.
+class FunctionDigest:
+    """A function that the grafts rely on, with its digest, ``None`` without source.
 
-    ``author`` is the module of the function, where that is not of the class's package.
+    ``author`` is the module of the function, if it is of another package than the class.
     """
 
     name: str
@@ -39,14 +39,14 @@ class Sighting:
         return self.name + (f" (of {self.author})" if self.author else "")
 
 
-def recognise(ledger: Ledger, classes: Iterable[type]) -> str:
-    """Say which revisions hold the code of ``classes``, all of them proved at install.
+def recognise(registry: GraftRegistry, classes: Iterable[type]) -> str:
+    """Return which revisions have the code of ``classes``, which were proved at install.
 
     ``attention and blocks as in 12592a9 … 7764ea0 (2025-06-11 … 2026-06-03), verified``;
-    where upstream never had that code, what of it is like upstream's and what is not.
+    if upstream never had that code, what of it is upstream's and what is not.
     """
     classes = list(classes)
-    seen = {section: _look(ledger, section, classes) for section in RELIED_ON}
+    seen = {section: _look(registry, section, classes) for section in RELIED_ON}
     pair = [*seen[ATTENTION], *seen[BLOCKS]]
     if seen[ATTENTION] and seen[BLOCKS] and eras.agreeing(_code(pair)):
         said = [_say(f"{ATTENTION} and {BLOCKS}", pair)]
@@ -63,20 +63,20 @@ def recognise(ledger: Ledger, classes: Iterable[type]) -> str:
     return "; ".join(said)
 
 
-def warn_of_drift(ledger: Ledger, target: Hashable, classes: Iterable[type]) -> None:
+def warn_of_drift(registry: GraftRegistry, target: Hashable, classes: Iterable[type]) -> None:
     """Warn if upstream's own package holds code that no revision known here does.
 
-    Forks are never warned of: what they are is their own affair. A package is judged when
-    all of it is imported, so that one warning names all that changed.
+    Forks are never warned of. A package is judged when all of it is imported, so that one warning
+    names every change.
     """
     own = [cls for cls in classes if _package(cls.__module__) == UPSTREAM]
-    seen = {section: _look(ledger, section, own) for section in RELIED_ON}
+    seen = {section: _look(registry, section, own) for section in RELIED_ON}
     whole = isinstance(target, str)
-    found = [sighting for section in seen.values() for sighting in section]
+    found = [function for section in seen.values() for function in section]
     if (whole and not all(seen.values())) or any(s.digest is None for s in found):
         return
     shared = eras.shared_with_nearest(_code(found))
-    changed = [*_beyond(shared, found), *(_gone(shared, found) if whole else ())]
+    changed = [*_unmatched(shared, found), *(_missing(shared, found) if whole else ())]
     if changed:
         warnings.warn(
             f"{UPSTREAM} is no revision of upstream that is known here. It is as in "
@@ -88,32 +88,36 @@ def warn_of_drift(ledger: Ledger, target: Hashable, classes: Iterable[type]) -> 
         )
 
 
-def _say(what: str, sightings: list[Sighting]) -> str:
-    if any(sighting.digest is None for sighting in sightings):
+def _say(what: str, functions: list[FunctionDigest]) -> str:
+    if any(function.digest is None for function in functions):
         return f"{what} {_PROVED}, source not available"
-    code = _code(sightings)
+    code = _code(functions)
     shared = eras.shared_with_nearest(code)
     if not shared:
         return f"{what} as in no known revision, {_PROVED}"
     said = f"{what} as in {eras.span(eras.agreeing(shared))}"
     if shared == code:
         return f"{said}, verified"
-    return f"{said} but for {', '.join(_beyond(shared, sightings))}, {_PROVED}"
+    return f"{said} but for {', '.join(_unmatched(shared, functions))}, {_PROVED}"
 
 
-def _look(ledger: Ledger, section: str, classes: list[type]) -> list[Sighting]:
-    """See what ``classes`` are made of by upstream's names, each that differs once."""
+def _look(registry: GraftRegistry, section: str, classes: list[type]) -> list[FunctionDigest]:
+    """Return the functions of ``classes`` by upstream's names, without duplicates."""
     names = RELIED_ON[section]
-    seen = [s for cls in classes for s in _sightings(ledger, cls, names.get(cls.__name__, ()))]
+    seen = [
+        s for cls in classes for s in _function_digests(registry, cls, names.get(cls.__name__, ()))
+    ]
     return list(dict.fromkeys(seen))
 
 
-def _sightings(ledger: Ledger, cls: type, names: Iterable[str]) -> Iterator[Sighting]:
+def _function_digests(
+    registry: GraftRegistry, cls: type, names: Iterable[str]
+) -> Iterator[FunctionDigest]:
     module: dict[str, Any] = {}  # where `cls` was written, by way of its functions
     for name in names:
         head, _, last = name.rpartition(".")
         owner = cls if head == cls.__name__ else module.get(head, module)
-        function = _find(ledger, owner, last)
+        function = _find(registry, owner, last)
         if function is None:  # then what called it has another digest too
             continue
         scope = getattr(function, "__globals__", {})
@@ -121,37 +125,37 @@ def _sightings(ledger: Ledger, cls: type, names: Iterable[str]) -> Iterator[Sigh
         if author == cls.__module__:
             module = scope
         foreign = _package(author) != _package(cls.__module__)
-        yield Sighting(name, digest_of(function), author if foreign else "")
+        yield FunctionDigest(name, digest_of(function), author if foreign else "")
 
 
-def _find(ledger: Ledger, owner: Owner, name: str) -> object:
+def _find(registry: GraftRegistry, owner: Owner, name: str) -> object:
     """Return what a class or a module's globals hold by ``name``, without our graft on it."""
     places = owner.__mro__ if isinstance(owner, type) else (owner,)
     for place in places:
-        held = content(place)
+        held = namespace_of(place)
         if name in held:
-            ours = ledger.find(place, name)
+            ours = registry.find(place, name)
             return next((g.old for g in ours if not g.is_undone), held[name])
     return None
 
 
-def _code(sightings: Iterable[Sighting]) -> Code:
-    return frozenset((sighting.name, sighting.digest or "") for sighting in sightings)
+def _code(functions: Iterable[FunctionDigest]) -> Code:
+    return frozenset((function.name, function.digest or "") for function in functions)
 
 
-def _beyond(shared: Code, sightings: list[Sighting]) -> list[str]:
-    return [str(s) for s in sightings if (s.name, s.digest) not in shared]
+def _unmatched(shared: Code, functions: list[FunctionDigest]) -> list[str]:
+    return [str(s) for s in functions if (s.name, s.digest) not in shared]
 
 
-def _gone(shared: Code, sightings: list[Sighting]) -> list[str]:
-    """Name what a whole package lacks: a method that is gone is inherited, from known code."""
-    names = {sighting.name for sighting in sightings}
+def _missing(shared: Code, functions: list[FunctionDigest]) -> list[str]:
+    """Return what a package lacks. A missing method is inherited from known code."""
+    names = {function.name for function in functions}
     missing = (sorted({*era.digests} - names) for era in eras.agreeing(shared))
     return [f"{name} (gone)" for name in min(missing, key=len)]
 
 
 def _checkout() -> str:
-    """Name the folder that ``dinov2`` was imported from, as a shell takes it."""
+    """Return the folder that ``dinov2`` was imported from, quoted for a shell."""
     init = getattr(sys.modules.get(UPSTREAM), "__file__", None)
     return shlex.quote(str(Path(init).parent.parent)) if init else "PATH"
 

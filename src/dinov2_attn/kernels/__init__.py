@@ -1,1 +1,1 @@
-"""The kernel call of an attention module, xFormers included."""
+"""Which attention kernel runs in a module, and xFormers with its fallback."""

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
 from dinov2_attn.errors import SuspiciousArtifactsWarning
 from dinov2_attn.grafting.channel import unrecorded
-from dinov2_attn.grafting.compute import Instead
-from dinov2_attn.grafting.modules import weights_from
+from dinov2_attn.grafting.modules import queries_and_keys_from
 from dinov2_attn.maps import _facts
 from dinov2_attn.maps._artifact_text import in_words
 from dinov2_attn.maps.outliers import DEVIATIONS, FLOOR, Rule, median
@@ -306,8 +305,7 @@ def _received(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     positions = torch.arange(length, device=tokens.device)
     shares = torch.full((2, length), 1 / length, dtype=torch.float32, device=tokens.device)
     shares[0] = positions == 0
-    ask = {"queries": None, "heads": Instead.QUERIES_AND_KEYS}
-    pieces = weights_from(block, "return_attention", tokens, **ask)
+    pieces = queries_and_keys_from(block, tokens, None)
     # Rows are computed a few at a time; only two sums of the matrix are kept.
     layer = Layer("mean", residual=0.0)
     each = [

@@ -178,7 +178,7 @@ def attention_maps(
     """
     backbone = grafted_backbone(model)
     weights = model.get_self_attention(images, layers, masks, queries=queries, heads=heads)
-    spelled, numbers = backbone.spell_out(queries), tuple(backbone.layers(layers))
+    spelled, numbers = backbone.resolve_names(queries), tuple(backbone.layers(layers))
 
     def of_batch(batch: Tensor, own: tuple[Tensor, ...]) -> AttentionMaps:
         rows = positions(spelled, backbone.length(batch))

@@ -9,18 +9,17 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
+from dinov2_attn._compat import is_compiling, raised_by_dynamo
 from dinov2_attn.backbone.backbone import backbone_in
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
-from dinov2_attn.grafting.capture import in_a_graph
-from dinov2_attn.grafting.channel import SWITCH, TAP
+from dinov2_attn.grafting.channel import ACTIVE, STATE, in_a_graph
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.course import Course, advice
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import W
 from dinov2_attn.math.attention import check_heads
-from dinov2_attn.math.buffers import Scratch, SetAside
+from dinov2_attn.math.buffers import Preallocated, ReusableBuffer
 from dinov2_attn.math.selection import positions
-from dinov2_attn.math.tiles import is_compiling
 from dinov2_attn.typing import Grid, Heads, Layers, Model, Queries
 
 Reduce = Callable[[int, Tensor], W]
@@ -95,19 +94,17 @@ def record(
 
     """
     recorder = _Recorder(model, layers, queries, heads, reduce)
-    TAP.recorders = (*TAP.recorders, recorder)
+    STATE.recorders = (*STATE.recorders, recorder)
     try:
-        with SWITCH.held():
+        with ACTIVE.active():
             yield recorder.recording
     except Exception as error:
         # Dynamo wraps what is raised while it traces, and keeps only the words.
-        if type(error).__module__ == "torch._dynamo.exc" and NotRecordedError.__name__ in str(
-            error
-        ):
+        if raised_by_dynamo(error) and NotRecordedError.__name__ in str(error):
             raise in_a_graph() from error
         raise
     finally:
-        TAP.recorders = tuple(other for other in TAP.recorders if other is not recorder)
+        STATE.recorders = tuple(other for other in STATE.recorders if other is not recorder)
     recorder.check()
 
 
@@ -134,11 +131,13 @@ class _Recorder:
         self._layers = self._backbone.attentions(layers)
         self._others = self._backbone.other_attentions(self._layers)
         self._course = Course()
-        self._queries = self._backbone.spell_out(queries)
+        self._queries = self._backbone.resolve_names(queries)
         self._selection = {
             "queries": self._queries,
             "heads": heads,
-            "new": (SetAside(len(self._layers)) if reduce is None else Scratch()).lend,
+            "new": (
+                Preallocated(len(self._layers)) if reduce is None else ReusableBuffer()
+            ).allocate,
         }
         self._reduce = reduce
         self._grids: list[Grid | None] = []

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
 from dinov2_attn.backbone.projection import Piece
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.grafting.compute import Instead
-from dinov2_attn.grafting.modules import weights_from
+from dinov2_attn.grafting.modules import queries_and_keys_from
 from dinov2_attn.maps import _facts
 from dinov2_attn.maps.result import Array, Result, W, as_array
-from dinov2_attn.math.attention import attention_weights
+from dinov2_attn.math.attention import attention_weights, chunks
 from dinov2_attn.math.selection import positions
-from dinov2_attn.math.tiles import cut
 from dinov2_attn.typing import Grid, Images, Layers, Masks, Model, Queries
 
 Fusion = Literal["mean", "min", "max"]
@@ -155,7 +153,7 @@ def rollout(
     _check(heads, residual)
     backbone = grafted_backbone(model)
     layer = Layer(heads, float(residual))
-    queries = backbone.spell_out(queries)
+    queries = backbone.resolve_names(queries)
     wanted = backbone.layers(layers)
     if not wanted:
         raise InvalidInputError(
@@ -216,8 +214,7 @@ def _one(
     # Of the last layer only the rows of the tokens to start from are needed.
     shares = torch.eye(len(start), device=images.device).expand(len(images), -1, -1)
     for block, tokens in reversed(inputs):
-        ask = {"queries": queries, "heads": Instead.QUERIES_AND_KEYS}
-        pieces = weights_from(block, "return_attention", tokens(), **ask)
+        pieces = queries_and_keys_from(block, tokens(), queries)
         shares = torch.cat([layer.push(shares[p.samples], start, p, scale) for p, scale in pieces])
         queries, start = None, every
     return Rollout(shares, backbone.grid(images), backbone.prefix, rows)
@@ -254,7 +251,7 @@ class Layer:
         step = max(1, TILE_BYTES // (together * length * key.element_size()))
         # One tile for all: fresh memory costs as much as what is written into it.
         memory = query.new_empty(together * min(step, query.shape[1]) * length)
-        for heads, lines in product(cut(count, together), cut(query.shape[1], step)):
+        for heads, lines in product(chunks(count, together), chunks(query.shape[1], step)):
             some, keys = query[None, heads, lines], key[None, heads if len(key) > 1 else slice(1)]
             out = memory[: some.shape[1] * some.shape[2] * length].view(*some.shape[:3], length)
             weights = attention_weights(some, keys, scale, out=out)[0]

@@ -1,1 +1,1 @@
-"""Attention mathematics on tensors. Knows no model."""
+"""Attention mathematics on tensors: softmax, masks, row selection and memory."""

@@ -1,8 +1,8 @@
-"""What an attention bias says, whatever its class.
+"""Reading attention biases of any class.
 
-xFormers' masks have moved between packages and users write their own, so a bias is known by
-what it can do: be added (a tensor), be made dense (``materialize``), or name its blocks
-(``q_seqinfo.seqstart_py``, ``_batch_sizes``). Biases are read here and never written.
+xFormers' masks have moved between packages, and users write their own. So a bias is recognised by
+what it has: it is a tensor, it has ``materialize``, or it has blocks (``q_seqinfo.seqstart_py``,
+``_batch_sizes``). Biases are never changed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_attn._compat import is_compiling
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.math.tiles import is_compiling
 
 _Span = tuple[int, int]
 
@@ -49,12 +49,12 @@ class Group:
 
 
 def is_known(bias: object) -> bool:
-    """Say whether ``bias`` is of a kind that can be read here: a tensor or ``materialize``."""
+    """Return whether ``bias`` is of a kind that can be read here: a tensor or ``materialize``."""
     return isinstance(bias, Tensor) or callable(getattr(bias, "materialize", None))
 
 
 def is_block_diagonal(bias: object) -> bool:
-    """Say whether ``bias`` names blocks of queries, each of which sees its own keys only."""
+    """Return whether ``bias`` names blocks of queries, each of which sees its own keys only."""
     if isinstance(bias, Tensor) or not hasattr(bias, "q_seqinfo") or not is_known(bias):
         return False
     # Padded and gappy keys leave holes between blocks, pages shuffle them.
@@ -65,8 +65,11 @@ def is_block_diagonal(bias: object) -> bool:
 def groups(bias: Any, tokens: Tensor, dtype: torch.dtype) -> list[Group]:
     """Return the blocks of a block-diagonal ``bias`` over ``tokens (1, ΣN, …)``.
 
-    They are grouped by ``_batch_sizes`` where somebody nested a list, otherwise each block
-    is a group. Raises ``InvalidInputError`` where bias and tokens do not fit.
+    They are grouped by ``_batch_sizes`` if a list was nested, otherwise each block is a group.
+
+    Raises:
+        InvalidInputError: If bias and tokens do not fit.
+
     """
     _check_length(bias, tokens)
     blocks = list(
@@ -97,7 +100,7 @@ def dense(bias: Any, shape: tuple[int, ...], device: torch.device, dtype: torch.
             f"one of shape {tuple(made.shape)}",
             "Check heads and tokens; the tokens count CLS and registers too.",
         )
-    # PyTorch's kernel reads a mask of another dtype as if it were its own.
+    # PyTorch's kernel reads a mask of another dtype as if it had the dtype of the query.
     return made if made.dtype == torch.bool else made.to(dtype)
 
 
@@ -173,14 +176,14 @@ def _check_length(bias: Any, tokens: Tensor) -> None:
 def _inside(
     bias: Any, queries: _Span, keys: _Span, tokens: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
-    """Return what is added inside a block (a causal mask, say), ``None`` where that is nothing."""
+    """Return what is added inside a block, such as a causal mask, ``None`` if nothing is."""
     shape = (queries[1] - queries[0], keys[1] - keys[0])
     if hasattr(bias, "_create_block_mask"):
         mask = bias._create_block_mask(shape, dtype=dtype, device=tokens.device)
     else:  # correct for any class of blocks, at the price of the dense matrix
         whole = _materialized(bias, (tokens.shape[1],) * 2, tokens.device, dtype)
         mask = whole[..., slice(*queries), slice(*keys)]
-    # A compiled graph cannot ask for a value: it adds the zeros.
+    # A compiled graph cannot read a value, so it adds the zeros.
     return mask if is_compiling() or bool(mask.any()) else None
 
 

@@ -17,16 +17,16 @@ _LARGE = 2**22
 _MADV_HUGEPAGE = 14
 
 
-# What ``new_result`` and each ``lend`` are.
+# The type of ``new_result`` and of each ``allocate``.
 NewResult = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
 def new_result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return an uninitialised tensor of ``shape``, dtype and device as those of ``like``.
 
-    On Linux a large one on the CPU asks for huge pages. The first write to a fresh page
-    stops in the kernel; for the weights of one layer, 45 MB, this takes as long as their
-    product. It is a hint: where it is not taken, nothing is different.
+    On Linux, a large one on the CPU asks for huge pages. The first write to a fresh page is a page
+    fault. For the weights of one layer, 45 MB, these take as long as the product. It is a hint,
+    and changes no result.
     """
     result = like.new_empty(shape)
     if _is_large(result) and (advise := _of_libc("madvise")) is not None:
@@ -36,9 +36,9 @@ def new_result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def is_fresh(tensor: Tensor) -> bool:
-    """Say whether the pages of a large tensor are still to come: an allocator's may be there.
+    """Return whether the pages of a large tensor are not resident yet.
 
-    Where nobody can say (elsewhere than on Linux, or on a device) they are taken to be.
+    True wherever that is unknown: on other systems than Linux, and on devices.
     """
     if not _is_large(tensor) or (look := _of_libc("mincore")) is None:
         return True
@@ -61,43 +61,43 @@ def _whole_pages(tensor: Tensor) -> tuple[int, int]:
     return -(-tensor.data_ptr() // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
 
 
-class Scratch:
-    """Memory for one large result after another, as long as nobody keeps the one before.
+class ReusableBuffer:
+    """Memory for one large result after another, reused if the one before is no longer held.
 
-    What is written a second time costs no page faults at all. A result that is still held
-    when the next is asked for, by a view of it too, is its holder's for good.
+    Resident pages cost no page faults. A result that is still held when the next is allocated, by
+    a view of it too, keeps its memory.
     """
 
     def __init__(self) -> None:
         self._lent: dict[int, _Lent] = {}
 
-    def lend(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return what ``new_result`` does."""
+    def allocate(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return an uninitialised tensor, as ``new_result`` does."""
         size = torch.Size(shape).numel() * like.element_size()
         if like.device.type != "cpu" or size < _LARGE:
             return new_result(like, shape)
         before = self._lent.get(size)
         if before is not None and before.is_free():
             return before.tensor(like, shape)
-        # Sizes that no longer come are let go; those of one list are all held at this moment.
+        # Sizes that no longer come are freed. Those of one list are all held at this moment.
         self._lent = {size: lent for size, lent in self._lent.items() if not lent.is_free()}
         self._lent[size] = _Lent(new_result(like, shape))
         return self._lent[size].tensor(like, shape)
 
 
-class SetAside:
-    """Memory for as many results as there are layers, taken when the first is asked for.
+class Preallocated:
+    """Memory for as many results as there are layers, allocated with the first.
 
-    Small results that are kept, each allocated among a layer's large ones, would leave holes
-    that the next layer's do not fit into.
+    Small results between the large ones of a layer would fragment the memory, so that the large
+    ones of the next layer do not fit.
     """
 
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._spare: dict[object, list[Tensor]] = {}
 
-    def lend(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return what ``new_result`` does."""
+    def allocate(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return an uninitialised tensor, as ``new_result`` does."""
         spare = self._spare.setdefault((shape, like.dtype, like.device), [])
         if not spare:
             spare += [new_result(like, shape) for _ in range(self._layers)]
@@ -105,7 +105,7 @@ class SetAside:
 
 
 class _Lent:
-    """The memory of a tensor as an object that every tensor in it holds a reference to."""
+    """The memory of a tensor, as an object that every tensor in it refers to."""
 
     def __init__(self, owner: Tensor) -> None:
         size = owner.numel() * owner.element_size()
@@ -119,7 +119,7 @@ class _Lent:
         return self._references() == self._own_references
 
     def _references(self) -> int:
-        # What a call itself adds differs between versions of Python: one place counts.
+        # What a call itself adds differs between versions of Python, so only this function counts.
         return sys.getrefcount(self._memory)
 
     def tensor(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,8 +1,8 @@
-"""Which rows of the attention matrix are asked for.
+"""Selecting rows of the attention matrix.
 
-The words ``"registers"`` and ``"patches"`` need the number of registers, which only a
-whole model knows; positions need the number of tokens, which only an input has. So a
-request is first *spelled out* by the model and then *placed* by the attention module.
+The names ``"registers"`` and ``"patches"`` need the number of registers, which only the model has.
+Positions need the number of tokens, which only an input has. So the model resolves names first,
+and the attention module makes an index of the positions.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Rows = slice | list[int]
 _WORDS = get_args(QueryWord)
 
 
-def spell_out(queries: Queries, registers: int) -> Queries:
-    """Replace a word by the rows it stands for, in the layout ``[CLS, registers, patches]``.
+def resolve_names(queries: Queries, registers: int) -> Queries:
+    """Return the rows that a name means, in the layout ``[CLS, registers, patches]``.
 
-    ``"cls"`` is row 0, ``"registers"`` rows ``1 … R`` (none without registers),
-    ``"patches"`` everything behind. What is not a word comes back as it is.
+    ``"cls"`` is row 0, ``"registers"`` are rows ``1 … R``, ``"patches"`` are all others. Anything
+    else than a name is returned unchanged.
     """
     if not isinstance(queries, str):
         return queries
@@ -34,22 +34,26 @@ def spell_out(queries: Queries, registers: int) -> Queries:
     ]
 
 
-def place(queries: Queries, length: int) -> Rows:
+def to_index(queries: Queries, length: int) -> Rows:
     """Return the rows that ``queries`` selects among ``length`` tokens.
 
-    The result indexes a token dimension and always keeps it: an int gives one row.
-    Negative positions count from the end, as everywhere in Python. Raises
-    ``OutOfRangeError`` for a position that is not there.
+    The result indexes a token dimension and keeps it: an int gives one row. Negative positions
+    count from the end.
+
+    Raises:
+        InvalidInputError: If ``queries`` is no selection of positions.
+        OutOfRangeError: If there is no such position.
+
     """
     if queries is None:
         return slice(None)
     if isinstance(queries, slice):
-        return _place_slice(queries, length)
+        return _index_of_slice(queries, length)
     if isinstance(queries, str):
-        return _place_word(queries)
+        return _index_of_name(queries)
     if hasattr(queries, "tolist"):  # a tensor or an array, of positions or of one
         queries = queries.tolist()
-    # Not any iterable: every block places the request anew, and a generator has one pass.
+    # Not any iterable: every block reads the positions again, and a generator ends.
     if isinstance(queries, Sequence) and not isinstance(queries, bytes):
         return [_position(query, length) for query in queries]
     position = _position(queries, length)
@@ -58,7 +62,7 @@ def place(queries: Queries, length: int) -> Rows:
 
 def positions(queries: Queries, length: int) -> tuple[int, ...]:
     """Return the positions of the rows that ``queries`` selects among ``length`` tokens."""
-    rows = place(queries, length)
+    rows = to_index(queries, length)
     return tuple(range(length)[rows] if isinstance(rows, slice) else rows)
 
 
@@ -74,7 +78,7 @@ def name_token(position: int, prefix: int, grid: tuple[int, int]) -> str:
     return "patch ({}, {})".format(*divmod(position - prefix, grid[1]))
 
 
-def _place_slice(queries: slice, length: int) -> Rows:
+def _index_of_slice(queries: slice, length: int) -> Rows:
     try:
         positions = range(length)[queries]
     except (TypeError, ValueError) as error:
@@ -83,7 +87,7 @@ def _place_slice(queries: slice, length: int) -> Rows:
             f"{queries} ({error})",
             "Count tokens: CLS, registers, patches row by row.",
         ) from error
-    # PyTorch knows no negative steps.
+    # PyTorch has no negative steps.
     return list(positions) if positions.step < 0 else queries
 
 
@@ -97,7 +101,7 @@ def _check_word(word: str) -> None:
         )
 
 
-def _place_word(word: str) -> slice:
+def _index_of_name(word: str) -> slice:
     if word == "cls":
         return slice(0, 1)
     _check_word(word)
@@ -110,7 +114,7 @@ def _place_word(word: str) -> slice:
 
 
 def whole_number(value: object, what: str) -> int:
-    """Return ``value`` as an int, or raise ``InvalidInputError`` saying ``what`` it should be."""
+    """Return ``value`` as an int, or raise ``InvalidInputError`` with ``what`` it should be."""
     # A list of booleans looks like a mask but would be read as positions 0 and 1.
     if not isinstance(value, bool):
         try:

@@ -23,7 +23,7 @@ from dinov2_attn.apps.viz.colours import top_mass_mask
 from dinov2_attn.apps.viz.rows import select_row
 from dinov2_attn.apps.viz.style import GREY
 from dinov2_attn.apps.viz.tokens import position_of, read_token
-from dinov2_attn.backbone.structure import Part, part_of_module
+from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.math.selection import name_token
 from tests.support import reference
@@ -286,7 +286,7 @@ CASE = ModelCase(
 
 def by_definition(model, images):
     """The weights of each layer in upstream's own pass, from the reference."""
-    attentions = [m for m in model.modules() if part_of_module(m) is Part.ATTENTION]
+    attentions = [m for m in model.modules() if role_of_module(m) is Role.ATTENTION]
     seen = []
     hooks = [m.register_forward_pre_hook(lambda _, a: seen.append(a[0])) for m in attentions]
     with torch.no_grad():

@@ -61,7 +61,7 @@ def _versions() -> str:
 
 
 def _flags() -> str:
-    from dinov2_attn.kernels.xformers_flags import describe_flags
+    from dinov2_attn.kernels.xformers import describe_flags
 
     attention = sys.modules["dinov2.layers.attention"]
     return describe_flags(inspect.unwrap(attention.MemEffAttention.forward))
@@ -103,7 +103,7 @@ def _try(call: Callable[..., Any], *arguments: object) -> str:
 
 
 def _would_fail(kernels: dict[str, str]) -> Iterator[str]:
-    from dinov2_attn.kernels.xformers_flags import FLAG
+    from dinov2_attn.kernels.xformers import FLAG
 
     layers = [sys.modules[f"dinov2.layers.{name}"] for name in ("attention", "block")]
     attention, block = (bool(getattr(module, FLAG)) for module in layers)

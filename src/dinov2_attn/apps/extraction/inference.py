@@ -125,12 +125,12 @@ def _maps(
     if not options.outliers:
         return attention_maps(model, images, options.layers, **asked), None
     backbone = Backbone(model)
-    asked["queries"] = backbone.spell_out(options.rows)
+    asked["queries"] = backbone.resolve_names(options.rows)
     weights = {}
 
     def visit(i: int, block: nn.Module, tokens: Tensor) -> None:
         if i in options.layers:
-            weights[i] = weights_from(block, "return_attention", tokens, **asked)
+            weights[i] = weights_from(block, tokens, **asked)
 
     artifacts = artifacts_on_the_way(model, images, visit)
     each = tuple(weights[layer] for layer in options.layers)

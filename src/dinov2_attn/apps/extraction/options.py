@@ -14,7 +14,7 @@ from dinov2_attn.apps.viz.reading import IMAGENET, Reading, reading_for
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math.attention import check_heads
-from dinov2_attn.math.selection import spell_out, whole_number
+from dinov2_attn.math.selection import resolve_names, whole_number
 from dinov2_attn.typing import Grid, Heads, Layers, Queries, QueryWord
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -135,7 +135,7 @@ def _named(queries: Queries, registers: int) -> Named:
     if queries is None:
         return "all"
     if isinstance(queries, str):
-        spell_out(queries, registers)  # an unknown word is reported
+        resolve_names(queries, registers)  # an unknown word is reported
         if queries == "registers" and not registers:
             raise InvalidInputError(
                 "queries that the model has", "registers asked of a model without", "Try cls."

@@ -17,7 +17,7 @@ from dinov2_attn.apps.extraction.passed_over import describe
 from dinov2_attn.apps.extraction.plan import Plan
 from dinov2_attn.apps.extraction.worker import decoded
 from dinov2_attn.errors import OutOfRangeError, in_one_line
-from dinov2_attn.math.selection import place
+from dinov2_attn.math.selection import to_index
 from dinov2_attn.typing import Grid
 
 # Unreadable images that are named.
@@ -101,7 +101,7 @@ def _lacks(grid: Grid, made: Plan, options: Options) -> str | None:
     """Return what is wrong with queries that images of ``grid`` do not have."""
     try:
         if isinstance(options.queries, tuple):
-            place(options.queries, made.about["model"]["prefix"] + math.prod(grid))
+            to_index(options.queries, made.about["model"]["prefix"] + math.prod(grid))
     except OutOfRangeError as error:
         return in_one_line(error)
     return None

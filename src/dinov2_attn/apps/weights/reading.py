@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn import _optional
+from dinov2_attn._compat import records_of_archive
 from dinov2_attn.apps.weights.folders import files_of, some
 from dinov2_attn.apps.weights.kinds import CHECKPOINT, SAVE_AGAIN, refuse_others
 from dinov2_attn.apps.weights.stated import Stated, beside
@@ -173,7 +174,7 @@ def _refuse_what_runs(path: Path) -> None:
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     # PyTorch's reader and not Python's: a zip can be made in which the two see other files.
-    if is_zip and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+    if is_zip and "constants.pkl" in records_of_archive(path):
         raise ValueError("a TorchScript archive, which holds code")
 
 

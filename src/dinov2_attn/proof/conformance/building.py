@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.backbone.contract import options_of
-from dinov2_attn.backbone.structure import Part
+from dinov2_attn.backbone.structure import Role
 from dinov2_attn.proof.conformance.code import Code
 
 
@@ -95,7 +95,7 @@ class ModelCase:
 
     def build(self, code: Code, cls: type, **options: Any) -> Any:
         """Return a model of ``cls``, of the blocks and attention that a hub would take."""
-        block, attention = map(code.most_derived, (Part.BLOCK, Part.ATTENTION))
+        block, attention = map(code.most_derived, (Role.BLOCK, Role.ATTENTION))
         if block is not None:
             taken = "attn_class" in options_of(block) and attention is not None
             options["block_fn"] = partial(block, attn_class=attention) if taken else block

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from dinov2_attn.backbone.structure import Part
+from dinov2_attn.backbone.structure import Role
 from dinov2_attn.grafting.targets import UPSTREAM
 
 # The global by which upstream decides, whenever it runs, whether to call xFormers.
@@ -25,16 +25,16 @@ class Code:
 
     package: str
     modules: list[ModuleType] = field(default_factory=list, repr=False)
-    parts: dict[Part, list[type]] = field(default_factory=dict, repr=False)
+    parts: dict[Role, list[type]] = field(default_factory=dict, repr=False)
     opened: list[ModuleType] = field(default_factory=list, repr=False)
     passed_over: dict[str, str] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list, repr=False)
 
-    def classes(self, part: Part) -> list[type]:
+    def classes(self, part: Role) -> list[type]:
         """Return the classes that are ``part``, bases first."""
         return self.parts.get(part, [])
 
-    def most_derived(self, part: Part) -> type | None:
+    def most_derived(self, part: Role) -> type | None:
         """Return the class that a hub would build with: the last one nobody derives from."""
         found = self.classes(part)
         leaves = [c for c in found if not any(c is not d and issubclass(d, c) for d in found)]
@@ -56,7 +56,7 @@ class Code:
         """Say why this cannot be proved, if what makes it DINOv2 is not there."""
         if self.passed_over and self.package == UPSTREAM:
             return self.lacks("complete set of upstream's modules")
-        if not self.classes(Part.ATTENTION):
+        if not self.classes(Role.ATTENTION):
             looked = ", ".join(module.__name__ for module in self.modules) or "no module"
             return (
                 f"expected a class with qkv, proj, num_heads and scale, as DINOv2's attention "

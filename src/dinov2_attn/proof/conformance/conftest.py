@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dinov2_attn
-from dinov2_attn.backbone.structure import Part
+from dinov2_attn.backbone.structure import Role
 from dinov2_attn.errors import in_one_line
 from dinov2_attn.proof.conformance.code import CODE, GATE, Code
 
@@ -18,10 +18,10 @@ _HERE = Path(__file__).parent
 
 # The tests that take one of these run once for each class that was found.
 _CLASSES = {
-    "attention_class": Part.ATTENTION,
-    "block_class": Part.BLOCK,
-    "causal_class": Part.CAUSAL_BLOCK,
-    "model_class": Part.TRANSFORMER,
+    "attention_class": Role.ATTENTION,
+    "block_class": Role.BLOCK,
+    "causal_class": Role.CAUSAL_BLOCK,
+    "model_class": Role.TRANSFORMER,
 }
 
 

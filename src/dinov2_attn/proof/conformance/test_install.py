@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import dinov2_attn
-from dinov2_attn.backbone.structure import Part
+from dinov2_attn.backbone.structure import Role
 from dinov2_attn.proof.conformance.building import MODEL_CASES
 from dinov2_attn.proof.conformance.code import Code
 from dinov2_attn.proof.conformance.tolerances import assert_same_bits
 
 KEYWORDS = {
-    Part.ATTENTION: "return_attn",
-    Part.BLOCK: "return_attention",
-    Part.CAUSAL_BLOCK: "return_attention",
-    Part.TRANSFORMER: "return_attention",
+    Role.ATTENTION: "return_attn",
+    Role.BLOCK: "return_attention",
+    Role.CAUSAL_BLOCK: "return_attention",
+    Role.TRANSFORMER: "return_attention",
 }
 
 
@@ -27,11 +27,11 @@ def test_the_code_is_recognised_and_grafted(code: Code, refusal: str | None) -> 
     if refusal is not None:
         pytest.fail(refusal, pytrace=False)
     with dinov2_attn.install(code.package):
-        found: dict[Part, list[Any]] = dict(code.parts)
+        found: dict[Role, list[Any]] = dict(code.parts)
         for part, classes in found.items():
             for cls in classes:
                 assert KEYWORDS[part] in inspect.signature(cls.forward).parameters, cls
-        for cls in code.classes(Part.TRANSFORMER):
+        for cls in code.classes(Role.TRANSFORMER):
             assert hasattr(cls, "get_self_attention"), cls
             assert hasattr(cls, "get_last_self_attention"), cls
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import dinov2_attn
-from dinov2_attn.backbone.structure import Part
+from dinov2_attn.backbone.structure import Role
 from dinov2_attn.proof.conformance import reference
 from dinov2_attn.proof.conformance.building import MODEL_CASES, PLAIN, noise
 from dinov2_attn.proof.conformance.code import GATE, Code
@@ -66,7 +66,7 @@ def test_a_nested_block_runs_and_answers_as_one_by_one(nested: Code, block_class
     """Features of the nested pass, and weights, against one tensor alone."""
     if not hasattr(block_class, "forward_nested"):
         pytest.skip("this block has no nested pass")
-    block, _ = PLAIN.build(block_class, attn_class=nested.most_derived(Part.ATTENTION))
+    block, _ = PLAIN.build(block_class, attn_class=nested.most_derived(Role.ATTENTION))
     features, weights = block(TOKENS), block(TOKENS, return_attention=True)
     assert len(features) == len(weights) == len(TOKENS), "expected an answer for each element"
     for i, tokens in enumerate(TOKENS):
@@ -79,7 +79,7 @@ def test_a_block_diagonal_bias_gives_a_list(nested: Code, block_class: Any) -> N
     """One (b, heads, n, n) for each element that upstream put into the bias."""
     if not hasattr(block_class, "forward_nested"):
         pytest.skip("this block has no nested pass")
-    block, _ = PLAIN.build(block_class, attn_class=nested.most_derived(Part.ATTENTION))
+    block, _ = PLAIN.build(block_class, attn_class=nested.most_derived(Role.ATTENTION))
     bias, together = sys.modules[block_class.__module__].get_attn_bias_and_cat(TOKENS)
     weights = block.attn(together, attn_bias=bias, return_attn=True)
     output = bias.split(block.attn(together, attn_bias=bias))
@@ -114,7 +114,7 @@ def test_features_of_a_list_are_those_of_each(nested: Code, model_class: type) -
 
 def _require_a_kernel(code: Code) -> Tensor:
     """Raise xFormers' ``NotImplementedError`` where its kernel cannot run."""
-    module, tokens = PLAIN.build(code.classes(Part.ATTENTION)[-1])
+    module, tokens = PLAIN.build(code.classes(Role.ATTENTION)[-1])
     with torch.no_grad():
         output: Tensor = module(tokens)
     return output

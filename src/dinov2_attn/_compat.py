@@ -1,0 +1,99 @@
+"""The private names of torch and CPython that this package uses, and which versions need them.
+
+Each function has one job, so that a new version of torch is followed in this file alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import _disable_current_modes
+
+# Whether PyTorch's kernel returns zeros for a row that a bias masks completely. It does from
+# torch 2.5 on, where this function came in. Before, such a row is NaN.
+MASKED_ROWS_ARE_ZERO = hasattr(torch, "_safe_softmax")
+
+
+def is_compiling() -> bool:
+    """Return whether Dynamo traces this call."""
+    # torch.compiler exists from torch 2.1 on, and its is_compiling from 2.2 on.
+    compiler: Any = getattr(torch, "compiler", None)
+    if hasattr(compiler, "is_compiling"):
+        return bool(compiler.is_compiling())
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and bool(dynamo.is_compiling())
+
+
+def is_transformed() -> bool:
+    """Return whether Dynamo or a transform of torch.func (vmap, grad, …) traces this call."""
+    # No version has a public function for the second.
+    return is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_traced() -> bool:
+    """Return whether ``torch.jit.trace`` records this call."""
+    # Every version. torch.jit.is_tracing() asks the same, but has no types.
+    return torch._C._get_tracing_state() is not None
+
+
+def has_tangents() -> bool:
+    """Return whether forward-mode differentiation is active, which ``no_grad`` does not stop."""
+    # No version has a public function for it.
+    return forward_ad._current_level >= 0
+
+
+def is_in_backward() -> bool:
+    """Return whether this thread is in a backward pass, as checkpointing's second run is."""
+    # No version has a public function for it.
+    return torch._C._current_graph_task_id() != -1
+
+
+def without_modes() -> AbstractContextManager[object]:
+    """Switch off the modes around a call, such as ``FakeTensorMode``."""
+    # No version has a public function for it.
+    modes: AbstractContextManager[object] = _disable_current_modes()
+    return modes
+
+
+def raised_by_dynamo(error: BaseException) -> bool:
+    """Return whether Dynamo wrapped ``error`` in one of its own."""
+    # By name: importing torch._dynamo takes seconds. Every version has these errors there.
+    return type(error).__module__ == "torch._dynamo.exc"
+
+
+def submodules(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """Return the submodules of ``module`` by name, without a search."""
+    # Every version. named_children() compares each with all others.
+    return module._modules
+
+
+def hooks_of(layer: nn.Module) -> tuple[Mapping[int, object], ...]:
+    """Return all hooks that run around the forward of ``layer``, global ones included."""
+    # No version has a public way to read them.
+    return (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+    )
+
+
+def records_of_archive(path: Path) -> list[str]:
+    """Return the names in a zip file, as PyTorch's own reader finds them."""
+    # Every version. Python's zipfile can be made to see other names in the same file.
+    return list(torch._C.PyTorchFileReader(str(path)).get_all_records())
+
+
+def is_initializing(module: ModuleType) -> bool:
+    """Return whether the import of ``module`` has not ended."""
+    # Every CPython: its import system asks the same. Odd entries of sys.modules have no spec.
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
