@@ -673,7 +673,7 @@ TABLE = {
         "proof/verify/git": ("",),
         "apps/weights/published": ("",),
         "apps/weights/source": ("",),
-        "apps/weights/wheel": ("",),
+        "_download": ("",),
     },
     "needs an environment without the library": {
         "_optional": ("pip install",),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov2_attn.apps.weights.wheel import fetch_wheel
+from dinov2_attn._download import fetch_wheel
 from tests.programs import patched_tree_runner
 from tests.support.subprocesses import python
 from tests.support.tolerances import assert_close, assert_same_bits

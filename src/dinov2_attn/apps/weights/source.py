@@ -17,8 +17,7 @@ from typing import Literal
 
 import torch
 
-from dinov2_attn.apps.weights.network import brief
-from dinov2_attn.apps.weights.wheel import Wheel, fetch_wheel
+from dinov2_attn._download import Wheel, bounded_downloads, fetch_wheel
 from dinov2_attn.errors import Dinov2AttnError, UnavailableError, UnreadableFileError, in_one_line
 
 log = logging.getLogger(__name__)
@@ -133,7 +132,7 @@ def _download_from_hub(github: str) -> None:
     # question would go to stdin, the second to GitHub's limited API.
     download: Callable[..., object] = torch.hub.list
     try:
-        with brief():
+        with bounded_downloads():
             download(github, trust_repo=True, skip_validation=True)
     except Exception as error:  # torch.hub passes on what network, archive and hubconf raise
         raise UnavailableError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dinov2_attn.apps.weights.wheel import download
+from dinov2_attn._download import download
 from dinov2_attn.errors import InvalidInputError, UnavailableError
 from dinov2_attn.grafting.targets import UPSTREAM
 from dinov2_attn.proof.verify.git import Repository, is_bare
