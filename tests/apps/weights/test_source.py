@@ -152,7 +152,7 @@ def test_a_checkout_that_is_named_wins_over_an_installed_copy(checkout, tmp_path
     assert unnamed == f"upstream's code is {checkout / 'dinov2'} (installed)"
     assert error[0] == f"Expected dinov2 of {tmp_path / 'installed'}."
     assert error[1] == f"Found this process has imported {file} already."
-    assert error[2].startswith("Choose before")
+    assert error[2].startswith("Choose the source before")
 
 
 def test_a_folder_that_was_imported_in_its_place_is_named(checkout, tmp_path):
@@ -169,7 +169,8 @@ def test_a_folder_that_was_imported_in_its_place_is_named(checkout, tmp_path):
         """,
         cwd=tmp_path,
     )
-    assert f"this process has imported {tmp_path / 'dinov2'} already.\nChoose before" in printed
+    expected = f"this process has imported {tmp_path / 'dinov2'} already.\nChoose the source"
+    assert expected in printed
 
 
 def test_a_checkout_that_fails_to_import_leaves_nothing_behind(checkout, tmp_path):
