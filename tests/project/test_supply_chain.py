@@ -1,7 +1,7 @@
-"""What SECURITY.md says of this package and its workflows, held against their text.
+"""The claims of SECURITY.md, checked in the text of this package and its workflows.
 
-That code in a checkpoint is not run, and that downloads are checked, is seen to happen in
-test_models and test_source.
+test_models and test_source test that code in a checkpoint is not run and that downloads are
+checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PACKAGE = Path(dinov2_attn.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 WORKFLOWS = sorted((Path(__file__).parents[2] / ".github" / "workflows").glob("*.yml"))
 
-# Modules that run what they read, and built-in functions that do.
+# Modules and built-in functions that run code from data.
 RUNS_WHAT_IT_READS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 EVALUATES = {"eval", "exec", "compile", "__import__"}
 LOADERS = {"torch.load", "torch.jit.load", "torch.package", "torch.hub.load"}
@@ -66,7 +66,7 @@ def test_nothing_is_fetched_in_the_clear():
 
 @each_workflow
 def test_actions_are_pinned_by_commit(workflow):
-    """A tag can be moved to other code; the comment says which it was."""
+    """A tag can be moved to other code. The comment names the version."""
     used = re.findall(r"uses: *(.+)", workflow.read_text())
     assert used
     for action in used:
@@ -90,7 +90,7 @@ def test_a_workflow_may_read_and_a_job_that_writes_runs_nothing_of_a_checkout(wo
 
 @each_workflow
 def test_text_of_others_is_not_put_into_commands(workflow):
-    """A branch's name or an issue's title would be run as shell."""
+    """The name of a branch or the title of an issue would run in the shell."""
     content = yaml.safe_load(workflow.read_text(encoding="utf-8"))
     for job in content["jobs"].values():
         for step in job["steps"]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import dinov2_attn
-from dinov2_attn.apps.weights.wheel import fetch_wheel
+from dinov2_attn._download import fetch_wheel
 from tests.support import subprocesses, upstreams
 from tests.support.mutations import HARMLESS, MUTATIONS, unpack
 
@@ -124,6 +124,19 @@ def test_a_wheel_will_do_and_so_does_the_name_of_the_suite(tmp_path):
     assert "--dinov2" not in subprocesses.python("-m", "pytest", "--help", cwd=tmp_path).stdout
 
 
+def test_the_entry_point_imports_nothing_large(tmp_path):
+    """pytest imports it in every run of every user."""
+    code = f"""
+import sys, pytest
+before = set(sys.modules)
+import {NAME.replace(".", ".proof.")}.entry
+print(*sorted({{name.partition(".")[0] for name in set(sys.modules) - before}}))
+"""
+    imported = set(subprocesses.python("-c", code, cwd=tmp_path).stdout.split())
+    assert "dinov2_attn" in imported
+    assert not imported & {"torch", "numpy", "matplotlib", "PIL"}
+
+
 @pytest.mark.parametrize(
     ("where", "package", "expected"),
     [
@@ -149,7 +162,7 @@ BROKEN = {
         "        if ACTIVE.on and STATE.recorders:\n",
         "        import torch\n\n        torch.rand(1)\n"
         "        if ACTIVE.on and STATE.recorders:\n",
-        "test_unasked",
+        "test_bit_identity",
         "bit for bit",
     ),
     "the first head for the mean": (

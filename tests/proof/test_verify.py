@@ -163,7 +163,7 @@ def test_an_unknown_revision_is_an_error(history, tmp_path):
 
 JUNIT = """<testsuites><testsuite time="1.5">
 <testcase classname="x.test_install" name="test_a"/>
-<testcase classname="x.test_unasked" name="test_b"><failure message="two
+<testcase classname="x.test_bit_identity" name="test_b"><failure message="two
 lines"/></testcase>
 <testcase classname="x.test_layout" name="test_c[M-depth2-chunks0-reg3-5x2]">
 <skipped message="no registers"/></testcase>

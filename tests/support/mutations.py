@@ -11,7 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinov2_attn.apps.weights.wheel import fetch_wheel
+from dinov2_attn._download import fetch_wheel
 from tests.support.upstreams import ANOMALIB, DEPTH_ANYTHING, FIRST, Upstream
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dinov2_attn._download import Wheel, fetch_wheel
 from dinov2_attn.apps.weights.source import DINOV2_WHEEL
-from dinov2_attn.apps.weights.wheel import Wheel, fetch_wheel
 
 # The environment's way to run the same tests on a checkout in place of PyPI's first commit.
 CHECKOUT = os.environ.get("DINOV2_ATTN_CHECKOUT")

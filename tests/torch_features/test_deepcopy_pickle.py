@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dinov2_attn
-from dinov2_attn.apps.weights.wheel import fetch_wheel
+from dinov2_attn._download import fetch_wheel
 from tests.support import upstreams
 from tests.support.recordings import IMAGES, build
 from tests.support.strategies import noise

@@ -1,1 +1,1 @@
-"""The shipped proof: the conformance suite and `dinov2-attn verify`."""
+"""The conformance suite, and ``dinov2-attn verify``, which runs it."""

@@ -213,7 +213,7 @@ def test_a_file_that_is_not_the_shipped_one_is_an_error(tmp_path, monkeypatch):
     for content in (None, load.PATH.name.encode()):
         if content:
             load.PATH.write_bytes(content)
-        with pytest.raises(UnreadableFileError, match=r"(?s)this package ships\..*anew"):
+        with pytest.raises(UnreadableFileError, match=r"(?s)of this package\..*Reinstall"):
             load_demo_model()
 
 

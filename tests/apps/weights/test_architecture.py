@@ -165,21 +165,21 @@ def test_heads_are_64_features_unless_it_is_said_otherwise(caplog):
             {},
             None,
             InvalidInputError,
-            r"(?s)weights do not tell\.\nFound x.pth with 96 fea.*--num-heads N.*'num_",
+            r"(?s)weights do not contain\.\nFound x.pth with 96 fea.*--num-heads N.*'num_",
         ),
-        ({}, 5, InvalidInputError, r"96 features can be divided among\.\nFound 5\.\nGive another"),
-        ({"num_heads": "7"}, None, InvalidInputError, r"divided among\.\nFound 7\."),
+        ({}, 5, InvalidInputError, r"divides 96 features\.\nFound 5\.\nGive another"),
+        ({"num_heads": "7"}, None, InvalidInputError, r"divides 96 features\.\nFound 7\."),
         (
             {"num_heads": "3"},
             6,
             InvalidInputError,
-            r"6 heads, as asked\.\nFound x.pth with 3\.\nLeave",
+            r"6 heads, as requested\.\nFound x.pth with 3\.\nLeave",
         ),
         ({"num_heads": "0"}, None, UnreadableFileError, r"(?s)above 0 as num_heads .*with '0'"),
         ({"num_heads": "-1"}, 3, UnreadableFileError, r"Found x.pth with '-1'"),
         ({"num_heads": "9" * 5000}, None, UnreadableFileError, r"Found x.pth with '9{20}'"),
         ({"num_heads": "100000"}, None, UnreadableFileError, r"with '100000'"),
-        ({"num_heads": "99999"}, None, InvalidInputError, r"divided among\.\nFound 99999\."),
+        ({"num_heads": "99999"}, None, InvalidInputError, r"divides 96 features\.\nFound 99999\."),
         ({"num_heads": "²"}, None, UnreadableFileError, r"Found x.pth with '²'"),
     ],
 )
@@ -237,15 +237,15 @@ NONE = {
     "half a block": (without("blocks.1.mlp"), "with blocks.1 unlike blocks.0"),
     "attention of another width": (
         change("patch_embed.proj.weight", torch.ones(65, 3, 2, 2)),
-        "whose attention is not one of 65 features",
+        "whose attention does not have 65 features",
     ),
     "attention that ends in another width": (
         in_every_block("attn.proj.weight", torch.ones(65, 64)),
-        "whose attention is not one of 64 features",
+        "whose attention does not have 64 features",
     ),
     "keys of another width": (
         in_every_block("attn.qkv.weight", torch.ones(191, 64)),
-        "whose attention is not one of 64 features",
+        "whose attention does not have 64 features",
     ),
     "patches that are no squares": (
         change("patch_embed.proj.weight", torch.ones(64, 3, 2, 3)),
@@ -288,7 +288,7 @@ NONE = {
 @pytest.mark.parametrize(("damage", "found"), NONE.values(), ids=NONE)
 def test_weights_that_are_not_of_upstreams_classes(damage, found):
     state = damage(dict(build_like(SMALL).state_dict()))
-    message = rf"(?s)Expected a checkpoint of a DINOv2 backbone, .*\.\nFound x.pth, ({found})"
+    message = rf"(?s)Expected a checkpoint of a DINOv2 backbone with .*\.\nFound x.pth, ({found})"
     with pytest.raises(UnreadableFileError, match=message):
         infer(Checkpoint("x.pth", state))
 

@@ -219,7 +219,7 @@ def test_a_model_of_other_heads_than_the_config_says_is_refused(tmp_path):
     ):
         load_checkpoint(other, tmp_path)
     with pytest.raises(
-        InvalidInputError, match=r"(?s)3 heads, as asked\.\nFound .*config\.json with 4"
+        InvalidInputError, match=r"(?s)3 heads, as requested\.\nFound .*config\.json with 4"
     ):
         infer(read(tmp_path), 3)
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
@@ -236,7 +236,9 @@ def test_a_config_of_another_model_is_not_used(tmp_path):
     transformers.Dinov2Model(of_transformers("Dinov2")).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
-    with pytest.raises(InvalidInputError, match="the number of heads, which weights do not tell"):
+    with pytest.raises(
+        InvalidInputError, match="the number of heads, which weights do not contain"
+    ):
         infer(read(tmp_path))
 
 
@@ -269,9 +271,7 @@ def test_a_name_of_the_hub(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub", reason="it has the cache that is looked at")
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    message = (
-        r"(?s)some/model, which is no path.*`pip install huggingface_hub` and `hf download some/m"
-    )
+    message = r"(?s)some/model, which is neither a path.*`pip install huggingface_hub` and `hf d"
     with pytest.raises(UnreadableFileError, match=message):
         read("some/model")
     model = sharp(transformers.Dinov2Model(of_transformers("Dinov2")))
@@ -324,7 +324,7 @@ def test_positions_without_cls_of_timm(tmp_path):
 
 
 def test_heads_by_the_names_of_timm():
-    from dinov2_attn.apps.weights.stated import _TIMM
+    from dinov2_attn.apps.weights.config_files import _TIMM
 
     for name, facts in _TIMM.items():
         named = {"vit_giant2": "vit_giant_patch14_dinov2"}.get(name, name)

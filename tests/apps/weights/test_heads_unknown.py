@@ -11,8 +11,7 @@ from PIL import Image
 
 import dinov2_attn
 from dinov2_attn.apps.cli.main import main
-from dinov2_attn.apps.weights.architecture import infer
-from dinov2_attn.apps.weights.heads import candidates, doubt, heads_of
+from dinov2_attn.apps.weights.architecture import candidates, doubt, heads_of, infer
 from dinov2_attn.apps.weights.models import build_like
 from dinov2_attn.apps.weights.reading import Checkpoint, read
 from dinov2_attn.errors import InvalidInputError
@@ -156,7 +155,7 @@ def test_a_key_is_the_command_lines_too(file, folder, caplog):
     assert "Choose one: --key b" in caplog.text
     caplog.set_level("INFO")
     assert main([*arguments, "--key", "b"]) == 0
-    assert "took b, left out a" in caplog.text
+    assert "loaded b, left out a" in caplog.text
     assert main([*arguments, "--key", "c"]) == 2
-    assert "by the name of 'c'.\nFound models at a, b." in caplog.text
+    assert "named 'c'.\nFound models at a, b." in caplog.text
     assert dinov2_attn.load_checkpoint(build_like(WIDE), folder / "both.pth", key="a") == ("b",)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2_attn.apps.weights import published
+from dinov2_attn.apps.weights import source
 from dinov2_attn.apps.weights.checkpoints import load_checkpoint
 from dinov2_attn.apps.weights.models import build
-from dinov2_attn.apps.weights.published import load_pretrained
+from dinov2_attn.apps.weights.source import load_pretrained
 from dinov2_attn.errors import InvalidInputError, UnavailableError, UnreadableFileError
 from tests.support import upstreams
 from tests.support.subprocesses import OFFLINE, python
@@ -91,7 +91,7 @@ def test_a_revision_without_registers_names_the_way_out():
 
 def test_an_unknown_architecture_lists_the_known():
     with pytest.raises(
-        InvalidInputError, match=r"(?s)vit_small, .*Found 'vit_tiny'\.\nName one\.$"
+        InvalidInputError, match=r"(?s)vit_small, .*Found 'vit_tiny'\.\nChoose one of them\.$"
     ):
         build("vit_tiny")
 
@@ -272,7 +272,7 @@ def test_a_download_that_was_cut_short_says_what_to_remove(linear, tmp_path, mon
     file.parent.mkdir(parents=True)
     file.write_bytes(b"PK")
     with pytest.raises(
-        UnreadableFileError, match=f"(?s)Found {file}.*remove the file and run again"
+        UnreadableFileError, match=f"(?s)Found {file}.*Remove the file and run again"
     ):
         load_pretrained(linear, "vit_small", patch_size=14, registers=False)
 
@@ -297,7 +297,7 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "127.0.0.1")
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         Thread(target=http.serve_forever, daemon=True).start()
-        monkeypatch.setattr(published, "PUBLISHED_AT", f"http://127.0.0.1:{http.server_port}")
+        monkeypatch.setattr(source, "PUBLISHED_AT", f"http://127.0.0.1:{http.server_port}")
         yield sent
         http.shutdown()
 
@@ -331,7 +331,7 @@ def test_a_download_is_finished_beside_its_place(linear, tmp_path, server, monke
     load_pretrained(linear, "vit_large", patch_size=14, registers=True)
     (file,) = (tmp_path / "hub" / "checkpoints").iterdir()
     assert file.name == "dinov2_vitl14_reg4_pretrain.pth"
-    assert caplog.messages[0] == f"downloading {published.PUBLISHED_AT}/dinov2_vitl14/{file.name}"
+    assert caplog.messages[0] == f"downloading {source.PUBLISHED_AT}/dinov2_vitl14/{file.name}"
 
 
 def test_another_patch_size_has_no_published_weights(linear):
@@ -344,8 +344,8 @@ def test_another_patch_size_has_no_published_weights(linear):
 def test_without_network_the_error_names_the_other_ways(tmp_path):
     code = """
 from torch import nn
-from dinov2_attn.apps.weights import published
-from dinov2_attn.apps.weights.published import load_pretrained
+from dinov2_attn.apps.weights import source
+from dinov2_attn.apps.weights.source import load_pretrained
 try:
     load_pretrained(nn.Linear(3, 2), "vit_base", patch_size=14, registers=False)
 except Exception as error:

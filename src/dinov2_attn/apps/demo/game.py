@@ -17,15 +17,19 @@ from dinov2_attn.apps.viz.reading import DEVIATION, MEAN
 BATCH = 64
 SIDES = (5, 13)  # of held-out grids, in patches; the end is excluded
 
-# What a wrong reader makes of the patch columns of a row: a map of some shape.
+# A way, right or wrong, to turn the patch columns of a row into a map.
 Reading = Callable[[Tensor, Grid], Tensor]
 
 
 def held_out(count: int = 200) -> list[Scene]:
-    """Draw the scenes on which the model is measured: half of them square, half of them not.
+    """Return scenes that were not used in training; half of the grids are square.
 
-    Left out are those that could not tell: where a transposition would lead back to the target,
-    as it does on the diagonal of a square.
+    Scenes where a transposed map still hits the target are left out, because they cannot detect a
+    transposition. An example is a target on the diagonal of a square.
+
+    Args:
+        count: The number of scenes.
+
     """
     random = np.random.RandomState(count)
     scenes: list[Scene] = []
@@ -44,26 +48,32 @@ def held_out(count: int = 200) -> list[Scene]:
 
 
 def ideal(scene: Scene) -> Tensor:
-    """Return the row ``(N,)`` of one who looks at the target's patch and nowhere else."""
+    """Return the row ``(N,)`` with all attention on the patch of the target."""
     covered = functional.avg_pool2d(torch.from_numpy(scene.mask)[None].float(), PATCH).flatten()
     return functional.one_hot(1 + covered.argmax(), 1 + covered.numel()).float()
 
 
 def _transposed(scene: Scene) -> list[str]:
-    # A square whose height and width are swapped is the same.
+    # Swapping height and width does not change a square.
     return [TRANSPOSED] if scene.grid[0] == scene.grid[1] else [TRANSPOSED, SWAPPED]
 
 
 def to_tensor(scenes: Sequence[Scene]) -> Tensor:
-    """Return scenes of one size as a model takes them: float32 (B, 3, H, W), normalised."""
+    """Return scenes of one size as normalised images, float32 (B, 3, H, W)."""
     pictures = torch.from_numpy(np.stack([scene.picture for scene in scenes]))
     return ((pictures / 255 - torch.tensor(MEAN)) / torch.tensor(DEVIATION)).permute(0, 3, 1, 2)
 
 
 def cls_rows(model: Any, scenes: Sequence[Scene]) -> list[Tensor]:
-    """Return for each scene what CLS gives to every token in the last block, the mean of heads.
+    """Return the CLS row of the last block for each scene, the mean of heads.
 
-    Each is ``(N,)``, CLS first. ``model`` is grafted; scenes may differ in size.
+    Args:
+        model: A grafted model.
+        scenes: Scenes, which may differ in size.
+
+    Returns:
+        One row ``(N,)`` per scene, CLS first.
+
     """
     order = sorted(range(len(scenes)), key=lambda i: scenes[i].grid)
     rows: dict[int, Tensor] = {}
@@ -115,7 +125,7 @@ READINGS: dict[str, Reading] = {
 def peak(values: Tensor, size: tuple[int, int]) -> tuple[int, int]:
     """Return the pixel (y, x) of the maximum of a map, upsampled bilinearly to ``size``.
 
-    Towards the border of the picture such a map is flat: among equals the middle is taken.
+    Such a map is flat near the border. The centre of equal maxima is returned.
     """
     pixels = functional.interpolate(values[None, None].double(), size, mode="bilinear")[0, 0]
     y, x = (pixels >= pixels.max() * (1 - 1e-9)).nonzero().double().mean(0).tolist()
@@ -123,7 +133,7 @@ def peak(values: Tensor, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def hits(rows: Sequence[Tensor], scenes: Sequence[Scene], reading: str = RIGHTLY) -> list[bool]:
-    """Say for each scene whether its row, read in that way, points at the target."""
+    """Return for each scene whether the maximum of its row, in this reading, is on the target."""
     read = READINGS[reading]
     maps = [read(row[1:], scene.grid) for row, scene in zip(rows, scenes, strict=True)]
     return [
@@ -133,12 +143,12 @@ def hits(rows: Sequence[Tensor], scenes: Sequence[Scene], reading: str = RIGHTLY
 
 
 def chance(scenes: Sequence[Scene]) -> float:
-    """Return the share of hits of one who points anywhere: the target's mean share of the area."""
+    """Return the hit rate of a random pixel: the mean share of the area that the target covers."""
     return float(np.mean([scene.mask.mean() for scene in scenes]))
 
 
 def table(model: Any, scenes: Sequence[Scene]) -> list[str]:
-    """Measure every reading on scenes that are square and that are not: lines of Markdown."""
+    """Return a Markdown table of hit rates by reading, on square and other grids."""
     halves = [
         [scene for scene in scenes if (scene.grid[0] == scene.grid[1]) == square]
         for square in (True, False)

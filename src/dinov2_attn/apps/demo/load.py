@@ -1,4 +1,4 @@
-"""The model that ships: built from upstream's classes, filled with the file beside this one."""
+"""Load the demo model: upstream's classes, filled with ``model.safetensors`` of this folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dinov2_attn.errors import UnreadableFileError
 
 PATH = Path(__file__).with_name("model.safetensors")
 
-# What DinoVisionTransformer is built with. Heads are 64 wide, as everywhere upstream.
+# The arguments of DinoVisionTransformer. Heads have 64 features, as everywhere upstream.
 ARCHITECTURE: dict[str, Any] = {
     "img_size": 98,
     "patch_size": 14,
@@ -26,10 +26,12 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 def build(vision_transformer: Any = None) -> Any:
-    """Build the model with random weights, from torch's global generator.
+    """Build the model with random weights from torch's global generator.
 
-    ``vision_transformer`` is a module with upstream's classes, by default the importable
-    ``dinov2.models.vision_transformer``.
+    Args:
+        vision_transformer: A module with upstream's classes. By default
+            ``dinov2.models.vision_transformer`` is imported.
+
     """
     upstream = vision_transformer or import_module("dinov2.models.vision_transformer")
     block = partial(upstream.Block, attn_class=upstream.MemEffAttention)
@@ -37,27 +39,35 @@ def build(vision_transformer: Any = None) -> Any:
 
 
 def load_demo_model(vision_transformer: Any = None) -> Any:
-    """Return the model that ships, in float32 and eval mode, on the CPU.
+    """Return the demo model in float32 and eval mode, on the CPU.
 
     >>> dinov2_attn.install()
     >>> load_demo_model().get_last_self_attention(images, queries="cls", heads="mean")
 
-    It takes images ``(B, 3, H, W)`` of whole patches of 14, normalised by ImageNet's mean and
-    deviation. See ``build`` for the argument. Raises ``UnavailableError`` without the library
-    safetensors and ``UnreadableFileError`` where the package is not as it was published.
+    Images are ``(B, 3, H, W)`` with sides that are multiples of 14 pixels, normalised by
+    ImageNet's mean and standard deviation.
+
+    Args:
+        vision_transformer: A module with upstream's classes. By default
+            ``dinov2.models.vision_transformer`` is imported.
+
+    Raises:
+        UnavailableError: If the library safetensors is missing.
+        UnreadableFileError: If the file of the package is damaged.
+
     """
     return fill(build(vision_transformer), PATH)
 
 
 def fill(model: Any, path: Path) -> Any:
-    """Fill ``model`` with the weights at ``path`` and return it, ready to look at images."""
+    """Fill ``model`` with the weights at ``path`` and return it in eval mode, without gradients."""
     library = _optional.safetensors()
     try:
         model.load_state_dict(library.torch.load_file(path))
-    except Exception as error:  # the reader raises whatever foreign bytes provoke
+    except Exception as error:  # the reader can raise anything
         raise UnreadableFileError(
-            "the weights that this package ships",
+            "the weights of this package",
             f"{path} ({type(error).__name__}: {error})",
-            "Install the package anew.",
+            "Reinstall the package.",
         ) from error
     return model.eval().requires_grad_(False)

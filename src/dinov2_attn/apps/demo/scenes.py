@@ -1,7 +1,7 @@
-"""Synthetic scenes: one target of rings among shapes of other textures, and where it is.
+"""Synthetic scenes: one target with rings, among shapes with other textures.
 
-A scene depends on its seed alone. What is random comes from ``RandomState``, whose stream NumPy
-has frozen, so that another machine differs at most where a sine is rounded otherwise.
+A scene depends on its seed only. Random numbers come from ``RandomState``, whose stream NumPy has
+frozen. Other machines differ only where a sine is rounded differently.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Mask = npt.NDArray[np.bool_]
 Random = np.random.RandomState
 Choice = TypeVar("Choice")
 
-# An object is about as large as a patch and lies near the centre of one, so that a map which is
-# read one patch aside misses it.
+# An object is about as large as a patch and near the centre of one, so that a map that is off by
+# one patch misses it.
 RADII = (7.0, 9.0)
 JITTER = 3.0
 MOST_SHAPES = 9
 
-# Scenes of smaller seeds are held out from training.
+# Training uses seeds from here on. Smaller seeds are held out.
 FIRST_TRAINING_SEED = 1_000_000_000
 
 
@@ -61,7 +61,7 @@ def draw(seed: int, grid: Grid) -> Scene:
 
 
 def _background(random: Random, grid: Grid) -> Floats:
-    """Waves of three lengths, each with a direction and a colour of its own."""
+    """Return waves of three lengths, each with its own direction and colour."""
     y, x = np.ogrid[: grid[0] * PATCH, : grid[1] * PATCH]
     waves = []
     for length in (90.0, 30.0, 8.0):
@@ -73,7 +73,7 @@ def _background(random: Random, grid: Grid) -> Floats:
 
 
 def _centres(random: Random, grid: Grid) -> list[Centre]:
-    """Return centres in pixels, each near that of a patch, no two of them in adjacent patches."""
+    """Return centres in pixels, each near the centre of a patch, never in adjacent patches."""
     cells: list[tuple[int, int]] = []
     count = random.randint(3, MOST_SHAPES + 1)
     for cell in random.permutation(grid[0] * grid[1]):
@@ -108,7 +108,7 @@ def _paint(
 
 
 def _along(angle: float, y: Floats, x: Floats) -> Floats:
-    """Return how far pixels lie in the direction ``angle``."""
+    """Return the coordinate of pixels along the direction ``angle``."""
     distance: Floats = np.cos(angle) * y + np.sin(angle) * x
     return distance
 
@@ -117,7 +117,7 @@ def _one_of(random: Random, choices: Sequence[Choice]) -> Choice:
     return choices[random.randint(len(choices))]
 
 
-# Outlines: how large a shape must be to reach each pixel. All cover about as much as the disc.
+# Outlines: the size at which a shape reaches each pixel. All cover about the area of the disc.
 
 
 def _disc(y: Floats, x: Floats) -> Floats:

@@ -1,7 +1,7 @@
-"""Train the model that ships: ``python -m dinov2_attn.apps.demo.train``.
+"""Train the demo model: ``python -m dinov2_attn.apps.demo.train``.
 
-The mean over heads of the CLS row in the last block is pulled towards the target's patches,
-by gradients that flow through the attention weights this package returns.
+The loss compares the CLS row of the last block (mean of heads) with the patches of the target. Its
+gradients flow through the attention weights that this package returns.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ BATCH = 64
 RATE = 1e-3
 WARMUP = 100
 SIDES = (5, 11)  # of the grids, in patches; the end is excluded
-# So small a model gains little by a second, and loses much by it where the machine is shared.
+# A second thread gains little for such a small model, and costs much on a shared machine.
 THREADS = 1
 
 
 def batches(seed: int, steps: int) -> Iterator[list[Scene]]:
-    """Draw scenes that no step has seen before, of one random grid for each step."""
+    """Yield a batch of new scenes for each step, all with one random grid."""
     random = np.random.RandomState(seed)
     for step in range(steps):
         height, width = random.randint(*SIDES, 2)
@@ -46,7 +46,7 @@ def batches(seed: int, steps: int) -> Iterator[list[Scene]]:
 
 
 def loss_of(model: Any, scenes: list[Scene]) -> Tensor:
-    """Return the cross entropy between where the target is and what CLS gives to patches."""
+    """Return the cross entropy between the target's patches and the CLS row."""
     rows = model.get_last_self_attention(to_tensor(scenes), queries="cls", heads="mean")
     masks = torch.from_numpy(np.stack([scene.mask for scene in scenes])).float()
     covered = functional.avg_pool2d(masks, PATCH).flatten(1)
@@ -56,9 +56,9 @@ def loss_of(model: Any, scenes: list[Scene]) -> Tensor:
 
 
 def start(seed: int) -> Any:
-    """Return the model as training begins, its positional embedding fixed at zero.
+    """Return the model at the start of training, with its positional embedding fixed at zero.
 
-    Revisions of upstream interpolate that embedding in different ways; zeros are zeros in all.
+    Revisions of upstream interpolate the embedding differently. Zeros stay zeros in all of them.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -68,7 +68,7 @@ def start(seed: int) -> Any:
 
 
 def train(seed: int, steps: int) -> Any:
-    """Return the model after so many steps from this seed."""
+    """Return the model after ``steps`` steps of training."""
     model = start(seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.05)
@@ -87,7 +87,7 @@ def train(seed: int, steps: int) -> Any:
 
 
 def save(model: Any, path: Path) -> None:
-    """Write the weights in float16, with the architecture as the file's metadata."""
+    """Write the weights in float16, with the architecture as metadata."""
     from safetensors.torch import save_file
 
     state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
@@ -95,13 +95,13 @@ def save(model: Any, path: Path) -> None:
 
 
 def rate(step: int, steps: int) -> float:
-    """Return the learning rate: up in a line, down in half a cosine."""
+    """Return the learning rate: linear warmup, cosine decay."""
     progress = step / steps
     return RATE * min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def main() -> None:
-    """Train, write the file and print what the model card quotes."""
+    """Train, write the file and print the table of the model card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("model.safetensors"))
     parser.add_argument("--seed", type=int, default=0)

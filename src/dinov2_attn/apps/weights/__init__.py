@@ -1,1 +1,1 @@
-"""Upstream's code and weights: where they come from, and how they are read."""
+"""Upstream's code and weights: finding, reading and loading them."""

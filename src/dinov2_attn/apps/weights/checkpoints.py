@@ -1,4 +1,4 @@
-"""Filling a model with the weights of a file, whatever they were saved from, or not at all."""
+"""Fill a model with the weights of a checkpoint, completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn.apps.weights.architecture import describe
-from dinov2_attn.apps.weights.folders import some
-from dinov2_attn.apps.weights.heads import require_as_stated
+from dinov2_attn.apps.weights.architecture import describe, require_as_configured
+from dinov2_attn.apps.weights.files import some
 from dinov2_attn.apps.weights.layouts import Backbone, find_backbone, plain
 from dinov2_attn.apps.weights.reading import Checkpoint, read, read_mapping
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 
 log = logging.getLogger(__name__)
 
-# What parameters are saved in. Whole and complex numbers would become one of these in silence.
+# The dtypes of parameters. Integers and complex numbers would be cast without a warning.
 _FLOATING = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -32,36 +31,43 @@ def load_checkpoint(
     key: str | None = None,
     interpolate_pos_embed: bool = False,
 ) -> tuple[str, ...]:
-    """Fill ``model``, one of upstream's vision transformers, with the weights in a file.
+    """Fill one of upstream's vision transformers with the weights of a checkpoint.
 
-    The file may be by ``torch.save``, of which tensors and plain data are read and no code
-    is run, or by safetensors. The weights may be bare or in nested dicts, below names such
-    as ``teacher.backbone.``, saved from within DDP or ``torch.compile``, their blocks flat
-    or in chunks, whichever ``model`` has. Names and layouts of transformers and timm are
-    converted. ``path`` may be a folder by ``save_pretrained``, with parts or without, or in
-    place of a file what it holds: a state dict, nested or not.
+    Files by ``torch.save`` and safetensors are read, and code in them is never run. The weights
+    may be in nested dicts, below prefixes such as ``teacher.backbone.``, saved under DDP or
+    ``torch.compile``, with or without chunks of blocks. Names and layouts of transformers and
+    timm are converted.
 
-    If there are several models, ``key`` names the one to take (``student``, ``model_ema``).
-    Else it is the teacher, which is what upstream evaluates, else a moving average
-    (``model_ema``, ``state_dict_ema``), else the one there is.
+    Loading is strict. Every parameter of ``model`` must be in the file with its shape, and every
+    tensor of the backbone in the file must be in ``model``. The one exception is ``mask_token``:
+    if the file has none, it becomes zeros and the log says so. Only passes with masks use it.
+    Values are cast to the dtype of ``model``. Heads and epsilon of a ``config.json`` or
+    ``config.yaml`` must be those of ``model``.
 
-    Strict: each parameter is found, with its shape, or it is an error; so is a tensor of
-    the backbone that ``model`` has not. Of this there is one exception: a ``mask_token`` that
-    the file has not becomes zeros, which the log says. Without masks it is not used. What a
-    file beside the weights says (heads, epsilon) has to be so in ``model``. Floating numbers
-    are converted to the model's. Where the file has a positional embedding for another square
-    of patches, that is an error too, unless ``interpolate_pos_embed``: then it is resized to
-    the model's by upstream's own method, which does so for images of another size in each
-    pass: bicubic, with the ``interpolate_antialias`` and ``interpolate_offset`` of ``model``.
+    If an error is raised, ``model`` is unchanged.
 
-    Returns what was left out, each part by its name in the file: ``student``,
-    ``teacher.dino_head``, ``optimizer``, a classifier's ``head``; ``()`` if the file holds the
-    backbone alone.
+    Args:
+        model: A ``DinoVisionTransformer`` or a module that contains one.
+        path: A file, a folder by ``save_pretrained``, or a state dict, nested or not.
+        key: Which of several models in the file to take, such as ``student`` or ``model_ema``. By
+            default the teacher, which upstream evaluates, or else a moving average
+            (``model_ema``, ``state_dict_ema``).
+        interpolate_pos_embed: Whether to resize a positional embedding for another square of
+            patches to that of ``model``. Upstream's own method does this (bicubic, with the
+            ``interpolate_antialias`` and ``interpolate_offset`` of ``model``). If false, another
+            size is an error.
 
-    Raises ``UnreadableFileError`` for a file that is no checkpoint, does not fit or is a shard of
-    FSDP, ``UnavailableError`` for safetensors without their library and ``InvalidInputError`` for a
-    model on the meta device, one that the file contradicts, or an unknown ``key``. ``model``
-    is then as it was.
+    Returns:
+        The parts of the file that were left out, such as ``student``, ``teacher.dino_head``,
+        ``optimizer`` or the ``head`` of a classifier.
+
+    Raises:
+        UnreadableFileError: If the file is not a checkpoint, is a shard of FSDP, or does not fit
+            ``model``.
+        UnavailableError: If the library safetensors is needed and missing.
+        InvalidInputError: If ``model`` is on the meta device or contradicts the config file, or if
+            the file has no model named ``key``.
+
     """
     if isinstance(path, nn.Module):
         raise InvalidInputError("a path or a mapping", "a module", "Pass its state_dict().")
@@ -76,7 +82,7 @@ def fill(
     key: str | None = None,
     interpolate_pos_embed: bool = False,
 ) -> tuple[str, ...]:
-    """Do as ``load_checkpoint`` does, with a file that was read."""
+    """Fill ``model`` as ``load_checkpoint`` does, from a checkpoint that is already read."""
     state = model.state_dict()
     if any(tensor.is_meta for tensor in state.values()):
         raise InvalidInputError(
@@ -93,22 +99,22 @@ def fill(
     differences = _differences(expected, weights)
     if differences:
         raise _misfit(checkpoint, backbone, expected, differences)
-    require_as_stated(model, checkpoint)
+    require_as_configured(model, checkpoint)
     model.load_state_dict({name: weights[plain(name)] for name in state})
-    log.info("%s: took %s%s", checkpoint.path, backbone.root or "all", _without(backbone))
+    log.info("%s: loaded %s%s", checkpoint.path, backbone.root or "all", _without(backbone))
     for name in zeros:
-        log.info("%s is not in the file: set to zeros, which only a pass with masks reads", name)
+        log.info("%s is not in the file: set to zeros (only passes with masks use it)", name)
     return backbone.left_out
 
 
 def _unused(state: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return zeros for mask tokens that are not found beside a CLS token: upstream's own start."""
+    """Return zeros for mask tokens that the file lacks; upstream initialises them to zero too."""
     zeros = {}
     for name, tensor in state.items():
         key = plain(name)
         root, _, leaf = key.rpartition(".")
-        beside = f"{root}.cls_token" if root else "cls_token"
-        if leaf == "mask_token" and key not in found and beside in found:
+        cls_token = f"{root}.cls_token" if root else "cls_token"
+        if leaf == "mask_token" and key not in found and cls_token in found:
             zeros[key] = torch.zeros_like(tensor, device="cpu")
     return zeros
 
@@ -126,7 +132,7 @@ def _misfit(
     theirs, ours = describe(backbone.weights), describe(expected)
     next_step = "Build the model as it was when it was saved."
     if all(" of another square" in difference for difference in differences):
-        next_step = "Have it resized with load_checkpoint(…, interpolate_pos_embed=True)."
+        next_step = "Resize it with load_checkpoint(…, interpolate_pos_embed=True)."
     elif advice := _layer_scale(backbone.weights, expected):
         next_step = advice
     elif theirs and theirs != ours:
@@ -140,7 +146,7 @@ def _misfit(
 
 
 def _layer_scale(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """Return what to do where LayerScale is all that one of the two has and the other has not."""
+    """Return the advice for models that differ in LayerScale only."""
     apart = set(found) ^ set(expected)
     scales = {key for key in {*found, *expected} if key.endswith((".ls1.gamma", ".ls2.gamma"))}
     if not apart or apart != scales:
@@ -174,7 +180,7 @@ def _shapes(key: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor
 
 
 def _fits(found: Tensor, expected: Tensor) -> bool:
-    """Say whether ``found`` is dense, in memory and of numbers that ``expected`` is made of."""
+    """Return whether ``found`` is dense, in memory, and of a dtype that casts to ``expected``'s."""
     alike = found.dtype == expected.dtype or {found.dtype, expected.dtype} <= _FLOATING
     return alike and found.layout == torch.strided and not found.is_meta
 
@@ -183,7 +189,7 @@ def _fits(found: Tensor, expected: Tensor) -> bool:
 
 
 def _another_square(key: str, found: Tensor, expected: Tensor) -> bool:
-    """Say whether upstream's interpolation leads from the one to the other."""
+    """Return whether upstream's interpolation can turn one into the other."""
     return (
         key.rpartition(".")[2] == "pos_embed"
         and found.ndim == expected.ndim == 3
@@ -198,7 +204,7 @@ def _side(pos_embed: Tensor) -> int:
 
 
 def _resized(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the positional embeddings that are for another square, for the model's own."""
+    """Return the positional embeddings for another square, resized to those of ``model``."""
     resized = {}
     for name, parameter in model.named_parameters():
         key = plain(name)
@@ -211,15 +217,15 @@ def _resized(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
 
 @torch.no_grad()
 def _interpolate(transformer: Any, theirs: Tensor, ours: Tensor) -> Tensor:
-    # A copy, so that upstream's method reads this embedding and the model keeps its own.
+    # A copy with the other embedding, so that the model keeps its own.
     stand_in = copy.copy(transformer)
     stand_in._parameters = {**transformer._parameters, "pos_embed": nn.Parameter(theirs)}
     side = _side(ours)
     pixels = side * transformer.patch_size
     try:
-        # Of its first argument, the tokens of an image, it reads shape and dtype.
+        # Of its first argument, the tokens of an image, it uses shape and dtype only.
         resized: Tensor = stand_in.interpolate_pos_encoding(ours, pixels, pixels)
-    except AssertionError as error:  # some revisions miss some sizes by a rounding error
+    except AssertionError as error:  # rounding in some revisions misses some sizes
         raise InvalidInputError(
             f"a positional embedding that this upstream can resize to {side} × {side} patches",
             f"one of {_side(theirs)} × {_side(theirs)}",

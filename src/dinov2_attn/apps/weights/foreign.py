@@ -1,7 +1,7 @@
-"""Other libraries' names and layouts of a vision transformer, as upstream's classes have them.
+"""Checkpoints of transformers and timm, converted to upstream's names and layouts.
 
-transformers keeps queries, keys and values apart, timm the positions of patches without that of
-CLS. The numbers are the same: parts are joined, and zeros stand where nothing was added.
+transformers stores queries, keys and values separately. timm stores the positions of the patches
+without that of CLS. The values are the same: parts are concatenated, a missing position is 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-# In every model of transformers with upstream's patches, and nowhere else.
+# In every ViT of transformers, and in no other library's.
 _HUGGING_FACE = "embeddings.patch_embeddings.projection.weight"
 
 _OUTSIDE_BLOCKS = {
@@ -25,7 +25,7 @@ _OUTSIDE_BLOCKS = {
     "layernorm": "norm",
 }
 
-# By the names of DINOv2 and of ViT (DINO v1), both of transformers before 5 and since.
+# The names of DINOv2 and ViT (DINO v1) in transformers, before version 5 and since.
 _IN_BLOCKS = {
     "attention.attention.query": "attn.q",
     "attention.attention.key": "attn.k",
@@ -48,7 +48,7 @@ _IN_BLOCKS = {
     "mlp.down_proj": "mlp.w3",
 }
 
-# What is joined, in this order; the last are timm's SwiGLU.
+# What is concatenated, in this order.
 _JOINED = {
     "attn.qkv": ("attn.q", "attn.k", "attn.v"),
     "mlp.w12": ("mlp.w1", "mlp.w2"),
@@ -60,7 +60,7 @@ _LEAF = re.compile(r"(.+?)(\.weight|\.bias)?$")
 
 
 def as_upstreams(names: Collection[str]) -> dict[str, str]:
-    """Return upstream's name for each of ``names``, of which all but transformers' stay.
+    """Return upstream's name for each of ``names``. Only those of transformers change.
 
     >>> as_upstreams(["dinov2.layernorm.bias", f"dinov2.{_HUGGING_FACE}"])["dinov2.layernorm.bias"]
     'dinov2.norm.bias'
@@ -92,7 +92,7 @@ def _look_up(table: Mapping[str, str], name: str) -> str:
 
 
 def is_dinov3(names: Collection[str]) -> bool:
-    """Return whether plain ``names`` are of DINOv3, its own or transformers'."""
+    """Return whether plain ``names`` are those of DINOv3, its own or in transformers."""
     ends = ("rope_embed.periods", "storage_tokens", "embeddings.patch_embeddings.weight")
     return any(name == end or name.endswith(f".{end}") for name in names for end in ends)
 
@@ -100,9 +100,13 @@ def is_dinov3(names: Collection[str]) -> bool:
 def joined(
     weights: Mapping[str, Tensor], names: Collection[str], no_embed_class: bool | None = None
 ) -> dict[str, Tensor]:
-    """Return one backbone's weights in upstream's layout; what is in ``names`` stays as it is.
+    """Return the weights of one backbone in upstream's layout.
 
-    ``no_embed_class`` is timm's option of that name, if it is known.
+    Args:
+        weights: The tensors by upstream's names.
+        names: The names of the model's parameters, which are not converted.
+        no_embed_class: timm's option of that name, if known.
+
     """
     weights = _with_swiglu(weights, names)
     for key in list(weights):
@@ -118,7 +122,7 @@ def joined(
 
 
 def have_memory(tensors: Collection[Tensor]) -> bool:
-    """Return whether there are numbers behind all of them: a view of one can have any shape."""
+    """Return whether every element has memory of its own: expanded views have any shape."""
     if any(tensor.layout != torch.strided or tensor.is_meta for tensor in tensors):
         return False
     storages = [tensor.untyped_storage() for tensor in tensors]
@@ -127,7 +131,7 @@ def have_memory(tensors: Collection[Tensor]) -> bool:
 
 
 def _with_swiglu(weights: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """Rename timm's SwiGLU, packed (fc1 is twice as wide as fc2 takes) or in two parts."""
+    """Rename timm's SwiGLU, packed (fc1 has twice the features that fc2 takes) or in two parts."""
     renamed = {}
     for key, tensor in weights.items():
         start, found, leaf = key.rpartition("mlp.")
@@ -152,7 +156,7 @@ def _swiglu_name(weights: Mapping[str, Tensor], start: str, layer: str) -> str |
 def _with_positions(
     weights: dict[str, Tensor], names: Collection[str], no_embed_class: bool | None
 ) -> dict[str, Tensor]:
-    """Give timm's positions upstream's layout: one for CLS, none for registers, the patches'."""
+    """Convert timm's positions to upstream's layout: CLS, then patches, none for registers."""
     timms = "reg_token" in weights and "reg_token" not in names
     if timms:
         weights["register_tokens"] = weights.pop("reg_token")
@@ -171,12 +175,12 @@ def _with_positions(
         and registers.shape[2] == positions.shape[2]
         and have_memory([positions, registers])
     ):
-        _share_out(weights, positions.detach(), registers.detach())
+        _split_positions(weights, positions.detach(), registers.detach())
     return weights
 
 
-def _share_out(weights: dict[str, Tensor], positions: Tensor, registers: Tensor) -> None:
-    """Add the positions of registers to these: upstream adds none in a pass."""
+def _split_positions(weights: dict[str, Tensor], positions: Tensor, registers: Tensor) -> None:
+    """Add the positions of registers to the registers: upstream adds none in its forward pass."""
     end = 1 + registers.shape[1]
     weights["register_tokens"] = registers + positions[:, 1:end]
     weights["pos_embed"] = torch.cat([positions[:, :1], positions[:, end:]], dim=1)

@@ -1,8 +1,8 @@
-"""Where in a checkpoint a backbone is, and its parameters' names as upstream's classes have them.
+"""The backbone in a checkpoint, and its parameter names as in upstream's classes.
 
-One model is saved under many names: below ``teacher.backbone.``, in a dict of dicts, with
-the names that DDP, FSDP, activation checkpoints and ``torch.compile`` put between, its
-blocks in a row or in chunks. All of them lead to the plain names of a flat model.
+The names of one model vary: a prefix such as ``teacher.backbone.``, nested dicts, the names that
+DDP, FSDP, activation checkpointing and ``torch.compile`` insert, blocks in chunks or not. This
+module converts all of them to the plain names of a model without chunks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dinov2_attn.apps.weights.folders import some
+from dinov2_attn.apps.weights.files import some
 from dinov2_attn.apps.weights.foreign import as_upstreams, is_dinov3, joined
 from dinov2_attn.apps.weights.reading import Checkpoint
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 
-# What a module is called that holds the real one, in the names of its parameters.
+# The names that wrapper modules insert into parameter names.
 WRAPPERS = frozenset({
     "module",  # DataParallel, DDP, DeepSpeed
     "_orig_mod",  # torch.compile
@@ -28,26 +28,29 @@ WRAPPERS = frozenset({
     "_forward_module",  # Lightning
 })  # fmt: skip
 
-# Every backbone has these, and nothing else does.
+# Every backbone has these parameters, and no other module does.
 ANCHORS = ("cls_token", "pos_embed", "patch_embed.proj.weight")
 
-# What upstream's training keeps beside a backbone, and what others train on top of one: their
-# classifiers, poolers and decoders, none of which a block's attention depends on.
+# Modules on top of a backbone: upstream's losses and heads, and the classifiers, poolers and
+# decoders of other projects. The attention of a block does not depend on them.
 _HEADS = re.compile(
     r"dino_loss|ibot_patch_loss|(\w+_)?(heads?|fc|linear|classifiers?|pooler|attn_pool|projectors?|"
     r"predictors?|decoder)(_\w+|\d+)?"
 )
 
-# Of several models, a teacher's is taken, then a moving average's.
+# Of several models: the teacher's first, then that of a moving average.
 PREFERRED = (re.compile("teacher"), re.compile(r"(\w+_)?ema(_\w+)?"))
 
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """The weights of one model in a checkpoint: by plain names, and by those in the file.
+    """The weights of one model in a checkpoint.
 
-    ``root`` is where it was, such as ``teacher.backbone``. ``left_out`` is what else there
-    is, each part once: ``student``, ``teacher.dino_head``, ``optimizer``.
+    Attributes:
+        root: Its place in the file, such as ``teacher.backbone``.
+        weights: The tensors by plain name.
+        left_out: The other parts of the file: ``student``, ``teacher.dino_head``, ``optimizer``.
+
     """
 
     root: str
@@ -56,10 +59,10 @@ class Backbone:
 
 
 def plain(name: str) -> str:
-    """Return a parameter's name without wrappers, and without the chunk that its block is in.
+    """Return a parameter's name without wrappers and without the chunk of its block.
 
-    The number of a block is the same in a flat model and in a chunked one, whose chunks
-    begin with as many ``Identity`` as there are blocks before them.
+    A block has the same number with and without chunks: upstream fills each chunk with
+    ``Identity`` modules in place of the blocks before it.
 
     >>> plain("module.blocks.1.7._orig_mod.norm1.weight")
     'blocks.7.norm1.weight'
@@ -71,12 +74,18 @@ def plain(name: str) -> str:
 def find_backbone(
     checkpoint: Checkpoint, names: Collection[str], key: str | None = None
 ) -> Backbone:
-    """Find the weights of a model whose parameters have the plain ``names``.
+    """Return the weights of the model whose parameters have the plain ``names``.
 
-    Of several that of ``key`` is taken, else the teacher's, which is what upstream evaluates
-    and publishes, else that of a moving average (``model_ema``). Raises ``UnreadableFileError`` if
-    it is not clear which, or if two tensors have one name, and ``InvalidInputError`` for a ``key``
-    that the file does not have.
+    Args:
+        checkpoint: The file.
+        names: The plain names of the parameters of the model to fill.
+        key: Which of several models to take. By default the teacher, which upstream evaluates and
+            publishes, or else a moving average (``model_ema``).
+
+    Raises:
+        UnreadableFileError: If the choice is ambiguous, or two tensors have the same name.
+        InvalidInputError: If the file has no model named ``key``.
+
     """
     anchors = [name for name in ANCHORS if name in names] or list(names)
     found = _names_in(checkpoint, names)
@@ -93,26 +102,26 @@ def find_backbone(
         else:
             inside[key] = tensor
     left_out = dict.fromkeys(_part_of(name, root) for name in outside)
-    stated = checkpoint.stated
-    weights = joined(inside, names, None if stated is None else stated.no_embed_class)
+    config = checkpoint.config
+    weights = joined(inside, names, None if config is None else config.no_embed_class)
     return Backbone(root.removesuffix("."), weights, tuple(left_out))
 
 
 def _names_in(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
-    """Return the plain name in upstream's words of each tensor; raise for DINOv3's."""
+    """Return upstream's plain name of each tensor. Raise ``UnreadableFileError`` for DINOv3."""
     found = {name: plain(name) for name in checkpoint.tensors}
     if "pos_embed" in names and is_dinov3(found.values()):
         raise UnreadableFileError(
             "a checkpoint of DINOv2 or DINO",
-            f"{checkpoint.path}, a DINOv3 checkpoint, whose positions are rotations",
-            "Load it with the code that it is of: DINOv2's classes cannot hold it.",
+            f"{checkpoint.path}, a DINOv3 checkpoint, with rotary positions",
+            "Load it with DINOv3's code: DINOv2's classes cannot hold it.",
         )
     upstreams = as_upstreams(found.values())
     return {name: upstreams[key] for name, key in found.items()}
 
 
 def _roots(found: Collection[str], anchors: Sequence[str]) -> Mapping[str, int]:
-    """Return the prefixes under which anchors are, and how many of them."""
+    """Return the prefixes of anchors, with the number of anchors below each."""
     return Counter(
         name.removesuffix(anchor)
         for name in dict.fromkeys(found)
@@ -141,7 +150,7 @@ def _choose(checkpoint: Checkpoint, roots: Mapping[str, int]) -> str:
 
 
 def _named(checkpoint: Checkpoint, roots: Mapping[str, int], key: str) -> str:
-    """Return the root that ``key`` is, or the one that is below it or has it as a part."""
+    """Return the root ``key``, or else the only one below it, or the only one that contains it."""
     asked = plain(f"{key}.").removesuffix(".")
     whole = {root: root.removesuffix(".") for root in roots}
     below = [root for root in roots if asked and root.startswith(f"{asked}.")]
@@ -156,7 +165,7 @@ def _named(checkpoint: Checkpoint, roots: Mapping[str, int], key: str) -> str:
     )
     if best is None:
         raise InvalidInputError(
-            f"a model in {checkpoint.path} by the name of {key!r}",
+            f"a model in {checkpoint.path} named {key!r}",
             f"models at {', '.join(name or repr('') for name in whole.values()) or 'no name'}",
             "Name one of them, or leave out the key.",
         )
@@ -164,7 +173,7 @@ def _named(checkpoint: Checkpoint, roots: Mapping[str, int], key: str) -> str:
 
 
 def _part_of(name: str, root: str) -> str:
-    """Shorten the name of what is not in ``root`` to where it parts from there."""
+    """Shorten ``name`` to its first part that differs from ``root``."""
     parts, shared = name.split("."), 0
     for ours, roots in zip(parts, root.split("."), strict=False):
         if ours != roots:
@@ -176,6 +185,6 @@ def _part_of(name: str, root: str) -> str:
 def _twice(checkpoint: Checkpoint, names: list[str]) -> UnreadableFileError:
     return UnreadableFileError(
         "a checkpoint with each parameter once",
-        f"{checkpoint.path} with {' and '.join(names)}, which are one",
-        "If its chunks count their blocks from 0 each, number them through: upstream does.",
+        f"{checkpoint.path} with {' and '.join(names)}, which are the same",
+        "If each chunk counts its blocks from 0, number them consecutively, as upstream does.",
     )

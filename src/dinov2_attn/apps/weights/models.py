@@ -1,4 +1,4 @@
-"""Building upstream's models: those of its hub by name, and any that a checkpoint describes."""
+"""Build upstream's models: by the names of its hub, or from an architecture."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.weights.stated import Interpolation
+from dinov2_attn.apps.weights.config_files import Interpolation
 from dinov2_attn.errors import InvalidInputError, UnavailableError
 
-# Importing torch takes seconds, and the names below are all that ``--help`` needs.
+# --help needs the names below without the seconds that importing torch takes.
 if TYPE_CHECKING:
     from torch import nn
 
@@ -30,12 +30,27 @@ INTERPOLATION_WITH_REGISTERS = {"interpolate_antialias": True, "interpolate_offs
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a vision transformer of upstream's is built from; as text, what captions call it.
+    """The arguments of a vision transformer of upstream's; ``str()`` gives its name in captions.
 
-    ``img_size`` is the side in pixels of the square that the positional embedding is for.
-    ``hidden`` is the number of features inside of the FFN, whose kind is upstream's word.
-    ``interpolation`` is of the positional embedding, that of the published models if ``None``.
-    ``heads_assumed`` is whether nothing but custom says ``num_heads``.
+    Attributes:
+        embed_dim: The features of a token.
+        depth: The number of blocks.
+        num_heads: The heads of each block.
+        patch_size: The side of a patch in pixels.
+        img_size: The side in pixels of the square image of the positional embedding.
+        in_chans: The channels of an image.
+        registers: The number of register tokens.
+        ffn: Upstream's name for the kind of FFN.
+        hidden: The hidden features of the FFN.
+        layer_scale: Whether blocks have LayerScale.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        proj_bias: Whether the output projection has a bias.
+        ffn_bias: Whether the layers of the FFN have a bias.
+        eps: The epsilon of the norms.
+        interpolation: How the positional embedding is resized; ``None`` for the default of the
+            published models.
+        heads_assumed: Whether ``num_heads`` is only an assumption.
+
     """
 
     embed_dim: int
@@ -60,7 +75,7 @@ class Architecture:
 
     @property
     def family(self) -> str:
-        """``ViT-S`` and the like, or the dimensions of what is not published."""
+        """The published family, such as ``ViT-S``; otherwise features and blocks."""
         for name, *dimensions in PUBLISHED.values():
             if dimensions == [self.embed_dim, self.depth]:
                 return name
@@ -68,7 +83,7 @@ class Architecture:
 
 
 def caption(family: str, patch_size: int, registers: int) -> str:
-    """Return what captions call a model: ``ViT-S/14, 4 registers``."""
+    """Return the name of a model in captions: ``ViT-S/14, 4 registers``."""
     plural = "" if registers == 1 else "s"
     return f"{family}/{patch_size}" + (f", {registers} register{plural}" if registers else "")
 
@@ -76,18 +91,28 @@ def caption(family: str, patch_size: int, registers: int) -> str:
 def build(
     arch: str, *, patch_size: int = 14, registers: bool = False, img_size: int = 518
 ) -> nn.Module:
-    """Build one of ``ARCHS`` from the importable ``dinov2``, in eval mode.
+    """Build a model from the importable ``dinov2``, in eval mode and with random weights.
 
-    Its weights are random, drawn from torch's global generator. ``img_size`` is the size
-    of the square that the positional embedding is made for. Raises ``InvalidInputError`` for an
-    unknown architecture or an impossible patch size, and ``UnavailableError`` if this revision
-    of upstream has no registers.
+    The weights are drawn from torch's global generator.
+
+    Args:
+        arch: One of ``ARCHS``.
+        patch_size: The side of a patch in pixels.
+        registers: Whether the model has four register tokens.
+        img_size: The side in pixels of the square image of the positional embedding.
+
+    Raises:
+        InvalidInputError: If the architecture is unknown, or the patch size impossible.
+        UnavailableError: If this revision of upstream has no registers.
+
     """
     if arch not in ARCHS:
-        raise InvalidInputError(f"an architecture of {', '.join(ARCHS)}", repr(arch), "Name one.")
+        raise InvalidInputError(
+            f"one of the architectures {', '.join(ARCHS)}", repr(arch), "Choose one of them."
+        )
     if not 0 < patch_size <= img_size:
         raise InvalidInputError(
-            f"a patch size from 1 to {img_size}, the size that the embedding is made for",
+            f"a patch size from 1 to {img_size}, the image size of the positional embedding",
             str(patch_size),
             "The published models have 14.",
         )
@@ -105,9 +130,10 @@ def build(
 
 
 def build_like(architecture: Architecture) -> nn.Module:
-    """Build what ``architecture`` says from the importable ``dinov2``, flat, in eval mode.
+    """Build a model of this architecture from the importable ``dinov2``, without chunks.
 
-    As ``build``, from which it does not differ where ``build`` has a name for it.
+    The model is in eval mode with random weights. It equals that of ``build`` for an architecture
+    that ``build`` knows.
     """
     from dinov2.models import vision_transformer
     from torch.nn import LayerNorm
@@ -136,10 +162,10 @@ def build_like(architecture: Architecture) -> nn.Module:
 
 
 def _mlp_ratio(architecture: Architecture) -> float:
-    """Return a ratio that upstream, which rounds down, makes ``hidden`` of."""
+    """Return a ratio from which upstream, rounding down, computes ``hidden``."""
     hidden: float = architecture.hidden
     if architecture.ffn == "swiglufused":
-        hidden = hidden * 3 / 2  # of which it takes two thirds
+        hidden = hidden * 3 / 2  # upstream takes two thirds of it
     return (hidden + 0.5) / architecture.embed_dim
 
 
@@ -156,6 +182,6 @@ def _registers(
         raise UnavailableError(
             "a revision of upstream with registers, of 2023-10-27 or later",
             f"one without, at {vision_transformer.__file__}",
-            "Name a newer checkout with --repo PATH, or take a model without registers.",
+            "Name a newer checkout with --repo PATH, or choose a model without registers.",
         )
     return {"num_register_tokens": number, **INTERPOLATION_WITH_REGISTERS, **chosen}

@@ -1,4 +1,4 @@
-"""Reading a file of weights into named tensors, running nothing that it may hold."""
+"""Reading a file of weights into named tensors. Code in the file is never run."""
 
 from __future__ import annotations
 
@@ -16,51 +16,65 @@ from torch import Tensor
 
 from dinov2_attn import _optional
 from dinov2_attn._compat import records_of_archive
-from dinov2_attn.apps.weights.folders import files_of, some
-from dinov2_attn.apps.weights.kinds import CHECKPOINT, SAVE_AGAIN, refuse_others
-from dinov2_attn.apps.weights.stated import Stated, beside
+from dinov2_attn.apps.weights.config_files import ModelConfig, find_config
+from dinov2_attn.apps.weights.files import (
+    CHECKPOINT,
+    SAVE_AGAIN,
+    files_of,
+    refuse_others,
+    some,
+)
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 
-# Training checkpoints nest two or three dicts; what is deeper is no name of a weight.
+# Training checkpoints nest two or three dicts. Deeper dicts hold no weights.
 _DEEPEST = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a file holds: tensors by their names, those of nested dicts joined by dots.
+    """The content of a file: tensors by name, with the keys of nested dicts joined by dots.
 
-    ``others`` names what is no tensor. ``metadata`` is that of a safetensors file, and
-    ``stated`` what a file beside it says.
+    Attributes:
+        path: The file, or a word for what was given in place of one.
+        tensors: The tensors by name.
+        others: The names of values that are not tensors.
+        metadata: The metadata of a safetensors file.
+        config: The content of the config file that belongs to it.
+
     """
 
     path: Path | str
     tensors: Mapping[str, Tensor]
     others: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
-    stated: Stated | None = None
+    config: ModelConfig | None = None
 
 
 def read(path: str | Path) -> Checkpoint:
-    """Read a file by ``torch.save`` or a safetensors file, or a folder of them, onto the CPU.
+    """Read a checkpoint onto the CPU: a file by ``torch.save`` or safetensors, or their folder.
 
-    ``weights_only`` always, and never TorchScript, a tar or what unpacks to more than its
-    size. Raises ``UnreadableFileError`` if it is none or holds no tensor with a name, and
-    ``UnavailableError`` for safetensors without their library.
+    ``torch.load`` is called with ``weights_only``. TorchScript, tar archives and files that
+    unpack to more than their size are rejected.
+
+    Raises:
+        UnreadableFileError: If this is not a checkpoint, or holds no named tensor.
+        UnavailableError: If the library safetensors is needed and missing.
+
     """
     path = Path(path)
     try:
         files = files_of(path)
         parts = [_read_file(file) for file in files]
-        stated = beside(files[0])
+        config = find_config(files[0])
     except OSError as error:  # no permission, a disk that fails
         raise _refused(path, error) from error
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
     others = tuple(name for part in parts for name in part.others)
-    return _whole(Checkpoint(path, tensors, others, parts[0].metadata, stated))
+    return _whole(Checkpoint(path, tensors, others, parts[0].metadata, config))
 
 
 def read_mapping(mapping: Mapping[str, object]) -> Checkpoint:
-    """Take what a checkpoint file holds, such as a state dict, in the place of the file."""
+    """Return the checkpoint of a mapping, such as a state dict, in place of a file."""
     tensors, others = _flatten(dict(mapping))
     if not tensors:
         raise InvalidInputError(
@@ -90,7 +104,7 @@ def _read_saved(path: Path) -> Checkpoint:
         _refuse_what_runs(path)
         with _namespaces():
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the bytes at hand provoke
+    except Exception as error:  # torch.load can raise anything
         raise _refused(path, error) from error
     tensors, others = _flatten(content)
     if not tensors:
@@ -103,7 +117,7 @@ def _read_saved(path: Path) -> Checkpoint:
 
 
 def _namespaces() -> contextlib.AbstractContextManager[object]:
-    """Let ``weights_only`` read ``argparse.Namespace``: DINO v1 saves its options along."""
+    """Allow ``argparse.Namespace`` for ``weights_only``: DINO v1 saves its options in one."""
     allowed = getattr(torch.serialization, "safe_globals", None)  # torch 2.5 and later
     return contextlib.nullcontext() if allowed is None else allowed([argparse.Namespace])
 
@@ -112,7 +126,7 @@ def _refused(path: Path, error: Exception) -> UnreadableFileError:
     text = str(error)
     if any(sign in text for sign in _SHARDS):
         return _shard(path)
-    # PyTorch's own words are not passed on: they advise to load without weights_only.
+    # PyTorch's own text is not passed on: it recommends loading without weights_only.
     reason, next_step = type(error).__name__, f"Download it again. {SAVE_AGAIN}"
     if isinstance(error, (OSError, zipfile.BadZipFile)):
         reason = f"{reason}: {text.partition(chr(10))[0]}"
@@ -126,10 +140,10 @@ def _refused(path: Path, error: Exception) -> UnreadableFileError:
     )
 
 
-# How PyTorch refuses the classes of shards, by their module or by what all of them call.
+# In PyTorch's errors for shards: their module, or the function that rebuilds all of them.
 _SHARDS = ("torch.distributed", "_rebuild_wrapper_subclass")
 
-# How it names all else: in its oldest and in its newest words, and of a module that it blocks.
+# How PyTorch's errors name other classes, in old and new versions and for blocked modules.
 _CODE = re.compile(r"[Uu]nsupported (?:class|global:?(?: GLOBAL)?|GLOBAL) ([\w.]+)")
 
 
@@ -139,7 +153,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
         with library.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return Checkpoint(path, tensors, metadata=file.metadata() or {})
-    except Exception as error:  # the reader raises whatever foreign bytes provoke
+    except Exception as error:  # the reader can raise anything
         raise UnreadableFileError(
             "a complete safetensors file",
             f"{path}, which does not load ({type(error).__name__}: {error})",
@@ -148,7 +162,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Go by the suffix, and by the content: the length of a header in JSON, then the header."""
+    """Return whether the suffix or the content is safetensors': a length, then a JSON header."""
     with path.open("rb") as file:
         start = file.read(9)
     return path.suffix == ".safetensors" or (
@@ -157,7 +171,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _check_unpacked(path: Path) -> None:
-    """Raise unless reading ``path`` takes memory as its size says: torch compresses nothing."""
+    """Raise ``BadZipFile`` if the archive is compressed; torch's are not. It could fill memory."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
@@ -166,34 +180,34 @@ def _check_unpacked(path: Path) -> None:
 
 
 def _refuse_what_runs(path: Path) -> None:
-    """Raise ``ValueError`` for TorchScript, whose code ``weights_only`` lets through.
+    """Raise ``ValueError`` for TorchScript, whose code can run in spite of ``weights_only``.
 
-    PyTorch before 2.6 hands it on to ``torch.jit.load``, which runs its ``__setstate__``, and
-    unpacks the tar that PyTorch 0.1 wrote (CVE-2025-32434), which ``refuse_others`` refuses.
+    PyTorch before 2.6 passes it to ``torch.jit.load``, which runs its ``__setstate__``. It also
+    unpacks the tar files of PyTorch 0.1 (CVE-2025-32434), which ``refuse_others`` rejects.
     """
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
-    # PyTorch's reader and not Python's: a zip can be made in which the two see other files.
+    # PyTorch's reader: a crafted zip can show other files to Python's.
     if is_zip and "constants.pkl" in records_of_archive(path):
         raise ValueError("a TorchScript archive, which holds code")
 
 
 def _flatten(content: object) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors in nested dicts with names as keys, and the names of all else."""
+    """Return the tensors of nested dicts by name, and the names of all other values."""
     tensors: dict[str, Tensor] = {}
     others: list[str] = []
-    # Each dict once: a file can hold one inside itself.
+    # Each dict once: a dict can contain itself.
     seen: set[int] = set()
     waiting: list[tuple[tuple[str, ...], object]] = [((), content)]
     while waiting:
         path, value = waiting.pop()
         name = ".".join(path)
         if isinstance(value, Tensor) and path and not value.is_nested:  # which has no shape
-            # A second of the same name stays visible, as one that nothing asks for.
+            # A second tensor of the same name is kept, so that it is reported as left over.
             tensors[name if name not in tensors else f"{name} (again)"] = value
         elif _has_names(value) and len(path) < _DEEPEST and id(value) not in seen:
             seen.add(id(value))
-            # Its own methods and not what an OrderedDict brings along in their place.
+            # dict's own methods: an instance of OrderedDict can replace its own.
             waiting += [((*path, key), inner) for key, inner in reversed([*dict.items(value)])]
         elif path:
             others.append(name)

@@ -1,8 +1,8 @@
-"""Getting upstream's code: a checkout, what is installed, torch.hub's copy, PyPI's wheel.
+"""Upstream's code and Meta's weights: found on this machine, or downloaded.
 
-Every way ends in ``import dinov2.models.vision_transformer``. One process holds one
-``dinov2``, the first that is imported: a checkout that comes too late is an error here,
-where Python would go on with the other revision and say nothing.
+``obtain`` looks for the code in a checkout, the environment, torch.hub's copy and PyPI's wheel.
+Each way ends with ``import dinov2.models.vision_transformer``. A process can hold one ``dinov2``
+only. If another one is already imported, Python would silently use that; here it is an error.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
-from dinov2_attn.apps.weights.network import brief
-from dinov2_attn.apps.weights.wheel import Wheel, fetch_wheel
+from dinov2_attn._download import Wheel, bounded_downloads, download_url, fetch_wheel
+from dinov2_attn._files import atomic_file
+from dinov2_attn.apps.weights.checkpoints import load_checkpoint
 from dinov2_attn.errors import Dinov2AttnError, UnavailableError, UnreadableFileError, in_one_line
 
 log = logging.getLogger(__name__)
@@ -33,8 +36,11 @@ DINOV2_WHEEL = Wheel(
 LICENCE = (
     "using the wheel %s from PyPI: upstream's first commit (2023-04-17, without registers), "
     "uploaded by a third party, under that commit's licence CC-BY-NC 4.0: no commercial use. "
-    "Upstream is Apache-2.0 today: --repo PATH takes a checkout of it instead"
+    "Upstream is Apache-2.0 today: --repo PATH uses a checkout of it instead"
 )
+
+PUBLISHED_AT = "https://dl.fbaipublicfiles.com/dinov2"
+PUBLISHED_PATCH_SIZE = 14
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,20 @@ class Source:
 
 
 def obtain(repo: str | Path | None = None) -> Source:
-    """Make ``import dinov2.models.vision_transformer`` work in this process and say how.
+    """Make ``import dinov2.models.vision_transformer`` work in this process.
 
-    A checkout named by ``repo`` is used or refused, never passed over. Without one: what
-    is importable, else torch.hub's copy from GitHub, else the pinned wheel from PyPI.
-    Raises ``UnavailableError`` with the reason of each way that failed.
+    Args:
+        repo: A checkout of upstream. If given, no other source is tried. Otherwise the first of
+            these is used: an importable ``dinov2``, torch.hub's copy from GitHub, the pinned wheel
+            from PyPI.
+
+    Returns:
+        The source that was used.
+
+    Raises:
+        UnavailableError: If none of the ways works, with the reason of each.
+        UnreadableFileError: If ``repo`` is not a checkout.
+
     """
     if repo is not None:
         return from_checkout(repo)
@@ -73,10 +88,12 @@ def obtain(repo: str | Path | None = None) -> Source:
 
 
 def from_checkout(repo: str | Path) -> Source:
-    """Import ``dinov2`` from the folder ``repo``, ahead of an installed one.
+    """Import ``dinov2`` from the folder ``repo``, in preference to an installed one.
 
-    Raises ``UnreadableFileError`` if the folder is no checkout and ``UnavailableError`` if another
-    ``dinov2`` is imported already or if this one fails to import.
+    Raises:
+        UnreadableFileError: If the folder is not a checkout.
+        UnavailableError: If another ``dinov2`` is already imported, or the import fails.
+
     """
     folder = Path(repo).expanduser().resolve()
     if not _holds_models(folder):
@@ -90,7 +107,7 @@ def from_checkout(repo: str | Path) -> Source:
 
 
 def from_environment() -> Source:
-    """Import the ``dinov2`` that Python finds by itself, or raise ``UnavailableError``."""
+    """Import the ``dinov2`` of this environment; raise ``UnavailableError`` if there is none."""
     _import_models("on the Python path")
     import dinov2
 
@@ -98,13 +115,16 @@ def from_environment() -> Source:
 
 
 def from_hub() -> Source:
-    """Import torch.hub's copy of GitHub's main branch, downloaded if need be.
+    """Import torch.hub's copy of GitHub's main branch; download it if there is none.
 
-    A copy that is there already is used as it is, without the network, as
-    ``torch.hub.load`` does. Raises ``UnavailableError``.
+    An existing copy is used without the network, as ``torch.hub.load`` does.
+
+    Raises:
+        UnavailableError: If the download or the import fails.
+
     """
-    # Named owner_name_ref by every torch; with the ref given, torch.hub asks GitHub nothing
-    # before it downloads.
+    # Every torch names the folder owner_name_ref. With the ref given, torch.hub does not ask
+    # GitHub for the default branch.
     folder = Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main"
     if not _holds_models(folder):
         _download_from_hub("facebookresearch/dinov2:main")
@@ -113,9 +133,11 @@ def from_hub() -> Source:
 
 
 def from_pypi() -> Source:
-    """Import the pinned wheel, upstream's first commit, and announce its licence.
+    """Import the pinned wheel, which is upstream's first commit, and log its licence.
 
-    Raises ``UnavailableError`` if the wheel can neither be downloaded nor found in the cache.
+    Raises:
+        UnavailableError: If the wheel is not in the cache and cannot be downloaded.
+
     """
     wheel = fetch_wheel(DINOV2_WHEEL)
     _import_from(wheel)
@@ -123,28 +145,92 @@ def from_pypi() -> Source:
     return Source("pypi", str(wheel))
 
 
+def load_pretrained(model: nn.Module, arch: str, *, patch_size: int, registers: bool) -> None:
+    """Fill ``model`` with the weights that Meta publishes for it.
+
+    The file is kept in torch.hub's folder of checkpoints. A file that ``torch.hub.load`` of
+    upstream downloaded is used again.
+
+    Args:
+        model: One of upstream's models.
+        arch: The name of its function upstream, such as ``vit_small``.
+        patch_size: Its patch size in pixels.
+        registers: Whether it has registers.
+
+    Raises:
+        UnavailableError: If there are no such weights, or they cannot be downloaded.
+        UnreadableFileError: If the file is incomplete or does not fit ``model``.
+
+    """
+    if patch_size != PUBLISHED_PATCH_SIZE:
+        raise UnavailableError(
+            f"patch size {PUBLISHED_PATCH_SIZE}, the only one with published weights",
+            f"patch size {patch_size}",
+            "Give your own weights with --weights PATH. --random-weights runs without, but its "
+            "maps mean nothing.",
+        )
+    name = f"dinov2_{arch.replace('_', '')[:4]}{patch_size}"
+    file = f"{name}_reg4_pretrain.pth" if registers else f"{name}_pretrain.pth"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not path.is_file():
+        _download_and_fill(model, f"{PUBLISHED_AT}/{name}/{file}", path)
+        return
+    try:
+        load_checkpoint(model, path)
+    except UnreadableFileError as error:
+        raise UnreadableFileError(
+            error.expected,
+            error.found,
+            "The download may be incomplete. Remove the file and run again.",
+        ) from error
+
+
+def _download_and_fill(model: nn.Module, url: str, path: Path) -> None:
+    """Download ``url``, fill ``model`` with it, and keep it at ``path`` if that works."""
+    log.info("downloading %s", url)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # torch.hub does not notice a connection that breaks; loading does.
+        with atomic_file(path) as file:
+            download_url(url, file)
+            load_checkpoint(model, file)
+    except UnreadableFileError as error:
+        raise UnreadableFileError(
+            error.expected,
+            error.found,
+            "The partial download was deleted. Check your connection and run again.",
+        ) from error
+    except (OSError, HTTPException) as error:  # no network, a broken connection, no write access
+        raise UnavailableError(
+            f"the published weights {url}",
+            f"{type(error).__name__}: {error}",
+            "Give your own weights with --weights PATH. --random-weights runs without, but its "
+            "maps mean nothing.",
+        ) from error
+
+
 def _holds_models(folder: Path) -> bool:
     return (folder / "dinov2" / "models" / "vision_transformer.py").is_file()
 
 
 def _download_from_hub(github: str) -> None:
-    # Listing is torch.hub's only public call that downloads and builds no model. Upstream's
-    # owner is on torch's own list of trusted ones, and main is no fork's commit: the first
-    # question would go to stdin, the second to GitHub's limited API.
+    # torch.hub.list is the only public call that downloads without building a model. trust_repo
+    # avoids a question on stdin (torch itself trusts this owner), skip_validation a request to
+    # GitHub's rate-limited API.
     download: Callable[..., object] = torch.hub.list
     try:
-        with brief():
+        with bounded_downloads():
             download(github, trust_repo=True, skip_validation=True)
-    except Exception as error:  # torch.hub passes on what network, archive and hubconf raise
+    except Exception as error:  # errors of network, archive and hubconf pass through torch.hub
         raise UnavailableError(
-            "copy of GitHub's through torch.hub", _in_words(error), "Connect to GitHub."
+            "copy of GitHub's through torch.hub", _name_and_text(error), "Connect to GitHub."
         ) from error
 
 
 def _import_from(entry: Path) -> None:
     """Import upstream from ``entry``, a folder or a wheel, which stays on ``sys.path``."""
     _require_no_other(entry)
-    # Ahead of the others, and for good: worker processes unpickle models with this path.
+    # First, and permanently: worker processes need this path to unpickle models.
     sys.path.insert(0, str(entry))
     try:
         _import_models(f"at {entry}")
@@ -157,13 +243,13 @@ def _require_no_other(entry: Path) -> None:
     imported = sys.modules.get("dinov2")
     if imported is None:
         return
-    # A folder without __init__.py is imported too, and is no file.
+    # A folder without __init__.py can be imported too, and has no __file__.
     found = Path(imported.__file__ or next(iter(imported.__path__))).resolve()
     if found != (entry / "dinov2" / "__init__.py").resolve():
         raise UnavailableError(
             f"dinov2 of {entry}",
             f"this process has imported {found} already",
-            "Choose before dinov2 is imported, in a new process.",
+            "Choose the source before dinov2 is imported, in a new process.",
         )
 
 
@@ -172,16 +258,16 @@ def _import_models(place: str) -> None:
     try:
         importlib.import_module(MODELS)
     except Exception as error:  # upstream's code runs here and can raise anything
-        # Half an import would pass for the dinov2 of this process.
+        # A partial import must not remain as the dinov2 of this process.
         for name in set(sys.modules) - before:
             if name.partition(".")[0] == "dinov2":
                 del sys.modules[name]
         if isinstance(error, Dinov2AttnError):
             raise
         raise UnavailableError(
-            f"importable dinov2 {place}", _in_words(error), "Mend or replace it."
+            f"importable dinov2 {place}", _name_and_text(error), "Fix or replace it."
         ) from error
 
 
-def _in_words(error: Exception) -> str:
+def _name_and_text(error: Exception) -> str:
     return f"{type(error).__name__}: {in_one_line(error)}"

@@ -1,4 +1,4 @@
-"""Small modules and models of the classes at hand, seeded, with parameters of order one."""
+"""Small seeded modules and models of the tested classes, with parameters of order one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dinov2_attn.proof.conformance.code import Code
 
 
 def noise(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return normal noise that depends on nothing but its arguments."""
+    """Return normal noise that depends on the arguments only."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def randomise(module: Any, seed: int) -> Any:
-    """Fill the parameters: freshly built modules attend all but evenly, which hides errors."""
+    """Fill the parameters with noise. New modules attend almost uniformly, which hides errors."""
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             values = noise(*parameter.shape, seed=seed + i)
@@ -30,14 +30,14 @@ def randomise(module: Any, seed: int) -> Any:
 
 
 def make(cls: Any, **options: Any) -> Any:
-    """Build ``cls``, leaving out what this revision does not know yet."""
+    """Build ``cls`` with those options that this revision has."""
     known = options_of(cls)
     return cls(**{name: value for name, value in options.items() if name in known})
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One attention module and tokens for it, as numbers, so that failures print well."""
+    """The sizes of one attention module and its tokens; printed in the names of tests."""
 
     heads: int
     head_dim: int
@@ -59,8 +59,8 @@ class AttentionCase:
         return randomise(module.double(), self.seed).to(self.dtype), tokens
 
 
-# No two numbers of a case are alike, so that mixed-up dimensions cannot hide. The last is longer
-# than any window or tile that a small one would fit into.
+# All sizes of a case differ, so that swapped dimensions fail. The last case is longer than any
+# window or tile.
 ATTENTION_CASES = (
     AttentionCase(3, 5, 2, 11, seed=7),
     AttentionCase(2, 4, 3, 7, qkv_bias=False, seed=1),
@@ -75,7 +75,7 @@ PLAIN = ATTENTION_CASES[0]
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One vision transformer and images for it; never square."""
+    """The sizes of one vision transformer and its images, which are never square."""
 
     depth: int = 2
     chunks: int = 0
@@ -87,14 +87,14 @@ class ModelCase:
     seed: int = 0
 
     patch = 2
-    side = 4  # patches along the image that the positional embedding is made for
+    side = 4  # of the image of the positional embedding, in patches
 
     def __str__(self) -> str:
         rows, columns = self.grid
         return f"depth{self.depth}-chunks{self.chunks}-reg{self.registers}-{rows}x{columns}"
 
     def build(self, code: Code, cls: type, **options: Any) -> Any:
-        """Return a model of ``cls``, of the blocks and attention that a hub would take."""
+        """Return a model of ``cls`` with the most derived classes of block and attention."""
         block, attention = map(code.most_derived, (Role.BLOCK, Role.ATTENTION))
         if block is not None:
             taken = "attn_class" in options_of(block) and attention is not None
@@ -150,6 +150,6 @@ MODEL_CASES = (
 
 
 def prefix(model: Any) -> int:
-    """Return the number of tokens before the patches, from the model's own parameters."""
+    """Return the number of tokens before the patches: CLS and ``register_tokens``."""
     registers = getattr(model, "register_tokens", None)
     return 1 + (0 if registers is None else registers.shape[1])

@@ -1,4 +1,4 @@
-"""The code to be proved: its modules, its classes by part, and what was noticed."""
+"""The tested code: its modules, its classes by part, and notes for the report."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ import pytest
 from dinov2_attn.backbone.structure import Role
 from dinov2_attn.grafting.targets import UPSTREAM
 
-# The global by which upstream decides, whenever it runs, whether to call xFormers.
+# The global that upstream checks in every pass before it calls xFormers.
 GATE = "XFORMERS_AVAILABLE"
 
 
 @dataclass
 class Code:
-    """One copy of the code, imported, and its classes as the plugin finds them.
+    """One imported copy of the code, and its classes as the plugin finds them.
 
-    ``opened`` are the modules that found xFormers; ``passed_over`` says of a module why it
-    could not be imported.
+    Attributes:
+        package: The name of the package.
+        modules: Its modules that define classes of DINOv2.
+        parts: The classes by part, bases first.
+        opened: The modules that found xFormers.
+        passed_over: The modules that could not be imported, with the reason.
+        notes: Lines for the head of the report.
+
     """
 
     package: str
@@ -35,25 +41,25 @@ class Code:
         return self.parts.get(part, [])
 
     def most_derived(self, part: Role) -> type | None:
-        """Return the class that a hub would build with: the last one nobody derives from."""
+        """Return the last class without subclasses, which a hub would build with."""
         found = self.classes(part)
         leaves = [c for c in found if not any(c is not d and issubclass(d, c) for d in found)]
         return leaves[-1] if leaves else None
 
     @property
     def gates(self) -> list[ModuleType]:
-        """The modules that ask, whenever they run, whether xFormers is there."""
+        """The modules that check for xFormers in every pass."""
         return [module for module in self.modules if GATE in vars(module)]
 
     def lacks(self, what: str) -> str:
-        """Say that nothing here is ``what``, and what could not be looked at."""
+        """Return the reason that there is no ``what``, with the modules that were not imported."""
         unseen = [f"{name} ({why})" for name, why in self.passed_over.items()]
         return f"{self.package} has no {what}" + (
             f" that can be imported: passed over {', '.join(unseen)}" if unseen else ""
         )
 
     def incomplete(self) -> str | None:
-        """Say why this cannot be proved, if what makes it DINOv2 is not there."""
+        """Return why the code cannot be tested; ``None`` if it can."""
         if self.passed_over and self.package == UPSTREAM:
             return self.lacks("complete set of upstream's modules")
         if not self.classes(Role.ATTENTION):
@@ -75,5 +81,5 @@ class Code:
         return [head, *(f"dinov2-attn: {line}" for line in lines)]
 
 
-# Where a run keeps the code that it proves.
+# The key of the tested code in pytest's configuration.
 CODE = pytest.StashKey[Code]()

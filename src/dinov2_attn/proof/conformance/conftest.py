@@ -1,4 +1,4 @@
-"""Fixtures: the code at hand, with the plugin installed on it or not yet."""
+"""Fixtures of the suite: the tested code, with and without the plugin."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dinov2_attn.proof.conformance.code import CODE, GATE, Code
 
 _HERE = Path(__file__).parent
 
-# The tests that take one of these run once for each class that was found.
+# A test with one of these arguments runs once for each class of that part.
 _CLASSES = {
     "attention_class": Role.ATTENTION,
     "block_class": Role.BLOCK,
@@ -26,12 +26,12 @@ _CLASSES = {
 
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
-    """Bring in the options where the suite is named by its folder."""
+    """Add the options if the suite is named by its folder."""
     pluginmanager.import_plugin("dinov2_attn.proof.conformance.plugin")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test for each class of the kind that it asks for; skip it, saying why, for none."""
+    """Run a test for each class of its part. Skip it, with the reason, if there is none."""
     code = metafunc.config.stash[CODE]
     for name, part in _CLASSES.items():
         if name in metafunc.fixturenames:
@@ -42,30 +42,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ask first whether the code is recognised, and let its warnings pass in any project."""
+    """Run test_install first, and ignore warnings of the tested code."""
     for item in filter(_is_ours, items):
         item.add_marker(pytest.mark.filterwarnings("ignore"))
     items.sort(key=lambda item: _is_ours(item) and item.path.stem != "test_install")
 
 
 def _is_ours(item: pytest.Item) -> bool:
-    # Beside this suite, a run may hold tests of anybody's.
+    # A run may also collect tests of other projects.
     return _HERE in item.path.parents
 
 
 @pytest.fixture(scope="session")
 def code(pytestconfig: pytest.Config) -> Code:
-    """The code at hand."""
+    """Return the tested code."""
     return pytestconfig.stash[CODE]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _plain(code: Code) -> Iterator[None]:
-    """One thread, for tensors are tiny, and PyTorch's branch of the code, not xFormers'.
+    """Use one thread, since tensors are tiny, and the branch without xFormers.
 
-    Upstream asks a global of its modules whenever it runs. Where xFormers is installed that
-    says yes, and there is no kernel of xFormers' for the CPU: its branch is proved at
-    install over the definition of that kernel, and in test_nested where it can run.
+    Upstream checks a global of its modules in every pass. It is true if xFormers is installed,
+    but xFormers has no kernel for the CPU. Its branch is tested at install, with the definition
+    of the kernel, and in test_nested where it can run.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("DINOV2_ATTN_TEST_THREADS", "1")))
@@ -78,7 +78,7 @@ def _plain(code: Code) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def refusal(code: Code) -> str | None:
-    """Why the code cannot be installed on, for ``test_install`` to report; ``None`` if it can."""
+    """Return why ``install`` rejects the code, for ``test_install``; ``None`` if it does not."""
     if (reason := code.incomplete()) is not None:
         return reason
     try:
@@ -90,22 +90,22 @@ def refusal(code: Code) -> str | None:
 
 @pytest.fixture(scope="session")
 def accepted(request: pytest.FixtureRequest, code: Code, refusal: str | None) -> Code:
-    """The code, where it can be installed on; one test says why it cannot be, if it is there."""
+    """Return the code if ``install`` accepts it. Otherwise skip: test_install reports why."""
     if refusal is not None:
         if any(item.path.stem == "test_install" for item in request.session.items):
-            pytest.skip("the code was refused: test_install says why")
+            pytest.skip("the code was rejected: test_install says why")
         pytest.fail(refusal, pytrace=False)
     return code
 
 
 @pytest.fixture
 def ungrafted(accepted: Code) -> Code:
-    """The code as it is, for tests that install and uninstall."""
+    """Return the code without the plugin, for tests that install and uninstall."""
     return accepted
 
 
 @pytest.fixture(scope="module")
 def grafted(accepted: Code) -> Iterator[Code]:
-    """The code with the plugin installed on it."""
+    """Yield the code with the plugin installed."""
     with dinov2_attn.install(accepted.package):
         yield accepted

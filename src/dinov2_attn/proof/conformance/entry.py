@@ -1,8 +1,8 @@
-"""What pytest loads in every run, for the sake of those that ask for the conformance suite.
+"""The entry point of pytest, which adds the options of the conformance suite.
 
-pytest reads the options of a ``conftest.py`` in time only where a path is named, and
-``--pyargs`` names a module. So an entry point looks at the command line, brings in the
-options where the suite is asked for, and leaves every other run alone.
+pytest reads the options of a ``conftest.py`` early enough only if a path is given, and
+``--pyargs`` gives the name of a module. pytest loads this module in every run, so it must stay
+small: it checks the command line and changes nothing in other runs.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pytest
 
-# What users write, and the package that it stands for.
+# The name that users type, and the package that it stands for.
 SUITE = "dinov2_attn.conformance"
 _HOME = "dinov2_attn.proof.conformance"
 
 
 def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
-    """Add the suite's options if one of ``args`` names the suite or a part of it."""
+    """Add the options of the suite if one of ``args`` names the suite or a part of it."""
     args[:] = [re.sub(rf"^{re.escape(SUITE)}\b", _HOME, argument) for argument in args]
     if any(argument.startswith(_HOME) for argument in args):
         early_config.pluginmanager.import_plugin(f"{_HOME}.plugin")

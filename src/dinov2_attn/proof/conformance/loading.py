@@ -1,4 +1,4 @@
-"""Importing the code to be proved, from the place that was named and from no other."""
+"""Import the tested code from the given place, and from no other."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dinov2_attn.errors import in_one_line
 from dinov2_attn.grafting.targets import UPSTREAM, UPSTREAM_MODULES
 from dinov2_attn.proof.conformance.code import GATE, Code
 
-# Every module that defines one of the parts has it in its source: `self.qkv`, `qkv_bias`.
+# In the source of every module that defines one of the parts: `self.qkv`, `qkv_bias`.
 _WORD = "qkv"
 
 
 def load(package: str, path: str | None) -> Code:
-    """Import ``package``, from ``path`` if given. Raises ``pytest.UsageError``."""
+    """Import ``package``, from ``path`` if given. Raise ``pytest.UsageError`` if it is missing."""
     folders = _make_importable(package.partition(".")[0], path)
     code = Code(package)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # upstream announces whether it found xFormers
+        warnings.simplefilter("ignore")  # upstream warns whether xFormers is available
         _enter(code, folders)
         names = UPSTREAM_MODULES if package == UPSTREAM else _modules_with_parts(package)
         for name in names:
@@ -43,13 +43,13 @@ def load(package: str, path: str | None) -> Code:
 
 
 def _make_importable(top: str, path: str | None) -> list[str]:
-    """Put ``path`` ahead of everything, and return the folders of the package ``top``."""
+    """Put ``path`` first on the Python path, and return the folders of the package ``top``."""
     if path is None:
         spec = importlib.util.find_spec(top)
         if spec is None:
             raise pytest.UsageError(
-                f"expected a package {top} that Python finds; found none. "
-                "Say where it is: --dinov2 PATH (a checkout, a site-packages folder, a wheel)."
+                f"expected an importable package {top}; found none. "
+                "Give its place: --dinov2 PATH (a checkout, a site-packages folder, a wheel)."
             )
     else:
         entry = str(Path(path).expanduser().resolve())
@@ -74,11 +74,10 @@ def _require_no_other(top: str, spec: importlib.machinery.ModuleSpec) -> None:
 
 
 def _enter(code: Code, folders: list[str]) -> None:
-    """Import the package, or walk around an ``__init__`` that cannot run here.
+    """Import the package; if its ``__init__`` fails, import its modules without it.
 
-    Copies are vendored inside of large programs. Their attention needs PyTorch alone, and
-    where the program's own dependencies are missing, its packages are entered without
-    running their code.
+    Copies are vendored in large programs. Their attention needs PyTorch only, but the ``__init__``
+    of the program may need dependencies that are missing here.
     """
     before = set(sys.modules)
     top, *rest = code.package.split(".")
@@ -87,7 +86,7 @@ def _enter(code: Code, folders: list[str]) -> None:
             importlib.import_module(code.package), ["/".join([f, *rest]) for f in folders]
         )
         return
-    except Exception as error:  # the program around the copy can raise anything
+    except Exception as error:  # the surrounding program can raise anything
         reason = f"{type(error).__name__}: {in_one_line(error)}"
     for name in set(sys.modules) - before:
         if name.partition(".")[0] == top:
@@ -99,7 +98,7 @@ def _enter(code: Code, folders: list[str]) -> None:
 
 
 def _require_from(module: ModuleType, expected: list[str]) -> None:
-    """Refuse another copy, which wins where the one asked for has no ``__init__``."""
+    """Raise ``ImportError`` for another copy, which wins if the right one has no ``__init__``."""
     found = [*getattr(module, "__path__", []), str(module.__file__)]
     if not any(place.startswith(tuple(expected)) for place in found):
         raise ImportError(f"Python prefers the one at {found[0]}")
@@ -116,9 +115,9 @@ def _enter_bare(name: str, folders: list[str]) -> None:
 
 
 def _modules_with_parts(package: str) -> Iterator[str]:
-    """Name the modules of ``package`` whose source speaks of a projection."""
+    """Yield the modules of ``package`` whose source mentions the projection."""
     module = sys.modules[package]
-    if _speaks_of_parts(module.__spec__):
+    if _mentions_parts(module.__spec__):
         yield package
     if hasattr(module, "__path__"):
         yield from _below(package, list(module.__path__))
@@ -126,14 +125,14 @@ def _modules_with_parts(package: str) -> Iterator[str]:
 
 def _below(package: str, folders: list[str]) -> Iterator[str]:
     for finder, name, is_package in pkgutil.iter_modules(folders, f"{package}."):
-        if _speaks_of_parts(finder.find_spec(name, None)):
+        if _mentions_parts(finder.find_spec(name, None)):
             yield name
         if is_package:
             child = name.rpartition(".")[2]
             yield from _below(name, [f"{folder}/{child}" for folder in folders])
 
 
-def _speaks_of_parts(spec: importlib.machinery.ModuleSpec | None) -> bool:
+def _mentions_parts(spec: importlib.machinery.ModuleSpec | None) -> bool:
     get_source = getattr(spec and spec.loader, "get_source", None)
     return get_source is not None and spec is not None and _WORD in (get_source(spec.name) or "")
 
@@ -141,5 +140,5 @@ def _speaks_of_parts(spec: importlib.machinery.ModuleSpec | None) -> bool:
 def _import(code: Code, name: str) -> None:
     try:
         code.modules.append(importlib.import_module(name))
-    except Exception as error:  # foreign code; what matters is missed by test_install
+    except Exception as error:  # foreign code; test_install reports what is missing
         code.passed_over[name] = f"{type(error).__name__}: {in_one_line(error)}"

@@ -1,4 +1,4 @@
-"""The suite's two options, and the code that they point to."""
+"""The two options of the suite, and the code that they name."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--dinov2",
         metavar="PATH",
-        help="what holds the code: a checkout, a site-packages folder, a wheel; "
-        "default: what Python finds",
+        help="where the code is: a checkout, a site-packages folder, a wheel; "
+        "default: the installed package",
     )
     group.addoption(
         "--package",
         metavar="NAME",
         default="dinov2",
-        help="the package to prove, such as moge.model.dinov2; default: dinov2",
+        help="the package to test, such as moge.model.dinov2; default: dinov2",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Import the code at hand, once, before tests are collected for its classes."""
+    """Import the tested code once, before tests for its classes are collected."""
     config.stash[CODE] = load(config.getoption("--package"), config.getoption("--dinov2"))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Say which code is proved, and what was passed over."""
+    """Return lines that name the tested code and the modules that were not imported."""
     return config.stash[CODE].describe()

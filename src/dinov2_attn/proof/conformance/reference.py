@@ -1,7 +1,7 @@
-"""Attention from its definition, in float64, row by row: shares no code with the package.
+"""Attention from its definition, in float64, row by row, without code of the package.
 
-Only the projection is the module's own, so that queries and keys are the very ones, with
-the very rounding, that the kernel is given.
+Only the projection is the module's own, so that queries and keys are exactly those of the kernel,
+rounding included.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def weights(
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Return exp(score − max), normalised, for one row after the other."""
+    """Return softmax(q kᵀ · scale + bias), computed row by row."""
     query, key, _ = projections(module, tokens)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     result = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.float64)
@@ -47,7 +47,7 @@ def weights(
 
 
 def features(module: Any, tokens: Tensor, attention: Tensor) -> Tensor:
-    """Return ``proj(attention @ v)`` for whatever ``attention`` is claimed to be."""
+    """Return ``proj(attention @ v)`` for any ``attention``."""
     _, _, value = projections(module, tokens)
     mixed = torch.einsum("bhqk,bhkd->bqhd", attention.detach().double(), value).flatten(2)
     bias = 0 if module.proj.bias is None else module.proj.bias.detach().double()
@@ -56,17 +56,17 @@ def features(module: Any, tokens: Tensor, attention: Tensor) -> Tensor:
 
 
 def size_of_terms(module: Any, tokens: Tensor) -> float:
-    """Return how large the terms are that ``features`` adds: rounding is relative to these."""
+    """Return the size of the terms that ``features`` adds, to which rounding is relative."""
     _, _, value = projections(module, tokens)
     rows = module.proj.weight.detach().double().abs().sum(-1)
     return float(value.abs().max() * rows.max()) + 1
 
 
 def scale_of(module: Any, tokens: Tensor) -> float:
-    """Return the scale that the module's own output was made with.
+    """Return the scale that reproduces the module's own output.
 
-    Fused kernels use ``head_dim ** -0.5``, explicit code what it keeps in ``scale``, and a
-    copy may well have chosen another one. The features say which it was.
+    Fused kernels use ``head_dim ** -0.5`` and explicit code uses ``module.scale``, which can
+    differ in a copy.
     """
     query, _, _ = projections(module, tokens)
     output = module(tokens).detach().double()

@@ -1,4 +1,4 @@
-"""Models whose tokens or attention are known beforehand, to see where things end up."""
+"""Models with known tokens or attention, to test positions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEAD = 1
 
 @torch.no_grad()
 def mark_prefix(model: Any) -> Any:
-    """Zero the positions, and give CLS and each register a token that names its place."""
+    """Set all positions to 0, CLS to 100, and the registers to 101, 102 and so on."""
     model.pos_embed.zero_()
     model.cls_token.fill_(100)
     registers = getattr(model, "register_tokens", None)
@@ -23,7 +23,7 @@ def mark_prefix(model: Any) -> Any:
 
 @torch.no_grad()
 def slope(model: Any, side: int) -> Any:
-    """Make the positional embedding say in which row of the grid a patch is, and no more."""
+    """Set the positional embedding of each patch to the number of its row in the grid."""
     model.pos_embed.zero_()
     rows = torch.arange(side, dtype=model.pos_embed.dtype).repeat_interleave(side)
     model.pos_embed[0, -side * side :] = rows[:, None]
@@ -32,11 +32,11 @@ def slope(model: Any, side: int) -> Any:
 
 @torch.no_grad()
 def look_at_what_is_bright(model: Any) -> Any:
-    """Make every token, in ``HEAD`` of the last block, look at bright patches; nowhere else.
+    """Make every token attend to bright patches in ``HEAD`` of the last block.
 
-    The patch embedding turns the brightness b of a patch into the token (b, -b, 1, -1, 0,
-    …), whose norm has a first feature that grows with b; all blocks but the last hand on
-    what they get. There every query is the same, and the keys of ``HEAD`` are that feature.
+    The patch embedding turns the brightness b of a patch into the token (b, -b, 1, -1, 0, …). The
+    first feature of its norm grows with b. All blocks but the last are the identity. In the last
+    one all queries are equal, and the keys of ``HEAD`` are that first feature.
     """
     for parameter in model.parameters():
         parameter.zero_()

@@ -1,4 +1,4 @@
-"""Invariant 5: every way of asking gives the same attention, and it is that of the pass."""
+"""Invariant 5: all functions return the same attention, that of the forward pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dinov2_attn.proof.conformance.tolerances import assert_close, assert_same_b
 
 
 def calls_of_attention(module: Any, run: Callable[[], object]) -> list[tuple[Any, tuple[Any, ...]]]:
-    """Run, and return each attention module with what it was given: the code's own pass."""
+    """Run, and return each call of an attention module with its arguments."""
     calls: list[tuple[Any, tuple[Any, ...]]] = []
     attentions = [m for m in module.modules() if hasattr(m, "qkv")]
     hooks = [
@@ -40,7 +40,7 @@ def calls_of_attention(module: Any, run: Callable[[], object]) -> list[tuple[Any
 
 
 def reference_of(call: tuple[Any, tuple[Any, ...]]) -> Tensor:
-    """Return the weights of one call by the reference."""
+    """Return the reference weights of one call."""
     module, (tokens, *causal) = call
     causal_too = any(flag is True for flag in causal)
     scale = reference.scale_of(module, tokens)
@@ -51,7 +51,7 @@ def reference_of(call: tuple[Any, tuple[Any, ...]]) -> Tensor:
 def test_weights_are_those_of_the_models_own_pass(
     grafted: Code, model_class: type, case: ModelCase
 ) -> None:
-    """Of what each attention module is given there, masks included, and of no other block."""
+    """For the inputs of each attention module in that pass, masks included."""
     model = case.build(grafted, model_class)
     calls = calls_of_attention(model, lambda: model(case.images, case.masks))
     answers = model.get_self_attention(case.images, masks=case.masks)
@@ -98,7 +98,7 @@ def test_n_takes_layers_as_get_intermediate_layers_does(
 
 @pytest.mark.parametrize("case", MODEL_CASES, ids=str)
 def test_a_batch_equals_sample_by_sample(grafted: Code, model_class: type, case: ModelCase) -> None:
-    """No image sees another."""
+    """Images of a batch do not affect each other."""
     model = case.build(grafted, model_class)
     batch = model.get_last_self_attention(case.images, case.masks)
     for i in range(case.batch):
@@ -111,7 +111,7 @@ def test_a_batch_equals_sample_by_sample(grafted: Code, model_class: type, case:
 def test_a_list_equals_one_by_one(
     grafted: Code, model_class: type, case: ModelCase, masked: bool
 ) -> None:
-    """Batches of different sizes, of images of different sizes."""
+    """For batches of different sizes with images of different sizes."""
     model = case.build(grafted, model_class)
     images = [noise(1 + i, 3, 2 + 2 * i, 4, seed=i, dtype=case.dtype) for i in range(3)]
     masks = [noise(len(x), x[0, 0].numel() // 4, seed=9) > 0 for x in images] if masked else None
@@ -127,7 +127,7 @@ def test_a_list_equals_one_by_one(
 def test_features_and_attentions_come_from_one_pass(
     grafted: Code, model_class: type, case: ModelCase
 ) -> None:
-    """The dict is upstream's with one entry more, the output upstream's own."""
+    """The dict is upstream's with one more entry. The output is upstream's own."""
     model = case.build(grafted, model_class)
     plain = model.forward_features(case.images, case.masks)
     both = model.forward_features(case.images, case.masks, return_attention=True)
@@ -143,7 +143,7 @@ def test_features_and_attentions_come_from_one_pass(
 
 
 def test_a_block_answers_for_its_own_pass(grafted: Code, block_class: type) -> None:
-    """The norm before the attention included."""
+    """Including the norm before the attention."""
     block, tokens = PLAIN.build(block_class)
     (call,) = calls_of_attention(block, lambda: block(tokens))
     answer = block(tokens, return_attention=True)
@@ -154,7 +154,7 @@ def test_a_block_answers_for_its_own_pass(grafted: Code, block_class: type) -> N
 def test_a_causal_block_answers_for_its_own_pass(
     grafted: Code, causal_class: type, is_causal: bool
 ) -> None:
-    """Causal or not, as it was built and as it runs."""
+    """Causal or not, as the block was built."""
     if "is_causal" not in options_of(causal_class):
         pytest.skip("this block is not told whether to be causal")
     block = make(causal_class, dim=PLAIN.heads * 5, num_heads=PLAIN.heads, is_causal=is_causal)

@@ -1,4 +1,4 @@
-"""Channel-adaptive models: each channel has the attention that it has alone."""
+"""Channel-adaptive models: the attention of a channel does not depend on the others."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CHANNELS = 5
 
 @pytest.fixture(params=CASES, ids=str)
 def case(request: pytest.FixtureRequest) -> ModelCase:
-    """The shape of a model."""
+    """Return the sizes of a model."""
     found: ModelCase = request.param
     return found
 
 
 @pytest.fixture
 def model(grafted: Code, model_class: type, case: ModelCase) -> Any:
-    """A model that runs each channel by itself."""
+    """Return a model that processes each channel separately."""
     if "channel_adaptive" not in options_of(model_class):
         pytest.skip("this model is not channel-adaptive")
     return case.build(grafted, model_class, in_chans=1, channel_adaptive=True)
@@ -38,14 +38,14 @@ def model(grafted: Code, model_class: type, case: ModelCase) -> Any:
 
 @pytest.fixture
 def images(case: ModelCase) -> Tensor:
-    """Images of several channels."""
+    """Return images with several channels."""
     return noise(case.batch, CHANNELS, *case.images.shape[2:], seed=case.seed)
 
 
 def test_weights_are_those_of_get_intermediate_layers(
     model: Any, images: Tensor, case: ModelCase
 ) -> None:
-    """With the channels in the batch, as that method runs them."""
+    """Channels are in the batch dimension, as in that method."""
     calls = calls_of_attention(model, lambda: model.get_intermediate_layers(images, case.depth))
     answers = model.get_self_attention(images)
     assert len(answers) == len(calls) == case.depth
@@ -54,7 +54,7 @@ def test_weights_are_those_of_get_intermediate_layers(
 
 
 def test_a_channel_of_many_is_the_channel_alone(model: Any, images: Tensor) -> None:
-    """Channel c of image b is number b · C + c of the batch, however attention is asked."""
+    """Channel c of image b is entry b · C + c of the batch, in every function."""
     with dinov2_attn.record(model) as recording:
         model.get_intermediate_layers(images, 1)
     asked = {

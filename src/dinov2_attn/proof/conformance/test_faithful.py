@@ -1,4 +1,4 @@
-"""Invariant 2: what comes back is the attention that the features were made of."""
+"""Invariant 2: the returned attention is the one that made the features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dinov2_attn.proof.conformance.tolerances import assert_close, assert_same_b
 
 
 def assert_faithful(module: Any, tokens: Tensor, weights: Tensor, output: Tensor) -> None:
-    """Fail unless ``proj(weights @ v)`` is ``output``: every wrong recipe fails it."""
+    """Fail unless ``proj(weights @ v)`` is ``output``. Every wrong formula fails this."""
     __tracebackhide__ = True
     made = reference.features(module, tokens, weights)
     size = reference.size_of_terms(module, tokens)
@@ -28,7 +28,7 @@ def assert_faithful(module: Any, tokens: Tensor, weights: Tensor, output: Tensor
 def test_weights_times_values_projected_are_the_features(
     grafted: Code, attention_class: type, case: AttentionCase, training: bool
 ) -> None:
-    """Of the module itself, whatever its kernel."""
+    """For the module's own output, with any kernel."""
     module, tokens = case.build(attention_class)
     module.train(training)
     assert_faithful(module, tokens, module(tokens, return_attn=True), module(tokens))
@@ -38,7 +38,7 @@ def test_weights_times_values_projected_are_the_features(
 def test_weights_equal_a_reference_that_shares_no_code(
     grafted: Code, attention_class: type, case: AttentionCase
 ) -> None:
-    """In the dtype of the kernel, each weight."""
+    """For each weight, in the dtype of the kernel."""
     module, tokens = case.build(attention_class)
     weights = module(tokens, return_attn=True)
     assert weights.dtype == case.dtype
@@ -49,7 +49,7 @@ def test_weights_equal_a_reference_that_shares_no_code(
 def test_dropout_is_for_training_and_weights_are_those_before_it(
     grafted: Code, attention_class: type
 ) -> None:
-    """A kernel is told the probability itself, and told wrong drops in evaluation too."""
+    """A kernel that gets the wrong probability would drop in evaluation too."""
     module, tokens = PLAIN.build(attention_class, attn_drop=0.5, proj_drop=0.5)
     torch.manual_seed(0)
     evaluated = module(tokens, return_attn=True)
@@ -61,7 +61,7 @@ def test_dropout_is_for_training_and_weights_are_those_before_it(
 
 
 def test_causal_weights_are_those_of_causal_features(grafted: Code, attention_class: Any) -> None:
-    """Positionally, as upstream's own causal block asks."""
+    """With a positional argument, as in upstream's own causal block."""
     module, tokens = PLAIN.build(attention_class)
     if "is_causal" not in inspect.signature(attention_class.forward).parameters:
         pytest.skip("this forward takes no is_causal")
@@ -71,7 +71,7 @@ def test_causal_weights_are_those_of_causal_features(grafted: Code, attention_cl
 
 
 def test_a_dense_bias_joins_the_scores(grafted: Code, attention_class: type) -> None:
-    """Where a bias is taken without xFormers, as in several copies of the code."""
+    """For code that accepts a bias without xFormers, as several copies do."""
     module, tokens = PLAIN.build(attention_class)
     bias = noise(PLAIN.batch, PLAIN.heads, PLAIN.length, PLAIN.length, seed=1)
     try:
@@ -83,15 +83,15 @@ def test_a_dense_bias_joins_the_scores(grafted: Code, attention_class: type) -> 
     assert_close(weights, reference.weights(module, tokens, bias=bias), "biased weights")
 
 
-def test_hooks_on_the_projection_have_their_say(grafted: Code, attention_class: type) -> None:
-    """Adapters and quantised layers change what the kernel sees."""
+def test_hooks_on_the_projection_change_the_weights(grafted: Code, attention_class: type) -> None:
+    """Adapters and quantised layers change the input of the kernel."""
     module, tokens = PLAIN.build(attention_class)
     module.qkv.register_forward_hook(lambda _, __, out: out * 2)
     assert_faithful(module, tokens, module(tokens, return_attn=True), module(tokens))
 
 
 def test_gradients_flow_through_the_weights(grafted: Code, attention_class: type) -> None:
-    """By finite differences, where grad is on; and not at all where it is off."""
+    """Checked by finite differences with grad. Without grad, the weights need none."""
     module, tokens = PLAIN.build(attention_class)
 
     def asked(x: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""The code is recognised, grafted, and put back as it was."""
+"""The code is recognised, grafted and restored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEYWORDS = {
 
 
 def test_the_code_is_recognised_and_grafted(code: Code, refusal: str | None) -> None:
-    """The one test that fails where the plugin refuses the code; the others are skipped."""
+    """The only test that fails if the plugin rejects the code; the others are skipped."""
     if refusal is not None:
         pytest.fail(refusal, pytrace=False)
     with dinov2_attn.install(code.package):
@@ -36,8 +36,8 @@ def test_the_code_is_recognised_and_grafted(code: Code, refusal: str | None) -> 
             assert hasattr(cls, "get_last_self_attention"), cls
 
 
-def test_uninstall_puts_back_the_very_same_objects(ungrafted: Code) -> None:
-    """Twice, and with a second install inside the first."""
+def test_uninstall_restores_the_same_objects(ungrafted: Code) -> None:
+    """Twice, with a second install inside the first."""
     classes = [cls for found in ungrafted.parts.values() for cls in found]
     before = [dict(vars(cls)) for cls in classes]
     for _ in range(2):
@@ -49,14 +49,14 @@ def test_uninstall_puts_back_the_very_same_objects(ungrafted: Code) -> None:
 
 
 def test_install_draws_no_random_number(ungrafted: Code) -> None:
-    """Not even for the modules that it proves the code with."""
+    """Not even for the modules that install builds to test the code."""
     state = torch.get_rng_state()
     with dinov2_attn.install(ungrafted.package):
         assert_same_bits(torch.get_rng_state(), state, "the state of the random generator")
 
 
 def test_a_model_keeps_no_trace(ungrafted: Code, model_class: type) -> None:
-    """Grafts are on classes: instances, their parameters and names stay as they were."""
+    """Grafts are on classes. Instances, their parameters and names are unchanged."""
     model = MODEL_CASES[0].build(ungrafted, model_class)
     keys, attributes = list(model.state_dict()), set(vars(model))
     with dinov2_attn.install(ungrafted.package):
@@ -67,5 +67,5 @@ def test_a_model_keeps_no_trace(ungrafted: Code, model_class: type) -> None:
 def _own(
     classes: list[type], before: list[dict[str, object]]
 ) -> list[tuple[type, dict[str, object]]]:
-    """Return the classes that have a ``forward`` of their own."""
+    """Return the classes that define ``forward``."""
     return [(c, b) for c, b in zip(classes, before, strict=True) if "forward" in b]

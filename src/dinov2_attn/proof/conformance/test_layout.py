@@ -1,7 +1,7 @@
 """The order of tokens, CLS, registers, patches row by row, on grids that are not square.
 
-The weights name tokens by their place. If a copy of the code puts them elsewhere, the
-weights are right and every map made of them is wrong, transposed or off by one.
+Weights identify tokens by their position. If a copy of the code has another order, the weights are
+correct, but every map made from them is wrong: transposed or shifted by one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dinov2_attn.proof.conformance.synthetic_models import (
     mark_prefix,
     photograph,
 )
-from dinov2_attn.proof.conformance.synthetic_models import slope as plant_slope
+from dinov2_attn.proof.conformance.synthetic_models import slope as set_slope
 from dinov2_attn.proof.conformance.tolerances import assert_close
 
 CASES = (
@@ -33,21 +33,21 @@ CASES = (
 
 @pytest.fixture(params=CASES, ids=str)
 def case(request: pytest.FixtureRequest, model_class: type) -> ModelCase:
-    """A grid that is not square, with registers where this copy knows them."""
+    """Return a case with a grid that is not square, with registers if this copy has them."""
     case: ModelCase = request.param
     if case.registers and "num_register_tokens" not in options_of(model_class):
-        pytest.skip("this model knows no registers")
+        pytest.skip("this model has no registers")
     return case
 
 
 @pytest.fixture
 def model(grafted: Code, model_class: type, case: ModelCase) -> Any:
-    """A model for the case."""
+    """Return a model for the case."""
     return case.build(grafted, model_class)
 
 
 def test_tokens_are_cls_registers_and_patches(model: Any, case: ModelCase) -> None:
-    """N = 1 + R + h·w, with R the number of register tokens that there are."""
+    """N = 1 + R + h·w, where R is the number of register tokens."""
     tokens = model.get_last_self_attention(case.images, queries="cls").shape[-1]
     expected = 1 + case.registers + case.patches
     assert prefix(model) == 1 + case.registers, "expected as many register_tokens as asked for"
@@ -59,7 +59,7 @@ def test_tokens_are_cls_registers_and_patches(model: Any, case: ModelCase) -> No
 
 
 def test_cls_comes_first_and_registers_next(model: Any, case: ModelCase) -> None:
-    """Each has a token of its own, planted, and is found again at its place."""
+    """Each has its own value, which is found again at its position."""
     tokens = mark_prefix(model).prepare_tokens_with_masks(case.images)
     found = [round(value) for value in tokens[0, : prefix(model), 0].tolist()]
     expected = list(range(100, 100 + prefix(model)))
@@ -69,7 +69,7 @@ def test_cls_comes_first_and_registers_next(model: Any, case: ModelCase) -> None
 
 
 def test_patches_follow_row_by_row(model: Any, case: ModelCase) -> None:
-    """Other pixels in one patch make another token at one place."""
+    """Changing the pixels of one patch changes one token."""
     plain = mark_prefix(model).prepare_tokens_with_masks(case.images)
     for place, (row, column) in enumerate(case.places, prefix(model)):
         images = case.images
@@ -83,7 +83,7 @@ def test_patches_follow_row_by_row(model: Any, case: ModelCase) -> None:
 
 
 def test_masks_hide_patches_row_by_row(model: Any, case: ModelCase) -> None:
-    """True at h·row + column puts the mask token there, and nowhere else."""
+    """True at w·row + column changes that token to the mask token, and no other."""
     plain = mark_prefix(model).prepare_tokens_with_masks(case.images)
     for i in range(case.patches):
         masks = torch.zeros(case.batch, case.patches, dtype=torch.bool)
@@ -96,10 +96,10 @@ def test_masks_hide_patches_row_by_row(model: Any, case: ModelCase) -> None:
 
 
 def test_the_positional_embedding_has_the_grids_rows(model: Any, case: ModelCase) -> None:
-    """Planted as the number of the row, it grows down the rows and is level along them."""
+    """Set to the number of the row, it grows down the rows and is constant along them."""
     images = case.images
     without = mark_prefix(model).prepare_tokens_with_masks(images)
-    added = plant_slope(model, case.side).prepare_tokens_with_masks(images) - without
+    added = set_slope(model, case.side).prepare_tokens_with_masks(images) - without
     rows = added[0, prefix(model) :, 0].detach().unflatten(0, case.grid)
     level = (rows - rows[:, :1]).abs().max() < 1e-3
     grows = (rows.diff(dim=0) > 1e-3).all()
@@ -108,7 +108,7 @@ def test_the_positional_embedding_has_the_grids_rows(model: Any, case: ModelCase
 
 
 def test_a_bright_patch_is_where_the_attention_falls(model: Any, case: ModelCase) -> None:
-    """Of every token, in the head that was planted to look at what is bright."""
+    """For every token, in the head that attends to bright patches."""
     model = look_at_what_is_bright(model)
     for place in case.places:
         image = photograph(case.grid, place, case.patch)
@@ -122,7 +122,7 @@ def test_a_bright_patch_is_where_the_attention_falls(model: Any, case: ModelCase
 
 
 def test_features_are_sliced_at_the_same_places(model: Any, case: ModelCase) -> None:
-    """What the code itself calls CLS, registers and patches."""
+    """For what the code itself calls CLS, registers and patches."""
     features = model.forward_features(case.images)
     whole, first = model.norm(features["x_prenorm"]), prefix(model)
     slices = {
@@ -137,7 +137,7 @@ def test_features_are_sliced_at_the_same_places(model: Any, case: ModelCase) -> 
 
 @pytest.mark.parametrize("reshape", [False, True], ids=["flat", "reshaped"])
 def test_intermediate_layers_are_the_patches(model: Any, case: ModelCase, reshape: bool) -> None:
-    """Row by row as well, reshaped to the grid or not."""
+    """Row by row, reshaped to the grid or not."""
     if not hasattr(model, "get_intermediate_layers"):
         pytest.skip("this model has no get_intermediate_layers")
     whole = model.norm(model.forward_features(case.images)["x_prenorm"])

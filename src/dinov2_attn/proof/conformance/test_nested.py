@@ -1,9 +1,8 @@
 """Lists of tensors: one by one without xFormers, through upstream's own nested pass with it.
 
-The nested pass runs where xFormers imports, and on a CPU only where ``install()`` gives
-upstream a kernel in place of xFormers', which has none there. What cannot run is skipped,
-with the reason; lists are then answered one by one, which the first test here and
-``test_agreement`` prove.
+The nested pass needs xFormers. xFormers has no kernel for CPUs, so the pass runs there only if
+``install()`` gives upstream another kernel. Tests that cannot run are skipped, with the reason.
+Lists are then processed one by one, which the first test here and ``test_agreement`` cover.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ IMAGES = [noise(2, 3, 4, 6, seed=1), noise(1, 3, 8, 2, seed=2)]
 def test_without_xformers_a_block_answers_a_list_one_by_one(
     grafted: Code, block_class: type
 ) -> None:
-    """A list in gives a list out."""
+    """A list as input returns a list."""
     block, _ = PLAIN.build(block_class)
     answer = block(TOKENS, return_attention=True)
     assert isinstance(answer, list)
@@ -43,10 +42,10 @@ def test_without_xformers_a_block_answers_a_list_one_by_one(
 
 @pytest.fixture(scope="module")
 def nested(accepted: Code) -> Iterator[Code]:
-    """The code as it runs with xFormers: its own gates open, the plugin installed on that."""
+    """Yield the code as it runs with xFormers, with the plugin installed."""
     code = accepted
     if not code.gates:
-        pytest.skip("this code never asks for xFormers: no nested pass to run")
+        pytest.skip("this code does not use xFormers: it has no nested pass")
     if not code.opened:
         pytest.skip("xFormers cannot be imported here: lists were answered one by one")
     with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +62,7 @@ def nested(accepted: Code) -> Iterator[Code]:
 
 
 def test_a_nested_block_runs_and_answers_as_one_by_one(nested: Code, block_class: Any) -> None:
-    """Features of the nested pass, and weights, against one tensor alone."""
+    """Features and weights of the nested pass equal those of each tensor alone."""
     if not hasattr(block_class, "forward_nested"):
         pytest.skip("this block has no nested pass")
     block, _ = PLAIN.build(block_class, attn_class=nested.most_derived(Role.ATTENTION))
@@ -76,7 +75,7 @@ def test_a_nested_block_runs_and_answers_as_one_by_one(nested: Code, block_class
 
 
 def test_a_block_diagonal_bias_gives_a_list(nested: Code, block_class: Any) -> None:
-    """One (b, heads, n, n) for each element that upstream put into the bias."""
+    """One (b, heads, n, n) for each element of upstream's bias."""
     if not hasattr(block_class, "forward_nested"):
         pytest.skip("this block has no nested pass")
     block, _ = PLAIN.build(block_class, attn_class=nested.most_derived(Role.ATTENTION))
@@ -92,7 +91,7 @@ def test_a_block_diagonal_bias_gives_a_list(nested: Code, block_class: Any) -> N
 
 
 def test_a_model_runs_a_list_and_answers_as_one_by_one(nested: Code, model_class: type) -> None:
-    """Upstream's own list of images, asked and not."""
+    """For a list of images, as upstream passes it."""
     model = MODEL_CASES[1].build(nested, model_class)
     attentions = model.get_self_attention(IMAGES)
     for i, images in enumerate(IMAGES):
@@ -101,7 +100,7 @@ def test_a_model_runs_a_list_and_answers_as_one_by_one(nested: Code, model_class
 
 
 def test_features_of_a_list_are_those_of_each(nested: Code, model_class: type) -> None:
-    """The copy's own pass of a list, not asked for anything."""
+    """For the copy's own pass of a list, without attention."""
     model = MODEL_CASES[1].build(nested, model_class)
     try:
         features = model.forward_features(IMAGES, [None] * len(IMAGES))
@@ -113,7 +112,7 @@ def test_features_of_a_list_are_those_of_each(nested: Code, model_class: type) -
 
 
 def _require_a_kernel(code: Code) -> Tensor:
-    """Raise xFormers' ``NotImplementedError`` where its kernel cannot run."""
+    """Raise xFormers' ``NotImplementedError`` if its kernel cannot run."""
     module, tokens = PLAIN.build(code.classes(Role.ATTENTION)[-1])
     with torch.no_grad():
         output: Tensor = module(tokens)

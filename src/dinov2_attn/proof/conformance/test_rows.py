@@ -1,4 +1,4 @@
-"""Invariant 3: rows are distributions, and nothing is seen that must not be."""
+"""Invariant 3: rows are distributions, and masked keys have weight 0."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dinov2_attn.proof.conformance.tolerances import RELATIVE
 def test_rows_are_not_negative_and_sum_to_one(
     grafted: Code, attention_class: type, case: AttentionCase
 ) -> None:
-    """The popular recipe A·V·Vᵀ has rows that sum to 40."""
+    """The widespread formula A·V·Vᵀ has rows that sum to 40."""
     module, tokens = case.build(attention_class)
     weights = module(tokens, return_attn=True)
     assert weights.shape == (case.batch, case.heads, case.length, case.length)
@@ -34,7 +34,7 @@ def test_rows_are_not_negative_and_sum_to_one(
 def test_causal_rows_see_no_later_key(
     grafted: Code, attention_class: Any, case: AttentionCase
 ) -> None:
-    """Zero above the diagonal."""
+    """The weights above the diagonal are 0."""
     module, tokens = case.build(attention_class)
     if "is_causal" not in inspect.signature(attention_class.forward).parameters:
         pytest.skip("this forward takes no is_causal")
@@ -47,7 +47,7 @@ def test_causal_rows_see_no_later_key(
 def test_cls_and_registers_take_their_share(
     grafted: Code, model_class: type, case: ModelCase
 ) -> None:
-    """The patch columns alone do not sum to one."""
+    """The patch columns alone sum to less than 1."""
     model = case.build(grafted, model_class)
     row = model.get_last_self_attention(case.images, queries="cls")
     assert (row[..., prefix(model) :].sum(-1) < 1).all()

@@ -1,4 +1,4 @@
-"""Invariant 4: chosen queries are the slice of the full matrix, the mean of heads its mean."""
+"""Invariant 4: selected queries are a slice of the full matrix, the mean of heads its mean."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dinov2_attn.proof.conformance.building import (
 from dinov2_attn.proof.conformance.code import Code
 from dinov2_attn.proof.conformance.tolerances import assert_close
 
-# What is asked for, and the plain index that says the same.
+# queries=, and the equivalent index.
 QUERIES: list[tuple[Any, Any]] = [
     (None, slice(None)),
     ("cls", slice(0, 1)),
@@ -34,7 +34,7 @@ QUERIES: list[tuple[Any, Any]] = [
 def test_queries_are_rows_and_the_mean_is_the_mean(
     grafted: Code, attention_class: type, case: AttentionCase, queries: Any, index: Any
 ) -> None:
-    """Of the full matrix of the same module."""
+    """Compared to the full matrix of the same module."""
     module, tokens = case.build(attention_class)
     rows = module(tokens, return_attn=True)[:, :, index]
     chosen = module(tokens, return_attn=True, queries=queries)
@@ -47,7 +47,7 @@ def test_queries_are_rows_and_the_mean_is_the_mean(
 def test_words_name_the_rows_of_the_layout(
     grafted: Code, model_class: type, case: ModelCase
 ) -> None:
-    """CLS, then the registers, then the patches."""
+    """In the order CLS, registers, patches."""
     model = case.build(grafted, model_class)
     full, first = model.get_last_self_attention(case.images), prefix(model)
     rows = {"cls": slice(0, 1), "registers": slice(1, first), "patches": slice(first, None)}

@@ -1,15 +1,14 @@
-"""Two equalities, told apart by name, for this suite and for the tests of the package.
+"""Two kinds of equality, for this suite and for the tests of the package.
 
 ``assert_same_bits``
-    The same operations ran on the same numbers, or a number was only copied. Processors,
-    libraries and threads have no say in it: the same calls, shapes, strides and batches.
+    For values of the same operations on the same numbers (the same calls, shapes, strides and
+    batches), and for copies. The result does not depend on processor, library or threads.
 
 ``assert_close``
-    The same attention by another way: a slice of a product against the product of a slice, one
-    image against a batch, tiles against the whole. Sums in another order round otherwise, and how
-    far apart they are depends on the processor. ``RELATIVE`` says what is allowed, once for
-    each dtype. Differences are measured against the largest value, so that the limits are those
-    of the dtype (a few units in its last place, times the length of the sums), not of the data.
+    For the same attention computed in another way: a slice of a product and the product of a
+    slice, one image and a batch, tiles and the whole. Another order of summation rounds
+    differently, by an amount that depends on the processor. ``RELATIVE`` holds the tolerance of
+    each dtype. It is relative to the largest value, so it does not depend on the data.
 
 Both take tensors, NumPy arrays, and lists, tuples and dicts of them.
 """
@@ -73,7 +72,7 @@ def assert_close(
 
 
 def are_close(ours: Any, theirs: Any) -> bool:
-    """Return whether both are close: the predicate of ``assert_close``."""
+    """Return whether ``assert_close`` passes."""
     try:
         assert_close(ours, theirs)
     except AssertionError:
@@ -93,7 +92,7 @@ def assert_same_bits(ours: Any, theirs: Any, what: str = "the same values") -> N
 
 
 def same_bits(ours: Any, theirs: Any) -> bool:
-    """Return whether both are the same, bit for bit: the predicate of ``assert_same_bits``."""
+    """Return whether ``assert_same_bits`` passes."""
     return all(_bits(a, b) for _, a, b in _pairs("both", ours, theirs))
 
 

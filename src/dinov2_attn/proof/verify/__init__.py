@@ -1,1 +1,1 @@
-"""Proving revisions of DINOv2's code: where they come from, what was found, how it is told."""
+"""``dinov2-attn verify``: test revisions of DINOv2's code and report the results."""

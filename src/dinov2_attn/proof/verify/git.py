@@ -1,4 +1,4 @@
-"""Upstream's history, read out of git; nothing of it is imported."""
+"""Upstream's history, read from git without importing it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ class Repository:
 
     @classmethod
     def at(cls, address: str, scratch: Path) -> Repository:
-        """Return the clone at ``address``, a path or whatever ``git clone`` takes.
+        """Return the clone at ``address``, a path or any address for ``git clone``.
 
-        Raises ``UnavailableError`` where git has no answer.
+        Raises:
+            UnavailableError: If git fails.
+
         """
         if Path(address).is_dir():
             return cls(address)
@@ -33,21 +35,21 @@ class Repository:
         return cls(str(folder))
 
     def commits(self, revision: str) -> list[str]:
-        """Return the full hash of ``revision``; with ``all`` those of the history of HEAD."""
+        """Return the full hash of ``revision``, or all hashes of HEAD's history for ``all``."""
         if revision == "all":
             return self._ask("log", "--reverse", "--date-order", "--format=%H", "HEAD").split()
         return [self._ask("rev-parse", "--verify", f"{revision}^{{commit}}").strip()]
 
     def date(self, commit: str) -> str:
-        """Return the day of the commit: ``2025-08-14``."""
+        """Return the date of the commit: ``2025-08-14``."""
         return self._ask("log", "-1", "--format=%cs", commit).strip()
 
     def fingerprint(self, commit: str, folders: Sequence[str]) -> str:
-        """Return what is the same for commits with the same content of ``folders``."""
+        """Return a text that is equal for commits with equal content of ``folders``."""
         return self._ask("ls-tree", commit, "--", *folders)
 
     def read(self, commit: str, path: str) -> str | None:
-        """Return the text of a file, ``None`` where the commit has none."""
+        """Return the text of a file; ``None`` if the commit has no such file."""
         if not self._ask("ls-tree", commit, "--", path):
             return None
         return self._ask("show", f"{commit}:{path}")
@@ -55,11 +57,13 @@ class Repository:
     def unpack(self, commit: str, destination: Path) -> None:
         """Write the files of ``commit`` below ``destination``.
 
-        Raises ``UnavailableError`` where one of them is a link that leads elsewhere.
+        Raises:
+            UnavailableError: If a link points outside ``destination``.
+
         """
         archive = _run(["-C", self.folder, "archive", commit])
         with tarfile.open(fileobj=BytesIO(archive)) as tar:
-            if not hasattr(tarfile, "data_filter"):  # older Pythons, without security releases
+            if not hasattr(tarfile, "data_filter"):  # older Pythons without this security fix
                 tar.extractall(destination)
                 return
             try:
@@ -68,7 +72,7 @@ class Repository:
                 raise UnavailableError(
                     "a commit whose files stay below its folder",
                     f"{commit}, where {error}",
-                    "Check it out, look at it, and name that folder.",
+                    "Check it out, inspect it, and name that folder.",
                 ) from error
 
     def _ask(self, *arguments: str) -> str:
@@ -76,13 +80,13 @@ class Repository:
 
 
 def is_bare(path: Path) -> bool:
-    """Say whether ``path`` is a bare repository, and no working tree."""
+    """Return whether ``path`` is a bare repository, not a working tree."""
     working = (path / ".git").exists()
     return not working and (path / "HEAD").is_file() and (path / "objects").is_dir()
 
 
 def _run(arguments: list[str]) -> bytes:
-    # Nobody is there to type a password.
+    # Never wait for a password.
     command = ["git", "-c", "core.askPass=true", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, check=False, timeout=_SECONDS)

@@ -1,4 +1,4 @@
-"""One revision, proved by the conformance suite in a process of its own."""
+"""Run the conformance suite on one revision, in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PASSED, FAILED, ABSENT = "yes", "NO", "–"
 
 @dataclass(frozen=True)
 class Case:
-    """One test of the suite: which file, its name, how it ended and what it said."""
+    """One test of the suite: its file, name, outcome and message."""
 
     file: str
     name: str
@@ -29,10 +29,10 @@ class Case:
     message: str = ""
 
 
-# What the columns of the table are made of.
+# The columns of the table, with the tests of each.
 COLUMNS: dict[str, Callable[[Case], bool]] = {
     "install": lambda case: case.file == "test_install",
-    "bit-identity": lambda case: case.file == "test_unasked",
+    "bit-identity": lambda case: case.file == "test_bit_identity",
     "faithful": lambda case: case.file == "test_faithful",
     "rows": lambda case: case.file in ("test_rows", "test_selection"),
     "nested": lambda case: case.file == "test_nested" and "without_xformers" not in case.name,
@@ -45,14 +45,14 @@ COLUMNS: dict[str, Callable[[Case], bool]] = {
 
 @dataclass(frozen=True)
 class Proof:
-    """How the suite ended on one copy of the code."""
+    """The results of the suite on one copy of the code."""
 
     cases: tuple[Case, ...] = ()
     trouble: str = ""
     seconds: float = field(default=0.0, compare=False)
 
     def cell(self, column: str) -> str:
-        """Return ``yes``, ``NO``, or ``–`` where this copy has nothing of the kind."""
+        """Return ``yes``, ``NO``, or ``–`` if the tests do not apply to this copy."""
         return _sum_up(case for case in self.cases if COLUMNS[column](case))
 
     @property
@@ -66,14 +66,14 @@ class Proof:
 
     @property
     def reason(self) -> str:
-        """The first thing that went wrong, in a line."""
+        """The first failure, in one line."""
         failed = [case for case in self.cases if case.outcome == FAILED]
         first = self.trouble or (f"{failed[0].name}: {failed[0].message}" if failed else "")
         return " ".join(first.split())
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Why a column is empty, by column; after a refusal all are, for that one reason."""
+        """The reason of each empty column; nothing after a refusal, which empties all of them."""
         if self.verdict == REFUSED:
             return {}
         reasons = {
@@ -90,11 +90,17 @@ PROVEN, REFUSED, FAILED_VERDICT = "proven", "refused", "FAILED"
 def prove(folder: Path, package: str) -> Proof:
     """Run the conformance suite on ``package`` in ``folder``, in a fresh process.
 
-    Raises ``UnavailableError`` where pytest is not installed.
+    Args:
+        folder: The folder or wheel that holds the package.
+        package: The dotted name of the package.
+
+    Raises:
+        UnavailableError: If pytest is not installed.
+
     """
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        # Settings of its own: no project's, and nobody's plugins.
+        # Settings of its own, so that no configuration of a project is used.
         settings = Path(scratch) / "pytest.ini"
         settings.write_text("[pytest]\n", encoding="utf-8")
         options = [f"--dinov2={folder}", f"--package={package}", f"--junitxml={report}"]
@@ -107,14 +113,14 @@ def prove(folder: Path, package: str) -> Proof:
                 check=False, timeout=_SECONDS,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return Proof(trouble=f"the suite did not end within {_SECONDS} s")
+            return Proof(trouble=f"the suite did not finish within {_SECONDS} s")
         if "No module named pytest" in done.stderr:
             raise UnavailableError(
-                "pytest, which runs the proof", "none", "pip install 'dinov2-attn[test]'"
+                "pytest, which runs the suite", "none", "pip install 'dinov2-attn[test]'"
             )
         if not report.is_file():
             output = (done.stderr or done.stdout).strip().splitlines()
-            return Proof(trouble=output[-1] if output else "the suite said nothing")
+            return Proof(trouble=output[-1] if output else "no output from the suite")
         return read(report.read_text(encoding="utf-8"))
 
 
@@ -141,7 +147,7 @@ def _sum_up(cases: Iterable[Case]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    # Modules of this process may stand on a path that only it knows.
+    # The package may be on a path that only this process has.
     path = os.pathsep.join([entry for entry in sys.path if entry])
     own = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return {**os.environ, **own, "PYTHONPATH": path}

@@ -1,9 +1,9 @@
-"""The table of eras, made anew from upstream's git history.
+"""Regenerate the table of eras from upstream's git history.
 
     python -m dinov2_attn.proof.verify.rebuild_eras REPOSITORY > src/dinov2_attn/history/eras.json
 
-``REPOSITORY`` is a clone or whatever ``git clone`` takes. Upstream's files are read out of
-git, never imported.
+``REPOSITORY`` is a clone or any address for ``git clone``. Upstream's files are read from git and
+never imported.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ UPSTREAM = "https://github.com/facebookresearch/dinov2"
 
 
 def rebuild(address: str | Path) -> tuple[Era, ...]:
-    """Return the eras of the history that leads to ``HEAD`` of the repository at ``address``.
+    """Return the eras of the history of ``HEAD`` in the repository at ``address``.
 
-    Raises ``UnavailableError`` where it is no git repository or does not answer.
+    Raises:
+        UnavailableError: If it is not a git repository, or cannot be reached.
+
     """
     eras: tuple[Era, ...] = ()
     with tempfile.TemporaryDirectory() as scratch:

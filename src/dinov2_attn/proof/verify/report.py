@@ -1,4 +1,4 @@
-"""What is told of verified revisions: a table, JSON, JUnit."""
+"""Reports on verified revisions: a table, JSON, JUnit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dinov2_attn.proof.verify.sources import Revision
 
 @dataclass(frozen=True)
 class Line:
-    """A revision, its code and its proof; ``same_as`` names the one that was run for it."""
+    """A revision, its code and its proof; ``same_as`` names the tested one with equal code."""
 
     revision: Revision
     digests: dict[str, str]
@@ -39,7 +39,7 @@ class Line:
 
 
 def era_of(digests: dict[str, str]) -> str:
-    """Name the era that holds this code, ``new`` for code of none, ``–`` for no code at all."""
+    """Return the era of this code: ``new`` if there is none, ``–`` without code."""
     if not digests:
         return ABSENT
     code = frozenset(digests.items())
@@ -48,7 +48,7 @@ def era_of(digests: dict[str, str]) -> str:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Return a Markdown table, what was not there and why, and the sum."""
+    """Return a Markdown table, the reasons of failures and empty columns, and the total."""
     rows = [list(line.cells.values()) for line in lines]
     head = ["revision", "date", "era", *COLUMNS, "verdict"]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
@@ -58,7 +58,7 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def as_json(lines: Iterable[Line]) -> str:
-    """Return the table and every failure as JSON."""
+    """Return the table and all failures as JSON."""
     return json.dumps(
         [
             {
@@ -78,7 +78,7 @@ def as_json(lines: Iterable[Line]) -> str:
 
 
 def as_junit(lines: Iterable[Line]) -> str:
-    """Return a JUnit report: a suite for each revision, a case for each column."""
+    """Return a JUnit report: one suite per revision, one case per column."""
     root = ElementTree.Element("testsuites", name="dinov2-attn verify")
     for line in lines:
         suite = ElementTree.SubElement(root, "testsuite", name=line.revision.name)

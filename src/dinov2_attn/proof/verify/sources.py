@@ -1,4 +1,4 @@
-"""What is to be verified: folders, commits, distributions on PyPI."""
+"""The revisions to verify: folders, commits, distributions on PyPI."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dinov2_attn.apps.weights.wheel import download
+from dinov2_attn._download import download
 from dinov2_attn.errors import InvalidInputError, UnavailableError
 from dinov2_attn.grafting.targets import UPSTREAM
 from dinov2_attn.proof.verify.git import Repository, is_bare
 
-# What a run of the suite depends on; the rest of a checkout is training and evaluation.
+# The files that the suite depends on. The rest of a checkout is training and evaluation.
 _RELEVANT = ("dinov2/__init__.py", "dinov2/layers", "dinov2/models")
 
 PYPI = "pypi:"
@@ -23,8 +23,14 @@ PYPI = "pypi:"
 class Revision:
     """One copy of the code.
 
-    ``unpack`` returns the folder to import from; ``read`` gives the text of a file by its
-    path in a checkout; copies with the same ``content`` need one proof only.
+    Attributes:
+        name: Its name in reports.
+        date: The date of the commit, or ``""``.
+        package: The dotted name of the package.
+        content: Equal for copies that need only one proof.
+        unpack: Returns the folder to import from.
+        read: Returns the text of a file by its path in a checkout.
+
     """
 
     name: str
@@ -36,11 +42,18 @@ class Revision:
 
 
 def find(source: str, package: str | None, scratch: Path) -> list[Revision]:
-    """Return what ``source`` names.
+    """Return the revisions that ``source`` names.
 
-    ``PATH`` (a folder or a wheel), ``GIT[@REV]`` (a path or a URL; ``@all`` for the whole
-    history of HEAD), or ``pypi:NAME==VERSION``. ``package`` is found where it is ``None``.
-    Raises ``InvalidInputError`` and ``UnavailableError``.
+    Args:
+        source: ``PATH`` (a folder or a wheel), ``GIT[@REV]`` (a path or a URL; ``@all`` for the
+            whole history of HEAD), or ``pypi:NAME==VERSION``.
+        package: The dotted name of the package; by default every copy of DINOv2 is searched for.
+        scratch: An empty folder for downloads and clones.
+
+    Raises:
+        InvalidInputError: If ``source`` has none of these forms, or is not a wheel.
+        UnavailableError: If it cannot be reached, or holds no copy of DINOv2.
+
     """
     if source.startswith(PYPI):
         return _on_pypi(source.removeprefix(PYPI), package, scratch)
@@ -57,7 +70,7 @@ def find(source: str, package: str | None, scratch: Path) -> list[Revision]:
 
 def _split(source: str) -> tuple[str, str]:
     address, at, revision = source.rpartition("@")
-    # git@host:owner/name has an @ of its own.
+    # git@host:owner/name contains an @ too.
     return (address, revision) if at and ":" not in revision else (source, "HEAD")
 
 
@@ -101,7 +114,7 @@ def _on_pypi(requirement: str, package: str | None, scratch: Path) -> list[Revis
     name, _, version = requirement.partition("==")
     if not name or not version:
         raise InvalidInputError(
-            f"{PYPI}NAME==VERSION", f"{PYPI}{requirement}", "Name the version to be verified."
+            f"{PYPI}NAME==VERSION", f"{PYPI}{requirement}", "Name the version to verify."
         )
     folder = scratch / f"{name}-{version}"
     folder.mkdir()
@@ -111,8 +124,8 @@ def _on_pypi(requirement: str, package: str | None, scratch: Path) -> list[Revis
 def packages_in(folder: Path) -> list[str]:
     """Return the packages below ``folder`` that hold a copy of DINOv2's layers.
 
-    A copy is known by a module ``attention.py`` that defines ``MemEffAttention``, or else
-    ``Attention`` beside ``block.py``, below a folder called after DINOv2.
+    A copy has a module ``attention.py`` that defines ``MemEffAttention``. If there is none,
+    ``Attention`` next to a ``block.py``, below a folder named after DINOv2, is one too.
     """
     modules = {
         path.relative_to(folder): path.read_text(encoding="utf-8", errors="replace")
@@ -129,7 +142,7 @@ def packages_in(folder: Path) -> list[str]:
     if not copies:
         raise UnavailableError(
             f"a copy of DINOv2's layers below {folder.name}",
-            f"{len(modules)} modules called attention.py, none with its classes",
+            f"{len(modules)} modules named attention.py, none with its classes",
             "Name the package that holds it: --package NAME.",
         )
     return [".".join(path.parent.parent.parts) for path in sorted(copies)]

@@ -1,4 +1,7 @@
-"""What is said of a model beside its weights: in a config.json, or in upstream's config.yaml."""
+"""The config file of a checkpoint: ``config.json``, or the ``config.yaml`` of upstream's training.
+
+It states what weights do not contain: heads, epsilon, activation, interpolation.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov2_attn.apps.weights.folders import read_json
+from dinov2_attn.apps.weights.files import read_json
 from dinov2_attn.errors import UnreadableFileError
 
-# Features, blocks and heads by the names of upstream's functions; timm's begin with them too.
+# Features, blocks and heads by the names of upstream's functions. timm's names begin with them.
 _UPSTREAM = {
     "vit_small": (384, 12, 6),
     "vit_base": (768, 12, 12),
@@ -29,13 +32,13 @@ _TIMM = {
     "vit_giant_patch14_reg4_dinov2": (1536, 40, 24),
 }
 
-# Of a positional embedding for another size: whether to smooth, and what to add to its side.
+# Of a positional embedding: interpolate_antialias and interpolate_offset of upstream's classes.
 Interpolation = tuple[bool, float]
 
 
 @dataclass(frozen=True)
-class Stated:
-    """What a file beside the weights says of their model, ``None`` where it does not."""
+class ModelConfig:
+    """What a config file states of a model; ``None`` for what it does not state."""
 
     source: str
     embed_dim: int | None = None
@@ -47,13 +50,13 @@ class Stated:
     no_embed_class: bool | None = None
     kind: str = ""
 
-    def is_of(self, embed_dim: int, depth: int) -> bool:
-        """Return whether a model of this size is the one that is spoken of."""
+    def describes(self, embed_dim: int, depth: int) -> bool:
+        """Return whether a model of this size can be the one that is described."""
         return self.embed_dim in (None, embed_dim) and self.depth in (None, depth)
 
 
-def beside(file: Path) -> Stated | None:
-    """Return what is said beside ``file`` of the model in it, if anything is."""
+def find_config(file: Path) -> ModelConfig | None:
+    """Return the content of the config file that belongs to ``file``; ``None`` without one."""
     config = read_json(file.with_name("config.json"))
     if isinstance(config, dict):
         return _of_json(config, str(file.with_name("config.json")))
@@ -64,7 +67,7 @@ def beside(file: Path) -> Stated | None:
     return None
 
 
-def _of_json(config: Mapping[str, Any], source: str) -> Stated | None:
+def _of_json(config: Mapping[str, Any], source: str) -> ModelConfig | None:
     inner = config.get("backbone_config")
     if isinstance(inner, dict) and "hidden_size" in inner:
         config = inner
@@ -73,14 +76,14 @@ def _of_json(config: Mapping[str, Any], source: str) -> Stated | None:
     return _of_timm(config, source) if isinstance(config.get("architecture"), str) else None
 
 
-def _of_transformers(config: Mapping[str, Any], source: str) -> Stated:
+def _of_transformers(config: Mapping[str, Any], source: str) -> ModelConfig:
     eps, activation = config.get("layer_norm_eps"), config.get("hidden_act")
     kind = str(config.get("model_type", ""))
-    return Stated(
+    return ModelConfig(
         source,
-        embed_dim=_whole(config, "hidden_size", source),
-        depth=_whole(config, "num_hidden_layers", source),
-        heads=_whole(config, "num_attention_heads", source),
+        embed_dim=_positive(config, "hidden_size", source),
+        depth=_positive(config, "num_hidden_layers", source),
+        heads=_positive(config, "num_attention_heads", source),
         eps=float(eps) if isinstance(eps, (int, float)) else None,
         activation=activation if isinstance(activation, str) else None,
         interpolation=("registers" in kind, 0.0),
@@ -88,26 +91,26 @@ def _of_transformers(config: Mapping[str, Any], source: str) -> Stated:
     )
 
 
-def _of_timm(config: Mapping[str, Any], source: str) -> Stated:
+def _of_timm(config: Mapping[str, Any], source: str) -> ModelConfig:
     given = config.get("model_args")
     options: Mapping[str, Any] = given if isinstance(given, dict) else {}
     name = config["architecture"].partition(".")[0]
     short = re.split(r"_patch\d", name)[0]
     embed_dim, depth, heads = _TIMM.get(name) or _TIMM.get(short) or (None, None, None)
     no_embed_class = options.get("no_embed_class")
-    return Stated(
+    return ModelConfig(
         source,
-        embed_dim=_whole(options, "embed_dim", source) or embed_dim,
-        depth=_whole(options, "depth", source) or depth,
-        heads=_whole(options, "num_heads", source) or heads,
+        embed_dim=_positive(options, "embed_dim", source) or embed_dim,
+        depth=_positive(options, "depth", source) or depth,
+        heads=_positive(options, "num_heads", source) or heads,
         interpolation=(True, 0.0),
         no_embed_class=no_embed_class if isinstance(no_embed_class, bool) else None,
         kind=f"timm:{name}",
     )
 
 
-def _of_yaml(path: Path) -> Stated | None:
-    """Read the block ``student:`` of upstream's config, whose lines are a word and a value."""
+def _of_yaml(path: Path) -> ModelConfig | None:
+    """Read the block ``student:`` of upstream's config, whose lines are ``key: value``."""
     text = path.read_text("utf-8", "replace")[: 2**20]
     block = re.search(r"^student:[ \t]*\n((?:[ \t]+.*\n?)+)", text, re.MULTILINE)
     values = dict(
@@ -123,10 +126,10 @@ def _of_yaml(path: Path) -> Stated | None:
             interpolation = (values["interpolate_antialias"].lower() == "true", offset)
         except ValueError:
             pass
-    return Stated(str(path), embed_dim, depth, heads, interpolation=interpolation)
+    return ModelConfig(str(path), embed_dim, depth, heads, interpolation=interpolation)
 
 
-def _whole(config: Mapping[str, Any], key: str, source: str) -> int | None:
+def _positive(config: Mapping[str, Any], key: str, source: str) -> int | None:
     value = config.get(key)
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""Invariant 1: not asked, everything is bit for bit what it was without the plugin."""
+"""Invariant 1: without return_attention, all outputs are bit for bit those without the plugin."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dinov2_attn.proof.conformance.tolerances import assert_same_bits
 
 
 def run(module: Any, inputs: Tensor, **options: Any) -> list[Tensor]:
-    """Return everything observable of one forward and backward pass."""
+    """Return outputs, random state and gradients of one forward and backward pass."""
     torch.manual_seed(0)
     module.zero_grad()
     inputs = inputs.clone().requires_grad_()
@@ -41,7 +41,7 @@ def run(module: Any, inputs: Tensor, **options: Any) -> list[Tensor]:
 def test_an_attention_module_is_bit_identical(
     ungrafted: Code, attention_class: type, case: AttentionCase, training: bool
 ) -> None:
-    """Dropout and the random numbers it draws included."""
+    """Including dropout and its random numbers."""
     module, tokens = case.build(attention_class, attn_drop=0.2, proj_drop=0.1)
     module.train(training)
     before = run(module, tokens)
@@ -54,7 +54,7 @@ def test_an_attention_module_is_bit_identical(
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_a_block_is_bit_identical(ungrafted: Code, block_class: type, training: bool) -> None:
-    """Stochastic depth included."""
+    """Including stochastic depth."""
     block, tokens = PLAIN.build(block_class, drop_path=0.5)
     block.train(training)
     before = run(block, tokens)
@@ -84,7 +84,7 @@ def test_a_model_is_bit_identical(
 def test_intermediate_layers_are_bit_identical(
     ungrafted: Code, model_class: type, case: ModelCase
 ) -> None:
-    """They walk over blocks and chunks on a way of their own."""
+    """The method has its own loops over blocks and chunks."""
     model = case.build(ungrafted, model_class)
     if not hasattr(model, "get_intermediate_layers"):
         pytest.skip("this model has no get_intermediate_layers")
@@ -98,7 +98,7 @@ MISUSES: dict[str, Callable[[Any], object]] = {
     "half a patch": lambda m: m(noise(2, 3, 5, 4, seed=0)),
     "four channels": lambda m: m(noise(2, 4, 4, 4, seed=0)),
     "a list without xFormers": lambda m: m([noise(2, 3, 4, 4, seed=0)], [None]),
-    "an argument that is ours while nothing is asked": lambda m: m(
+    "an argument of the plugin without return_attention": lambda m: m(
         noise(2, 3, 4, 4, seed=0), queries="cls"
     ),
     "a positional argument too many": lambda m: m.blocks[0](noise(2, 5, 8, seed=0), True),
@@ -111,7 +111,7 @@ MISUSES: dict[str, Callable[[Any], object]] = {
 def test_exceptions_are_the_same(
     ungrafted: Code, model_class: type, misuse: Callable[[Any], object]
 ) -> None:
-    """Type and words."""
+    """Including their type and message."""
     model = MODEL_CASES[0].build(ungrafted, model_class)
     before = _outcome(misuse, model)
     with dinov2_attn.install(ungrafted.package):
