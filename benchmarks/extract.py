@@ -92,7 +92,7 @@ ASKED: dict[str, tuple[dict[str, Any], bool]] = {
     "last block, CLS row": ({}, True),
     "every block, CLS row": ({"layers": None}, False),
     "last block, CLS row, to a grid, float16": ({"grid": (16, 16), "dtype": "float16"}, False),
-    "last block, CLS row, outliers": ({"outliers": True}, False),
+    "last block, CLS row, outliers": ({"artifacts": True}, False),
 }
 
 

@@ -25,7 +25,7 @@ class Ranks:
     rank: int
     world: int
 
-    def on_first(self, act: Callable[[], T]) -> T:
+    def on_rank_zero(self, act: Callable[[], T]) -> T:
         """Let the first process act; return to all what it returned, or raise what it raised."""
         box: list[Any] = [_outcome(act)] if self.rank == 0 else [None]
         if self.world > 1:

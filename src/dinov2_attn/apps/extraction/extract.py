@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict, overload
 
 from dinov2_attn import _optional
 from dinov2_attn.backbone.backbone import grafted_backbone
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.typing import Heads, Layers, Model, Queries
+from dinov2_attn.typing import Heads, Layers, Model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -19,19 +19,21 @@ if TYPE_CHECKING:
     from dinov2_attn.apps.viz.images import ImageSize
 
 
-# Files by their paths, or what torch calls a dataset: anything with items and a length.
+# Paths of files, or a dataset of torch's kind: anything with items and a length.
 Source = Any
+# None, a position, a slice, text of the grammar of tokens, or a sequence of these and of patches.
+TokenQueries = SupportsIndex | slice | str | Sequence[Any] | None
 
 
 class ExtractOptions(TypedDict, total=False):
     """The options of ``extract``, for its overloads."""
 
     layers: Layers
-    queries: Queries
+    queries: TokenQueries
     heads: Heads
     dtype: str
     grid: Sequence[int] | None
-    outliers: bool
+    artifacts: bool
     image_size: ImageSize
     max_pixels: int | None
     range: Any
@@ -84,11 +86,11 @@ def extract(
     out: str | Path,
     *,
     layers: Layers = 1,
-    queries: Queries = "cls",
+    queries: TokenQueries = "cls",
     heads: Heads = None,
     dtype: str = "float32",
     grid: Sequence[int] | None = None,
-    outliers: bool = False,
+    artifacts: bool = False,
     image_size: ImageSize = None,
     max_pixels: int | None = None,
     range: Any = None,
@@ -179,7 +181,7 @@ def extract(
         heads=heads,
         dtype=dtype,
         grid=grid,
-        outliers=outliers,
+        artifacts=artifacts,
         image_size=image_size,
         max_pixels=max_pixels,
         range=range,

@@ -84,7 +84,7 @@ class Job:
         """Write what is not there yet, and the index when all is."""
         begun, group = time.perf_counter(), ranks()
         with ExitStack() as held:
-            made, pending = group.on_first(lambda: self._begin(held))
+            made, pending = group.on_rank_zero(lambda: self._begin(held))
             own = pending[group.rank :: group.world]
             bar = self._bar(group, made.count(own))
             run = Run(
@@ -98,7 +98,7 @@ class Job:
                 bar,
             )
             written = group.on_each(lambda: run(own))
-            stages = group.on_first(lambda: self._end(made))
+            stages = group.on_rank_zero(lambda: self._end(made))
         return Summary(
             images=len(made.items),
             unreadable=sum(stages.values()),
@@ -126,7 +126,7 @@ class Job:
             rest = (self.folder, done, self.workers, bar)
             return preview(self.model, made, self.options, measurer, *rest)
 
-        return group.on_first(look)
+        return group.on_rank_zero(look)
 
     def _plan(self) -> Plan:
         sieve = Sieve()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -16,8 +15,8 @@ from dinov2_attn.apps.extraction.options import Options, stored_bytes
 from dinov2_attn.apps.extraction.passed_over import describe
 from dinov2_attn.apps.extraction.plan import Plan
 from dinov2_attn.apps.extraction.worker import decoded
+from dinov2_attn.apps.viz.tokens import resolve
 from dinov2_attn.errors import OutOfRangeError, in_one_line
-from dinov2_attn.math.selection import place
 from dinov2_attn.typing import Grid
 
 # Unreadable images that are named.
@@ -98,10 +97,9 @@ def preview(
 
 
 def _lacks(grid: Grid, made: Plan, options: Options) -> str | None:
-    """Return what is wrong with queries that images of ``grid`` do not have."""
+    """Return the reason if images of ``grid`` do not have all queries."""
     try:
-        if isinstance(options.queries, tuple):
-            place(options.queries, made.about["model"]["prefix"] + math.prod(grid))
+        resolve(options.queries, made.about["model"]["prefix"], grid)
     except OutOfRangeError as error:
         return in_one_line(error)
     return None

@@ -15,7 +15,7 @@ from torch import Tensor
 from dinov2_attn import _optional
 from dinov2_attn._files import UNFINISHED, replacing
 from dinov2_attn.apps.extraction.decode import Refused
-from dinov2_attn.apps.extraction.inference import Seen
+from dinov2_attn.apps.extraction.inference import BatchMaps
 from dinov2_attn.apps.extraction.layout import (
     ABOUT,
     INDEX,
@@ -78,12 +78,12 @@ def _is_finished(folder: Path, shard: int) -> bool:
         return False
 
 
-def write(folder: Path, shard: int, seen: list[Seen], refused: list[Refused]) -> int:
+def write(folder: Path, shard: int, batches: list[BatchMaps], refused: list[Refused]) -> int:
     """Write a shard, then its index; return their bytes."""
     path, index = _paths(folder, shard)
     tensors: dict[str, Tensor] = {}
     lines = [_refusal(one) for one in refused]
-    for batch in seen:
+    for batch in batches:
         for entry, maps, prefix in _entries(batch):
             entry["shard"] = path.relative_to(folder).as_posix()
             tensors |= dict(zip(names(entry), (maps, prefix), strict=True))
@@ -105,13 +105,13 @@ def merge(folder: Path, shards: int) -> Counter[str]:
     with (
         replacing(folder / INDEX) as index,
         replacing(folder / UNREADABLE) as unreadable,
-        index.open("w") as seen,
+        index.open("w") as stored,
         unreadable.open("w") as refused,
     ):
         for shard in range(shards):
             for line in _paths(folder, shard)[1].read_text().splitlines(keepends=True):
                 entry = json.loads(line)
-                (seen if "shard" in entry else refused).write(line)
+                (stored if "shard" in entry else refused).write(line)
                 stages.update(() if "shard" in entry else (entry["stage"],))
     return stages
 
@@ -121,11 +121,11 @@ def refusals(folder: Path, shard: int) -> list[dict[str, Any]]:
     return [line for line in _lines(_paths(folder, shard)[1]) if "reason" in line]
 
 
-def _entries(batch: Seen) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+def _entries(batch: BatchMaps) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
     """Yield each image's line of the index, without its shard, and its tensors."""
     reports = batch.artifacts.cpu().report() if batch.artifacts else [None] * len(batch.origins)
     each = zip(batch.origins, batch.maps.cpu(), batch.prefix.cpu(), reports, strict=True)
-    for origin, maps, prefix, outliers in each:
+    for origin, maps, prefix, artifacts in each:
         mass = prefix.float().sum(-1).flatten(1).mean(1).tolist()
         entry = {
             "number": origin.number,
@@ -134,7 +134,7 @@ def _entries(batch: Seen) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
             "size": list(origin.size),
             "grid": list(batch.grid),
             "prefix_mass": [number if math.isfinite(number) else None for number in mass],
-            "outliers": outliers,
+            "artifacts": artifacts,
             "sha256": origin.sha256,
             "checksum": checksum(maps, prefix),
         }

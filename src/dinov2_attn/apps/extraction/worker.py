@@ -1,4 +1,4 @@
-"""What one process does with its shards: decode, look, and write beside the next look."""
+"""One process with its shards: it decodes, runs the model, and writes meanwhile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from dinov2_attn.apps.extraction import shards
 from dinov2_attn.apps.extraction.buckets import Buckets
 from dinov2_attn.apps.extraction.decode import Picture, Refused
-from dinov2_attn.apps.extraction.inference import Seen, look
+from dinov2_attn.apps.extraction.inference import BatchMaps, attend_batch
 from dinov2_attn.apps.extraction.item import Item
 from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.apps.extraction.pickled import can_be_sent
@@ -63,28 +63,28 @@ class Run:
         writing: Future[int] | None = None
         with self.bar, contextlib.closing(decoding) as pictures, ThreadPoolExecutor(1) as writer:
             for shard in own:
-                seen, refused = self._see(shard, pictures)
+                batches, refused = self._attend(shard, pictures)
                 done += self._bytes_of(writing)
-                writing = writer.submit(shards.write, self.folder, shard, seen, refused)
+                writing = writer.submit(shards.write, self.folder, shard, batches, refused)
             return done + self._bytes_of(writing)
 
     def _bytes_of(self, writing: Future[int] | None) -> int:
         with writing_to(self.folder):
             return writing.result() if writing else 0
 
-    def _see(
+    def _attend(
         self, shard: int, pictures: Iterator[Picture | Refused]
-    ) -> tuple[list[Seen], list[Refused]]:
-        """Return what the model looks at in the images of a shard, and those without maps."""
-        seen: list[Seen] = []
+    ) -> tuple[list[BatchMaps], list[Refused]]:
+        """Return the maps of the images of a shard, and the images without maps."""
+        batches: list[BatchMaps] = []
         refused: list[Refused] = []
         for batch in self._batches(shard, pictures, refused):
-            for found in look(self.model, batch, self.options):
+            for found in attend_batch(self.model, batch, self.options):
                 if isinstance(found, Refused):
                     self._pass_over(found, refused)
                 else:
-                    seen.append(found)
-        return seen, refused
+                    batches.append(found)
+        return batches, refused
 
     def _batches(
         self, shard: int, pictures: Iterator[Picture | Refused], refused: list[Refused]
