@@ -29,9 +29,9 @@ from measure import machine
 from PIL import Image
 
 import dinov2_attn
-from dinov2_attn.apps.extraction.buckets import Buckets
 from dinov2_attn.apps.extraction.decode import Decoder
 from dinov2_attn.apps.extraction.items import list_items
+from dinov2_attn.apps.extraction.worker import Buckets
 from dinov2_attn.apps.viz.images import normalise
 from dinov2_attn.apps.weights.models import build
 from dinov2_attn.apps.weights.source import obtain

@@ -712,10 +712,8 @@ TABLE = {
     "needs a copy that upstream has renamed": {"grafting/targets": ("Upstream moved",)},
     LATER: {
         "apps/extraction/decode": ("",),
-        "apps/extraction/item": ("",),
         "apps/extraction/pictured": ("",),
         "apps/extraction/sources": ("",),
-        "apps/extraction/tars": ("",),
         "apps/viz/decoding": ("",),
         "apps/viz/opening": ("",),
         "apps/viz/ranges": ("",),

@@ -17,10 +17,9 @@ from PIL import Image
 
 import dinov2_attn
 from dinov2_attn import artifact_tokens, extract
-from dinov2_attn.apps.extraction.buckets import WAITING, Buckets
 from dinov2_attn.apps.extraction.decode import Picture
 from dinov2_attn.apps.extraction.items import list_items
-from dinov2_attn.apps.extraction.worker import WORTH_A_WORKER, decoded
+from dinov2_attn.apps.extraction.worker import WAITING, WORTH_A_WORKER, Buckets, decoded
 from dinov2_attn.apps.viz.images import read_photograph
 from dinov2_attn.errors import (
     InvalidInputError,

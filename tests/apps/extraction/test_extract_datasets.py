@@ -18,8 +18,8 @@ from torchvision.datasets import FakeData, ImageFolder
 
 from dinov2_attn import AttentionDataset, extract
 from dinov2_attn.apps.extraction.given import GivenDecoder, Wanted
-from dinov2_attn.apps.extraction.pickled import can_be_sent, fingerprint
-from dinov2_attn.apps.extraction.sources import source_of
+from dinov2_attn.apps.extraction.sources import fingerprint, source_of
+from dinov2_attn.apps.extraction.worker import can_be_sent
 from dinov2_attn.apps.viz.reading import IMAGENET
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support.extraction import build, draw, files_of, index_of, photographs, stored

@@ -63,7 +63,7 @@ def check_options(
     std: Any = None,
     **others: Any,
 ) -> Options:
-    """Return the options for ``model``; raise ``InvalidInputError`` and ``OutOfRangeError``."""
+    """Return the options for ``model``; raise ``InvalidInputError`` if one is wrong."""
     check_heads(heads)
     if dtype not in DTYPES:
         raise InvalidInputError(f"a dtype of {', '.join(DTYPES)}", repr(dtype), "Name one.")

@@ -1,4 +1,4 @@
-"""Shards that appear whole, an index beside each, and the index of all."""
+"""Writing shards atomically, each with its index, and the index of all."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from dinov2_attn.errors import InvalidInputError
 
 
 def check(folder: Path, plan: Plan) -> None:
-    """Raise ``InvalidInputError`` unless ``folder`` is that of ``plan``, or empty."""
+    """Raise ``InvalidInputError`` unless ``folder`` belongs to ``plan`` or is empty."""
     if (folder / ABOUT).exists():
         found = differences(plan.about, read_about(folder))
         if found:
             raise InvalidInputError(
                 f"the extraction that {folder} was begun for",
                 "another: " + "; ".join(found),
-                "Name another folder, or ask as before.",
+                "Name another folder, or run with the original options.",
             )
     elif any(not path.name.startswith((LOCK, UNFINISHED)) for path in folder.iterdir()):
         raise InvalidInputError(
@@ -49,20 +49,20 @@ def check(folder: Path, plan: Plan) -> None:
 
 
 def prepare(folder: Path, plan: Plan) -> None:
-    """Make ``folder``, which ``check`` has passed, ready for shards.
+    """Prepare ``folder`` for shards, after ``check``.
 
-    What a killed run left half-written is taken away.
+    Unfinished files of a killed run are removed.
     """
     for left in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{SHARDS}/{UNFINISHED}*")):
         shutil.rmtree(left)
-    # First, for by it the folder is known as one of ours.
+    # This file comes first: it marks the folder as an extraction.
     if not (folder / ABOUT).exists():
         _write(folder / ABOUT, json.dumps(plan.about, indent=1) + "\n")
     (folder / SHARDS).mkdir(exist_ok=True)
 
 
 def finished(folder: Path, count: int) -> list[int]:
-    """Return which of ``count`` shards are there with their index, as long as they should be."""
+    """Return which of ``count`` shards are complete and have their index."""
     return [shard for shard in range(count) if _is_finished(folder, shard)]
 
 
@@ -74,12 +74,12 @@ def _is_finished(folder: Path, shard: int) -> bool:
         expected = {name for line in _lines(index) if "shard" in line for name in names(line)}
         with _optional.safetensors().safe_open(tensors, "pt") as file:
             return set(file.keys()) == expected
-    except Exception:  # whatever the readers make of it, it is to be written again
+    except Exception:  # a shard that cannot be read is written again
         return False
 
 
 def write(folder: Path, shard: int, batches: list[BatchMaps], refused: list[Refused]) -> int:
-    """Write a shard, then its index; return their bytes."""
+    """Write a shard, then its index; return the number of bytes."""
     path, index = _paths(folder, shard)
     tensors: dict[str, Tensor] = {}
     lines = [_refusal(one) for one in refused]
@@ -89,7 +89,7 @@ def write(folder: Path, shard: int, batches: list[BatchMaps], refused: list[Refu
             tensors |= dict(zip(names(entry), (maps, prefix), strict=True))
             lines.append(entry)
     lines.sort(key=lambda entry: int(entry["number"]))
-    # No metadata: more than one entry has another order each time.
+    # No metadata: safetensors writes several entries in a random order.
     with replacing(path) as unfinished:
         unfinished.write_bytes(_optional.safetensors().torch.save(tensors))
     _write(index, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
@@ -97,9 +97,9 @@ def write(folder: Path, shard: int, batches: list[BatchMaps], refused: list[Refu
 
 
 def merge(folder: Path, shards: int) -> Counter[str]:
-    """Put the lines of all shards into one index, images without maps into a list.
+    """Merge the lines of all shards into one index, and one list of images without maps.
 
-    Returns how many failed in each stage.
+    Returns the number of images that failed in each stage.
     """
     stages: Counter[str] = Counter()
     with (
@@ -138,7 +138,7 @@ def _entries(batch: BatchMaps) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]
             "sha256": origin.sha256,
             "checksum": checksum(maps, prefix),
         }
-        # Of their own memory each, which safetensors insists on.
+        # Safetensors requires that tensors do not share memory.
         yield entry, maps.clone(), prefix.clone()
 
 
