@@ -29,9 +29,9 @@ from measure import machine
 from PIL import Image
 
 import dinov2_attn
-from dinov2_attn.apps.extraction.buckets import Buckets
 from dinov2_attn.apps.extraction.decode import Decoder
 from dinov2_attn.apps.extraction.items import list_items
+from dinov2_attn.apps.extraction.worker import Buckets
 from dinov2_attn.apps.viz.images import normalise
 from dinov2_attn.apps.weights.models import build
 from dinov2_attn.apps.weights.source import obtain
@@ -92,7 +92,7 @@ ASKED: dict[str, tuple[dict[str, Any], bool]] = {
     "last block, CLS row": ({}, True),
     "every block, CLS row": ({"layers": None}, False),
     "last block, CLS row, to a grid, float16": ({"grid": (16, 16), "dtype": "float16"}, False),
-    "last block, CLS row, outliers": ({"outliers": True}, False),
+    "last block, CLS row, outliers": ({"artifacts": True}, False),
 }
 
 

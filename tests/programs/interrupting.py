@@ -26,7 +26,7 @@ from tests.support import upstreams
 from tests.support import xformers_visibility as xformers
 from tests.support.extraction import build, files_of, photographs
 
-OPTIONS = {"shard_size": 5, "queries": None, "outliers": True}
+OPTIONS = {"shard_size": 5, "queries": None, "artifacts": True}
 
 
 def main(way, folder):

@@ -19,6 +19,7 @@ from torch import nn
 import dinov2_attn
 from dinov2_attn import artifact_tokens, attention_maps, load_checkpoint, record, rollout, viz
 from dinov2_attn.apps.explorer.write import write_page
+from dinov2_attn.apps.viz.tokens import as_texts, check_queries, resolve
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from tests.support.advice import Case, hints
 from tests.support.compiling import compiles
@@ -635,6 +636,24 @@ case(
     lambda lab: drawn(lab, lab.maps(), query=(2, 0)),
     lambda lab: drawn(lab, lab.maps(), query=(1, 2)),
 )
+case(
+    "apps/viz/tokens",
+    "Leave it out for CLS",
+    lambda lab: as_texts([]),
+    lambda lab: as_texts("cls"),
+)
+case(
+    "apps/viz/tokens",
+    "Ask for cls, patches or all",
+    lambda lab: check_queries(["registers"], 0),
+    lambda lab: check_queries(["cls", "patches", "all"], 0),
+)
+case(
+    "apps/viz/tokens",
+    "Positions count CLS first",
+    lambda lab: resolve(["#7:"], 1, (2, 3)),
+    lambda lab: resolve(["#6:"], 1, (2, 3)),
+)
 
 
 def page(lab, maps=None, **options):
@@ -707,12 +726,9 @@ TABLE = {
     "needs a copy that upstream has renamed": {"grafting/targets": ("Upstream moved",)},
     LATER: {
         "apps/extraction/decode": ("",),
-        "apps/extraction/item": ("",),
         "apps/extraction/pictured": ("",),
         "apps/extraction/sources": ("",),
-        "apps/extraction/tars": ("",),
-        "apps/viz/channels": ("",),
-        "apps/viz/depths": ("",),
+        "apps/viz/decoding": ("",),
         "apps/viz/opening": ("",),
         "apps/viz/ranges": ("",),
         "apps/viz/reading": ("",),
@@ -723,6 +739,7 @@ TABLE = {
         "apps/cli/explore": ("",),
         "apps/cli/heatmap": ("",),
         "apps/cli/model_options": ("",),
+        "apps/cli/plot_options": ("",),
         "apps/cli/image_options": ("",),
         "apps/cli/verify": ("",),
         "apps/extraction/extract": ("",),

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import dinov2_attn
+from dinov2_attn.apps.cli.main import _parser as parser
 from dinov2_attn.apps.cli.main import main
 from dinov2_attn.proof.conformance.synthetic_models import HEAD
 from tests.support import upstreams
@@ -113,7 +114,7 @@ def test_an_output_that_cannot_be_written_is_reported(image, weights, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--random-weights"], "Expected an image.\nFound none.\nName one, or try --sample."),
+        (["--random-weights"], "Expected an image.\nFound none.\nName one, or use --example."),
         (["x.png", "--weights", "absent.pth"], "checkpoint at absent.pth.\nFound nothing.\nName"),
         (["x.png", "--device", "abacus"], "device that this torch can use.\nFound 'abacus'"),
         (["x.png", "--device", "meta"], "device that this torch can use.\nFound 'meta'"),
@@ -157,9 +158,73 @@ def test_a_bad_argument_is_explained(arguments, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["heatmap", "--query", "3,17"], "--query: did you mean --queries?"),
+        (["heatmap", "--query=3,17"], "--query: did you mean --queries?"),
+        (["demo", "--query", "cls"], "--query: did you mean --queries?"),
+        (["extract", "--query", "cls"], "--query: did you mean --queries?"),
+        (["extract", "--outliers"], "--outliers: did you mean --artifacts?"),
+        (["heatmap", "--artifacts"], "--artifacts: did you mean --outliers?"),
+        (["heatmap", "--sample"], "--sample: did you mean --example?"),
+        (["explore", "--sample"], "--sample: did you mean --example?"),
+        (["heatmap", "--layers"], "--overview draws layers by heads"),
+        (["demo", "--layers", "--log"], "--overview draws layers by heads"),
+        (["extract", "--layer", "x"], "expected blocks with commas"),  # argparse's abbreviation
+        (["explore", "--layers"], "expected one argument\n"),
+        (["heatmap", "--nothing-like-it"], "unrecognized arguments: --nothing-like-it.\n"),
+        (["heatmap", "--queries", "cls", "x.png"], "found 'x.png'. "),
+        (["heatmap", "--queries", "cls", "x.png"], "Put files before this option."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_of_another_name_is_suggested(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "-o", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert message in said
+    assert f"dinov2-attn {arguments[0]}: error:" in said
+
+
+def test_images_may_follow_the_queries_after_two_dashes(image, tmp_path):
+    options = ["-o", tmp_path, "--random-weights", "--queries", "cls", "0,1"]
+    assert heatmap(*options, "--", image) == 0
+    assert (tmp_path / "heads-0-1.png").exists()
+
+
+def test_no_command_is_answered_with_help(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: dinov2-attn")
+    assert all(f"\n    {name} " in said for name in COMMANDS)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--bogus"])
+
+
+COMMANDS = ("demo", "heatmap", "explore", "extract", "verify", "doctor")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_in_sentences_and_ends_with_an_example(command):
+    (subparsers,) = (a for a in parser()._actions if isinstance(a.choices, dict))
+    own = subparsers.choices[command]
+    options = [action.help for action in own._actions if action.dest != "help"]
+    (summary,) = (a.help for a in subparsers._choices_actions if a.dest == command)
+    for text in [summary, own.description, *options]:
+        assert text, own.prog
+        assert text[0].isupper()
+        assert text.rstrip().endswith(".")
+    example = own.epilog.strip().removeprefix("Example: dinov2-attn ")
+    args, unknown = parser().parse_known_args(example.split())
+    assert example.split()[0] == command
+    assert not unknown
+    assert args.parser.prog == own.prog
+
+
 def test_pictures_need_an_extra(monkeypatch, tmp_path, caplog):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert heatmap("--sample", "-o", tmp_path, "--random-weights") == 2
+    assert heatmap("--example", "-o", tmp_path, "--random-weights") == 2
     assert "Found no tqdm in this environment.\nInstall" in caplog.text
     assert "pip install 'dinov2-attn[viz]'" in caplog.text
 
@@ -174,7 +239,7 @@ def test_the_version(capsys):
 
 
 def test_the_sample_runs_with_nothing_else_at_hand(tmp_path):
-    arguments = ["heatmap", "--sample", "-o", "out", "--random-weights", "--image-size", "56"]
+    arguments = ["heatmap", "--example", "-o", "out", "--random-weights", "--image-size", "56"]
     result = python("-m", "dinov2_attn", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
@@ -185,7 +250,7 @@ def test_the_sample_runs_with_nothing_else_at_hand(tmp_path):
 
 
 def test_without_weights_or_network_the_way_out_is_named(tmp_path):
-    arguments = ["heatmap", "--sample", "-o", "out"]
+    arguments = ["heatmap", "--example", "-o", "out"]
     result = python("-m", "dinov2_attn", *arguments, cwd=tmp_path, **OFFLINE, TORCH_HOME=tmp_path)
     assert result.returncode == 2
     *_, expected, found, hint = result.stderr.splitlines()
@@ -199,6 +264,7 @@ def test_without_weights_or_network_the_way_out_is_named(tmp_path):
 def test_help_does_not_wait_for_torch(tmp_path):
     code = """
 import sys
+from dinov2_attn.apps.cli.main import _parser as parser
 from dinov2_attn.apps.cli.main import main
 try:
     main(["heatmap", "--help"])

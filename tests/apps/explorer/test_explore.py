@@ -72,8 +72,8 @@ def test_the_mean_of_heads_from_the_last_layer_on(image, path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--random-weights"], "Expected one image.\nFound none.\nName one, or try --sample"),
-        (["x.png", "--sample", "--random-weights"], "Expected one image.\nFound x.png, "),
+        (["--random-weights"], "Expected one image.\nFound none.\nName one, or use --example"),
+        (["x.png", "--example", "--random-weights"], "Expected one image.\nFound x.png, "),
         (["x.png", "--random-weights"], "complete image file.\nFound x.png, which cannot be"),
         (["{}", "--random-weights", "--layers", "12"], "Expected blocks between -12 and 11"),
         (["{}", "--random-weights", "--max-mb", "0.01"], "Raise --max-mb (max_mb) by 0.0"),
@@ -90,7 +90,7 @@ def test_a_user_error_is_one_line_and_status_two(arguments, message, image, path
     [
         (["--max-mb", "0"], "expected a number above 0; found '0'. Try 25."),
         (["--max-mb", "inf"], "expected a number above 0; found 'inf'"),
-        (["--layers", "last"], "expected blocks with commas between them; found 'last'"),
+        (["--layers", "last"], "expected blocks with commas between them, or all; found 'last'"),
         (["--heads", "some"], "invalid choice: 'some'"),
     ],
 )

@@ -112,7 +112,7 @@ def test_a_shard_cut_short_is_noticed_and_made_again(model, out, tmp_path, lengt
 
 def test_an_extraction_that_is_not_finished_says_how_to_go_on(out):
     (out / "index.jsonl").unlink()
-    with pytest.raises(UnreadableFileError, match="(?s)Run the same .* again: it goes on"):
+    with pytest.raises(UnreadableFileError, match="(?s)Run the same .* again: it continues"):
         AttentionDataset(out)
 
 

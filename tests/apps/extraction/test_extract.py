@@ -17,10 +17,9 @@ from PIL import Image
 
 import dinov2_attn
 from dinov2_attn import artifact_tokens, extract
-from dinov2_attn.apps.extraction.buckets import WAITING, Buckets
 from dinov2_attn.apps.extraction.decode import Picture
 from dinov2_attn.apps.extraction.items import list_items
-from dinov2_attn.apps.extraction.worker import WORTH_A_WORKER, decoded
+from dinov2_attn.apps.extraction.worker import WAITING, WORTH_A_WORKER, Buckets, decoded
 from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.errors import (
     InvalidInputError,
@@ -112,7 +111,7 @@ def test_the_index_says_what_is_there(model, images, tmp_path):
         with Image.open(path) as image:
             assert entry["size"] == [image.height, image.width]
         assert entry["shard"] == f"shards/{entry['number'] // 5:05}.safetensors"
-        assert entry["outliers"] is None
+        assert entry["artifacts"] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -144,13 +143,13 @@ def test_outliers_are_those_of_artifact_tokens(model, tmp_path):
     Image.fromarray(flat).save(tmp_path / "in" / "b.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error", SuspiciousArtifactsWarning)  # the index says it
-        extract(model, tmp_path / "in", tmp_path / "out", outliers=True)
+        extract(model, tmp_path / "in", tmp_path / "out", artifacts=True)
     for entry in index_of(tmp_path / "out"):
         images = load_image(tmp_path / "in" / entry["path"], 2).tensor[None]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SuspiciousArtifactsWarning)
             (expected,) = artifact_tokens(model, images).report()
-        ours = entry["outliers"]
+        ours = entry["artifacts"]
         assert ours["layer"] == expected["layer"]
         assert ours["threshold"] == pytest.approx(expected["threshold"], rel=1e-5)
         places = [(token["row"], token["col"]) for token in expected["tokens"]]
@@ -161,21 +160,73 @@ def test_outliers_are_those_of_artifact_tokens(model, tmp_path):
 def test_outliers_change_no_map(model, images, tmp_path_factory, layers, queries):
     """They are found in the same pass, whose blocks are asked on the way."""
     out = tmp_path_factory.mktemp("out")
-    for outliers in (False, True):
-        asked = {"layers": layers, "queries": queries, "outliers": outliers}
-        extract(model, images, out / str(outliers), **asked)
+    for artifacts in (False, True):
+        asked = {"layers": layers, "queries": queries, "artifacts": artifacts}
+        extract(model, images, out / str(artifacts), **asked)
     pairs = zip(stored(out / "False"), stored(out / "True"), strict=True)
     for (_, maps, prefix), (entry, maps_too, prefix_too) in pairs:
         assert_close(maps_too, maps, size=1.0)
         assert_close(prefix_too, prefix, size=1.0)
-        assert entry["outliers"] is not None
+        assert entry["artifacts"] is not None
 
 
 def test_a_query_that_is_not_there_is_a_reason_with_outliers_too(model, images, tmp_path):
     plain = extract(model, images, tmp_path / "plain", queries=[7])
     assert 0 < plain.unreadable < 12
-    done = extract(model, images, tmp_path / "out", queries=[7], outliers=True)
+    done = extract(model, images, tmp_path / "out", queries=[7], artifacts=True)
     assert done.unreadable == plain.unreadable
+
+
+def test_a_patch_has_its_own_position_in_each_grid(model, images, tmp_path):
+    """Images of 2 × 5, 5 × 2, 3 × 3 patches and others: a row of the full matrix in each."""
+    extract(model, images, tmp_path / "all", queries=None)
+    asked = ["0,1", (1, 0), "cls", "#-1", "patches"]
+    done = extract(model, images, tmp_path / "some", queries=asked, artifacts=True)
+    assert done.unreadable == 0
+    about = json.loads((tmp_path / "some" / "extraction.json").read_text())["options"]
+    assert about["queries"] == ["0,1", "1,0", "cls", "#-1", "patches"]
+    grids = set()
+    for full, few in zip(stored(tmp_path / "all"), stored(tmp_path / "some"), strict=True):
+        (entry, maps, prefix), (_, some, some_prefix) = full, few
+        height, width = entry["grid"]
+        rows = [1 + 1, 1 + width, 0, height * width, *range(1, 1 + height * width)]
+        assert_close(some, maps[:, :, rows], size=1.0)
+        assert_close(some_prefix, prefix[:, :, rows], size=1.0)
+        grids.add((height, width))
+    assert len(grids) > 2
+
+
+def test_a_patch_that_an_image_does_not_have_is_a_reason(model, images, tmp_path):
+    out = tmp_path / "out"
+    preview = extract(model, images, out, queries=["cls", "0,4"], dry_run=True)
+    done = extract(model, images, out, queries=["cls", "0,4"])
+    wide = [entry for entry in index_of(out) if entry["grid"][1] >= 5]
+    assert 0 < len(wide) == len(index_of(out)) == done.images - done.unreadable
+    refused = index_of(out, "unreadable.jsonl")
+    assert len(refused) == len(preview.unreadable) > 0
+    for line in refused:
+        assert "expected a patch in the grid of" in line["reason"]
+        assert line["stage"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("queries", "rows"),
+    [
+        (slice(0, 3), [0, 1, 2]),
+        ("#1:3", [1, 2]),
+        (slice(None, None, -1), slice(None)),
+        ("0,1", [2]),
+        ([0, 2], [0, 2]),
+        (2, [2]),
+    ],
+    ids=repr,
+)
+def test_queries_are_the_same_in_python_and_in_text(model, images, tmp_path, queries, rows):
+    extract(model, images, tmp_path / "all", queries=None)
+    extract(model, images, tmp_path / "some", queries=queries)
+    for full, few in zip(stored(tmp_path / "all"), stored(tmp_path / "some"), strict=True):
+        expected = full[1].flip(2) if isinstance(rows, slice) else full[1][:, :, rows]
+        assert_close(few[1], expected, size=1.0)
 
 
 def test_the_image_size_is_that_of_the_other_commands(model, tmp_path):
@@ -308,11 +359,11 @@ def test_a_second_run_has_nothing_to_do(model, images, tmp_path):
     ("change", "said"),
     [
         ({"layers": 2}, r"layers: \[2\], now \[1, 2\]"),
-        ({"queries": None}, r'queries: "cls", now "all"'),
+        ({"queries": None}, r'queries: \["cls"\], now \["all"\]'),
         ({"heads": "mean"}, r'heads: null, now "mean"'),
         ({"dtype": "float16"}, r'dtype: "float32", now "float16"'),
         ({"grid": (2, 2)}, r"grid: null, now \[2, 2\]"),
-        ({"outliers": True}, "outliers: false, now true"),
+        ({"artifacts": True}, "artifacts: false, now true"),
         ({"image_size": 8}, "image_size: null, now 8"),
         ({"max_pixels": 99}, "max_pixels: null, now 99"),
         ({"batch_size": 3}, "batch_size: 16, now 3"),
@@ -386,7 +437,13 @@ def test_random_weights_are_said_to_be_random(model, images, tmp_path):
         ({"layers": [3]}, OutOfRangeError, "blocks between -3 and 2"),
         ({"queries": "clss"}, InvalidInputError, "'clss'"),
         ({"queries": "registers"}, InvalidInputError, "a model without"),
-        ({"queries": slice(3)}, InvalidInputError, "Spell the positions out"),
+        ({"queries": slice(0, 3, 0)}, InvalidInputError, "a step other than 0"),
+        ({"queries": slice(0.5)}, InvalidInputError, "a slice of whole numbers"),
+        ({"queries": b"cls"}, InvalidInputError, "whole numbers"),
+        ({"queries": ["cls", "photo.jpg"]}, InvalidInputError, "'photo.jpg'"),
+        ({"queries": [(1, 2, 3)]}, InvalidInputError, "a patch as"),
+        ({"queries": [(-1, 2)]}, InvalidInputError, "'-1,2'"),
+        ({"queries": ["register:1"]}, OutOfRangeError, "a model with registers"),
         ({"queries": []}, InvalidInputError, "at least one query"),
         ({"queries": [True]}, InvalidInputError, "whole numbers"),
         ({"heads": 3}, InvalidInputError, "heads"),
@@ -546,7 +603,7 @@ def test_defaults_keep_full_matrices_within_memory(grafted):
     )
 
     model = grafted.module(grafted.model).vit_small(patch_size=14, img_size=28, block_chunks=0)
-    rest = {"heads": None, "dtype": "float32", "grid": None, "outliers": False}
+    rest = {"heads": None, "dtype": "float32", "grid": None, "artifacts": False}
     rest |= {"image_size": None, "max_pixels": None, "batch_size": None, "shard_size": None}
     with dinov2_attn.install(grafted.package):
         small = check_options(model, layers=1, queries="cls", **rest)

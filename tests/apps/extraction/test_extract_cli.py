@@ -45,18 +45,18 @@ def test_a_folder_comes_out(source, tmp_path, capsys):
 
 
 def test_every_option_is_heard(source, tmp_path):
-    options = "--layers all --queries 0,4 --heads mean --dtype float16 --grid 2,4 --outliers"
+    options = "--layers all --queries #0 0,3 --heads mean --dtype float16 --grid 2,4 --artifacts"
     options += " --batch-size 2 --shard-size 3 --max-pixels 2900 --image-size 28 56"
     options += " --range 0,200 --mean 0.5 --std 0.1,0.2,0.3"
     assert run(source, "-o", tmp_path / "out", *options.split()) == 1  # some have more pixels
     about = json.loads((tmp_path / "out" / "extraction.json").read_text())["options"]
     assert about == {
         "layers": [0, 1, 2, 3],
-        "queries": [0, 4],
+        "queries": ["#0", "0,3"],
         "heads": "mean",
         "dtype": "float16",
         "grid": [2, 4],
-        "outliers": True,
+        "artifacts": True,
         "image_size": [28, 56],
         "max_pixels": 2900,
         "batch_size": 2,
@@ -72,7 +72,7 @@ def test_every_option_is_heard(source, tmp_path):
         assert maps.shape == (4, 2, 2, 4)
         assert prefix.shape == (4, 2, 1)
         assert maps.dtype == torch.float16
-        assert entry["outliers"]["grid"] == [2, 4]
+        assert entry["artifacts"]["grid"] == [2, 4]
     assert len(index_of(tmp_path / "out")) == 2
 
 
@@ -153,8 +153,11 @@ def test_a_dry_run_says_it_all_and_does_nothing(source, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--queries", "clss"], "expected cls, registers, patches, all"),
-        (["--queries", "1,x"], "expected cls, registers, patches, all"),
+        (["--queries", "clss"], "one of the words registers, patches, all; found 'clss'"),
+        (
+            ["--queries", "cls", "1,x"],
+            "#POSITION, or one of the words registers, patches, all; found",
+        ),
         (["--layers", "x"], "expected blocks"),
         (["--grid", "3"], "expected a height and a width"),
         (["--grid", "3,0"], "expected a whole number above 0"),

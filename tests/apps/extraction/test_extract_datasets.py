@@ -18,8 +18,8 @@ from torchvision.datasets import FakeData, ImageFolder
 
 from dinov2_attn import AttentionDataset, extract
 from dinov2_attn.apps.extraction.given import GivenDecoder, Wanted
-from dinov2_attn.apps.extraction.pickled import can_be_sent, fingerprint
-from dinov2_attn.apps.extraction.sources import source_of
+from dinov2_attn.apps.extraction.sources import fingerprint, source_of
+from dinov2_attn.apps.extraction.worker import can_be_sent
 from dinov2_attn.apps.viz.reading import IMAGENET
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support.extraction import build, draw, files_of, index_of, photographs, stored
@@ -213,8 +213,8 @@ def test_a_model_of_half_precision(grafted, tmp_path):
 
 
 def test_outliers_of_tensors(model, tmp_path):
-    extract(model, tensors(), tmp_path / "out", outliers=True)
-    assert all(entry["outliers"] is not None for entry in index_of(tmp_path / "out"))
+    extract(model, tensors(), tmp_path / "out", artifacts=True)
+    assert all(entry["artifacts"] is not None for entry in index_of(tmp_path / "out"))
 
 
 # What fails
@@ -232,8 +232,8 @@ def test_an_item_that_fails_is_one_that_fails(model, tmp_path):
     assert {line["stage"] for line in lines} == {"decode"}
     reasons = [line["reason"] for line in lines]
     assert "item-000000 (RuntimeError: no such record)" in reasons[0]
-    assert "multiples of the patch size 2.\nFound item-000002 of 7 × 4" in reasons[1]
-    assert "floating tensor (C, H, W).\nFound item-000005: uint8 (3, 6, 4)" in reasons[3]
+    assert "multiples of the patch size 2; found item-000002 of 7 × 4" in reasons[1]
+    assert "floating tensor (C, H, W); found item-000005: uint8 (3, 6, 4)" in reasons[3]
     assert "3 channels" in reasons[5]
     with pytest.raises(UnreadableFileError, match="no such record"):
         extract(model, Items(*items), tmp_path / "strict", strict=True)

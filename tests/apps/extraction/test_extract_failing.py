@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dinov2_attn import AttentionDataset, extract
-from dinov2_attn.apps.extraction import inference as looking
+from dinov2_attn.apps.extraction import inference as batches
 from dinov2_attn.apps.viz import inference
 from dinov2_attn.errors import (
     InvalidInputError,
@@ -68,13 +68,15 @@ def failing(model, images):
     handle.remove()
 
 
-@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("artifacts", [False, True])
 @pytest.mark.parametrize("name", ERRORS)
 def test_whatever_is_raised_for_one_image_is_its_own(
-    model, images, failing, tmp_path, name, outliers
+    model, images, failing, tmp_path, name, artifacts
 ):
     failing[0] = ERRORS[name]
-    done = extract(model, images, tmp_path / "out", batch_size=8, shard_size=10, outliers=outliers)
+    done = extract(
+        model, images, tmp_path / "out", batch_size=8, shard_size=10, artifacts=artifacts
+    )
     assert (done.images, done.unreadable, done.failed) == (12, 1, 1)
     (line,) = index_of(tmp_path / "out", "unreadable.jsonl")
     assert (line["number"], line["path"], line["stage"]) == (5, "05.png", "pass")
@@ -170,7 +172,7 @@ def test_a_model_that_is_grafted_no_more_stops_the_run(model, images, tmp_path, 
     def gone(*_):
         raise NotGraftedError("a graft", "none", "Install it.")
 
-    monkeypatch.setattr(looking, "_look", gone)
+    monkeypatch.setattr(batches, "_attend", gone)
     with pytest.raises(NotGraftedError):
         extract(model, images, tmp_path / "out")
 
@@ -182,7 +184,7 @@ def test_a_device_that_is_gone_stops_the_run(monkeypatch):
         raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors …")
 
     monkeypatch.setattr(inference.torch, "zeros", gone)
-    with pytest.raises(UnavailableError, match="(?s)device-side assert triggered.*run again"):
+    with pytest.raises(UnavailableError, match="(?s)device-side assert triggered\\.\n.*run again"):
         inference.check_alive(torch.device("cuda"))
     inference.check_alive(torch.device("cpu"))
 
@@ -193,7 +195,7 @@ def test_weights_that_are_no_numbers_have_maps_that_are_none(grafted, images, tm
     with torch.no_grad():
         model.norm.weight.fill_(float("nan"))
         model.blocks[2].attn.qkv.weight.fill_(float("nan"))
-    assert extract(model, images, tmp_path / "out", outliers=True).unreadable == 0
+    assert extract(model, images, tmp_path / "out", artifacts=True).unreadable == 0
     assert all(entry["prefix_mass"] == [None] for entry, *_ in stored(tmp_path / "out"))
 
 

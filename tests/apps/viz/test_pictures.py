@@ -542,7 +542,7 @@ def test_tokens_are_where_their_names_say(registers, grid, data):
              "-1,2", "1.0,2", "²,1", "٣,1", "9" * 30 + ",1"]
 )  # fmt: skip
 def test_words_that_name_no_token(text):
-    with pytest.raises(InvalidInputError, match="cls, register:K or ROW,COL"):
+    with pytest.raises(InvalidInputError, match="cls, register:K, ROW,COL or #POSITION"):
         read_token(text)
 
 

@@ -187,10 +187,14 @@ def pictures_in(folder):
     [
         ([], {"heads.png", "overlay.png"}),
         (["--threshold", 0.5], {"heads.png", "overlay.png", "masks.png"}),
-        (["--query", "1,5"], {"heads-1-5.png", "overlay-1-5.png"}),
+        (["--queries", "1,5"], {"heads-1-5.png", "overlay-1-5.png"}),
         (
-            ["--query", "3,6", "--query", "cls", "--query", "3,6", "--layers", "--format", "svg"],
+            ["--queries", "3,6", "cls", "3,6", "--overview", "--format", "svg"],
             {f"{n}{q}.svg" for n in ("heads", "overlay", "layers") for q in ("", "-3-6")},
+        ),
+        (
+            ["--queries", "#17", "--queries", "#-1"],
+            {f"{n}-position{q}.png" for n in ("heads", "overlay") for q in (17, -1)},
         ),
     ],
 )
@@ -201,8 +205,43 @@ def test_files_are_those_that_were_asked_for(image, weights, tmp_path, options, 
     assert np.unravel_index(maps[HEAD].argmax(), (4, 7)) == (1, 5)
 
 
+def test_a_patch_is_drawn_by_its_position_too(image, tmp_path):
+    """One CLS and no registers: patch (2, 3) of 4 rows and 7 columns is at 1 + 2 · 7 + 3."""
+    options = ["--random-weights", "--format", "svg", "--queries", "2,3", "#18"]
+    assert heatmap(image, "-o", tmp_path, *options) == 0
+    for stem in ("heads", "overlay"):
+        words = [words_in(tmp_path / f"{stem}-{name}.svg") for name in ("2-3", "position18")]
+        assert "query patch (2, 3)" in words[0]
+        assert words[0] == words[1]
+
+
+def test_registers_are_drawn_one_by_one(tmp_path):
+    image = tmp_path / "a.png"
+    Image.fromarray(photograph_of((3, 4), (1, 1))).save(image)
+    if not upstreams.FIRST.has_registers:
+        pytest.skip("the checkout under test has no registers")
+    options = ["--random-weights", "--registers", "--queries", "registers", "register:2"]
+    assert heatmap(image, "-o", tmp_path / "out", *options) == 0
+    expected = {f"{n}-register{k}.png" for n in ("heads", "overlay") for k in (1, 2, 3, 4)}
+    assert pictures_in(tmp_path / "out") == expected
+
+
+def test_layers_are_those_that_are_drawn(image, tmp_path):
+    plain = ["--random-weights", "--format", "svg"]
+    assert heatmap(image, "-o", tmp_path / "a", *plain, "--layers", "5") == 0
+    assert "layer 5" in words_in(tmp_path / "a" / "heads.svg")
+    assert heatmap(image, "-o", tmp_path / "b", *plain, "--layers", "0,5", "--overview") == 0
+    words = words_in(tmp_path / "b" / "layers.svg")
+    assert "layer 5" in words
+    assert "layer 11" not in words
+    arrays = [np.load(tmp_path / name / "attention.npy") for name in ("a", "b")]
+    assert_close(*arrays)
+    assert heatmap(image, "-o", tmp_path / "c", *plain) == 0
+    assert np.abs(arrays[0] - np.load(tmp_path / "c" / "attention.npy")).max() > 1e-6
+
+
 def test_dino_v1s_files_are_of_cls_whatever_is_asked(image, tmp_path):
-    for name, options in (("a", []), ("b", ["--query", "2,3"])):
+    for name, options in (("a", []), ("b", ["--queries", "2,3"])):
         assert heatmap(image, "-o", tmp_path / name, "--random-weights", *options) == 0
     arrays = [np.load(tmp_path / name / "attention.npy") for name in ("a", "b")]
     # Rows asked for together are made by another product.
@@ -210,7 +249,7 @@ def test_dino_v1s_files_are_of_cls_whatever_is_asked(image, tmp_path):
 
 
 def test_captions_say_what_the_program_was_told(image, weights, tmp_path):
-    options = ["--log", "--outliers", "none", "--format", "svg", "--query", "2,3", "--layers"]
+    options = ["--log", "--outliers", "none", "--format", "svg", "--queries", "2,3", "--overview"]
     assert heatmap(image, "-o", tmp_path, "--weights", weights, *options) == 0
     for name in ("heads-2-3", "overlay-2-3", "layers-2-3"):
         words = words_in(tmp_path / f"{name}.svg")
@@ -254,7 +293,7 @@ def test_artifacts_are_said_in_the_log_and_in_the_caption(image, long_tokens, tm
 
 
 def test_random_weights_say_so_in_every_kind_of_file(image, tmp_path):
-    options = ["--random-weights", "--format", "svg", "--layers", "--threshold", 0.5]
+    options = ["--random-weights", "--format", "svg", "--overview", "--threshold", 0.5]
     assert heatmap(image, "-o", tmp_path, *options, "--animate", "gif") == 0
     assert pictures_in(tmp_path) == {
         "heads.svg", "overlay.svg", "masks.svg", "layers.svg", "layers.gif",
@@ -270,7 +309,7 @@ def test_random_weights_say_so_in_every_kind_of_file(image, tmp_path):
 def test_a_query_outside_of_an_image_fails_that_image_only(image, weights, tmp_path, caplog):
     Image.fromarray(photograph_of((7, 4), (5, 1))).save(tmp_path / "tall.png")
     images = [image, tmp_path / "tall.png"]
-    assert heatmap(*images, "-o", tmp_path / "out", "--weights", weights, "--query", "5,2") == 1
+    assert heatmap(*images, "-o", tmp_path / "out", "--weights", weights, "--queries", "5,2") == 1
     assert "Expected a patch in the grid of 4 rows and 7 columns.\nFound (5, 2)" in caplog.text
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tall"}
 
@@ -278,7 +317,12 @@ def test_a_query_outside_of_an_image_fails_that_image_only(image, weights, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--query", "register:1"], "Expected a model with registers.\nFound register 1"),
+        (["--queries", "register:1"], "Expected a model with registers.\nFound register 1"),
+        (["--queries", "cls", "registers"], "Found registers asked of a model without"),
+        (["--queries", "patches"], "Found --queries patches, which stands for many"),
+        (["--queries", "cls", "all"], "Found --queries all, which stands for many"),
+        (["--queries", "#1:3"], "Found --queries #1:3, which stands for many"),
+        (["--layers", "0,12"], "Expected blocks between -12 and 11"),
         (["--animate", "mp4"], "Expected the program ffmpeg"),
     ],
 )
@@ -294,7 +338,8 @@ def test_what_no_image_can_mend_is_said_before_the_first(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--query", "1"], "expected cls, register:K or ROW,COL; found '1'"),
+        (["--queries", "1"], "all; found '1'. Registers count from 1"),
+        (["--queries"], "expected at least one argument"),
         (["--alpha", "0"], "expected a share in (0, 1]"),
         (["--outliers", "hide"], "invalid choice: 'hide'"),
         (["--interpolation", "bicubic"], "invalid choice"),

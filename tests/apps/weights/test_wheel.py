@@ -143,7 +143,7 @@ def test_its_program_runs(user, site):
     assert "xFormers on cpu: ModuleNotFoundError" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["heatmap --sample --random-weights", "demo --seed 3"])
+@pytest.mark.parametrize("command", ["heatmap --example --random-weights", "demo --seed 3"])
 def test_pictures_name_the_extra_they_need(user, site, command):
     done = user("-m", "dinov2_attn", *command.split(), "-o", "out")
     assert done.returncode == 2

@@ -1,12 +1,20 @@
-"""Kinds of values that argparse reads and, where they are wrong, explains."""
+"""The kinds of values on the command line, and the options that several commands share."""
 
 from __future__ import annotations
 
+import argparse
 import math
 from argparse import ArgumentTypeError
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from dinov2_attn.apps.viz.tokens import Token, read_token
+from dinov2_attn.apps.viz.tokens import read_query
 from dinov2_attn.errors import InvalidInputError, in_one_line
+
+HEADS = "Keep each head, or their mean. Default: each."
+
+# A parser, or a group of one's options.
+Options: TypeAlias = "argparse.ArgumentParser | argparse._ArgumentGroup"
 
 
 def positive(text: str) -> int:
@@ -62,13 +70,15 @@ def value_range(text: str) -> tuple[float, float] | str:
     return ends[0], ends[1]
 
 
-def blocks(text: str) -> list[int]:
-    """Read whole numbers with commas between them, negative ones counted from the end."""
+def layers(text: str) -> list[int] | None:
+    """Read blocks with commas between them, negative ones counted from the end, or all."""
+    if text == "all":
+        return None
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ArgumentTypeError(
-            f"expected blocks with commas between them; found {text!r}. Try 0,5,11."
+            f"expected blocks with commas between them, or all; found {text!r}. Try 0,5,11."
         ) from error
 
 
@@ -83,9 +93,57 @@ def share(text: str) -> float:
     return value
 
 
-def token(text: str) -> Token:
-    """Read cls, register:K or ROW,COL."""
+def query(text: str) -> str:
+    """Return ``text`` if it is an entry of a list of queries."""
     try:
-        return read_token(text)
+        read_query(text)
     except InvalidInputError as error:
-        raise ArgumentTypeError(in_one_line(error)) from error
+        # The option takes every argument that follows it, images included.
+        raise ArgumentTypeError(f"{in_one_line(error)} Put files before this option.") from error
+    return text
+
+
+def add_layers(parser: Options, default: Any, described: str) -> None:
+    """Add ``--layers`` to ``parser``; ``described`` is its default in the help."""
+    parser.add_argument(
+        "--layers",
+        type=layers,
+        default=default,
+        metavar="I,J,…",
+        help="The blocks, counted from 0 (negative ones from the end, as in --layers=-2,-1), "
+        f"or all. Default: {described}.",
+    )
+
+
+def add_queries(parser: Options) -> None:
+    """Add ``--queries`` to ``parser``."""
+    parser.add_argument(
+        "--queries",
+        type=query,
+        nargs="+",
+        action="extend",
+        metavar="TOKEN",
+        help="The tokens whose attention is taken, with spaces between them: cls, register:2, "
+        "3,17 for the patch in row 3 and column 17, '#17' for position 17 (in quotes: the shell "
+        "reads # as a comment), registers, patches, or all. Default: cls.",
+    )
+
+
+def add_output(parser: Options, metavar: str, described: str) -> None:
+    """Add ``--output``, which is required, to ``parser``."""
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar=metavar, help=described)
+
+
+def add_source_and_device(parser: Options) -> None:
+    """Add ``--repo`` and ``--device`` to ``parser``."""
+    parser.add_argument(
+        "--repo",
+        metavar="PATH",
+        help="A checkout of facebookresearch/dinov2. Default: the importable dinov2 package, or "
+        "a download of it.",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="The device of the model, by its name in PyTorch. Default: cpu.",
+    )

@@ -1,4 +1,4 @@
-"""``dinov2-attn doctor``: what is installed, what this device can do, and what would fail."""
+"""``dinov2-attn doctor``: report what is installed, what works on a device, what would fail."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
+from dinov2_attn.apps.cli.argtypes import add_source_and_device
+
 # Between projection and kernel `(B, N, heads, head_dim)`: small, with the head_dim of every DINOv2.
 _SHAPE = (1, 16, 2, 64)
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -21,24 +23,24 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "doctor",
-        help="say what is installed, recognised and possible here",
-        description="Look at PyTorch, xFormers and upstream's code as they are found here, "
-        "install, and say what works on the device and what would fail. Exit status: 0 if the "
-        "code at hand can be installed on, 2 if not.",
+        help="Report what is installed, recognised and supported here.",
+        description="Check PyTorch, xFormers and upstream's code in this environment, install "
+        "the grafts, and report what works on the device and what would fail. The exit status "
+        "is 0 if the grafts can be installed, and 2 if not.",
+        epilog="Example: dinov2-attn doctor --repo path/to/dinov2 --device cuda",
     )
-    parser.add_argument("--repo", metavar="PATH", help="a checkout of facebookresearch/dinov2")
-    parser.add_argument("--device", default="cpu", help="torch's name of it, default: cpu")
+    add_source_and_device(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is found, a line each."""
+    """Print one line for each finding."""
     import dinov2_attn
     from dinov2_attn.apps.cli.model_options import check_device
     from dinov2_attn.apps.weights.source import obtain
 
     check_device(args.device)
-    warnings.simplefilter("ignore")  # upstream announces at import what is told here
+    warnings.simplefilter("ignore")  # upstream warns at import of what is reported here
     print(_versions())
     print(obtain(args.repo))
     dinov2_attn.install()
@@ -68,9 +70,9 @@ def _flags() -> str:
 
 
 def _kernels(device: str) -> Iterator[tuple[str, str]]:
-    """Yield what there is to compute attention with, and why it cannot; an empty reason if it can.
+    """Yield the name of each kernel and why it fails; the reason is empty if it works.
 
-    Each is run: what a library says of its operators depends on its build.
+    Each kernel is run, since the operators of a library depend on its build.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -96,7 +98,7 @@ def _kernels(device: str) -> Iterator[tuple[str, str]]:
 def _try(call: Callable[..., Any], *arguments: object) -> str:
     try:
         call(*arguments)
-    except Exception as error:  # whatever a foreign kernel raises is the finding
+    except Exception as error:  # any exception of a kernel is the finding
         first = str(error).partition("\n")[0].removesuffix(" with inputs:")
         return f"{type(error).__name__}: {first[:150]}"
     return ""

@@ -1,4 +1,4 @@
-"""``dinov2-attn explore``: every token's attention on one photograph, as an interactive page."""
+"""``dinov2-attn explore``: the attention of every token of one image, on an interactive page."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dinov2_attn.apps.cli.argtypes import above_zero, blocks
+from dinov2_attn.apps.cli.argtypes import HEADS, above_zero, add_layers, add_output
 from dinov2_attn.apps.cli.image_options import (
+    add_example,
     add_image_size,
-    add_sample,
     check_reading,
+    example,
     image_size,
     read,
     require_libraries,
-    sample,
 )
 from dinov2_attn.apps.cli.model_options import add_options, load_model
 from dinov2_attn.errors import InvalidInputError
@@ -23,34 +23,36 @@ from dinov2_attn.errors import InvalidInputError
 log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Write one HTML page that needs nothing else: point at a patch to see where it looks, or who looks
-at it, in every layer and head. Weights are kept in 8 bits; what the page has no room for is said
-in it and here.
+Write one HTML page that works offline and needs no other file. Point at a patch to see its
+attention, or the attention that it receives, in every layer and head. Weights are stored with
+8 bits. The page and the log say what had to be left out to stay below --max-mb.
+"""
+
+EPILOG = """\
+Example: dinov2-attn explore photo.jpg -o page.html --layers 0,5,11
 """
 
 
 def add(subparsers: Any) -> None:
     """Declare the subcommand."""
     parser = subparsers.add_parser(
-        "explore", help="every token's attention as an interactive page", description=DESCRIPTION
+        "explore",
+        help="Show the attention of every token on an interactive page.",
+        description=DESCRIPTION,
+        epilog=EPILOG,
     )
-    parser.add_argument("image", nargs="?", type=Path, metavar="IMAGE")
-    add_sample(parser)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PAGE.html")
+    parser.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="The image to show.")
+    add_example(parser)
+    add_output(parser, "PAGE.html", "The file of the page.")
     add_image_size(parser)
-    parser.add_argument(
-        "--layers",
-        type=blocks,
-        metavar="I,J,…",
-        help="blocks counted from 0, or with --layers=-1 from the end; default: all",
-    )
-    parser.add_argument("--heads", choices=("each", "mean"), default="each", help="default: each")
+    add_layers(parser, None, "all")
+    parser.add_argument("--heads", choices=("each", "mean"), default="each", help=HEADS)
     parser.add_argument(
         "--max-mb",
         type=above_zero,
         default=25.0,
         metavar="MB",
-        help="the page's greatest size, which decides what it keeps; default: 25",
+        help="The maximum size of the page, which decides what it keeps. Default: 25.",
     )
     add_options(parser)
     parser.set_defaults(run=run)
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     require_libraries()
     size, swallowed = image_size(args.image_size or [])
     named = [args.image] if args.image else []
-    image = _only([*named, *swallowed, *([sample()] if args.sample else [])])
+    image = _only([*named, *swallowed, *([example()] if args.example else [])])
     loaded = load_model(args)
     check_reading(loaded.model, args)
 
@@ -89,6 +91,6 @@ def _only(images: list[Path]) -> Path:
         raise InvalidInputError(
             "one image",
             ", ".join(map(str, images)) or "none",
-            "Name one, or try --sample; a page shows one image.",
+            "Name one, or use --example. A page shows one image.",
         )
     return images[0]

@@ -8,7 +8,14 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
-from dinov2_attn.apps.cli.argtypes import blocks, positive, whole
+from dinov2_attn.apps.cli.argtypes import (
+    HEADS,
+    add_layers,
+    add_output,
+    add_queries,
+    positive,
+    whole,
+)
 from dinov2_attn.apps.cli.image_options import (
     add_image_size,
     check_reading,
@@ -18,23 +25,32 @@ from dinov2_attn.apps.cli.image_options import (
 from dinov2_attn.apps.cli.model_options import add_options, load_model
 
 DESCRIPTION = """\
-Store the attention maps of every image of SOURCE: a folder, an uncompressed tar (a shard of
-WebDataset's, say), a glob, or a list with a path on each line; several may be named. Images are
-what Pillow can decode; other files are counted by suffix. OUT gets safetensors shards of maps,
-index.jsonl with a line for each image, and unreadable.jsonl with a line for each that cannot be
-decoded or on which the model fails. Killed and started again it goes on where it was stopped.
-`torchrun --nproc-per-node K -m dinov2_attn extract …` shares the work among K processes.
-Exit status: 1 where images have no maps.
+Store the attention maps of every image of SOURCE. The folder OUT gets shards of maps (safetensors),
+index.jsonl with one line for each image, and unreadable.jsonl with one line for each image that
+cannot be decoded or on which the model fails. A run that was stopped continues where it left off
+when it is started again. `torchrun --nproc-per-node K -m dinov2_attn extract …` shares the work
+among K processes. The exit status is 1 if images have no maps.
 """
+
+EPILOG = """\
+Example: dinov2-attn extract photos -o out --layers 5,11 --queries cls registers --heads mean
+"""
+
+SOURCES = """\
+A folder, an uncompressed tar (such as a shard of WebDataset), a glob, or a text file with one path
+per line. Images are all files that Pillow can decode; other files are counted by suffix."""
 
 
 def add(subparsers: Any) -> None:
     """Declare the subcommand."""
     parser = subparsers.add_parser(
-        "extract", help="the attention of a whole dataset", description=DESCRIPTION
+        "extract",
+        help="Store the attention of a whole dataset.",
+        description=DESCRIPTION,
+        epilog=EPILOG,
     )
-    parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help=SOURCES)
+    add_output(parser, "OUT", "The folder for the shards and the index.")
     _add_what(parser)
     add_image_size(parser)
     _add_how(parser)
@@ -44,66 +60,65 @@ def add(subparsers: Any) -> None:
 
 def _add_what(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is stored")
-    group.add_argument(
-        "--layers",
-        type=layers,
-        default=[-1],
-        metavar="I,J,…",
-        help="blocks counted from 0, or with --layers=-1 from the end, or all; default: the last",
-    )
-    group.add_argument(
-        "--queries",
-        type=queries,
-        default="cls",
-        metavar="TOKENS",
-        help="cls (default), registers, patches, all, or positions with commas between them",
-    )
-    group.add_argument("--heads", choices=("each", "mean"), default="each", help="default: each")
+    add_layers(group, [-1], "the last")
+    add_queries(group)
+    group.add_argument("--heads", choices=("each", "mean"), default="each", help=HEADS)
     group.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
-        help="default: float32",
+        help="The dtype of the stored maps. Default: float32.",
     )
     group.add_argument(
         "--grid",
         type=grid,
         metavar="H,W",
-        help="resample all maps to one grid; sums stay what they are",
+        help="Resample all maps to one grid of patches. Their sums stay the same.",
     )
     group.add_argument(
-        "--outliers", action="store_true", help="report artifact tokens, in the same pass"
+        "--artifacts",
+        action="store_true",
+        help="Report artifact tokens, which are found in the same pass.",
     )
 
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how")
     group.add_argument(
-        "--batch-size", type=positive, metavar="N", help="images of one size; default: up to 16"
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="How many images of one size run together. Default: up to 16.",
     )
     group.add_argument(
         "--shard-size",
         type=positive,
         metavar="N",
-        help="images in a shard; default: up to 1024, and about 128 MiB",
+        help="How many images a shard holds. Default: up to 1024, and about 128 MiB.",
     )
     group.add_argument(
         "--workers",
         type=whole,
         metavar="N",
-        help="processes that decode; default: one less than there are cores, up to 16",
-    )
-    group.add_argument("--strict", action="store_true", help="stop at an image without maps")
-    group.add_argument(
-        "--retry", action="store_true", help="try again what has no maps of an earlier run"
+        help="How many processes decode images. Default: the number of cores minus one, up to 16.",
     )
     group.add_argument(
-        "--dry-run", action="store_true", help="say what would be written and passed over"
+        "--strict", action="store_true", help="Stop at the first image that has no maps."
+    )
+    group.add_argument(
+        "--retry",
+        action="store_true",
+        help="Try the images again that had no maps in an earlier run.",
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Print what would be written and skipped, and write nothing.",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Extract, and say what was done."""
+    """Extract, print the summary, and return 1 if images have no maps."""
     require_libraries()
     size, swallowed = image_size(args.image_size or [])
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -121,11 +136,11 @@ def run(args: argparse.Namespace) -> int:
             [*args.sources, *swallowed],
             args.output,
             layers=args.layers,
-            queries=args.queries,
+            queries=args.queries or "cls",
             heads="mean" if args.heads == "mean" else None,
             dtype=args.dtype,
             grid=args.grid,
-            outliers=args.outliers,
+            artifacts=args.artifacts,
             image_size=size,
             max_pixels=args.max_pixels,
             range=args.range,
@@ -148,30 +163,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _workers() -> int:
-    """Return how many processes may decode beside this one, and others that torchrun started."""
+    """Return how many processes may decode, given those that torchrun started."""
     cores = os.cpu_count() or 1
     together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(16, max(1, cores // together - 1))
-
-
-def layers(text: str) -> list[int] | None:
-    """Read blocks with commas between them, or all."""
-    return None if text == "all" else blocks(text)
-
-
-def queries(text: str) -> str | list[int] | None:
-    """Read a word for tokens, or positions with commas between them."""
-    if text in ("cls", "registers", "patches"):
-        return text
-    if text == "all":
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ArgumentTypeError(
-            "expected cls, registers, patches, all, or positions with commas between them; "
-            f"found {text!r}. Try cls."
-        ) from error
 
 
 def grid(text: str) -> tuple[int, int]:

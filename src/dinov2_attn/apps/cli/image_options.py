@@ -1,4 +1,4 @@
-"""The options that choose and size photographs, for every subcommand that takes them."""
+"""The options that choose, resize and normalise images."""
 
 from __future__ import annotations
 
@@ -18,52 +18,55 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def add_sample(parser: argparse.ArgumentParser) -> None:
-    """Add ``--sample`` to ``parser``."""
+def add_example(parser: argparse.ArgumentParser) -> None:
+    """Add ``--example`` to ``parser``."""
     parser.add_argument(
-        "--sample", action="store_true", help="the photograph that matplotlib ships"
+        "--example", action="store_true", help="Use the example image that matplotlib ships."
     )
 
 
 def add_image_size(parser: argparse.ArgumentParser) -> None:
-    """Add to ``parser`` how photographs are sized, scaled and normalised."""
+    """Add to ``parser`` how images are resized, scaled and normalised."""
     parser.add_argument(
         "--image-size",
         nargs="+",
         metavar=("N", "W"),
-        help="the short side, or height and width, named after the images; "
-        "default: as it is, up to 518",
+        help="The length of the short side in pixels, or height and width. Put it after the "
+        "images. Default: the size of the image, up to 518.",
     )
     parser.add_argument(
         "--max-pixels",
         type=positive,
         metavar="N",
-        help="refuse larger images before they are decoded; default: 100 million",
+        help="Reject images with more pixels before they are decoded. Default: 100 million.",
     )
     parser.add_argument(
         "--range",
         type=value_range,
         metavar="LOW,HIGH",
-        help="the values that become 0 and 1, such as 0,4095 (--range=-1,1 where it is negative), "
-        "or auto for the least and the greatest of each image; default: those of the format",
+        help="The values that become 0 and 1, such as 0,4095 (or --range=-1,1 with a negative "
+        "one), or auto for the minimum and maximum of each image. Default: the range of the "
+        "format.",
     )
     parser.add_argument(
         "--mean",
         type=numbers,
         metavar="M,…",
-        help="subtracted from values of 0 to 1, one number or one for each channel; default: "
-        "0.485,0.456,0.406 (ImageNet's), or for other than 3 channels 0.449",
+        help="The mean to subtract from values between 0 and 1: one number, or one for each "
+        "channel. Default: that of ImageNet, 0.485,0.456,0.406, or 0.449 if the model does not "
+        "take 3 channels.",
     )
     parser.add_argument(
         "--std",
         type=numbers,
         metavar="S,…",
-        help="what they are divided by; default: 0.229,0.224,0.225, or 0.226",
+        help="The standard deviation to divide by. Default: 0.229,0.224,0.225, or 0.226 if the "
+        "model does not take 3 channels.",
     )
 
 
 def read(model: Any, image: Path, size: ImageSize, args: argparse.Namespace) -> LoadedImage:
-    """Read ``image`` as ``model`` and the options of ``add_image_size`` want it."""
+    """Return ``image`` as ``model`` takes it, by the options of ``add_image_size``."""
     from dinov2_attn.apps.viz.images import load_image
 
     return load_image(
@@ -78,7 +81,7 @@ def read(model: Any, image: Path, size: ImageSize, args: argparse.Namespace) -> 
 
 
 def check_reading(model: Any, args: argparse.Namespace) -> None:
-    """Raise what no image can mend: a mean of other channels. Say what is assumed."""
+    """Raise ``InvalidInputError`` if the mean has other channels; log what is assumed."""
     from dinov2_attn.apps.viz.reading import reading_for
     from dinov2_attn.backbone.backbone import Backbone
 
@@ -86,25 +89,25 @@ def check_reading(model: Any, args: argparse.Namespace) -> None:
     reading = reading_for(channels, args.range, args.mean, args.std)
     if channels != 3 and None in (args.mean, args.std):
         log.warning(
-            "the model takes %d channel%s: %s. Give those it was trained with by --mean and --std",
+            "the model takes %d channel%s: %s. Pass the values of its training by --mean and --std",
             *(channels, "s" * (channels != 1), reading),
         )
 
 
 def require_libraries() -> None:
-    """Raise ``UnavailableError`` where a library for pictures is missing."""
+    """Raise ``UnavailableError`` if a library for pictures is missing."""
     _optional.require("torchvision", "matplotlib", "PIL", "tqdm")
 
 
-def sample() -> Path:
-    """Return the photograph that matplotlib ships."""
+def example() -> Path:
+    """Return the example image that matplotlib ships."""
     from matplotlib.cbook import get_sample_data
 
     return Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
 def image_size(values: list[str]) -> tuple[ImageSize, list[Path]]:
-    """Part the one or two lengths from images named behind them, which argparse adds."""
+    """Split the one or two lengths from the images after them, which argparse adds."""
     lengths = [int(value) for value in takewhile(_is_length, values)]
     images = [Path(value) for value in values[len(lengths) :]]
     match lengths:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov2_attn.apps.cli.argtypes import positive
+from dinov2_attn.apps.cli.argtypes import add_source_and_device, positive
 from dinov2_attn.apps.weights.models import (
     ARCHS,
     PUBLISHED,
@@ -53,33 +53,42 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--weights",
         metavar="PATH",
-        help="a checkpoint, which says what model it is: a file by torch.save or safetensors, a "
-        "folder of Hugging Face's or timm's, or a name in Hugging Face's cache; default: the "
-        "published weights",
+        help="A checkpoint, from which the architecture is read: a file by torch.save or "
+        "safetensors, a folder of Hugging Face's or timm's, or a name in Hugging Face's cache. "
+        "Default: the published weights.",
     )
     weights.add_argument(
-        "--random-weights", action="store_true", help="a trial run: maps carry no meaning"
+        "--random-weights",
+        action="store_true",
+        help="Use random weights, for a trial run. The maps carry no meaning.",
     )
-    group.add_argument("--arch", choices=ARCHS, help="default: that of --weights, else vit_small")
-    group.add_argument("--registers", action="store_true", help="the model with 4 registers")
     group.add_argument(
-        "--patch-size", type=positive, metavar="N", help="default: that of --weights, else 14"
+        "--arch",
+        choices=ARCHS,
+        help="The architecture. Default: that of --weights, or else vit_small.",
+    )
+    group.add_argument(
+        "--registers", action="store_true", help="Use the published model with 4 registers."
+    )
+    group.add_argument(
+        "--patch-size",
+        type=positive,
+        metavar="N",
+        help="The patch size in pixels. Default: that of --weights, or else 14.",
     )
     group.add_argument(
         "--num-heads",
         type=positive,
         metavar="N",
-        help="of --weights, which do not tell; default: what a config beside them says, else one "
-        "for each 64 features, which every picture of an unpublished model then says",
+        help="The number of heads of --weights, if a head does not have 64 features.",
     )
     group.add_argument(
         "--key",
         metavar="NAME",
-        help="of several models in --weights, such as student or model_ema; default: the "
-        "teacher, then a moving average",
+        help="Which of several models in --weights to use, such as student or model_ema. "
+        "Default: the teacher, or else a moving average.",
     )
-    group.add_argument("--repo", metavar="PATH", help="a checkout of facebookresearch/dinov2")
-    group.add_argument("--device", default="cpu", help="torch's name of it, default: cpu")
+    add_source_and_device(group)
 
 
 def load_model(args: argparse.Namespace) -> Loaded:

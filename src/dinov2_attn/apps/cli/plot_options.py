@@ -1,4 +1,4 @@
-"""The options for pictures, and the pictures of one photograph that they ask for."""
+"""The options of pictures, and the pictures of one image that they ask for."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.cli.argtypes import share, token
+from dinov2_attn.apps.cli.argtypes import add_layers, add_queries, share
 from dinov2_attn.apps.cli.model_options import Loaded
-from dinov2_attn.apps.viz.tokens import Token, file_name, position_of
-from dinov2_attn.errors import SuspiciousArtifactsWarning
+from dinov2_attn.apps.viz.tokens import (
+    WORDS,
+    Token,
+    check_queries,
+    file_name,
+    position_of,
+    read_query,
+)
+from dinov2_attn.errors import InvalidInputError, SuspiciousArtifactsWarning
+from dinov2_attn.typing import Layers
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.viz.colours import Grid
@@ -25,48 +33,65 @@ log = logging.getLogger(__name__)
 
 Writer = Callable[[Path], None]
 
+# The value of --layers if it is not on the command line, where None means all.
+NOT_GIVEN = ()
+
 
 def add_options(parser: argparse.ArgumentParser, outliers: str = "mark") -> None:
-    """Add ``--query``, ``--outliers`` and the like to ``parser``; ``outliers`` is its default."""
+    """Add the options of pictures to ``parser``; ``outliers`` is the default of ``--outliers``."""
     group = parser.add_argument_group("pictures")
+    add_queries(group)
+    add_layers(group, NOT_GIVEN, "the last, or all with --overview or --animate")
     group.add_argument(
-        "--threshold", type=share, metavar="T", help="mark the patches with this share, in (0, 1]"
+        "--overview", action="store_true", help="Draw layers by heads as well, in one picture."
     )
     group.add_argument(
-        "--query",
-        action="append",
-        type=token,
-        metavar="TOKEN",
-        help="whose attention: cls (default), register:K or ROW,COL of a patch; may be repeated",
+        "--animate",
+        choices=("gif", "mp4"),
+        help="Write a film over the layers as well. An mp4 needs ffmpeg.",
     )
     group.add_argument(
-        "--layers", action="store_true", help="layers by heads as well, in one overview"
-    )
-    group.add_argument(
-        "--animate", choices=("gif", "mp4"), help="a film over the layers as well (mp4: ffmpeg)"
+        "--threshold",
+        type=share,
+        metavar="T",
+        help="Mark the patches that hold this share of the attention, above 0 and up to 1.",
     )
     group.add_argument(
         "--outliers",
         choices=("mark", "clip", "mask", "none"),
         default=outliers,
-        help="artifact tokens: mark them, leave them out of the colours' limits, mask them in "
-        f"grey, or do not look for them; default: {outliers}",
+        help="How to treat artifact tokens: mark them, exclude them from the limits of the "
+        f"colours, mask them in grey, or do not search for them. Default: {outliers}.",
     )
-    group.add_argument("--log", action="store_true", help="logarithmic colours")
+    group.add_argument("--log", action="store_true", help="Use logarithmic colours.")
     group.add_argument(
-        "--interpolation", choices=("nearest", "bilinear"), default="nearest", help="of patches"
+        "--interpolation",
+        choices=("nearest", "bilinear"),
+        default="nearest",
+        help="How patches are enlarged to pixels. Default: nearest.",
     )
     group.add_argument(
-        "--alpha", type=share, default=0.5, metavar="A", help="of the overlay; default: 0.5"
+        "--alpha",
+        type=share,
+        default=0.5,
+        metavar="A",
+        help="The opacity of the map over the image, above 0 and up to 1. Default: 0.5.",
     )
-    group.add_argument("--format", choices=("png", "svg"), default="png", help="default: png")
+    group.add_argument(
+        "--format",
+        choices=("png", "svg"),
+        default="png",
+        help="The format of the figures. Default: png.",
+    )
 
 
 def check(args: argparse.Namespace, loaded: Loaded) -> None:
-    """Raise what no image can mend: no such register, nothing that writes an MP4."""
-    for query in _asked(args):
-        if not isinstance(query, tuple):
-            position_of(query, _prefix(loaded), (1, 1))
+    """Raise what is wrong for every image: no such register or layer, nothing to write an MP4."""
+    from dinov2_attn.backbone.backbone import Backbone
+
+    check_queries(args.queries or (), _prefix(loaded) - 1)
+    _tokens(args, loaded)
+    Backbone(loaded.model).layers(_layers(args))
     if args.animate:
         from dinov2_attn.apps.viz.saving import writer_of
 
@@ -74,54 +99,86 @@ def check(args: argparse.Namespace, loaded: Loaded) -> None:
 
 
 def write(
-    loaded: Loaded, photograph: LoadedImage, called: str, folder: Path, args: argparse.Namespace
+    loaded: Loaded, image: LoadedImage, called: str, folder: Path, args: argparse.Namespace
 ) -> Grid:
-    """Write every picture of ``photograph`` into ``folder``, all of them or none.
+    """Write every picture of ``image`` into ``folder``, all of them or none.
 
-    ``called`` is its name in the log. Returns what CLS gives to each patch in the last block,
-    float32 (heads, h, w).
+    Args:
+        loaded: The model.
+        image: The image, as the model takes it.
+        called: The name of the image in the log.
+        folder: The folder for the pictures.
+        args: The options of ``add_options``.
+
+    Returns:
+        The attention of CLS to each patch in the last of the layers, float32 (heads, h, w).
+
+    Raises:
+        OutOfRangeError: If the image has no patch that was asked for.
+        UnwritableOutputError: If the folder cannot be written.
+
     """
     from dinov2_attn.apps.viz import heatmap
 
     patch_size = loaded.model.patch_size
-    height, width = (side // patch_size for side in photograph.picture.shape[:2])
-    queries = [position_of(query, _prefix(loaded), (height, width)) for query in _asked(args)]
-    # CLS first, for DINO v1's files.
-    rows = list(dict.fromkeys([0, *queries]))
-    n = None if args.layers or args.animate else 1
-    maps = heatmap.maps_of(loaded.model, photograph, n, rows, args.device)
-    artifacts = None if args.outliers == "none" else _artifacts(loaded, photograph, called, args)
+    height, width = (side // patch_size for side in image.picture.shape[:2])
+    tokens = _tokens(args, loaded)
+    positions = [position_of(token, _prefix(loaded), (height, width)) for token in tokens]
+    # CLS comes first, for DINO v1's files.
+    rows = list(dict.fromkeys([0, *positions]))
+    maps = heatmap.maps_of(loaded.model, image, _layers(args), rows, args.device)
+    artifacts = None if args.outliers == "none" else _artifacts(loaded, image, called, args)
     last = heatmap.last_cls_maps(maps)
     heatmap.write(
         folder,
-        photograph,
+        image,
         last,
-        heatmap.draw(photograph, last, patch_size, args.threshold),
+        heatmap.draw(image, last, patch_size, args.threshold),
         loaded.warning,
         {
             name: write
-            for query in _asked(args)
-            for name, write in _of_query(query, loaded, photograph, maps, artifacts, args)
+            for token in tokens
+            for name, write in _of_token(token, loaded, image, maps, artifacts, args)
         },
     )
     return last
 
 
-def _asked(args: argparse.Namespace) -> list[Token]:
-    """Return the queries to draw, each once."""
-    return list(dict.fromkeys(args.query or ["cls"]))
+def _layers(args: argparse.Namespace) -> Layers:
+    if args.layers != NOT_GIVEN:
+        chosen: Layers = args.layers
+        return chosen
+    return None if args.overview or args.animate else 1
+
+
+def _tokens(args: argparse.Namespace, loaded: Loaded) -> list[Token]:
+    """Return the tokens to draw, each once."""
+    tokens: list[Token] = []
+    for text in args.queries or ["cls"]:
+        query = read_query(text)
+        if query == "registers":
+            tokens += [f"register:{number}" for number in range(1, _prefix(loaded))]
+        elif isinstance(query, slice) or query in WORDS:
+            raise InvalidInputError(
+                "tokens that have pictures of their own",
+                f"--queries {text}, which stands for many",
+                "Name the tokens one by one, or see every token with `dinov2-attn explore`.",
+            )
+        else:
+            tokens.append(query)
+    return list(dict.fromkeys(tokens))
 
 
 def _artifacts(
-    loaded: Loaded, photograph: LoadedImage, called: str, args: argparse.Namespace
+    loaded: Loaded, image: LoadedImage, called: str, args: argparse.Namespace
 ) -> ArtifactTokens:
     from dinov2_attn.apps.viz.heatmap import run
     from dinov2_attn.maps.artifacts import artifact_tokens
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SuspiciousArtifactsWarning)  # the log says it
+        warnings.simplefilter("ignore", SuspiciousArtifactsWarning)  # the log reports it
         found: ArtifactTokens = run(
-            lambda images: artifact_tokens(loaded.model, images), photograph, args.device
+            lambda images: artifact_tokens(loaded.model, images), image, args.device
         )
     if found.mask.any():
         log.info("%s: %s", called, found.describe()[0])
@@ -134,10 +191,10 @@ def _prefix(loaded: Loaded) -> int:
     return Backbone(loaded.model).prefix
 
 
-def _of_query(
-    query: Token,
+def _of_token(
+    token: Token,
     loaded: Loaded,
-    photograph: LoadedImage,
+    image: LoadedImage,
     maps: AttentionMaps,
     artifacts: ArtifactTokens | None,
     args: argparse.Namespace,
@@ -145,24 +202,24 @@ def _of_query(
     from dinov2_attn.apps import viz
     from dinov2_attn.apps.viz.saving import write_film
 
-    # The bare names are CLS's, whatever else was asked in this or another run.
-    suffix = "" if query == "cls" else f"-{file_name(query)}"
+    # The plain names belong to CLS, whatever else is asked for in this or another run.
+    suffix = "" if token == "cls" else f"-{file_name(token)}"
     style = viz.Style(args.log, args.interpolation, args.outliers, args.alpha)
-    about = {"query": query, "name": loaded.name, "warning": loaded.warning}
+    about = {"query": token, "name": loaded.name, "warning": loaded.warning}
     whole = {**about, "artifacts": artifacts, "style": style}
-    image = {"image": photograph.picture}
+    picture = {"image": image.picture}
 
     def figure(stem: str, draw: Callable[..., Any], *given: Any, **options: Any) -> Any:
         return f"{stem}{suffix}.{args.format}", partial(_draw, draw, (maps, *given), options)
 
-    yield figure("heads", viz.plot_heads, **whole, **image)
-    yield figure("overlay", _overlay, **whole, **image)
+    yield figure("heads", viz.plot_heads, **whole, **picture)
+    yield figure("overlay", _overlay, **whole, **picture)
     if args.threshold is not None:
-        yield figure("masks", viz.plot_masks, args.threshold, **about, **image)
-    if args.layers:
+        yield figure("masks", viz.plot_masks, args.threshold, **about, **picture)
+    if args.overview:
         yield figure("layers", viz.plot_layers, **whole)
     if args.animate:
-        options: dict[str, Any] = {**whole, **image}
+        options: dict[str, Any] = {**whole, **picture}
         film = f"layers{suffix}.{args.animate}"
         yield film, lambda path: write_film(maps, path, **options)
 

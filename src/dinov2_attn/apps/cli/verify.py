@@ -1,4 +1,4 @@
-"""``dinov2-attn verify``: whether it holds for a checkout, a commit, the whole history."""
+"""``dinov2-attn verify``: prove a checkout, a commit or the whole history."""
 
 from __future__ import annotations
 
@@ -28,28 +28,38 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "verify",
-        help="prove the attention of any checkout, commit or distribution",
-        description="Run the conformance suite on each SOURCE, every revision in a process of "
-        "its own. Exit status: 0 if all are proven, 1 if not, 2 for an error before that.",
+        help="Prove the attention of any checkout, commit or distribution.",
+        description="Run the conformance suite on each SOURCE, with one process for each "
+        "revision. The exit status is 0 if all are proven, 1 if not, and 2 for an error before "
+        "that.",
+        epilog="Example: dinov2-attn verify path/to/dinov2@main --json report.json",
     )
     parser.add_argument(
         "sources",
         nargs="*",
         default=[UPSTREAM],
         metavar="SOURCE",
-        help="a folder or a wheel; a git repository (path or URL) with @REV, or with @all for "
-        f"its whole history; pypi:NAME==VERSION. Default: {UPSTREAM}",
+        help="A folder or a wheel, a git repository (path or URL) with @REV or with @all for its "
+        f"whole history, or pypi:NAME==VERSION. Default: {UPSTREAM}.",
     )
-    parser.add_argument("--package", metavar="NAME", help="the package; default: it is found")
     parser.add_argument(
-        "--jobs", type=positive, default=os.cpu_count() or 1, metavar="N", help="default: the cores"
+        "--package", metavar="NAME", help="The name of the package. Default: it is found."
     )
-    parser.add_argument("--json", metavar="FILE", help="write all of it as JSON; - for stdout")
-    parser.add_argument("--junit", metavar="FILE", help="write a JUnit report, for CI")
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="How many processes run at once. Default: the number of cores.",
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="Write the results as JSON, or - for standard output."
+    )
+    parser.add_argument("--junit", metavar="FILE", help="Write a JUnit report, for CI.")
     parser.add_argument(
         "--update",
         action="store_true",
-        help="where code is new and holds, print its era as data, to be reported",
+        help="Print the era of new code that is proven, as data for a report.",
     )
     parser.set_defaults(run=run)
 
@@ -79,7 +89,7 @@ def _find(args: argparse.Namespace, scratch: Path) -> list[Revision]:
 
 
 def _prove(revisions: list[Revision], jobs: int) -> dict[str, Proof]:
-    """Prove each content once, in parallel."""
+    """Prove each distinct content once, in parallel."""
     from tqdm import tqdm
 
     first = {revision.content: revision for revision in reversed(revisions)}

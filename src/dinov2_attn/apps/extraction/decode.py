@@ -1,4 +1,4 @@
-"""Decoding one image, in whatever process: pixels as the model sees them, or a reason."""
+"""Decoding one image, in any process: pixels in the form that the model takes, or a reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from dinov2_attn.apps.extraction.item import Item
+from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.viz.decoding import decode, stored_size
 from dinov2_attn.apps.viz.images import ImageSize, fit, fitted_size
 from dinov2_attn.apps.viz.inference import summary_of
@@ -24,7 +24,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an image comes from: its number among all, its file's digest, its size upright."""
+    """The number of an image, the digest of its file, and its size when upright."""
 
     number: int
     item: Item
@@ -36,8 +36,8 @@ class Origin:
 class Picture:
     """An image of whole patches.
 
-    ``pixels``: uint8 ``(H, W, C)``, to be normalised, or a tensor as the model takes it: floating
-    ``(C, H, W)``. ``doubt`` is what is doubtful about them.
+    ``pixels`` are uint8 ``(H, W, C)``, to be normalised, or a floating tensor ``(C, H, W)`` that
+    the model takes unchanged. ``doubt`` describes a doubtful range of values.
     """
 
     origin: Origin
@@ -55,7 +55,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Refused:
-    """An image without maps, and why: ``"decode"`` or ``"pass"`` is the stage that failed."""
+    """An image without maps, with the reason and the stage that failed: ``decode`` or ``pass``."""
 
     number: int
     item: Item
@@ -67,7 +67,7 @@ class Refused:
 class Decoder:
     """Decodes numbered items, as a ``torch.utils.data.Dataset`` whose keys they are.
 
-    So a worker process needs to know no more of a million images than the next one.
+    So a worker process receives one item at a time, and not the list of all images.
     """
 
     patch_size: int
@@ -76,7 +76,7 @@ class Decoder:
     reading: Reading = IMAGENET
 
     def __getitem__(self, numbered: tuple[int, Item]) -> Picture | Refused:
-        """Return the picture of an item, or why there is none."""
+        """Return the picture of an item, or the reason why it has none."""
         found: Picture | Refused = or_refused(self._decode, *numbered)
         return found
 
@@ -91,14 +91,14 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Measurer:
-    """Measures numbered items by their headers, which takes no decoding."""
+    """Measures numbered items by their headers, without decoding."""
 
     patch_size: int
     image_size: ImageSize
     max_pixels: int | None
 
     def __getitem__(self, numbered: tuple[int, Item]) -> Size | Refused:
-        """Return height and width in patches, or why there is no picture."""
+        """Return height and width in patches, or the reason why there is no picture."""
         found: Size | Refused = or_refused(self._measure, *numbered)
         return found
 
@@ -110,13 +110,13 @@ class Measurer:
 
 
 def or_refused(decode: Callable[[int, Item], Any], number: int, item: Item) -> Any:
-    """Return what ``decode`` makes of an item, or why there is nothing."""
+    """Return the result of ``decode``, or its error as a ``Refused``."""
     try:
         item.check()
         return decode(number, item)
     except Dinov2AttnError as error:
         return Refused(number, item, in_one_line(error))
-    except Exception as error:  # no memory for it, or what libraries raise
+    except Exception as error:  # out of memory, or any exception of a library
         reason = UnreadableFileError(
             "an image that can be decoded",
             f"{item.path} ({summary_of(error)})",

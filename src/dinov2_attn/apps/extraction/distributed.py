@@ -1,4 +1,4 @@
-"""The processes that extract together, as torchrun starts them; or one alone."""
+"""The processes that share an extraction, as torchrun starts them, or a single one."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dinov2_attn.errors import Dinov2AttnError
 
 T = TypeVar("T")
 
-# A process that is done waits for the slowest, which may take days.
+# A process that is done waits for the slowest one, which may take days.
 PATIENCE = timedelta(days=365)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process, ``rank``, among ``world``."""
+    """The number of this process, ``rank``, among ``world`` processes."""
 
     rank: int
     world: int
 
-    def on_first(self, act: Callable[[], T]) -> T:
-        """Let the first process act; return to all what it returned, or raise what it raised."""
+    def on_rank_zero(self, act: Callable[[], T]) -> T:
+        """Run ``act`` in the first process; return its result, or raise its error, in all."""
         box: list[Any] = [_outcome(act)] if self.rank == 0 else [None]
         if self.world > 1:
             dist.broadcast_object_list(box, src=0)
@@ -34,9 +34,9 @@ class Ranks:
         return result
 
     def on_each(self, act: Callable[[], T]) -> list[T]:
-        """Let each process act; return what all returned, or raise what the first raised.
+        """Run ``act`` in each process; return all results, or raise the first error, in all.
 
-        None leaves before the others are done: who has failed would leave them waiting.
+        Every process waits for the others: one that left early would block them.
         """
         outcomes: list[Any] = [_outcome(act)]
         if self.world > 1:
@@ -46,17 +46,17 @@ class Ranks:
 
 
 def ranks() -> Ranks:
-    """Join the processes that torchrun started, if it did, or a group that is there already.
+    """Return the processes that torchrun started, or those of the existing process group.
 
-    The group is left to the end of the process: in torch 2.0 gloo hangs, more often than not,
-    where three processes take one down.
+    The group exists until the process ends: in torch 2.0 gloo often hangs when three processes
+    destroy one.
     """
     if not dist.is_available():
         return Ranks(0, 1)
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
             return Ranks(0, 1)
-        # Gloo: nothing but a few words is exchanged.
+        # Gloo is enough: only a few objects are exchanged.
         dist.init_process_group("gloo", timeout=PATIENCE)
     return Ranks(dist.get_rank(), dist.get_world_size())
 

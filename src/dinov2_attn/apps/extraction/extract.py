@@ -1,15 +1,15 @@
-"""``extract``: the attention maps of a source of images, in a folder, whatever interrupts it."""
+"""``extract``: store the attention maps of a source of images in a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict, overload
 
 from dinov2_attn import _optional
 from dinov2_attn.backbone.backbone import grafted_backbone
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.typing import Heads, Layers, Model, Queries
+from dinov2_attn.typing import Heads, Layers, Model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -19,19 +19,21 @@ if TYPE_CHECKING:
     from dinov2_attn.apps.viz.images import ImageSize
 
 
-# Files by their paths, or what torch calls a dataset: anything with items and a length.
+# Paths of files, or a dataset of torch's kind: anything with items and a length.
 Source = Any
+# None, a position, a slice, text of the grammar of tokens, or a sequence of these and of patches.
+TokenQueries = SupportsIndex | slice | str | Sequence[Any] | None
 
 
 class ExtractOptions(TypedDict, total=False):
     """The options of ``extract``, for its overloads."""
 
     layers: Layers
-    queries: Queries
+    queries: TokenQueries
     heads: Heads
     dtype: str
     grid: Sequence[int] | None
-    outliers: bool
+    artifacts: bool
     image_size: ImageSize
     max_pixels: int | None
     range: Any
@@ -84,11 +86,11 @@ def extract(
     out: str | Path,
     *,
     layers: Layers = 1,
-    queries: Queries = "cls",
+    queries: TokenQueries = "cls",
     heads: Heads = None,
     dtype: str = "float32",
     grid: Sequence[int] | None = None,
-    outliers: bool = False,
+    artifacts: bool = False,
     image_size: ImageSize = None,
     max_pixels: int | None = None,
     range: Any = None,
@@ -108,52 +110,65 @@ def extract(
 ) -> Summary | Preview:
     """Store the attention maps of all images of ``source`` in the folder ``out``.
 
-    ==========  ======================================================================
-    model       a grafted vision transformer in eval mode, on any device
-    source      a folder, a tar, a list of paths, an image, a glob, or several of these; or a
-                map-style dataset, or a list, of tensors or of Pillow's images, alone, first in a
-                tuple, or in a dict as "image" or "pixel_values"
-    layers      the blocks, as ``n`` of ``get_self_attention``; the last one by default
-    queries     the rows, as there; no slice
-    heads       ``None`` (each) or ``"mean"``
-    dtype       of what is stored: ``"float32"``, ``"float16"``, ``"bfloat16"``
-    grid        ``(H, W)``: resample all maps, so that they have one shape
-    outliers    report artifact tokens, found in the same pass
-    image_size  the short side, or (height, width); by default as it is, up to 518
-    max_pixels  of an image; larger ones count as unreadable
-    range       ``(low, high)``, the values that become 0 and 1, ``"auto"`` for the least and the
-                greatest of each image; by default those of its format
-    mean, std   one number or one for each channel, of values from 0 to 1; by default ImageNet's,
-                or for other than 3 channels their averages, 0.449 and 0.226
-    batch_size  images of one size that run together, by default up to 16
-    shard_size  images in a shard, by default up to 1024 and about 128 MiB
-    transform   makes of each picture (a file: Pillow's, upright, in RGB) a floating tensor
-                (C, H, W), which the model sees as it is, or another picture. Tensors of a
-                dataset are seen as they are too
-    workers     processes that decode, at most one for 64 images; they are started anew, so that
-                scripts need their ``__main__`` guarded
-    strict      stop at an image without maps, in place of listing it
-    retry       try again what has no maps of an earlier run; its shards are written again
-    progress    show a bar with rate and time left
-    name        what the model is called in ``extraction.json``
-    random      whether its weights are random, which is written beside the maps
-    warning     another sentence about the model, written there too
-    dry_run     write nothing, return a ``Preview`` of what would be written and passed over
-    ==========  ======================================================================
+    The run is resumable: shards appear whole, each with its index, and a second run skips the
+    finished ones. An image that cannot be decoded, or on which the model fails, is listed in
+    ``unreadable.jsonl``; a batch that fails is run again image by image. Randomness in a dataset
+    or a transform is seeded by the number of the item. Processes started by torchrun share the
+    shards. The bytes are the same for any number of processes and interruptions, on the same kind
+    of processor with the same libraries and number of threads; elsewhere the last bits of maps
+    may differ. No gradients are computed. ``AttentionDataset`` reads ``out``.
 
-    Shards appear whole, each with its index; run again after whatever stopped it, and what
-    is finished is passed over. An image that cannot be decoded, or on which the model fails, is
-    listed in ``unreadable.jsonl``; a batch that fails is run again image by image. What is random
-    in a dataset or a transform is drawn for each item from its number. Processes that torchrun
-    starts share the shards. In the end the bytes are the same, whatever was interrupted and
-    however many processes there are, on the same kind of processor with the same libraries and
-    number of threads; elsewhere the last bits of maps differ. ``AttentionDataset`` reads ``out``.
-    Nothing is differentiated. Returns a ``Summary``.
+    Args:
+        model: A grafted vision transformer in eval mode, on any device.
+        source: A folder, a tar, a list of paths, an image, a glob, or several of these. Or a
+            map-style dataset or a list, whose items are tensors or Pillow's images, alone, first
+            in a tuple, or in a dict as ``"image"`` or ``"pixel_values"``.
+        out: The folder for the shards and the index.
+        layers: The blocks: ``None`` for all, an int for the last n, or a sequence of numbers. The
+            last one by default.
+        queries: The rows of attention: ``None`` for all, ``"cls"``, ``"registers"``,
+            ``"patches"``, an int, a slice, or a sequence. Ints and slices are positions in
+            ``[CLS, registers, patches]``. A sequence also takes patches ``(row, column)`` and text
+            of the command line: ``"register:2"``, ``"3,17"`` for a patch, ``"#17"`` for a
+            position. A patch is resolved in the grid of each image.
+        heads: ``None`` for each, or ``"mean"``.
+        dtype: The dtype of the stored maps: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        grid: ``(H, W)`` in patches, to resample all maps to one shape.
+        artifacts: Whether to report artifact tokens, which are found in the same pass.
+        image_size: The length of the short side in pixels, or ``(height, width)``. By default
+            the size of the image, up to 518.
+        max_pixels: The maximum number of pixels. Larger images count as unreadable.
+        range: ``(low, high)``, the values that become 0 and 1, or ``"auto"`` for the minimum and
+            maximum of each image. By default the range of the format.
+        mean: One number or one for each channel, to subtract from values between 0 and 1. By
+            default ImageNet's, or 0.449 if the model does not take 3 channels.
+        std: The same, to divide by. By default ImageNet's, or 0.226.
+        batch_size: How many images of one size run together, up to 16 by default.
+        shard_size: How many images a shard holds, up to 1024 and about 128 MiB by default.
+        transform: Maps each picture (a file: Pillow's image, upright, in RGB) to a floating tensor
+            ``(C, H, W)``, which the model takes unchanged, or to another picture. Tensors of a
+            dataset are taken unchanged too.
+        workers: How many processes decode, at most one for 64 images. They are spawned, so that
+            scripts need ``if __name__ == "__main__"``.
+        strict: Whether to stop at the first image without maps.
+        retry: Whether to try images again that had no maps in an earlier run. Their shards are
+            rewritten.
+        progress: Whether to show a progress bar.
+        name: The name of the model in ``extraction.json``.
+        random: Whether the weights are random, which is recorded with the maps.
+        warning: Another sentence about the model, to be recorded there.
+        dry_run: Whether to write nothing and return a ``Preview``.
 
-    Raises ``InvalidInputError`` where ``out`` is another extraction's, ``UnwritableOutputError``
-    where it cannot be written or another run is writing there, ``UnreadableFileError`` for a source
-    that cannot be read and, if ``strict``, an image, ``UnavailableError`` where the device works no
-    more, and ``NotGraftedError``.
+    Returns:
+        A ``Summary`` of the run, or a ``Preview`` of what would be written and skipped.
+
+    Raises:
+        InvalidInputError: If ``out`` belongs to another extraction, or an option is wrong.
+        UnwritableOutputError: If ``out`` cannot be written, or another run is writing there.
+        UnreadableFileError: If a source cannot be read or, with ``strict``, an image.
+        UnavailableError: If the device no longer works, or a library is missing.
+        NotGraftedError: If the model is not grafted.
+
     """
     _optional.require("torchvision", "PIL", "tqdm", "safetensors", "filelock")
     from dinov2_attn.apps.extraction.job import Job
@@ -168,7 +183,7 @@ def extract(
         )
     if backbone.is_channel_adaptive:
         raise InvalidInputError(
-            "a model that sees the three channels of a photograph together",
+            "a model that sees the three channels of an image together",
             "a channel-adaptive one, with maps of its own for each channel",
             "Pass tensors of your channels (B, C, H, W) to attention_maps(model, images).",
         )
@@ -179,7 +194,7 @@ def extract(
         heads=heads,
         dtype=dtype,
         grid=grid,
-        outliers=outliers,
+        artifacts=artifacts,
         image_size=image_size,
         max_pixels=max_pixels,
         range=range,

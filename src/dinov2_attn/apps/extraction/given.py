@@ -1,4 +1,4 @@
-"""Decoding items whose pictures Python makes: those of a dataset, or files with a transform."""
+"""Decoding items that Python code makes: those of a dataset, or files with a transform."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2_attn.apps.extraction.decode import Origin, Picture, Refused, Size, or_refused
-from dinov2_attn.apps.extraction.item import Item
+from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.extraction.pictured import NoPicture, checked, digest, pictured, seeded
 from dinov2_attn.apps.viz.decoding import Decoded, decode
 from dinov2_attn.apps.viz.images import ImageSize, fit
 from dinov2_attn.apps.viz.reading import Reading
 
-# Items that are looked at before anything is written: if none has a picture, none will.
+# How many items are tried before anything is written. If none has a picture, none will.
 FIRST = 3
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What pictures have to be for a model: whole patches, how read, a size if one is asked."""
+    """The form of pictures that a model takes: whole patches, a reading, perhaps a size."""
 
     patch_size: int
     reading: Reading
@@ -36,11 +36,12 @@ class Wanted:
 class GivenDecoder:
     """Decodes numbered items, as ``Decoder`` does.
 
-    =========  ==================================================================
-    read       returns what an item holds, and the sha256 of its file if it has one
-    transform  makes another picture of the one in there
-    stays      whether ``read`` is not to be sent to other processes
-    =========  ==================================================================
+    Attributes:
+        read: Returns the content of an item, and the sha256 of its file if it has one.
+        transform: Makes another picture of it.
+        wanted: The form that the model takes.
+        stays: Whether ``read`` must not be sent to other processes.
+
     """
 
     read: Callable[[int, Item], tuple[Any, str | None]]
@@ -49,12 +50,12 @@ class GivenDecoder:
     stays: bool = False
 
     def __getitem__(self, numbered: tuple[int, Item]) -> Picture | Refused:
-        """Return the picture of an item, or why there is none."""
+        """Return the picture of an item, or the reason why it has none."""
         found: Picture | Refused = or_refused(self.decode, *numbered)
         return found
 
     def decode(self, number: int, item: Item) -> Picture:
-        """Return the picture of an item; raise whatever hinders it."""
+        """Return the picture of an item; raise any error of reading it."""
         most, reading, name = self.wanted.max_pixels, self.wanted.reading, item.path
         with seeded(number):
             found, sha256 = self.read(number, item)
@@ -80,17 +81,17 @@ class GivenDecoder:
 
 @dataclass(frozen=True, eq=False)
 class ByDecoding:
-    """Measures numbered items, as ``Measurer`` does, by making their pictures."""
+    """Measures numbered items, as ``Measurer`` does, by decoding them."""
 
     decoder: GivenDecoder
 
     @property
     def stays(self) -> bool:
-        """Whether items are not to be sent to other processes."""
+        """Whether items must not be sent to other processes."""
         return self.decoder.stays
 
     def __getitem__(self, numbered: tuple[int, Item]) -> Size | Refused:
-        """Return height and width in patches, or why there is no picture."""
+        """Return height and width in patches, or the reason why there is no picture."""
         found = self.decoder[numbered]
         if isinstance(found, Refused):
             return found
@@ -113,9 +114,9 @@ class FileReader:
 
 
 def check_first(decoder: GivenDecoder, items: Sequence[Item]) -> None:
-    """Raise ``NoPicture`` if none of the first items has a picture of a kind that is known.
+    """Raise ``NoPicture`` if none of the first items has a picture of a known kind.
 
-    An item that fails otherwise is one that fails.
+    Any other error concerns its own item only.
     """
     wrong: list[NoPicture] = []
     for number, item in enumerate(items[:FIRST]):
@@ -123,16 +124,16 @@ def check_first(decoder: GivenDecoder, items: Sequence[Item]) -> None:
             decoder.decode(number, item)
         except NoPicture as error:
             wrong.append(error)
-        except Exception:  # which the run lists
+        except Exception:  # the run lists it
             return
     if len(wrong) == len(items[:FIRST]) > 0:
         raise wrong[0]
 
 
 def _to_transform(picture: Tensor | Decoded) -> Any:
-    """Return a picture as transforms take it: a tensor of their own, or Pillow's image.
+    """Return a picture in the form that transforms take: a copy of a tensor, or Pillow's image.
 
-    Pixels of other than 1, 3 or 4 channels, which Pillow has no images of, stay an array.
+    Pillow has no images of other than 1, 3 or 4 channels. Such pixels stay an array.
     """
     if isinstance(picture, Tensor):
         return picture.clone()  # a transform may work in place

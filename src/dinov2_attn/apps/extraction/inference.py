@@ -1,4 +1,4 @@
-"""The attention of a batch, as it is stored."""
+"""The attention of a batch, in the form in which it is stored."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dinov2_attn.apps.extraction.options import DTYPES, Options
 from dinov2_attn.apps.viz.images import normalise
 from dinov2_attn.apps.viz.inference import cannot_run, check_alive
 from dinov2_attn.apps.viz.reading import Reading
+from dinov2_attn.apps.viz.tokens import resolve
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.modules import weights_from
@@ -26,17 +27,17 @@ from dinov2_attn.typing import Grid
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """What a model looks at in the images of a batch, on the model's device.
+class BatchMaps:
+    """The attention of a batch of ``B`` images, on the device of the model.
 
-    =========  ==================================================================
-    origins    where the ``B`` images come from
-    grid       the patches ``(h, w)`` that the model saw
-    maps       ``(B, layers, heads, queries, H, W)``: ``grid``, or the one asked for;
-               without ``heads`` for their mean
-    prefix     ``(B, layers, heads, queries, 1 + R)``: CLS and registers
-    artifacts  the batch's artifact tokens, where they were asked for
-    =========  ==================================================================
+    Attributes:
+        origins: Where the images come from.
+        grid: The patches ``(h, w)`` of the model's input.
+        maps: ``(B, layers, heads, queries, H, W)`` in ``grid`` or in the grid of the options.
+            Without the dimension of heads for their mean.
+        prefix: The attention to CLS and registers, ``(B, layers, heads, queries, 1 + R)``.
+        artifacts: The artifact tokens of the batch, if the options ask for them.
+
     """
 
     origins: list[Origin]
@@ -46,36 +47,42 @@ class Seen:
     artifacts: ArtifactTokens | None
 
 
-def look(model: Any, pictures: list[Picture], options: Options) -> Iterator[Seen | Refused]:
-    """Yield what ``model`` looks at in ``pictures``, which are of one size.
+def attend_batch(
+    model: Any, pictures: list[Picture], options: Options
+) -> Iterator[BatchMaps | Refused]:
+    """Yield the attention of ``model`` on ``pictures``, which have one size.
 
-    They are seen together or, where that fails, one by one: an image on which the model fails
-    by itself is refused with what it raised. Which images run together depends on the images
-    alone, so that a second run makes the same bytes. Raises what is about every image: errors
-    of ours such as ``NotGraftedError``, and ``UnavailableError`` where the device works no more.
+    They run together or, if that fails, one by one. An image on which the model fails by itself
+    is refused with the reason. Which images run together depends on the images alone, so that a
+    second run writes the same bytes.
+
+    Raises:
+        Dinov2AttnError: If the error concerns every image, such as ``NotGraftedError``.
+        UnavailableError: If the device no longer works.
+
     """
-    seen = _seen_or_refused(model, pictures, options)
-    if isinstance(seen, Refused):
+    found = _maps_or_refused(model, pictures, options)
+    if isinstance(found, Refused):
         check_alive(next(model.parameters()).device)
-    if isinstance(seen, Seen) or len(pictures) == 1:
-        yield seen
+    if isinstance(found, BatchMaps) or len(pictures) == 1:
+        yield found
         return
     for picture in pictures:
-        yield from look(model, [picture], options)
+        yield from attend_batch(model, [picture], options)
 
 
-def _seen_or_refused(model: Any, pictures: list[Picture], options: Options) -> Seen | Refused:
-    """Return what ``model`` sees, or its error as one of the first picture.
+def _maps_or_refused(model: Any, pictures: list[Picture], options: Options) -> BatchMaps | Refused:
+    """Return the maps, or the error of the model as one of the first picture.
 
-    The error itself would keep the tensors of the pass in memory.
+    The exception itself would keep the tensors of the pass in memory.
     """
     try:
-        return _look(model, pictures, options)
+        return _attend(model, pictures, options)
     except InvalidInputError as error:
         return _refused(pictures[0], error)
     except (Dinov2AttnError, Warning):
         raise
-    except Exception as error:  # upstream's code and hooks of the user's raise what they like
+    except Exception as error:  # upstream's code and hooks may raise any exception
         height, width = pictures[0].sides
         found = f"{pictures[0].origin.item.path}, of which it sees {height} × {width} pixels"
         smaller = "Give a smaller image size, or pass over large ones: --max-pixels."
@@ -87,18 +94,18 @@ def _refused(picture: Picture, error: InvalidInputError) -> Refused:
 
 
 @torch.inference_mode()
-def _look(model: Any, pictures: list[Picture], options: Options) -> Seen:
+def _attend(model: Any, pictures: list[Picture], options: Options) -> BatchMaps:
     like = next(model.parameters())
     images = _on_device(pictures, like.device, options.reading).to(like.dtype)
     maps, artifacts = _maps(model, images, options)
-    # One layer after the other behind the batch.
+    # The dimension of layers follows that of the batch.
     patches = torch.stack(maps.patch_maps(), dim=1)
     if options.grid is not None:
         patches = resample(patches, options.grid)
     dtype = DTYPES[options.dtype]
-    return Seen(
+    return BatchMaps(
         origins=[picture.origin for picture in pictures],
-        grid=maps.grid,  # type: ignore[arg-type]  # that of one batch
+        grid=maps.grid,  # type: ignore[arg-type]  # one batch has one grid
         maps=patches.to(dtype),
         prefix=torch.stack([w[..., : maps.prefix] for w in maps.weights], dim=1).to(dtype),
         artifacts=artifacts,
@@ -110,22 +117,23 @@ def _on_device(pictures: list[Picture], device: torch.device, reading: Reading) 
     tensors = [one.pixels for one in pictures if isinstance(one.pixels, Tensor)]
     if tensors:
         return torch.stack(tensors).to(device)
-    # A quarter of what floats would be on their way to the device.
+    # A quarter of the bytes of floats is sent to the device.
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
     if device.type == "cuda":
-        pixels = pixels.pin_memory()  # from where the copy runs beside the kernels
+        pixels = pixels.pin_memory()  # from which the copy runs concurrently with kernels
     return normalise(pixels.to(device, non_blocking=True), reading)
 
 
 def _maps(
     model: Any, images: Tensor, options: Options
 ) -> tuple[AttentionMaps, ArtifactTokens | None]:
-    """Return the attention of ``images`` and, where asked for, the artifacts, in one pass."""
-    asked: dict[str, Any] = {"queries": options.rows, "heads": options.heads}
-    if not options.outliers:
-        return attention_maps(model, images, options.layers, **asked), None
+    """Return the attention of ``images`` and the artifacts of the options, in one pass."""
     backbone = Backbone(model)
-    asked["queries"] = backbone.resolve_names(options.rows)
+    grid = backbone.grid(images)
+    queries = backbone.resolve_names(resolve(options.queries, backbone.prefix, grid))
+    asked: dict[str, Any] = {"queries": queries, "heads": options.heads}
+    if not options.artifacts:
+        return attention_maps(model, images, options.layers, **asked), None
     weights = {}
 
     def visit(i: int, block: nn.Module, tokens: Tensor) -> None:
@@ -134,6 +142,5 @@ def _maps(
 
     artifacts = artifacts_on_the_way(model, images, visit)
     each = tuple(weights[layer] for layer in options.layers)
-    rows = positions(asked["queries"], backbone.length(images))
-    grid = backbone.grid(images)
+    rows = positions(queries, backbone.length(images))
     return AttentionMaps(each, options.layers, grid, backbone.prefix, rows), artifacts

@@ -1,4 +1,4 @@
-"""The images of a source: a folder, a list of paths, a tar, or one image."""
+"""The images of a source of files: folders, lists of paths, tars and single images."""
 
 from __future__ import annotations
 
@@ -8,32 +8,80 @@ import os
 import stat
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from dinov2_attn.apps.extraction.item import Item
 from dinov2_attn.apps.extraction.layout import ABOUT
 from dinov2_attn.apps.extraction.passed_over import LINKS, Sieve, describe, is_hidden
-from dinov2_attn.apps.extraction.tars import is_tar, members
 from dinov2_attn.apps.viz.decoding import stored_size
 from dinov2_attn.apps.viz.formats import plugin_for
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 
+# The first bytes of gzip, bzip2, xz, Zstandard and zip.
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a source.
+
+    Attributes:
+        source: The name of the folder, list or tar.
+        path: The path of the image in there, as a list has it, parts joined by ``/``.
+        file: The file with its bytes: the image itself or the tar. Empty for an item of a dataset.
+        place: The offset and length of the image in a tar.
+
+    """
+
+    source: str
+    path: str
+    file: str
+    place: tuple[int, int] | None = None
+
+    def check(self) -> None:
+        """Raise ``UnreadableFileError`` if it is no file: reading a pipe may never end."""
+        if os.path.exists(self.file) and not os.path.isfile(self.file):
+            raise UnreadableFileError(
+                "a file that can be read",
+                f"{self.path}, which is a pipe, a device or a folder",
+                "Leave it out of the source.",
+            )
+
+    def read(self) -> bytes:
+        """Return the bytes of the image. Raises ``UnreadableFileError``."""
+        try:
+            with open(self.file, "rb") as file:
+                if self.place is None:
+                    return file.read()
+                file.seek(self.place[0])
+                return file.read(self.place[1])
+        except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
+            reason = getattr(error, "strerror", None) or error
+            raise UnreadableFileError(
+                "a file that can be read",
+                f"{self.path} ({type(error).__name__}: {reason})",
+                "Check the path and who may read it.",
+            ) from error
+
 
 def list_items(sources: Sequence[str | Path], sieve: Sieve | None = None) -> list[Item]:
-    """Return the images of all ``sources``, one after the other, in an order of their own.
+    """Return the images of all ``sources``, one source after the other.
 
-    ========  ======================================================================
-    a folder  every file below it that is called like an image, folders and files in the
-              order of their names; links to folders are followed, what begins with a
-              dot is not looked at
-    a tar     every image in it, in its order, WebDataset's shards among them
-    an image  itself
-    a glob    what it matches, folders, tars and images, in the order of their paths
-    a list    any other file: a path on each line, absolute or from the list's own folder
-    ========  ======================================================================
+    Args:
+        sources: Each is one of
 
-    What lies beside them is counted by ``sieve``. Raises ``UnreadableFileError`` for a source that
-    cannot be read and ``InvalidInputError`` for one without images, or compressed.
+            - a folder: every file below it that has the suffix of an image, in the order of
+              names. Links to folders are followed, and names that begin with a dot are skipped.
+            - a tar: every image in it, in its order, including shards of WebDataset.
+            - an image.
+            - a glob: the folders, tars and images that match, in the order of their paths.
+            - any other file: a list with one path per line, absolute or relative to its folder.
+        sieve: Counts the files that are no images.
+
+    Raises:
+        UnreadableFileError: If a source cannot be read.
+        InvalidInputError: If a source has no images or is compressed.
+
     """
     sieve = sieve or Sieve()
     items: list[Item] = []
@@ -67,7 +115,7 @@ def _items_of(source: Path, sieve: Sieve) -> Iterator[Item]:
             )
         elif sieve.takes(source.name, counted=False):
             yield Item(name, name, str(source))
-        elif is_tar(source):
+        elif _is_tar(source):
             yield from _in_tar(source, name, sieve)
         else:
             yield from _in_list(source, name)
@@ -88,11 +136,11 @@ def _in_folder(source: Path, name: str, sieve: Sieve) -> Iterator[Item]:
 
 def _walk(folder: Path, above: frozenset[str], sieve: Sieve, ours: bool = False) -> Iterator[Path]:
     real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that it is in
+    if real in above:  # a link to a folder that contains it
         return
     with os.scandir(folder) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
-    # What an extraction has written is nothing that was passed over.
+    # The files of an extraction do not count as passed over.
     ours = ours or any(entry.name == ABOUT for entry in found)
     for entry in found:
         if is_hidden(entry.name):
@@ -111,7 +159,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _in_glob(pattern: Path, sieve: Sieve) -> Iterator[Item]:
-    """Yield what a glob matches, called by its path from the last folder without a pattern."""
+    """Yield the matches of a glob, by their paths from the last folder without a pattern."""
     fixed = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts)
     root = Path(*fixed)
     name = Path(os.path.abspath(root)).name
@@ -134,7 +182,7 @@ def _matched(match: Path, name: str, root: Path, sieve: Sieve) -> Iterator[Item]
 
 
 def _in_tar(source: Path, name: str, sieve: Sieve) -> Iterator[Item]:
-    for path, place in members(source):
+    for path, place in _members(source):
         if place is None:
             sieve.pass_over(LINKS)
         elif sieve.takes(path):
@@ -155,7 +203,7 @@ def _in_list(source: Path, name: str) -> Iterator[Item]:
             if package
             else "Images are files that Pillow opens, such as .jpg, .png, .tif or .webp.",
         )
-    # As paths are decoded: bytes that are no UTF-8 come back as they were.
+    # As Python decodes paths: bytes that are not UTF-8 are restored.
     text = content.decode("utf-8-sig", "surrogateescape")
     for line in text.split("\n"):
         if path := line.rstrip("\r"):
@@ -163,7 +211,7 @@ def _in_list(source: Path, name: str) -> Iterator[Item]:
 
 
 def _is_image(source: Path) -> bool:
-    """Return whether a file that is not called like an image is one."""
+    """Return whether a file without the suffix of an image is one."""
     try:
         stored_size(source)
     except UnreadableFileError:
@@ -171,3 +219,37 @@ def _is_image(source: Path) -> bool:
     except InvalidInputError:  # too large a one
         return True
     return True
+
+
+def _is_tar(source: Path) -> bool:
+    """Return whether ``source`` is a tar; raise ``InvalidInputError`` if it is compressed."""
+    with source.open("rb") as file:
+        start = file.read(512)
+    if start.startswith(_COMPRESSED):
+        raise InvalidInputError(
+            "a tar in which every image can be read by itself",
+            f"{source}, which is compressed",
+            "Decompress it first: images gain nothing from compression.",
+        )
+    return source.suffix == ".tar" or start[257:262] == b"ustar"
+
+
+def _members(source: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """Yield the name of each file in a tar with its offset and length.
+
+    Devices, and links to files that do not come before them in the tar, have no place. A hard
+    link is a second name of a file.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    with tarfile.open(source, "r:") as tar:
+        for member in tar:
+            if member.isdir():
+                continue
+            if member.isreg() and not member.issparse():
+                places[member.name] = member.offset_data, member.size
+            elif member.islnk() and member.linkname in places:
+                places[member.name] = places[member.linkname]
+            else:
+                yield member.name, None
+                continue
+            yield member.name, places[member.name]

@@ -1,4 +1,4 @@
-"""One extraction from its first look at the source to its index, by one process or by many."""
+"""One extraction from listing the source to the final index, by one or several processes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,19 @@ from dinov2_attn.errors import UnwritableOutputError
 
 @dataclass(frozen=True)
 class Summary:
-    """What an extraction did.
+    """The result of an extraction.
 
-    ``images`` and ``shards`` are all of the source's, ``unreadable`` are those without maps,
-    of which ``failed`` could be decoded and failed in their pass through the model;
-    ``seen`` images in ``written`` shards, of ``bytes`` bytes, are this run's, in ``seconds``.
-    ``passed_over`` counts by suffix what lies beside the images.
+    Attributes:
+        images: The number of images of the source.
+        unreadable: The number of images without maps.
+        failed: The number of those that were decoded and failed in the model.
+        shards: The number of shards of the source.
+        seen: The number of images of this run.
+        written: The number of shards that this run wrote.
+        bytes: The bytes that this run wrote.
+        seconds: The duration of this run.
+        passed_over: The number of other files in the source, by suffix.
+
     """
 
     images: int
@@ -67,7 +74,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Job:
-    """What ``extract`` was asked for."""
+    """The arguments of ``extract``, checked."""
 
     model: Any
     source: Source
@@ -81,10 +88,10 @@ class Job:
     warning: str | None
 
     def run(self) -> Summary:
-        """Write what is not there yet, and the index when all is."""
+        """Write the missing shards, and the index when all are finished."""
         begun, group = time.perf_counter(), ranks()
         with ExitStack() as held:
-            made, pending = group.on_first(lambda: self._begin(held))
+            made, pending = group.on_rank_zero(lambda: self._begin(held))
             own = pending[group.rank :: group.world]
             bar = self._bar(group, made.count(own))
             run = Run(
@@ -98,7 +105,7 @@ class Job:
                 bar,
             )
             written = group.on_each(lambda: run(own))
-            stages = group.on_first(lambda: self._end(made))
+            stages = group.on_rank_zero(lambda: self._end(made))
         return Summary(
             images=len(made.items),
             unreadable=sum(stages.values()),
@@ -112,11 +119,11 @@ class Job:
         )
 
     def preview(self) -> Preview:
-        """Say what ``run`` would do."""
+        """Return what ``run`` would do."""
         group = ranks()
         bar = partial(self._bar, group)
 
-        def look() -> Preview:
+        def describe_run() -> Preview:
             made = self._plan()
             with writing_to(self.folder):
                 if self.folder.exists():
@@ -126,7 +133,7 @@ class Job:
             rest = (self.folder, done, self.workers, bar)
             return preview(self.model, made, self.options, measurer, *rest)
 
-        return group.on_first(look)
+        return group.on_rank_zero(describe_run)
 
     def _plan(self) -> Plan:
         sieve = Sieve()
@@ -143,7 +150,7 @@ class Job:
         )
 
     def _begin(self, held: ExitStack) -> tuple[Plan, list[int]]:
-        """Take the folder for this run; return the plan and the shards that are to be written."""
+        """Lock the folder for this run; return the plan and the shards to write."""
         made = self._plan()
         with writing_to(self.folder):
             held.enter_context(_alone(self.folder))
@@ -156,7 +163,7 @@ class Job:
         return made, made.others(done)
 
     def _done(self, made: Plan) -> list[int]:
-        """Return the shards that are finished, and not to be tried again."""
+        """Return the finished shards, without those to retry."""
         done = shards.finished(self.folder, made.shards)
         if self.retry:
             done = [shard for shard in done if not shards.refusals(self.folder, shard)]
@@ -174,9 +181,9 @@ class Job:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other runs out of ``folder``, which is made if it is not there.
+    """Lock ``folder`` against other runs; create it if it does not exist.
 
-    The lock goes with the process, however that ends.
+    The lock is released when the process ends, however it ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / LOCK)

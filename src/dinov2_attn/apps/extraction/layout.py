@@ -1,11 +1,11 @@
-"""The folder of an extraction, as it is laid out: what writes it and what reads it agree on this.
+"""The layout of the folder of an extraction, for writing and for reading.
 
 ::
 
-    OUT/extraction.json            what decides the bytes of all the rest
+    OUT/extraction.json            everything that decides the bytes of the other files
     OUT/shards/00000.safetensors   tensors "N.maps" and "N.prefix" for image number N
-    OUT/shards/00000.jsonl         a line for each of its images; there when the shard is done
-    OUT/index.jsonl                all lines with maps, when every shard is done
+    OUT/shards/00000.jsonl         a line for each of its images; exists when the shard is done
+    OUT/index.jsonl                all lines with maps; exists when every shard is done
     OUT/unreadable.jsonl           all lines with the stage (decode, pass) that failed, and why
 """
 
@@ -26,7 +26,7 @@ LOCK = ".lock"
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """Return what the extraction in ``folder`` is about. Raises ``UnreadableFileError``."""
+    """Return ``extraction.json`` of ``folder``; raise ``UnreadableFileError`` if it has none."""
     try:
         about = json.loads((folder / ABOUT).read_text())
         if isinstance(about, dict):
@@ -42,12 +42,12 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def names(entry: dict[str, Any]) -> tuple[str, str]:
-    """Return what the two tensors of an image are called."""
+    """Return the names of the two tensors of an image."""
     return f"{entry['number']}.maps", f"{entry['number']}.prefix"
 
 
 def checksum(maps: Tensor, prefix: Tensor) -> str:
-    """Return the sha256 of the bytes of both, one after the other."""
+    """Return the sha256 of the bytes of both tensors, in this order."""
     digest = hashlib.sha256()
     for tensor in (maps, prefix):
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,59 +1,56 @@
-"""What is wanted of every image, checked before the first is read."""
+"""The options of an extraction, checked before the first image is read."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from dinov2_attn.apps.viz.images import LARGEST_SHORT_SIDE, ImageSize
 from dinov2_attn.apps.viz.reading import IMAGENET, Reading, reading_for
+from dinov2_attn.apps.viz.tokens import as_texts, check_queries, count
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math.attention import check_heads
-from dinov2_attn.math.selection import resolve_names, whole_number
-from dinov2_attn.typing import Grid, Heads, Layers, Queries, QueryWord
+from dinov2_attn.math.selection import whole_number
+from dinov2_attn.typing import Grid, Heads, Layers
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# A batch's weights and a shard's take about so many bytes, where nobody says how many images.
+# The default sizes: the weights of a batch and of a shard take about so many bytes.
 BATCH_BYTES, MOST_IN_A_BATCH = 2**29, 16
 SHARD_BYTES, MOST_IN_A_SHARD = 2**27, 1024
-
-# Rows as they are stored: by a word or by position.
-Named = QueryWord | Literal["all"] | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What ``extract`` keeps of each image and how it goes about it, all of it spelled out."""
+    """What ``extract`` stores of each image, and how it runs, with every default filled in.
+
+    ``queries`` are texts of the grammar in ``dinov2_attn.apps.viz.tokens``, since a patch has
+    another position in images of other sizes.
+    """
 
     layers: tuple[int, ...]
-    queries: Named
+    queries: tuple[str, ...]
     heads: Heads
     dtype: str
     grid: Grid | None
-    outliers: bool
+    artifacts: bool
     image_size: ImageSize
     max_pixels: int | None
     batch_size: int
     shard_size: int
     reading: Reading = IMAGENET
 
-    @property
-    def rows(self) -> Queries:
-        """``queries``, as models are asked."""
-        return None if self.queries == "all" else self.queries
-
 
 def check_options(
     model: Any,
     *,
     layers: Layers,
-    queries: Queries,
+    queries: Any,
     heads: Heads,
     dtype: str,
     grid: Sequence[int] | None,
@@ -66,7 +63,7 @@ def check_options(
     std: Any = None,
     **others: Any,
 ) -> Options:
-    """Return the options for ``model``; raise ``InvalidInputError`` and ``OutOfRangeError``."""
+    """Return the options for ``model``; raise ``InvalidInputError`` if one is wrong."""
     check_heads(heads)
     if dtype not in DTYPES:
         raise InvalidInputError(f"a dtype of {', '.join(DTYPES)}", repr(dtype), "Name one.")
@@ -76,9 +73,11 @@ def check_options(
         raise InvalidInputError(
             "at least one layer", f"layers={layers!r}", "Leave it out for the last."
         )
+    texts = as_texts(queries)
+    check_queries(texts, backbone.registers)
     options = Options(
         layers=tuple(taken),
-        queries=_named(queries, backbone.registers),
+        queries=texts,
         heads=heads,
         dtype=dtype,
         grid=None if grid is None else _sides("grid", grid),
@@ -98,19 +97,12 @@ def check_options(
 
 
 def rows_of(model: Any, options: Options, grid: Grid) -> int:
-    """Return how many rows of weights are asked of an image of ``grid``, all layers and heads."""
-    backbone, patches = Backbone(model), math.prod(grid)
-    words = {
-        "cls": 1,
-        "registers": backbone.registers,
-        "patches": patches,
-        "all": backbone.prefix + patches,
-    }
-    queries = options.queries
-    count = words[queries] if isinstance(queries, str) else len(queries)
+    """Return how many rows of weights an image of ``grid`` has, in all layers and heads."""
+    backbone = Backbone(model)
+    rows = count(options.queries, backbone.prefix, grid)
     (attention,) = backbone.attentions([0])
     heads = 1 if options.heads == "mean" else int(attention.num_heads)  # type: ignore[arg-type]
-    return len(options.layers) * heads * count
+    return len(options.layers) * heads * rows
 
 
 def stored_bytes(model: Any, options: Options, grid: Grid) -> int:
@@ -120,40 +112,15 @@ def stored_bytes(model: Any, options: Options, grid: Grid) -> int:
 
 
 def _bytes_of_one(model: Any, options: Options) -> tuple[int, int]:
-    """Return the bytes of the weights, and of what is stored, of an image as large as they come."""
+    """Return the bytes of the weights of a largest image, and the bytes stored of it."""
     size = options.image_size or LARGEST_SHORT_SIDE
     sides = (size, size) if isinstance(size, int) else size
     backbone = Backbone(model)
     height, width = (s // patch for s, patch in zip(sides, backbone.patch_size, strict=True))
     columns = backbone.prefix + height * width
     weights = 4 * rows_of(model, options, (height, width)) * columns
-    # With sides of less than a patch there may be nothing, and nothing to divide by.
+    # With sides shorter than a patch there may be no rows. The callers divide by both.
     return max(1, weights), max(1, stored_bytes(model, options, (height, width)))
-
-
-def _named(queries: Queries, registers: int) -> Named:
-    if queries is None:
-        return "all"
-    if isinstance(queries, str):
-        resolve_names(queries, registers)  # an unknown word is reported
-        if queries == "registers" and not registers:
-            raise InvalidInputError(
-                "queries that the model has", "registers asked of a model without", "Try cls."
-            )
-        return queries
-    if isinstance(queries, slice):
-        raise InvalidInputError(
-            "queries as a word or as positions, since images differ in their tokens",
-            repr(queries),
-            "Spell the positions out.",
-        )
-    if hasattr(queries, "tolist"):
-        queries = queries.tolist()
-    several = queries if isinstance(queries, Sequence) else [queries]
-    positions = tuple(whole_number(query, "queries") for query in several)
-    if not positions:
-        raise InvalidInputError("at least one query", repr(queries), "Leave it out for CLS.")
-    return positions
 
 
 def _image_size(size: ImageSize) -> ImageSize:
@@ -177,7 +144,7 @@ def _count(name: str, given: int | None, fitting: int, most: int) -> int:
 
 
 def at_least(least: int, number: int, name: str) -> int:
-    """Return ``number`` as an int; raise ``InvalidInputError`` below ``least``, by its ``name``."""
+    """Return ``number`` as an int; raise ``InvalidInputError`` if it is below ``least``."""
     found = whole_number(number, name)
     if found < least:
         raise InvalidInputError(f"{name} of at least {least}", str(found), "Leave it out.")

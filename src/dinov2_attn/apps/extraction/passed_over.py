@@ -1,4 +1,4 @@
-"""What lies in a source beside its images, counted by suffix and said."""
+"""The files of a source that are no images, counted by suffix."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Mapping
 
 from dinov2_attn.apps.viz.formats import plugin_for, readable_suffixes
 
-# Suffixes that are named; a folder of data has one for each part at times.
+# How many suffixes are listed. Some folders of data have one for each part.
 NAMED = 10
 LINKS = "links and devices"
 
 
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes of files that count as images where others may lie beside them."""
-    return readable_suffixes() | {".mpo"}  # which Pillow reads as the JPEG that it begins with
+    """Return the suffixes of the files in a folder that count as images."""
+    return readable_suffixes() | {".mpo"}  # Pillow reads it as the JPEG at its start
 
 
 def suffix_of(name: str) -> str:
@@ -25,19 +25,19 @@ def suffix_of(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file is not looked at: one whose name begins with a dot."""
+    """Return whether a file is skipped because its name begins with a dot."""
     return os.path.basename(name).startswith(".")
 
 
 class Sieve:
-    """Tells images by their names, and counts what is none."""
+    """Selects images by their names, and counts the other files."""
 
     def __init__(self) -> None:
         self._suffixes = image_suffixes()
         self._counts: Counter[str] = Counter()
 
     def takes(self, name: str, counted: bool = True) -> bool:
-        """Return whether the file called ``name`` is an image; count it if it is none."""
+        """Return whether the file ``name`` is an image; count it if not."""
         if is_hidden(name):
             return False
         suffix = suffix_of(name)
@@ -46,7 +46,7 @@ class Sieve:
         return suffix in self._suffixes
 
     def pass_over(self, suffix: str) -> None:
-        """Count one file that is no image."""
+        """Count one file that is not an image."""
         self._counts[suffix] += 1
 
     @property
@@ -56,11 +56,11 @@ class Sieve:
 
 
 def describe(passed_over: Mapping[str, int]) -> str:
-    """Say what was passed over: ``passed over: 3 .mp4, 1 .txt, 2 without suffix``.
+    """Return a summary: ``passed over: 3 .mp4, 1 .txt, 2 without suffix``.
 
-    What a plug-in of Pillow would read is named with the line that installs it.
+    Formats that a plug-in of Pillow reads are listed with the command that installs it.
     """
-    # What could be read comes first, and is never left out.
+    # Formats that could be read come first, so that they are always listed.
     several = sorted(passed_over, key=lambda suffix: plugin_for(f"x{suffix}") is None)
     said = [f"{passed_over[suffix]:,} {_called(suffix)}" for suffix in several[:NAMED]]
     if rest := several[NAMED:]:

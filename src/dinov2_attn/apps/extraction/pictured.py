@@ -1,4 +1,4 @@
-"""What an item of a dataset, or a transform, gives: its picture, checked with words of ours."""
+"""The picture in an item of a dataset or in the result of a transform, checked."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from dinov2_attn.apps.viz.opening import MOST_PIXELS
 from dinov2_attn.apps.viz.reading import Reading
 from dinov2_attn.errors import InvalidInputError
 
-# Where a dict has its picture.
+# The keys of a dict that may hold its picture.
 KEYS = ("image", "pixel_values")
 KINDS = "a floating tensor (C, H, W), an image of Pillow's or a path"
 
 
 class NoPicture(InvalidInputError):
-    """An item is of a kind in which there is no picture, as all of its dataset may be."""
+    """An item has a type without a picture, as all items of its dataset may have."""
 
 
 def pictured(found: Any, name: str, reading: Reading, max_pixels: int | None) -> Tensor | Decoded:
-    """Return the picture in what an item called ``name`` holds, a path being opened.
+    """Return the picture in ``found``, the content of the item ``name``; open it if it is a path.
 
-    Images come upright and in the channels of ``reading``. Raises ``NoPicture``, and
-    ``InvalidInputError`` for more than ``max_pixels``.
+    Images are upright and have the channels of ``reading``. Raise ``NoPicture`` if there is none,
+    and ``InvalidInputError`` if it has more than ``max_pixels``.
     """
     if isinstance(found, Decoded):
         return found
@@ -55,8 +55,8 @@ def checked(
 ) -> Tensor:
     """Return a tensor that a model can take.
 
-    Raises ``NoPicture`` unless it is floating ``(C, H, W)`` of as many ``channels``, and
-    ``InvalidInputError`` for other sizes than whole patches, or more than ``max_pixels``.
+    Raise ``NoPicture`` unless it is floating ``(C, H, W)`` with ``channels``. Raise
+    ``InvalidInputError`` if it has no whole number of patches, or more than ``max_pixels``.
     """
     found = _described(tensor, name)
     if tensor.ndim != 3 or not tensor.is_floating_point():
@@ -73,13 +73,13 @@ def checked(
         raise InvalidInputError(
             f"height and width to be multiples of the patch size {patch_size}",
             f"{name} of {height} × {width}",
-            "Crop or resize it, in its transform say.",
+            "Crop or resize it, for example in a transform.",
         )
     return tensor.contiguous()
 
 
 def digest(picture: Tensor | Decoded) -> str:
-    """Return a sha256 of the numbers of a picture, with their dtype and shape."""
+    """Return a sha256 of the values of a picture, with their dtype and shape."""
     if isinstance(picture, Tensor):
         head = f"{picture.dtype} {tuple(picture.shape)}"
         content = picture.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -90,9 +90,9 @@ def digest(picture: Tensor | Decoded) -> str:
 
 @contextlib.contextmanager
 def seeded(number: int) -> Iterator[None]:
-    """Let what is random inside draw what belongs to ``number``, and leave generators alone.
+    """Seed all generators with ``number``, and restore them afterwards.
 
-    So augmentation is the same in every run, whichever process decodes.
+    So augmentation is the same in every run and in every process.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(number)
@@ -107,7 +107,7 @@ def seeded(number: int) -> Iterator[None]:
 
 
 def _dense(tensor: Tensor, name: str) -> Tensor:
-    """Return a tensor of whatever kind as a plain one of the CPU, without its graph."""
+    """Return ``tensor`` as a plain tensor on the CPU, without its graph."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type == "meta":
         raise NoPicture(
             "a dense tensor with values", _described(tensor, name), "Make one: tensor.to_dense()."
@@ -144,7 +144,7 @@ def _advice(tensor: Tensor) -> str:
 
 def _no_picture(found: Any, name: str) -> NoPicture:
     expected = f"items that are {KINDS}, or have one first in a tuple or in a dict as {KEYS[0]!r}"
-    advice = "Say which it is in a dataset of your own."
+    advice = "Return one of them from a dataset of your own."
     if isinstance(found, Mapping):
         return NoPicture(f"{expected} or {KEYS[1]!r}", f"{name}, with {list(found)}", advice)
     if isinstance(found, np.ndarray):

@@ -1,4 +1,4 @@
-"""The plan of an extraction: which images go into which shard, and whose plan a folder holds."""
+"""The plan of an extraction: which images go into which shard, and how plans differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import dinov2_attn
-from dinov2_attn.apps.extraction.item import Item
+from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.contract import name_of
@@ -22,10 +22,10 @@ NO_MEANING = "random weights: these maps carry no meaning"
 
 @dataclass(frozen=True)
 class Plan:
-    """All images in their order, cut into shards of ``shard_size``; the same for every run.
+    """All images in their order, split into shards of ``shard_size``; the same for every run.
 
-    ``about`` is what ``extraction.json`` says: everything that decides what shards hold.
-    ``passed_over`` counts by suffix what lies beside the images.
+    ``about`` is the content of ``extraction.json``: everything that decides the bytes of shards.
+    ``passed_over`` counts the other files of the source by suffix.
     """
 
     items: Sequence[Item]
@@ -62,9 +62,9 @@ def plan(
     passed_over: dict[str, int],
     transform: str | None = None,
 ) -> Plan:
-    """Return the plan for ``items``; ``name`` is what the model is called.
+    """Return the plan for ``items``.
 
-    ``transform`` tells what is done to pictures before the model sees them.
+    ``name`` is the name of the model, and ``transform`` identifies what is done to pictures.
     """
     about = {
         "format": FORMAT,
@@ -79,13 +79,13 @@ def plan(
         "options": asdict(options),
         "source": {"images": len(items), "listing": _listing(items), "transform": transform},
     }
-    # Through JSON, so that it equals what is read from a file.
+    # Converted by JSON, so that it equals what is read from a file.
     about = json.loads(json.dumps(about))
     return Plan(items, options.shard_size, about, passed_over)
 
 
 def differences(mine: Any, theirs: Any, where: str = "") -> list[str]:
-    """Name what differs between what two plans are about, and how."""
+    """Return one line for each difference between the contents of two plans."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
         keys = list(dict.fromkeys([*theirs, *mine]))
         nested = (differences(mine.get(key), theirs.get(key), key) for key in keys)
@@ -104,7 +104,7 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def _code(model: Any) -> str | None:
-    """Return how the code of ``model`` was recognised: revisions interpolate positions each."""
+    """Return the recognised revision of the model: revisions interpolate positions differently."""
     module = type(model).__module__
     recognised = dinov2_attn.status().recognised.items()
     return next((how for target, how in recognised if module.startswith(f"{target}.")), None)

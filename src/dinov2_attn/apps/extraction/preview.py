@@ -1,8 +1,7 @@
-"""What an extraction would do, told by the headers of its images."""
+"""A preview of an extraction, from the headers of its images."""
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -16,11 +15,11 @@ from dinov2_attn.apps.extraction.options import Options, stored_bytes
 from dinov2_attn.apps.extraction.passed_over import describe
 from dinov2_attn.apps.extraction.plan import Plan
 from dinov2_attn.apps.extraction.worker import decoded
+from dinov2_attn.apps.viz.tokens import resolve
 from dinov2_attn.errors import OutOfRangeError, in_one_line
-from dinov2_attn.math.selection import to_index
 from dinov2_attn.typing import Grid
 
-# Unreadable images that are named.
+# How many unreadable images are listed.
 NAMED = 20
 
 
@@ -28,10 +27,16 @@ NAMED = 20
 class Preview:
     """What an extraction would do.
 
-    ``images`` in ``shards`` are the source's; ``finished_images`` in ``finished`` shards would
-    be left as they are, and ``unreadable`` would have no maps, of which more may turn out when
-    they are decoded. ``bytes`` would be written for the others, of ``free`` ones.
-    ``passed_over`` counts by suffix what lies beside the images.
+    Attributes:
+        images: The number of images of the source.
+        shards: The number of shards of the source.
+        finished: The number of shards that exist and would be skipped.
+        finished_images: The number of images in these shards.
+        unreadable: The images that would have no maps. Decoding may find more.
+        bytes: The bytes of maps that would be written.
+        free: The free bytes of the disk.
+        passed_over: The number of other files in the source, by suffix.
+
     """
 
     images: int
@@ -69,7 +74,7 @@ def preview(
     workers: int,
     new_bar: Callable[[int], Any],
 ) -> Preview:
-    """Return what running the plan ``made`` would do, ``done`` being its finished shards."""
+    """Return what a run of the plan ``made`` would do; ``done`` are its finished shards."""
     rest = made.others(done)
     numbered, again = tee(item for shard in rest for item in made.numbered(shard))
     refused: list[Refused] = []
@@ -83,7 +88,7 @@ def preview(
             elif reason := _lacks(found, made, options):
                 refused.append(Refused(number, item, reason))
             else:
-                height, width = found  # which torch has made a list of
+                height, width = found  # the loader turns tuples into lists
                 grids[height, width] += 1
     return Preview(
         images=len(made.items),
@@ -98,10 +103,9 @@ def preview(
 
 
 def _lacks(grid: Grid, made: Plan, options: Options) -> str | None:
-    """Return what is wrong with queries that images of ``grid`` do not have."""
+    """Return the reason if images of ``grid`` do not have all queries."""
     try:
-        if isinstance(options.queries, tuple):
-            to_index(options.queries, made.about["model"]["prefix"] + math.prod(grid))
+        resolve(options.queries, made.about["model"]["prefix"], grid)
     except OutOfRangeError as error:
         return in_one_line(error)
     return None

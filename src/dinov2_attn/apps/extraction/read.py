@@ -1,4 +1,4 @@
-"""``AttentionDataset``: the maps that ``extract`` stored, read when they are asked for."""
+"""``AttentionDataset``: read the maps that ``extract`` stored, one image at a time."""
 
 from __future__ import annotations
 
@@ -14,26 +14,34 @@ from dinov2_attn import _optional
 from dinov2_attn.apps.extraction import layout
 from dinov2_attn.errors import OutOfRangeError, UnreadableFileError
 
-# Shards that are kept open; no more than their headers are in memory.
+# How many shards stay open. Only their headers are in memory.
 MOST_OPEN = 16
 
 
 class AttentionDataset(Dataset[dict[str, Any]]):
-    """The attention maps in the folder that ``extract`` wrote, as a map-style dataset.
+    """The attention maps in a folder that ``extract`` wrote, as a map-style dataset.
 
     >>> maps = AttentionDataset("out")
     >>> maps[0]["maps"]   # (layers, heads, queries, h, w), without heads for their mean
     >>> maps[0]["prefix"] # (layers, heads, queries, 1 + R): CLS and registers
     >>> maps[0]["path"]   # of the image
-    >>> maps.entry(0)     # all that the index says of it
+    >>> maps.entry(0)     # the whole line of the index
 
-    ``about`` is what decided the maps: the model, the options, the source. Images without maps
-    are not in it; ``unreadable()`` lists them. Shards are opened when they are
-    first needed, in each worker of a ``DataLoader`` anew; with a ``grid`` all maps have one
-    shape, and torch's own collation makes batches of them.
+    Images without maps are not in it; ``unreadable()`` lists them. Shards are opened when they
+    are first needed, in each worker of a ``DataLoader``. With a ``grid`` all maps have one shape,
+    and torch's own collation makes batches of them.
 
-    Raises ``UnreadableFileError`` where there is no extraction or it is not finished and, unless
-    ``verify`` is false, where a map is not what was stored (sha256).
+    Args:
+        folder: The folder that was ``out`` of ``extract``.
+        verify: Whether to check the sha256 of every map that is read.
+
+    Attributes:
+        about: The model, the options and the source of the extraction.
+
+    Raises:
+        UnreadableFileError: If there is no finished extraction or, at an item with ``verify``, if
+            a map differs from what was stored.
+
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
@@ -53,14 +61,14 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         try:
             file = self._shard(name)
             maps, prefix = (file.get_tensor(tensor) for tensor in layout.names(entry))
-        except Exception as error:  # the reader raises whatever foreign bytes provoke
+        except Exception as error:  # the reader may raise any exception for foreign bytes
             raise self._wrong(f"{name} ({type(error).__name__}: {error})") from error
         if self._verify and layout.checksum(maps, prefix) != entry["checksum"]:
             raise self._wrong(f"other bytes for image {entry['number']} in {name}")
         return Row(maps=maps, prefix=prefix, path=entry["path"], number=entry["number"])
 
     def entry(self, i: int) -> dict[str, Any]:
-        """Return the line of the index at ``i``, from the end where it is negative."""
+        """Return the line of the index at ``i``; negative numbers count from the end."""
         position = index(i)
         if not -len(self) <= position < len(self):
             raise OutOfRangeError(
@@ -84,7 +92,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         return [json.loads(line) for line in lines]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # what is open is this process's own
+        return {**self.__dict__, "_open": {}}  # open files belong to this process
 
     def _shard(self, name: str) -> Any:
         if name not in self._open:
@@ -102,9 +110,9 @@ class AttentionDataset(Dataset[dict[str, Any]]):
 
 
 class Row(dict[str, Any]):
-    """An image of an extraction, or a batch of them, by name; equal to itself only.
+    """One image of an extraction, or a batch, by name.
 
-    Tensors have no single answer to whether they are equal.
+    Rows compare by identity, since tensors do not compare to a single truth value.
     """
 
     __eq__ = object.__eq__
@@ -113,7 +121,7 @@ class Row(dict[str, Any]):
 
 
 def _line_starts(folder: Path) -> array[int]:
-    """Return where each line of the index begins: 8 bytes an image in place of a dictionary."""
+    """Return the offset of each line of the index, 8 bytes for an image."""
     starts, position = array("Q"), 0
     try:
         with (folder / layout.INDEX).open("rb") as file:
@@ -124,6 +132,6 @@ def _line_starts(folder: Path) -> array[int]:
         raise UnreadableFileError(
             f"a finished extraction at {folder}",
             f"no {layout.INDEX} that can be read ({type(error).__name__})",
-            "Run the same `dinov2-attn extract` again: it goes on where it was stopped.",
+            "Run the same `dinov2-attn extract` again: it continues where it was stopped.",
         ) from error
     return starts

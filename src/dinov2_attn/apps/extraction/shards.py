@@ -1,4 +1,4 @@
-"""Shards that appear whole, an index beside each, and the index of all."""
+"""Writing shards atomically, each with its index, and the index of all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from dinov2_attn import _optional
 from dinov2_attn._files import UNFINISHED, atomic_file
 from dinov2_attn.apps.extraction.decode import Refused
-from dinov2_attn.apps.extraction.inference import Seen
+from dinov2_attn.apps.extraction.inference import BatchMaps
 from dinov2_attn.apps.extraction.layout import (
     ABOUT,
     INDEX,
@@ -31,14 +31,14 @@ from dinov2_attn.errors import InvalidInputError
 
 
 def check(folder: Path, plan: Plan) -> None:
-    """Raise ``InvalidInputError`` unless ``folder`` is that of ``plan``, or empty."""
+    """Raise ``InvalidInputError`` unless ``folder`` belongs to ``plan`` or is empty."""
     if (folder / ABOUT).exists():
         found = differences(plan.about, read_about(folder))
         if found:
             raise InvalidInputError(
                 f"the extraction that {folder} was begun for",
                 "another: " + "; ".join(found),
-                "Name another folder, or ask as before.",
+                "Name another folder, or run with the original options.",
             )
     elif any(not path.name.startswith((LOCK, UNFINISHED)) for path in folder.iterdir()):
         raise InvalidInputError(
@@ -49,20 +49,20 @@ def check(folder: Path, plan: Plan) -> None:
 
 
 def prepare(folder: Path, plan: Plan) -> None:
-    """Make ``folder``, which ``check`` has passed, ready for shards.
+    """Prepare ``folder`` for shards, after ``check``.
 
-    What a killed run left half-written is taken away.
+    Unfinished files of a killed run are removed.
     """
     for left in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{SHARDS}/{UNFINISHED}*")):
         shutil.rmtree(left)
-    # First, for by it the folder is known as one of ours.
+    # This file comes first: it marks the folder as an extraction.
     if not (folder / ABOUT).exists():
         _write(folder / ABOUT, json.dumps(plan.about, indent=1) + "\n")
     (folder / SHARDS).mkdir(exist_ok=True)
 
 
 def finished(folder: Path, count: int) -> list[int]:
-    """Return which of ``count`` shards are there with their index, as long as they should be."""
+    """Return which of ``count`` shards are complete and have their index."""
     return [shard for shard in range(count) if _is_finished(folder, shard)]
 
 
@@ -74,22 +74,22 @@ def _is_finished(folder: Path, shard: int) -> bool:
         expected = {name for line in _lines(index) if "shard" in line for name in names(line)}
         with _optional.safetensors().safe_open(tensors, "pt") as file:
             return set(file.keys()) == expected
-    except Exception:  # whatever the readers make of it, it is to be written again
+    except Exception:  # a shard that cannot be read is written again
         return False
 
 
-def write(folder: Path, shard: int, seen: list[Seen], refused: list[Refused]) -> int:
-    """Write a shard, then its index; return their bytes."""
+def write(folder: Path, shard: int, batches: list[BatchMaps], refused: list[Refused]) -> int:
+    """Write a shard, then its index; return the number of bytes."""
     path, index = _paths(folder, shard)
     tensors: dict[str, Tensor] = {}
     lines = [_refusal(one) for one in refused]
-    for batch in seen:
+    for batch in batches:
         for entry, maps, prefix in _entries(batch):
             entry["shard"] = path.relative_to(folder).as_posix()
             tensors |= dict(zip(names(entry), (maps, prefix), strict=True))
             lines.append(entry)
     lines.sort(key=lambda entry: int(entry["number"]))
-    # No metadata: more than one entry has another order each time.
+    # No metadata: safetensors writes several entries in a random order.
     with atomic_file(path) as unfinished:
         unfinished.write_bytes(_optional.safetensors().torch.save(tensors))
     _write(index, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
@@ -97,21 +97,21 @@ def write(folder: Path, shard: int, seen: list[Seen], refused: list[Refused]) ->
 
 
 def merge(folder: Path, shards: int) -> Counter[str]:
-    """Put the lines of all shards into one index, images without maps into a list.
+    """Merge the lines of all shards into one index, and one list of images without maps.
 
-    Returns how many failed in each stage.
+    Returns the number of images that failed in each stage.
     """
     stages: Counter[str] = Counter()
     with (
         atomic_file(folder / INDEX) as index,
         atomic_file(folder / UNREADABLE) as unreadable,
-        index.open("w") as seen,
+        index.open("w") as stored,
         unreadable.open("w") as refused,
     ):
         for shard in range(shards):
             for line in _paths(folder, shard)[1].read_text().splitlines(keepends=True):
                 entry = json.loads(line)
-                (seen if "shard" in entry else refused).write(line)
+                (stored if "shard" in entry else refused).write(line)
                 stages.update(() if "shard" in entry else (entry["stage"],))
     return stages
 
@@ -121,11 +121,11 @@ def refusals(folder: Path, shard: int) -> list[dict[str, Any]]:
     return [line for line in _lines(_paths(folder, shard)[1]) if "reason" in line]
 
 
-def _entries(batch: Seen) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+def _entries(batch: BatchMaps) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
     """Yield each image's line of the index, without its shard, and its tensors."""
     reports = batch.artifacts.cpu().report() if batch.artifacts else [None] * len(batch.origins)
     each = zip(batch.origins, batch.maps.cpu(), batch.prefix.cpu(), reports, strict=True)
-    for origin, maps, prefix, outliers in each:
+    for origin, maps, prefix, artifacts in each:
         mass = prefix.float().sum(-1).flatten(1).mean(1).tolist()
         entry = {
             "number": origin.number,
@@ -134,11 +134,11 @@ def _entries(batch: Seen) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
             "size": list(origin.size),
             "grid": list(batch.grid),
             "prefix_mass": [number if math.isfinite(number) else None for number in mass],
-            "outliers": outliers,
+            "artifacts": artifacts,
             "sha256": origin.sha256,
             "checksum": checksum(maps, prefix),
         }
-        # Of their own memory each, which safetensors insists on.
+        # Safetensors requires that tensors do not share memory.
         yield entry, maps.clone(), prefix.clone()
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from dinov2_attn.apps.extraction.decode import Decoder, Measurer
 from dinov2_attn.apps.extraction.given import (
@@ -19,12 +23,9 @@ from dinov2_attn.apps.extraction.given import (
     Wanted,
     check_first,
 )
-from dinov2_attn.apps.extraction.identity import own_transform, paths_of
-from dinov2_attn.apps.extraction.item import Item
-from dinov2_attn.apps.extraction.items import list_items
+from dinov2_attn.apps.extraction.items import Item, list_items
 from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.apps.extraction.passed_over import Sieve
-from dinov2_attn.apps.extraction.pickled import fingerprint
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import InvalidInputError
 
@@ -32,7 +33,7 @@ Transform = Callable[[Any], Any] | None
 
 
 class Source(Protocol):
-    """Where images come from. ``transform`` tells what is done to them, ``None`` for nothing."""
+    """Where images come from. ``transform`` is ``None`` if nothing is done to them."""
 
     @property
     def transform(self) -> str | None: ...
@@ -55,26 +56,26 @@ class Files:
 
     @property
     def transform(self) -> str | None:
-        """What tells the transform from others."""
+        """A text that identifies the transform."""
         return fingerprint(self.own)
 
     def items(self, sieve: Sieve) -> list[Item]:
-        """Return all images; ``sieve`` counts what lies beside them."""
+        """Return all images; ``sieve`` counts the other files."""
         return list_items(self.sources, sieve)
 
     def check(self, items: Sequence[Item], wanted: Wanted) -> None:
-        """Raise ``InvalidInputError`` where a transform makes no pictures."""
+        """Raise ``InvalidInputError`` if the transform makes no pictures."""
         if self.own is not None:
             check_first(self.decoder(wanted), items)
 
     def decoder(self, wanted: Wanted) -> Any:
-        """Return what makes pictures of numbered items."""
+        """Return the decoder of numbered items."""
         if self.own is None:
             return Decoder(wanted.patch_size, wanted.image_size, wanted.max_pixels, wanted.reading)
         return GivenDecoder(FileReader(wanted.reading, wanted.max_pixels), self.own, wanted)
 
     def measurer(self, wanted: Wanted) -> Any:
-        """Return what measures numbered items: by their headers, where nothing is done to them."""
+        """Return what measures numbered items: by their headers, if there is no transform."""
         if self.own is None:
             return Measurer(wanted.patch_size, wanted.image_size, wanted.max_pixels)
         return ByDecoding(self.decoder(wanted))
@@ -89,25 +90,25 @@ class Given:
 
     @property
     def transform(self) -> str | None:
-        """What tells the dataset's transform and the one that follows it from others."""
+        """A text that identifies the dataset's transform and the one after it."""
         return fingerprint(own_transform(self.dataset), self.own)
 
     def items(self, _: Sieve) -> list[Item]:
-        """Return the items, called by the files they come from or by their numbers."""
+        """Return the items, named by their files or by their numbers."""
         name = type(self.dataset).__name__
         return [Item(name, path, "") for path in paths_of(self.dataset)]
 
     def check(self, items: Sequence[Item], wanted: Wanted) -> None:
-        """Raise ``InvalidInputError`` where there are no pictures."""
+        """Raise ``InvalidInputError`` if there are no pictures."""
         check_first(self.decoder(wanted), items)
 
     def decoder(self, wanted: Wanted) -> Any:
-        """Return what makes pictures of numbered items."""
-        stays = isinstance(self.dataset, list | tuple)  # what is in memory is not sent about
+        """Return the decoder of numbered items."""
+        stays = isinstance(self.dataset, list | tuple)  # a list in memory is not copied to workers
         return GivenDecoder(self._read, self.own, wanted, stays)
 
     def measurer(self, wanted: Wanted) -> Any:
-        """Return what measures numbered items, by making their pictures."""
+        """Return what measures numbered items, by decoding them."""
         return ByDecoding(self.decoder(wanted))
 
     def _read(self, number: int, _: Item) -> tuple[Any, None]:
@@ -115,14 +116,14 @@ class Given:
 
 
 def wanted(model: Any, options: Options) -> Wanted:
-    """Return what pictures have to be for ``model``."""
+    """Return the form of pictures that ``model`` takes."""
     return Wanted(
         Backbone(model).patch_size[0], options.reading, options.image_size, options.max_pixels
     )
 
 
 def source_of(source: Any, transform: Transform) -> Source:
-    """Return what ``extract`` was given as a source. Raises ``InvalidInputError``."""
+    """Return the source of ``extract``; raise ``InvalidInputError`` if it is none."""
     if transform is not None and not callable(transform):
         raise InvalidInputError("transform as a function", repr(transform), "Leave it out.")
     if isinstance(source, str | Path):
@@ -151,7 +152,7 @@ def _of_list(source: Sequence[Any], transform: Transform) -> Source:
 
 
 def _check_dataset(source: Any) -> None:
-    """Raise ``InvalidInputError`` for what has no items by number."""
+    """Raise ``InvalidInputError`` if ``source`` has no items by number."""
     expected = "paths, a map-style dataset or a list of pictures"
     if isinstance(source, DataLoader):
         iterable = isinstance(source.dataset, IterableDataset)
@@ -176,3 +177,60 @@ def _check_dataset(source: Any) -> None:
         ) from error
     if not count:
         raise InvalidInputError("a source of images", "none", "Give at least one.")
+
+
+def paths_of(dataset: Any) -> list[str]:
+    """Return a path for each item.
+
+    It is the file of the item, below the dataset's root, if the dataset lists its files
+    (``samples`` or ``imgs``, as torchvision's ``ImageFolder``), or else its number: item-000017.
+    """
+    return _files_of(dataset) or [f"item-{number:06d}" for number in range(len(dataset))]
+
+
+def own_transform(dataset: Any) -> Any:
+    """Return the transform of a dataset, or of the dataset that it is a subset of."""
+    if isinstance(dataset, Subset):
+        return own_transform(dataset.dataset)
+    return getattr(dataset, "transform", None) or getattr(dataset, "transforms", None)
+
+
+def _files_of(dataset: Any) -> list[str] | None:
+    if isinstance(dataset, Subset):
+        whole = _files_of(dataset.dataset)
+        return whole and [whole[int(i)] for i in dataset.indices]
+    samples = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
+    if not isinstance(samples, list | tuple) or len(samples) != len(dataset):
+        return None
+    firsts = [one[0] if isinstance(one, list | tuple) and one else one for one in samples]
+    if not all(isinstance(first, str | Path) for first in firsts):
+        return None
+    root = getattr(dataset, "root", None)
+    return [_below(root, Path(first)) for first in firsts]
+
+
+def _below(root: Any, path: Path) -> str:
+    if isinstance(root, str | Path) and path.is_relative_to(root):
+        return path.relative_to(root).as_posix()
+    return os.fspath(path)
+
+
+def fingerprint(*transforms: Any) -> str | None:
+    """Return a text that identifies ``transforms``: their ``repr``, and the code of functions.
+
+    It is the same in every process, and ``None`` without transforms.
+    """
+    return "; ".join(_identified(one) for one in transforms if one is not None) or None
+
+
+def _identified(transform: Any) -> str:
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(transform))
+    code = getattr(transform, "__code__", None)
+    if isinstance(code, CodeType):
+        text += f" {hashlib.sha256(repr(_parts(code)).encode()).hexdigest()[:12]}"
+    return text
+
+
+def _parts(code: CodeType) -> list[Any]:
+    consts = [_parts(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+    return [code.co_code.hex(), code.co_names, consts]

@@ -1,12 +1,14 @@
-"""What one process does with its shards: decode, look, and write beside the next look."""
+"""One process with its shards: it decodes, runs the model, and writes meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from dinov2_attn.apps.extraction import shards
-from dinov2_attn.apps.extraction.buckets import Buckets
 from dinov2_attn.apps.extraction.decode import Picture, Refused
-from dinov2_attn.apps.extraction.inference import Seen, look
-from dinov2_attn.apps.extraction.item import Item
+from dinov2_attn.apps.extraction.inference import BatchMaps, attend_batch
+from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.extraction.options import Options
-from dinov2_attn.apps.extraction.pickled import can_be_sent
 from dinov2_attn.apps.extraction.plan import Plan
 from dinov2_attn.apps.viz.ranges import warn
 from dinov2_attn.errors import (
@@ -33,15 +33,47 @@ log = logging.getLogger(__name__)
 
 # Images that each worker decodes ahead.
 AHEAD = 4
-# A process takes seconds to start, in which this one has decoded as many.
+# A process takes seconds to start. Meanwhile this one decodes as many images.
 WORTH_A_WORKER = 64
+
+# How many batches of pictures may wait for others of their size.
+WAITING = 8
+
+# The shape and dtype that all pictures of a batch share.
+Kind = tuple[tuple[int, ...], str]
+
+
+class Buckets:
+    """Pictures grouped by size, so that batches need no padding.
+
+    The batches depend on the order of the pictures alone, so that every run makes the same.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._waiting: dict[Kind, list[Picture]] = {}
+
+    def add(self, picture: Picture) -> Iterator[list[Picture]]:
+        """Add a picture; yield the batch that it fills, or the fullest one if too many wait."""
+        kind = tuple(picture.pixels.shape), str(picture.pixels.dtype)
+        bucket = self._waiting.setdefault(kind, [])
+        bucket.append(picture)
+        if len(bucket) == self._batch_size:
+            yield self._waiting.pop(kind)
+        elif sum(map(len, self._waiting.values())) >= WAITING * self._batch_size:
+            yield self._waiting.pop(max(self._waiting, key=lambda key: len(self._waiting[key])))
+
+    def rest(self) -> Iterator[list[Picture]]:
+        """Yield the remaining batches, smallest pictures first."""
+        for kind in sorted(self._waiting):
+            yield self._waiting.pop(kind)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One process's way through its shards.
+    """The run of one process through its shards.
 
-    ``decoder`` makes pictures of items; ``bar`` is a tqdm, which images are counted on.
+    ``decoder`` makes pictures of items, and ``bar`` is the tqdm that counts images.
     """
 
     model: Any
@@ -59,32 +91,32 @@ class Run:
         numbered = (item for shard in own for item in self.plan.numbered(shard))
         decoding = decoded(self.decoder, numbered, self.plan.count(own), self.workers)
         done = 0
-        # One shard is written while the next is made; a third would be memory without need.
+        # One shard is written while the next is made. A third would only need more memory.
         writing: Future[int] | None = None
         with self.bar, contextlib.closing(decoding) as pictures, ThreadPoolExecutor(1) as writer:
             for shard in own:
-                seen, refused = self._see(shard, pictures)
+                batches, refused = self._attend(shard, pictures)
                 done += self._bytes_of(writing)
-                writing = writer.submit(shards.write, self.folder, shard, seen, refused)
+                writing = writer.submit(shards.write, self.folder, shard, batches, refused)
             return done + self._bytes_of(writing)
 
     def _bytes_of(self, writing: Future[int] | None) -> int:
         with writing_to(self.folder):
             return writing.result() if writing else 0
 
-    def _see(
+    def _attend(
         self, shard: int, pictures: Iterator[Picture | Refused]
-    ) -> tuple[list[Seen], list[Refused]]:
-        """Return what the model looks at in the images of a shard, and those without maps."""
-        seen: list[Seen] = []
+    ) -> tuple[list[BatchMaps], list[Refused]]:
+        """Return the maps of the images of a shard, and the images without maps."""
+        batches: list[BatchMaps] = []
         refused: list[Refused] = []
         for batch in self._batches(shard, pictures, refused):
-            for found in look(self.model, batch, self.options):
+            for found in attend_batch(self.model, batch, self.options):
                 if isinstance(found, Refused):
                     self._pass_over(found, refused)
                 else:
-                    seen.append(found)
-        return seen, refused
+                    batches.append(found)
+        return batches, refused
 
     def _batches(
         self, shard: int, pictures: Iterator[Picture | Refused], refused: list[Refused]
@@ -95,13 +127,13 @@ class Run:
             if isinstance(found, Refused):
                 self._pass_over(found, refused)
             else:
-                self._tell(found.doubt)
+                self._warn_once(found.doubt)
                 yield from buckets.add(found)
             self.bar.update()
         yield from buckets.rest()
 
-    def _tell(self, doubt: str | None) -> None:
-        """Warn of the first image whose range is doubtful; the others are likely as it is."""
+    def _warn_once(self, doubt: str | None) -> None:
+        """Warn of the first image with a doubtful range; others are probably alike."""
         if doubt is not None and not self.doubts:
             warn(f"{doubt}. Others like it are not reported")
             self.doubts.append(doubt)
@@ -115,9 +147,9 @@ class Run:
 def refuse(path: str, reason: str) -> None:
     """Raise ``UnreadableFileError`` for the first image without maps of a strict run."""
     raise UnreadableFileError(
-        "images that can all be read and seen, since the run is strict",
+        "images that can all be read and run, since the run is strict",
         (reason if path in reason else f"{path}: {reason}").rstrip("."),
-        "Mend the image and run with --retry, or run without --strict.",
+        "Fix the image and run with --retry, or run without --strict.",
     )
 
 
@@ -137,7 +169,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 def decoded(
     decoder: Any, numbered: Iterable[tuple[int, Item]], count: int, workers: int
 ) -> Generator[Any, None, None]:
-    """Yield what ``decoder`` makes of ``count`` items, in their order, by up to ``workers``."""
+    """Yield the pictures of ``count`` items in their order, decoded by up to ``workers``."""
     workers = min(workers, count // WORTH_A_WORKER)
     if workers and not can_be_sent(decoder):
         log.info("images are decoded in this process: its dataset or transform cannot be pickled")
@@ -151,7 +183,7 @@ def decoded(
         # this process is killed.
         multiprocessing_context="spawn" if workers else None,
         prefetch_factor=AHEAD if workers else None,
-        generator=torch.Generator(),  # the global one is not drawn from
+        generator=torch.Generator(),  # leave the global generator unchanged
     )
     try:
         yield from loader
@@ -163,3 +195,15 @@ def decoded(
             str(error).partition("\n")[0],
             "Their memory may not suffice: try fewer workers, or a smaller --max-pixels.",
         ) from error
+
+
+def can_be_sent(decoder: Any) -> bool:
+    """Return whether ``decoder`` can be sent to a new process."""
+    if getattr(decoder, "stays", False):
+        return False
+    try:
+        content = bytes(ForkingPickler.dumps(decoder))  # as it would be sent
+    except Exception:  # an object's own pickling may raise any exception
+        return False
+    # A class defined in a notebook or at a prompt exists in this process only.
+    return hasattr(sys.modules["__main__"], "__file__") or b"__main__" not in content
