@@ -1,0 +1,3 @@
+from tests.support.advice import Table
+CASES = Table()
+case = CASES.add

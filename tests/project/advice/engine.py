@@ -1,0 +1,470 @@
+"""Advice of what is asked of a model: attention, recordings, maps and what is made of them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import dinov2_attn
+from dinov2_attn import artifact_tokens, attention_maps, record, rollout
+from dinov2_attn.maps.attention_maps import AttentionMaps
+from tests.support.advice import Table
+from tests.support.compiling import compiles
+from tests.support.recordings import Around, build
+
+CASES = Table()
+case = CASES.add
+
+
+# Selections
+
+case(
+    "math",
+    "Leave heads out and select from dimension 1",
+    lambda lab: lab.model.get_last_self_attention(lab.x, heads=0),
+    lambda lab: lab.model.get_last_self_attention(lab.x)[:, 0],
+)
+case(
+    "math",
+    "Ask the model (get_self_attention, get_last_self_attention) or pass a slice",
+    lambda lab: lab.block(lab.tokens, return_attention=True, queries="patches"),
+    lambda lab: (
+        lab.model.get_self_attention(lab.x, queries="patches"),
+        lab.model.get_last_self_attention(lab.x, queries="patches"),
+        lab.block(lab.tokens, return_attention=True, queries=slice(1, None)),
+    ),
+)
+case(
+    "math",
+    "Pass an int or a sequence of ints",
+    lambda lab: lab.maps(queries=1.5),
+    lambda lab: (lab.maps(queries=1), lab.maps(queries=[1, 2])),
+)
+case(
+    "math",
+    "Check the spelling, or give positions",
+    lambda lab: lab.maps(queries="patch"),
+    lambda lab: (lab.maps(queries="patches"), lab.maps(queries=[1, 2])),
+)
+case(
+    "math",
+    "Positions count CLS first",
+    lambda lab: lab.maps(queries=7),
+    lambda lab: lab.maps(queries=6),
+)
+case(
+    "math",
+    "Count tokens: CLS",
+    lambda lab: lab.maps(queries=slice(0, 4, 0)),
+    lambda lab: lab.maps(queries=slice(0, 4)),
+)
+
+# Images and masks
+
+case(
+    "backbone",
+    "images[None]",
+    lambda lab: attention_maps(lab.model, lab.x[0]),
+    lambda lab: attention_maps(lab.model, lab.x[0][None]),
+)
+case(
+    "backbone",
+    "torchvision.transforms.functional.normalize(",
+    lambda lab: attention_maps(copy.deepcopy(lab.model).float(), lab.x.byte()),
+    lambda lab: attention_maps(
+        copy.deepcopy(lab.model).float(),
+        torchvision.transforms.functional.normalize(
+            lab.x.byte().float() / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        ),
+    ),
+)
+case(
+    "backbone",
+    "images.movedim(-1, 1)",
+    lambda lab: attention_maps(lab.model, lab.x.movedim(1, -1)),
+    lambda lab: attention_maps(lab.model, lab.x.movedim(1, -1).movedim(-1, 1)),
+)
+case(
+    "backbone",
+    "images.repeat(1, ",
+    lambda lab: attention_maps(lab.model, lab.x[:, :1]),
+    lambda lab: attention_maps(lab.model, lab.x[:, :1].repeat(1, 3, 1, 1)),
+)
+case(
+    "backbone",
+    "images[:, :3]",
+    lambda lab: attention_maps(lab.model, lab.x[:, [0, 1, 2, 2]]),
+    lambda lab: attention_maps(lab.model, lab.x[:, [0, 1, 2, 2]][:, :3]),
+)
+case(
+    "backbone",
+    "images.mean(1, keepdim=True)",
+    lambda lab: attention_maps(build(lab.upstream, in_chans=1), lab.x),
+    lambda lab: attention_maps(build(lab.upstream, in_chans=1), lab.x.mean(1, keepdim=True)),
+)
+case(
+    "backbone",
+    "Build the model with in_chans=",
+    lambda lab: attention_maps(lab.model, lab.x[:, [0, 1, 2, 2, 0]]),
+    lambda lab: attention_maps(build(lab.upstream, in_chans=5), lab.x[:, [0, 1, 2, 2, 0]]),
+)
+case(
+    "backbone",
+    "Crop or resize",
+    lambda lab: attention_maps(lab.model, lab.x[..., :5]),
+    lambda lab: attention_maps(lab.model, lab.x[..., :4]),
+)
+case(
+    "backbone",
+    "Skip the call, or pass images",
+    lambda lab: attention_maps(lab.model, []),
+    lambda lab: attention_maps(lab.model, [lab.x]),
+)
+case(
+    "backbone",
+    "Pass None in the list",
+    lambda lab: attention_maps(lab.model, [lab.x, lab.x], masks=[lab.mask.flatten(1)]),
+    lambda lab: attention_maps(lab.model, [lab.x, lab.x], masks=[lab.mask.flatten(1), None]),
+)
+case(
+    "backbone",
+    "Flatten the mask grid row by row",
+    lambda lab: attention_maps(lab.model, lab.x, masks=lab.mask),
+    lambda lab: attention_maps(lab.model, lab.x, masks=lab.mask.flatten(1)),
+)
+case(
+    "backbone",
+    "masks.bool()",
+    lambda lab: attention_maps(lab.model, lab.x, masks=lab.mask.flatten(1).int()),
+    lambda lab: attention_maps(lab.model, lab.x, masks=lab.mask.flatten(1).int().bool()),
+)
+case(
+    "backbone",
+    "Blocks count from 0",
+    lambda lab: lab.maps(layers=[3]),
+    lambda lab: lab.maps(layers=[2]),
+)
+case(
+    "backbone",
+    "Pass a sequence to choose single blocks: [",
+    lambda lab: lab.maps(layers=4),
+    lambda lab: lab.maps(layers=[2]),
+)
+
+# Modules asked by themselves
+
+case(
+    "grafting",
+    "Ask the model if images are at hand, or add the batch dimension",
+    lambda lab: lab.block(lab.tokens[0], return_attention=True),
+    lambda lab: lab.block(lab.tokens[0][None], return_attention=True),
+)
+case(
+    "grafting",
+    "This class takes no other",
+    lambda lab: lab.block.attn(lab.tokens, return_attn=True, mask=None),
+    lambda lab: lab.block.attn(lab.tokens, return_attn=True),
+)
+case(
+    "grafting",
+    "Pass return_attn, return_attention, queries and heads by keyword",
+    lambda lab: lab.block.attn(lab.tokens, None, None, "mean", return_attn=True),
+    lambda lab: lab.block.attn(lab.tokens, heads="mean", return_attn=True),
+)
+case(
+    "grafting",
+    "Pass one tensor (B, N, C) or a list of them",
+    lambda lab: lab.block(return_attention=True),
+    lambda lab: (
+        lab.block(lab.tokens, return_attention=True),
+        lab.block([lab.tokens], return_attention=True),
+    ),
+)
+
+
+class Dropping(Around):
+    def forward(self, x, **kwargs):
+        return self.inner(x)
+
+
+class HandingOn(Around):
+    def forward(self, x, **kwargs):
+        return self.inner(x, **kwargs)
+
+
+def around(lab, wrapper):
+    lab.model.blocks[0] = wrapper(lab.block)
+    return lab.model.get_self_attention(lab.x)
+
+
+case(
+    "grafting",
+    "Let the wrapper's forward pass **kwargs on",
+    lambda lab: around(lab, Dropping),
+    lambda lab: around(lab, HandingOn),
+)
+
+
+def of_ones_own(lab):
+    """Give the model a block whose class nothing was installed on, and return the model."""
+
+    class Block(type(lab.block)):
+        def forward(self, x):
+            return super().forward(x)
+
+    lab.model.blocks[0].__class__ = Block
+    return lab.model
+
+
+def installed(ask):
+    def right(lab):
+        model = of_ones_own(lab)
+        with dinov2_attn.install(model):
+            return ask(lab, model)
+
+    return right
+
+
+def asked(lab, model):
+    return model.get_self_attention(lab.x)
+
+
+case(
+    "grafting",
+    "Call dinov2_attn.install(model) with the live model",
+    lambda lab: asked(lab, of_ones_own(lab)),
+    installed(asked),
+)
+
+
+def recorded(model, run, *args, **options):
+    with record(model, *args, **options) as recording:
+        run()
+    return recording
+
+
+# install
+
+
+case(
+    "grafting",
+    'Call install(), install("some.vendored.package") or install(model)',
+    lambda _: dinov2_attn.install(3),
+    lambda lab: [
+        dinov2_attn.install(target).__exit__() for target in (None, "some.vendored", lab.model)
+    ],
+)
+case(
+    "grafting",
+    "Pass DINOv2 itself or a model that contains it",
+    lambda lab: dinov2_attn.install(lab.block.mlp),
+    lambda lab: [
+        dinov2_attn.install(target).__exit__() for target in (lab.model, Around(lab.model))
+    ],
+)
+
+
+def patched_on_top(lab, *, taken_off):
+    cls = next(cls for cls in type(lab.block).__mro__ if cls.__name__ == "Block")
+    ours = cls.forward
+    cls.forward = lambda self, *args: ours(self, *args)
+    try:
+        if taken_off:
+            cls.forward = ours
+        dinov2_attn.uninstall()
+    finally:
+        if not taken_off:
+            cls.forward = ours
+
+
+case(
+    "grafting",
+    "Take that patch off first, then call uninstall() again",
+    lambda lab: patched_on_top(lab, taken_off=False),
+    lambda lab: patched_on_top(lab, taken_off=True),
+)
+
+# Recordings
+
+
+def twice(lab):
+    with record(lab.model) as recording:
+        lab.model(lab.x)
+        lab.model(lab.x)
+    return recording
+
+
+case(
+    "maps",
+    "Each forward pass is an entry of .passes",
+    lambda lab: twice(lab).weights,
+    lambda lab: [one.weights for one in twice(lab).passes],
+)
+case(
+    "maps",
+    "lambda layer, weights: weights.mean(1).cpu()",
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), reduce="mean"),
+    lambda lab: recorded(
+        lab.model,
+        lambda: lab.model(lab.x),
+        reduce=lambda layer, weights: weights.mean(1).cpu(),
+    ),
+)
+case(
+    "maps",
+    "Run the model inside the block, in the same thread",
+    lambda lab: recorded(lab.model, lambda: None),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x)),
+)
+case(
+    "backbone",
+    "Pass the module whose forward will run",
+    lambda lab: recorded(lab.model.forward, lambda: lab.model(lab.x)),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x)),
+)
+case(
+    "backbone",
+    "Pass the one to record; the others may run too",
+    lambda lab: recorded(nn.ModuleList([lab.model, copy.deepcopy(lab.model)]), lambda: None),
+    lambda lab: recorded(lab.model, lambda: (lab.model(lab.x), copy.deepcopy(lab.model)(lab.x))),
+)
+case(
+    "backbone",
+    "Leave layers out for all",
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), []),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x)),
+)
+
+
+def attention_of_ones_own(lab):
+    class Attention(type(lab.block.attn)):
+        def forward(self, x):
+            return super().forward(x)
+
+    lab.block.attn.__class__ = Attention
+    return lab.model
+
+
+def recorded_when_installed(lab):
+    model = attention_of_ones_own(lab)
+    with dinov2_attn.install(model):
+        return recorded(model, lambda: model(lab.x))
+
+
+case(
+    "backbone",
+    "or install(model) with the live model, before recording",
+    lambda lab: recorded(attention_of_ones_own(lab), lambda: lab.model(lab.x)),
+    recorded_when_installed,
+)
+
+
+def compiled(lab):
+    if not compiles():
+        pytest.skip("this torch cannot compile on this Python")
+    torch._dynamo.reset()
+    return torch.compile(lab.model, backend="eager")
+
+
+def record_compiled(lab):
+    model = compiled(lab)
+    recorded(model, lambda: model._orig_mod(lab.x))
+    with torch.compiler.set_stance("force_eager"):
+        return recorded(model, lambda: model(lab.x))
+
+
+case(
+    "grafting",
+    "compiled._orig_mod(images), or compiled(images) under torch.compiler.set_stance",
+    lambda lab: recorded(lab.model, lambda: compiled(lab)(lab.x)),
+    record_compiled,
+)
+
+# What is made of maps
+
+
+def of_tokens(lab):
+    return recorded(lab.model, lambda: [block(lab.tokens) for block in lab.model.blocks])
+
+
+def saved(lab, maps, name="maps.safetensors"):
+    path = lab.folder / name
+    maps.save(path)
+    return path
+
+
+case(
+    "maps",
+    "dataclasses.replace(maps, grid=(h, w))",
+    lambda lab: of_tokens(lab).patch_maps(),
+    lambda lab: replace(of_tokens(lab).passes[0], grid=(2, 3)).patch_maps(),
+)
+case(
+    "maps",
+    "Correct prefix or grid",
+    lambda lab: replace(lab.maps(), grid=(3, 3)).patch_maps(),
+    lambda lab: replace(replace(lab.maps(), grid=(3, 3)), grid=(2, 3)).patch_maps(),
+)
+case(
+    "maps",
+    "or keep the columns in reduce",
+    lambda lab: recorded(
+        lab.model, lambda: lab.model(lab.x), reduce=lambda _, weights: weights[..., 1:]
+    ).patch_maps(),
+    lambda lab: recorded(
+        lab.model, lambda: lab.model(lab.x), reduce=lambda _, weights: weights.mean(-2)
+    ).patch_maps(),
+)
+case(
+    "backbone",
+    "pass the transformer itself",
+    lambda lab: attention_maps(Around(lab.model), lab.x),
+    lambda lab: dinov2_attn.install(lab.model) and attention_maps(Around(lab.model).inner, lab.x),
+)
+case(
+    "maps",
+    "Leave it out for the default",
+    lambda lab: artifact_tokens(lab.model, lab.x, deviations=0),
+    lambda lab: artifact_tokens(lab.model, lab.x),
+)
+case(
+    "maps",
+    "Leave layers out",
+    lambda lab: rollout(lab.model, lab.x, []),
+    lambda lab: rollout(lab.model, lab.x),
+)
+case(
+    "maps",
+    "so heads are fused",
+    lambda lab: rollout(lab.model, lab.x, heads=None),
+    lambda lab: [rollout(lab.model, lab.x, heads=heads) for heads in ("mean", "min", "max")],
+)
+case(
+    "maps",
+    "0.5 weighs what goes past",
+    lambda lab: rollout(lab.model, lab.x, residual=2),
+    lambda lab: rollout(lab.model, lab.x, residual=0.5),
+)
+case(
+    "maps",
+    "or make the folder",
+    lambda lab: saved(lab, lab.maps(), "absent/maps.safetensors"),
+    lambda lab: (lab.folder / "absent").mkdir() or saved(lab, lab.maps(), "absent/m.safetensors"),
+)
+case(
+    "maps",
+    "Save before .numpy()",
+    lambda lab: saved(lab, lab.maps().numpy()),
+    lambda lab: saved(lab, lab.maps()),
+)
+case(
+    "maps",
+    "Name the .safetensors file itself",
+    lambda lab: AttentionMaps.load(saved(lab, lab.maps()).parent),
+    lambda lab: AttentionMaps.load(saved(lab, lab.maps())),
+)
