@@ -14,9 +14,7 @@ from tests.project.advice import cli, engine, extraction, images, not_followed, 
 from tests.project.advice.lab import Lab
 from tests.support.advice import Hint, hints, unanswered
 
-CASES = [
-    case for table in (engine, weights, images, viz, extraction, cli) for case in table.CASES
-]
+CASES = [case for table in (engine, weights, images, viz, extraction, cli) for case in table.CASES]
 NOT_FOLLOWED = not_followed.ENTRIES
 
 

@@ -85,7 +85,9 @@ def unanswered(every: Sequence[Hint], known: Sequence[tuple[str, str]]) -> list[
     """
     taken: dict[int, Hint] = {}
     fitting = {
-        hint: [i for i, (area, words) in enumerate(known) if area == hint.area and words in hint.text]
+        hint: [
+            i for i, (area, words) in enumerate(known) if area == hint.area and words in hint.text
+        ]
         for hint in every
     }
 
@@ -137,5 +139,3 @@ def _hint(call: ast.Call, tree: ast.Module) -> str:
 def _texts(tree: ast.AST) -> list[str]:
     constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant))
     return [node.value for node in constants if isinstance(node.value, str)]
-
-

@@ -468,3 +468,51 @@ case(
     lambda lab: AttentionMaps.load(saved(lab, lab.maps()).parent),
     lambda lab: AttentionMaps.load(saved(lab, lab.maps())),
 )
+
+# Models as a type checker sees them
+
+case(
+    "grafting",
+    "Pass the model, not its output",
+    lambda lab: dinov2_attn.grafted(lab.model(lab.x)),
+    lambda lab: dinov2_attn.grafted(lab.model).get_last_self_attention(lab.x),
+)
+
+
+def not_installed(lab):
+    dinov2_attn.uninstall()
+    return dinov2_attn.grafted(lab.model)
+
+
+def then_installed(lab):
+    dinov2_attn.install(lab.model)
+    return dinov2_attn.grafted(lab.model).get_last_self_attention(lab.x)
+
+
+case("grafting", "Call dinov2_attn.install(model) first", not_installed, then_installed)
+case(
+    "grafting",
+    "Pass the one to ask",
+    lambda lab: dinov2_attn.grafted(nn.ModuleList([lab.model, copy.deepcopy(lab.model)])),
+    lambda lab: dinov2_attn.grafted(lab.model).get_last_self_attention(lab.x),
+)
+
+
+def partial(lab):
+    """Give the model a forward pass that runs its first block only."""
+
+    class Partial(type(lab.model)):
+        def forward_features(self, x, masks=None):
+            x = self.blocks[0](self.prepare_tokens_with_masks(x, masks))
+            return {"x_norm_clstoken": self.norm(x)[:, 0]}
+
+    lab.model.__class__ = Partial
+    return lab.model
+
+
+case(
+    "grafting",
+    "use record(model, [0, ...]) with those",
+    lambda lab: partial(lab)(lab.x, return_attention=True),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), [0]),
+)

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from dinov2_attn import AttentionDataset, extract
+import dinov2_attn
+from dinov2_attn import AttentionDataset, attention_maps, extract
 from dinov2_attn.errors import UnreadableFileError
+from tests.backbone import test_channel_adaptive
 from tests.support.advice import Table
 from tests.support.extraction import photographs
 
@@ -53,6 +55,20 @@ case(
     "Call model.eval()",
     lambda lab: extracted(training(lab)),
     lambda lab: extracted(evaluating(lab)),
+)
+
+
+def adaptive(lab, ask):
+    model = test_channel_adaptive.build(lab.upstream)
+    with dinov2_attn.install(model):
+        return ask(model)
+
+
+case(
+    "apps/extraction",
+    "Pass tensors of your channels (B, C, H, W) to attention_maps(model, images)",
+    lambda lab: adaptive(lab, lambda model: extract(model, source(lab), lab.folder / "out")),
+    lambda lab: adaptive(lab, lambda model: attention_maps(model, lab.x[:, :2])),
 )
 
 # Options
@@ -312,9 +328,7 @@ item(
 )
 item("tensor.to_dense()", lambda image: image.to_sparse(), lambda tensor: tensor.to_dense())
 item("the batch: tensor[0]", lambda image: image[None], lambda tensor: tensor[0])
-item(
-    "list(tensor)", lambda image: torch.stack([image, image]), lambda tensor: list(tensor)
-)
+item("list(tensor)", lambda image: torch.stack([image, image]), lambda tensor: list(tensor))
 item("tensor.expand(3, -1, -1)", lambda image: image[0], lambda t: t.expand(3, -1, -1))
 item("Give one image", lambda image: image[0, 0], lambda row: row.expand(3, 2, -1))
 item(
@@ -381,8 +395,6 @@ case(
 )
 
 # Folders of extractions
-
-
 
 
 case(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
-    "needs xFormers in the process: test_bias and test_nested follow it": {
+    "of biases and lists of tensors, which test_bias, test_call and test_nested follow": {
         "math": (
             "Pass the dense tensor of what is added to the scores",
             "Check heads and tokens",
@@ -18,6 +18,80 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "build with drop_path_rate=0",
         ),
     },
+    "needs a network or a package index": {
+        "apps/weights": (
+            "hf download",
+            "remove the file and run again",
+            "The line may have broken: run again",
+            "Give a file of yours with --weights PATH",
+            "Connect to GitHub or PyPI once",
+            "Connect to GitHub.",
+            "See that `python -m pip download` works here",
+            "runs the package index that pip uses",
+        ),
+        "proof/verify": ("Name the version to be verified",),
+    },
+    "needs a process without the library, or a program that is not installed": {
+        "_optional": (
+            "Install it with `pip install",
+            "Install them with `pip install",
+        ),
+        "proof/verify": ("pip install 'dinov2-attn[test]'",),
+        "apps/viz": (
+            "Install it with `pip install",
+            "pip install tifffile",
+            "Install it (apt install ffmpeg",
+            "or install an ffmpeg with H.264",
+        ),
+    },
+    "needs a process of its own: test_source starts them": {
+        "apps/weights": (
+            "Name the folder that `git clone` made",
+            "Choose before dinov2 is imported, in a new process",
+            "Mend or replace it",
+            "Set TORCH_HOME to a folder",
+        ),
+    },
+    "runs a command that test_not_a_checkpoint runs": {
+        "apps/weights": ("python -m torch.distributed.checkpoint.format_utils dcp_to_torch",),
+    },
+    "the remedy is the program of another project": {
+        "apps/weights": (
+            "Load it with the code that it is of",
+            "Load it with the code that it is of: DINOv2's classes cannot hold it",
+        ),
+    },
+    "needs a revision of upstream that rounds otherwise than those on PyPI": {
+        "apps/weights": ("Build the model with another img_size",),
+    },
+    "needs a GPU that fails: test_extract_failing puts one in its place": {
+        "apps/viz": ("Start the program again",),
+    },
+    "needs a process that is killed for its memory": {
+        "apps/extraction": ("try fewer workers, or a smaller --max-pixels",),
+    },
+    "needs a proof, which takes minutes: test_verify writes reports": {
+        "apps/cli": ("Name another.",),
+    },
+    "names no call, option or command: this cannot be had": {
+        "grafting": (
+            "This class is not supported",
+            "Ask for the weights, which know of it",
+        ),
+        "backbone": (
+            "so nothing was grafted",
+            "so nothing was grafted",
+            "so nothing was grafted",
+            "so nothing was grafted",
+            "so nothing was grafted",
+            "This copy was patched by hand",
+            "Weights of shared modules cannot be told apart",
+        ),
+    },
+    "whether a hook is seen differs from torch to torch: test_record_compiled asks": {
+        "grafting": ("Where qkv itself was compiled",),
+    },
+    "needs a copy that upstream has renamed": {"grafting": ("Upstream moved",)},
 }
 ENTRIES = [
     (area, snippet)

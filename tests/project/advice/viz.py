@@ -162,7 +162,6 @@ case(
 )
 
 
-
 def with_registers(lab):
     """Say of 7 columns that two are of registers."""
     return replace(lab.maps(), prefix=3, grid=(2, 2))

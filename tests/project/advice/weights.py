@@ -64,7 +64,7 @@ case(
 )
 case(
     "apps/weights",
-    "Build the model with init_values=",
+    "as it was when it was saved",
     lambda lab: load_checkpoint(made(layer_scale=False), lab.weights),
     lambda lab: load_checkpoint(made(layer_scale=True), lab.weights),
 )
@@ -103,6 +103,22 @@ case(
     "Download it again",
     lambda lab: lab.heatmap(weights=safetensors(lab, 0.5)),
     lambda lab: lab.heatmap(weights=safetensors(lab)),
+)
+
+
+def of_old(lab, share=1.0):
+    """Write a checkpoint in the format before PyTorch 1.6, cut short."""
+    path = lab.path("old.pth")
+    torch.save(made().state_dict(), path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    return lab.written("old.pth", content[: int(len(content) * share)])
+
+
+case(
+    "apps/weights",
+    "Download it again",
+    lambda lab: lab.heatmap(weights=of_old(lab, 0.5)),
+    lambda lab: lab.heatmap(weights=of_old(lab)),
 )
 
 

@@ -49,7 +49,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--device", default="cpu", help="torch's name of it, default: cpu")
     # What stands out in this model is the target, as it was trained to.
     plot_options.add_options(parser, outliers="none")
-    options = ("arch", "registers", "patch_size", "num_heads", "random_weights")
+    options = ("arch", "registers", "patch_size", "num_heads", "key", "random_weights")
     parser.set_defaults(run=run, weights=PATH, **dict.fromkeys(options))
 
 
