@@ -7,14 +7,29 @@ its hint.
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 
 import dinov2_attn
-from tests.project.advice import cli, engine, extraction, images, not_followed, viz, weights
+from tests.project.advice import (
+    cli,
+    datasets,
+    engine,
+    extraction,
+    images,
+    models,
+    not_followed,
+    recordings,
+    viz,
+    weights,
+)
 from tests.project.advice.lab import Lab
 from tests.support.advice import Hint, hints, unanswered
 
-CASES = [case for table in (engine, weights, images, viz, extraction, cli) for case in table.CASES]
+TABLES = (engine, recordings, weights, models, images, viz, extraction, datasets, cli)
+CASES = [case for table in TABLES for case in table.CASES]
 NOT_FOLLOWED = not_followed.ENTRIES
 
 
@@ -34,6 +49,19 @@ def test_the_advice_leads_to_a_call_that_works(lab, one):
     lab.hint = caught.value.hint
     assert one.snippet in lab.hint
     assert one.right(lab) is not False
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("command", "option", "value"), cli.PROPOSED)
+def test_a_value_that_the_program_proposes_is_taken(lab, capsys, command, option, value):
+    output = "page.html" if command == "explore" else "out"
+    run = [command, lab.image, "-o", lab.folder / output, "--weights", lab.weights]
+    with pytest.raises(SystemExit):
+        lab.typed(*run, f"{option}={value}")
+    proposal = re.search(r"Try (.+)\.$", capsys.readouterr().err.strip())[1]
+    for proposed in proposal.split(" or "):
+        shutil.rmtree(lab.folder / output, ignore_errors=True)
+        lab.typed(*run, f"{option}={proposed}")
 
 
 def test_every_error_is_followed_or_says_why_not():

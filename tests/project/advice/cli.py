@@ -167,3 +167,20 @@ case(
     with_a_link_outside,
     lambda lab: find(f"{lab.folder}/checkout", None, scratch(lab, "b"))[0].unpack(),
 )
+
+
+# What argparse refuses, and proposes: the command, the option and a wrong value of it
+
+PROPOSED = [
+    ("heatmap", "--threshold", "1.5"),
+    ("heatmap", "--alpha", "much"),
+    ("heatmap", "--range", "7,3"),
+    ("heatmap", "--mean", "grey"),
+    ("heatmap", "--std", "grey"),
+    ("explore", "--layers", "last"),
+    ("explore", "--max-mb", "0"),
+    ("extract", "--layers", "last"),
+    ("extract", "--queries", "patch"),
+    ("extract", "--grid", "16"),
+    ("extract", "--workers", "-1"),
+]

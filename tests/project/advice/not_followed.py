@@ -44,13 +44,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "or install an ffmpeg with H.264",
         ),
     },
-    "needs a process of its own: test_source starts them": {
-        "apps/weights": (
-            "Name the folder that `git clone` made",
-            "Choose before dinov2 is imported, in a new process",
-            "Mend or replace it",
-            "Set TORCH_HOME to a folder",
-        ),
+    "needs a disk that cannot be written, and a package index: test_source follows it": {
+        "apps/weights": ("Set TORCH_HOME to a folder",),
     },
     "runs a command that test_not_a_checkpoint runs": {
         "apps/weights": ("python -m torch.distributed.checkpoint.format_utils dcp_to_torch",),
@@ -73,7 +68,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "needs a proof, which takes minutes: test_verify writes reports": {
         "apps/cli": ("Name another.",),
     },
-    "names no call, option or command: this cannot be had": {
+    "names no call, option or command, since there is none that helps": {
         "grafting": (
             "This class is not supported",
             "Ask for the weights, which know of it",

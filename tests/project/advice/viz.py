@@ -9,7 +9,7 @@ import torch
 
 from dinov2_attn import artifact_tokens, attention_maps, viz
 from dinov2_attn.apps.explorer.write import write_page
-from tests.project.advice.engine import recorded
+from tests.project.advice.recordings import recorded
 from tests.support.advice import Table
 from tests.support.recordings import build
 

@@ -12,7 +12,7 @@ from dinov2_attn.errors import InvalidInputError, in_one_line
 def positive(text: str) -> int:
     """Read a whole number of at least 1."""
     if not (text.isdecimal() and int(text) > 0):
-        raise ArgumentTypeError(f"expected a whole number above 0; found {text!r}. Try 14.")
+        raise ArgumentTypeError(f"expected a whole number above 0; found {text!r}. Give 1 or more.")
     return int(text)
 
 
@@ -68,7 +68,7 @@ def blocks(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ArgumentTypeError(
-            f"expected blocks with commas between them; found {text!r}. Try 0,5,11."
+            f"expected blocks with commas between them; found {text!r}. Try 0 or 0,1."
         ) from error
 
 
