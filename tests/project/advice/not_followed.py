@@ -68,11 +68,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "needs a proof, which takes minutes: test_verify writes reports": {
         "apps/cli": ("Name another.",),
     },
-    "names no call, option or command, since there is none that helps": {
-        "grafting": (
-            "This class is not supported",
-            "Ask for the weights, which know of it",
-        ),
+    "the remedy is other code of the user's: there is no call or option that helps": {
+        "grafting": ("This class is not supported",),
         "backbone": (
             "so nothing was grafted",
             "so nothing was grafted",
@@ -82,6 +79,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "This copy was patched by hand",
             "Weights of shared modules cannot be told apart",
         ),
+    },
+    "needs a model of causal blocks, which no copy on PyPI has": {
+        "grafting": ("Ask for the weights, which know of it",),
     },
     "whether a hook is seen differs from torch to torch: test_record_compiled asks": {
         "grafting": ("Where qkv itself was compiled",),
