@@ -147,7 +147,7 @@ def layers_to_take(n: Layers, depth: int) -> list[int]:
             raise OutOfRangeError(
                 f"n, the number of last blocks to take, between 0 and {depth}",
                 str(n),
-                f"Pass a sequence to choose single blocks: n=[{depth - 1}] is the last.",
+                f"Pass a sequence to choose single blocks: [{depth - 1}] is the last.",
             )
         return list(range(depth - n, depth))
     layers = [whole_number(i, "blocks") for i in n]

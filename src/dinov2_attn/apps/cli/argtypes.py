@@ -20,7 +20,7 @@ Options: TypeAlias = "argparse.ArgumentParser | argparse._ArgumentGroup"
 def positive(text: str) -> int:
     """Read a whole number of at least 1."""
     if not (text.isdecimal() and int(text) > 0):
-        raise ArgumentTypeError(f"expected a whole number above 0; found {text!r}. Try 14.")
+        raise ArgumentTypeError(f"expected a whole number above 0; found {text!r}. Give 1 or more.")
     return int(text)
 
 
@@ -78,7 +78,7 @@ def layers(text: str) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ArgumentTypeError(
-            f"expected blocks with commas between them, or all; found {text!r}. Try 0,5,11."
+            f"expected blocks with commas between them, or all; found {text!r}. Try 0 or 0,1."
         ) from error
 
 

@@ -179,5 +179,5 @@ def _too_small(room: int, needed: int) -> InvalidInputError:
     return InvalidInputError(
         "room for one row of the last layer, with the image and the page itself",
         f"{max(room, 0) / MEGABYTE:.3f} MB, of {needed / MEGABYTE:.3f} MB that it takes",
-        f"Raise --max-mb (max_mb) by {short / MEGABYTE:.3f} or more.",
+        f"Raise --max-mb (max_mb) by {-(-short // 1000) / 1000:.3f} or more.",  # rounded up
     )

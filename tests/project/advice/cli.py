@@ -1,0 +1,186 @@
+"""Advice of the program, and of what it verifies."""
+
+from __future__ import annotations
+
+import subprocess
+import zipfile
+
+from dinov2_attn.proof.verify.sources import find
+from tests.support.advice import Table
+
+CASES = Table()
+case = CASES.add
+
+
+def heatmap(lab, *arguments):
+    lab.typed("heatmap", *arguments, "-o", lab.folder / "out", "--weights", lab.weights)
+
+
+def explore(lab, *arguments):
+    lab.typed("explore", *arguments, "-o", lab.folder / "a.html", "--weights", lab.weights)
+
+
+case(
+    "apps/cli",
+    "Name one, or try --sample.",
+    heatmap,
+    lambda lab: (
+        heatmap(lab, lab.image),
+        heatmap(lab, "--sample", "--image-size", 8),
+    ),
+)
+case(
+    "apps/cli",
+    "Name one, or try --sample; a page shows one image",
+    explore,
+    lambda lab: (
+        explore(lab, lab.image),
+        explore(lab, "--sample", "--image-size", 8),
+    ),
+)
+case(
+    "apps/cli",
+    "Give N for the short side, or height and width",
+    lambda lab: heatmap(lab, lab.image, "--image-size", 8, 8, 8),
+    lambda lab: (
+        heatmap(lab, lab.image, "--image-size", 8),
+        heatmap(lab, lab.image, "--image-size", 8, 12),
+    ),
+)
+case(
+    "apps/cli",
+    "Leave it out: a name tells",
+    lambda lab: lab.heatmap("--random-weights", "--image-size", 28, "--num-heads", 2),
+    lambda lab: lab.heatmap("--random-weights", "--image-size", 28),
+)
+case(
+    "apps/cli",
+    "Leave it out.",
+    lambda lab: lab.heatmap("--random-weights", "--image-size", 28, "--key", "teacher"),
+    lambda lab: lab.heatmap("--random-weights", "--image-size", 28),
+)
+case(
+    "apps/cli",
+    "Leave the options out: the file tells",
+    lambda lab: lab.heatmap("--patch-size", 4, "--arch", "vit_base", weights=lab.weights),
+    lambda lab: lab.heatmap(weights=lab.weights),
+)
+case(
+    "apps/cli",
+    "Try --device cpu",
+    lambda lab: lab.heatmap("--device", "gpu", weights=lab.weights),
+    lambda lab: lab.heatmap("--device", "cpu", weights=lab.weights),
+)
+
+
+def demo(lab, seed):
+    lab.typed("demo", "-o", lab.folder / "demo", "--count", 1, "--seed", seed)
+
+
+case(
+    "apps/cli",
+    "Choose a smaller --seed",
+    lambda lab: demo(lab, 10**9),
+    lambda lab: demo(lab, 0),
+)
+
+
+# What is verified
+
+
+def scratch(lab, name):
+    lab.path(f"{name}/x")
+    return lab.folder / name
+
+
+def copy_of_the_code(lab, name="mine/dinov2", classes="MemEffAttention"):
+    """Write what a copy of DINOv2's layers is known by; return the folder that it is in."""
+    for module in ("attention", "block"):
+        lab.path(f"checkout/{name}/layers/{module}.py").write_text(f"class {classes}: ...\n")
+    return lab.folder / "checkout"
+
+
+case(
+    "proof/verify",
+    "Name the package that holds it: --package NAME",
+    lambda lab: lab.typed("verify", copy_of_the_code(lab, "mine", "Weights")),
+    lambda lab: find(str(lab.folder / "checkout"), "mine", scratch(lab, "s"))[0].package == "mine",
+)
+
+
+def as_text(lab):
+    return lab.written("mine.whl", b"no wheel")
+
+
+case(
+    "proof/verify",
+    "Name the checkout's folder",
+    lambda lab: lab.typed("verify", as_text(lab)),
+    lambda lab: bool(find(str(copy_of_the_code(lab)), None, scratch(lab, "s"))),
+)
+
+
+def git(lab, *arguments):
+    me = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    subprocess.run(["git", "-C", lab.folder / "checkout", *me, *arguments], check=True)
+
+
+def clone(lab):
+    """Commit a copy of the code, and return the clone."""
+    checkout = copy_of_the_code(lab, "dinov2")
+    git(lab, "init", "-q")
+    git(lab, "add", ".")
+    git(lab, "commit", "-q", "-m", "a copy")
+    return checkout
+
+
+def wheel(lab):
+    """Zip a copy of the code."""
+    checkout = copy_of_the_code(lab)
+    with zipfile.ZipFile(lab.path("mine.whl"), "w") as archive:
+        for path in checkout.rglob("*.py"):
+            archive.write(path, path.relative_to(checkout))
+    return lab.folder / "mine.whl"
+
+
+case(
+    "proof/verify",
+    "Name a folder, a clone with @REVISION",
+    lambda lab: lab.typed("verify", lab.folder / "absent"),
+    lambda lab: (
+        find(str(copy_of_the_code(lab)), None, scratch(lab, "a")),
+        find(f"{clone(lab)}@HEAD", None, scratch(lab, "b"))[0].unpack(),
+        find(f"file://{lab.folder}/checkout", None, scratch(lab, "c"))[0].unpack(),
+    ),
+)
+
+
+def with_a_link_outside(lab):
+    (copy_of_the_code(lab, "dinov2") / "outside").symlink_to("/")
+    clone(lab)
+    find(f"{lab.folder}/checkout@HEAD", None, scratch(lab, "a"))[0].unpack()
+
+
+case(
+    "proof/verify",
+    "Check it out, look at it, and name that folder",
+    with_a_link_outside,
+    lambda lab: find(f"{lab.folder}/checkout", None, scratch(lab, "b"))[0].unpack(),
+)
+
+
+# What argparse refuses, and proposes: the command, the option and a wrong value of it
+
+PROPOSED = [
+    ("heatmap", "--threshold", "1.5"),
+    ("heatmap", "--alpha", "much"),
+    ("heatmap", "--range", "7,3"),
+    ("heatmap", "--mean", "grey"),
+    ("heatmap", "--std", "grey"),
+    ("explore", "--layers", "last"),
+    ("explore", "--max-mb", "0"),
+    ("extract", "--layers", "last"),
+    ("extract", "--queries", "patch"),
+    ("extract", "--grid", "16"),
+    ("extract", "--workers", "-1"),
+]

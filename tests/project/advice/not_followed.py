@@ -1,0 +1,96 @@
+"""Advice that no case follows: by the reason and the area, a few words of each."""
+
+from __future__ import annotations
+
+TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "of biases and lists of tensors, which test_bias, test_call and test_nested follow": {
+        "math": (
+            "Pass the dense tensor of what is added to the scores",
+            "Check heads and tokens",
+            "Leave _batch_sizes at None",
+            "Leave _batch_sizes at None",
+            "Name the keys that each block of queries sees",
+            "Concatenate the sequences along dimension 1",
+        ),
+        "kernels": (
+            "import upstream without XFORMERS_DISABLED",
+            "or pass attn_bias.materialize(",
+            "build with drop_path_rate=0",
+        ),
+    },
+    "needs a network or a package index": {
+        "apps/weights": (
+            "hf download",
+            "remove the file and run again",
+            "The line may have broken: run again",
+            "Give a file of yours with --weights PATH",
+            "Connect to GitHub or PyPI once",
+            "Connect to GitHub.",
+            "See that `python -m pip download` works here",
+            "runs the package index that pip uses",
+        ),
+        "proof/verify": ("Name the version to be verified",),
+    },
+    "needs a process without the library, or a program that is not installed": {
+        "_optional": (
+            "Install it with `pip install",
+            "Install them with `pip install",
+        ),
+        "proof/verify": ("pip install 'dinov2-attn[test]'",),
+        "apps/viz": (
+            "Install it with `pip install",
+            "pip install tifffile",
+            "Install it (apt install ffmpeg",
+            "or install an ffmpeg with H.264",
+        ),
+    },
+    "needs a disk that cannot be written, and a package index: test_source follows it": {
+        "apps/weights": ("Set TORCH_HOME to a folder",),
+    },
+    "runs a command that test_not_a_checkpoint runs": {
+        "apps/weights": ("python -m torch.distributed.checkpoint.format_utils dcp_to_torch",),
+    },
+    "the remedy is the program of another project": {
+        "apps/weights": (
+            "Load it with the code that it is of",
+            "Load it with the code that it is of: DINOv2's classes cannot hold it",
+        ),
+    },
+    "needs a revision of upstream that rounds otherwise than those on PyPI": {
+        "apps/weights": ("Build the model with another img_size",),
+    },
+    "needs a GPU that fails: test_extract_failing puts one in its place": {
+        "apps/viz": ("Start the program again",),
+    },
+    "needs a process that is killed for its memory": {
+        "apps/extraction": ("try fewer workers, or a smaller --max-pixels",),
+    },
+    "needs a proof, which takes minutes: test_verify writes reports": {
+        "apps/cli": ("Name another.",),
+    },
+    "the remedy is other code of the user's: there is no call or option that helps": {
+        "grafting": ("This class is not supported",),
+        "backbone": (
+            "so nothing was grafted",
+            "so nothing was grafted",
+            "so nothing was grafted",
+            "so nothing was grafted",
+            "so nothing was grafted",
+            "This copy was patched by hand",
+            "Weights of shared modules cannot be told apart",
+        ),
+    },
+    "needs a model of causal blocks, which no copy on PyPI has": {
+        "grafting": ("Ask for the weights, which know of it",),
+    },
+    "whether a hook is seen differs from torch to torch: test_record_compiled asks": {
+        "grafting": ("Where qkv itself was compiled",),
+    },
+    "needs a copy that upstream has renamed": {"grafting": ("Upstream moved",)},
+}
+ENTRIES = [
+    (area, snippet)
+    for areas in TABLE.values()
+    for area, snippets in areas.items()
+    for snippet in snippets
+]

@@ -1,0 +1,216 @@
+"""Advice about pictures: what is drawn of maps, and pages of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import torch
+
+from dinov2_attn import artifact_tokens, attention_maps, viz
+from dinov2_attn.apps.explorer.write import write_page
+from tests.project.advice.recordings import recorded
+from tests.support.advice import Table
+from tests.support.recordings import build
+
+CASES = Table()
+case = CASES.add
+
+
+def drawn(lab, maps, **options):
+    return viz.plot(maps, **options).figure
+
+
+case(
+    "apps/viz",
+    "Leave heads out of attention_maps",
+    lambda lab: drawn(lab, lab.maps(heads="mean"), head=0),
+    lambda lab: drawn(lab, lab.maps(), head=0),
+)
+case(
+    "apps/viz",
+    "Ask attention_maps or record for it by queries=",
+    lambda lab: drawn(lab, lab.maps(queries="cls"), query=(0, 1)),
+    lambda lab: drawn(lab, lab.maps(queries=[0, 2]), query=(0, 1)),
+)
+case(
+    "apps/viz",
+    "layers=None takes all",
+    lambda lab: drawn(lab, lab.maps(layers=1), layer=0),
+    lambda lab: drawn(lab, lab.maps(layers=None), layer=0),
+)
+case(
+    "apps/viz",
+    "Images count from 0",
+    lambda lab: drawn(lab, lab.maps(), sample=2),
+    lambda lab: drawn(lab, lab.maps(), sample=1),
+)
+case(
+    "apps/viz",
+    "Give the image's",
+    lambda lab: drawn(lab, lab.maps(), sample=(0, 1)),
+    lambda lab: drawn(lab, lab.maps(), sample=1),
+)
+case(
+    "apps/viz",
+    "Give the number of the batch and of the image in it",
+    lambda lab: drawn(lab, attention_maps(lab.model, [lab.x]), sample=1),
+    lambda lab: drawn(lab, attention_maps(lab.model, [lab.x]), sample=(0, 1)),
+)
+case(
+    "apps/viz",
+    "Draw what attention_maps returns, without reduce",
+    lambda lab: drawn(
+        lab,
+        recorded(lab.model, lambda: lab.model(lab.x), reduce=lambda _, w: w[0, 0, 0]),
+    ),
+    lambda lab: drawn(lab, recorded(lab.model, lambda: lab.model(lab.x))),
+)
+case(
+    "apps/viz",
+    "Pass what artifact_tokens returned for the same batch",
+    lambda lab: drawn(lab, lab.maps(), sample=1, artifacts=artifact_tokens(lab.model, lab.x[:1])),
+    lambda lab: drawn(lab, lab.maps(), sample=1, artifacts=artifact_tokens(lab.model, lab.x)),
+)
+case(
+    "apps/viz",
+    "Check the spelling",
+    lambda lab: viz.Style(interpolation="nearst"),
+    lambda lab: drawn(lab, lab.maps(), style=viz.Style(interpolation="nearest")),
+)
+case(
+    "apps/viz",
+    "Try 0.5",
+    lambda lab: viz.Style(alpha=2),
+    lambda lab: drawn(lab, lab.maps(), style=viz.Style(alpha=0.5)),
+)
+case(
+    "apps/viz",
+    "Rename it",
+    lambda lab: viz.save(drawn(lab, lab.maps()), lab.folder / "map.bmp"),
+    lambda lab: viz.save(drawn(lab, lab.maps()), lab.folder / "map.png"),
+)
+case(
+    "apps/viz",
+    "Make its folder, or name another",
+    lambda lab: viz.save(drawn(lab, lab.maps()), lab.folder / "absent" / "map.png"),
+    lambda lab: (
+        (lab.folder / "absent").mkdir()
+        or viz.save(drawn(lab, lab.maps()), lab.folder / "absent" / "map.png")
+    ),
+)
+case(
+    "apps/viz",
+    "Put the channels last",
+    lambda lab: drawn(lab, lab.maps(), image=lab.photograph.transpose(2, 0, 1)),
+    lambda lab: drawn(lab, lab.maps(), image=lab.photograph),
+)
+case(
+    "apps/viz",
+    "Registers count from 1, rows and columns of patches from 0",
+    lambda lab: drawn(lab, lab.maps(), query="first"),
+    lambda lab: drawn(lab, lab.maps(), query="0,0"),
+)
+case(
+    "apps/viz",
+    "Ask for cls, or for a patch by ROW,COL",
+    lambda lab: drawn(lab, lab.maps(), query="register:1"),
+    lambda lab: [drawn(lab, lab.maps(), query=query) for query in ("cls", "1,2")],
+)
+case(
+    "apps/viz",
+    "Give two whole numbers",
+    lambda lab: drawn(lab, lab.maps(), query=(1, 2, 3)),
+    lambda lab: drawn(lab, lab.maps(), query=(1, 2)),
+)
+case(
+    "apps/viz",
+    "Rows go from 0 to ",
+    lambda lab: drawn(lab, lab.maps(), query=(2, 0)),
+    lambda lab: drawn(lab, lab.maps(), query=(1, 2)),
+)
+
+
+def page(lab, maps=None, **options):
+    picture = options.pop("picture", lab.photograph)
+    return write_page(lab.folder / "page.html", picture, maps or lab.maps(), **options)
+
+
+case(
+    "apps/explorer",
+    "25 is the default",
+    lambda lab: page(lab, max_mb=0),
+    lambda lab: page(lab, max_mb=25),
+)
+case(
+    "apps/explorer",
+    "Pass LoadedImage.picture",
+    lambda lab: page(lab, picture=lab.photograph[:3]),
+    lambda lab: page(lab),
+)
+case(
+    "apps/explorer",
+    "Pass the maps of one batch",
+    lambda lab: page(lab, attention_maps(lab.model, [lab.x])),
+    lambda lab: page(lab, attention_maps(lab.model, lab.x)),
+)
+case(
+    "apps/explorer",
+    "One page shows one image",
+    lambda lab: page(lab, sample=2),
+    lambda lab: page(lab, sample=1),
+)
+
+
+def with_registers(lab):
+    """Say of 7 columns that two are of registers."""
+    return replace(lab.maps(), prefix=3, grid=(2, 2))
+
+
+case(
+    "apps/viz",
+    "Registers count from 1.",
+    lambda lab: drawn(lab, with_registers(lab), query="register:3"),
+    lambda lab: drawn(lab, with_registers(lab), query="register:1"),
+)
+case(
+    "apps/explorer",
+    "Raise --max-mb (max_mb) by ",
+    lambda lab: page(lab, max_mb=0.001),
+    lambda lab: page(lab, max_mb=0.001 + float(re.search(r"by ([\d.]+) or more", lab.hint)[1])),
+)
+case(
+    "apps/explorer",
+    "Ask all layers for the same queries and heads",
+    lambda lab: page(lab, mixed(lab.maps(), lab.maps(heads="mean"))),
+    lambda lab: page(lab, mixed(lab.maps(), lab.maps())),
+)
+
+
+def mixed(first, second):
+    return replace(first, weights=(*first.weights[:1], *second.weights[1:]))
+
+
+def with_nan(lab):
+    """Give the checkpoint of ``lab`` one NaN."""
+    state = {name: tensor.clone() for name, tensor in lab.model.state_dict().items()}
+    state["blocks.2.attn.qkv.weight"][0, 0] = torch.nan
+    return state
+
+
+def page_of(lab, state):
+    model = build(lab.upstream)
+    model.load_state_dict(state)
+    return page(lab, attention_maps(model, lab.x))
+
+
+def without_nan(state):
+    return {name: torch.nan_to_num(tensor) for name, tensor in state.items()}
+
+
+case(
+    "apps/explorer",
+    "look for NaN in its checkpoint",
+    lambda lab: page_of(lab, with_nan(lab)),
+    lambda lab: page_of(lab, without_nan(with_nan(lab))),
+)
