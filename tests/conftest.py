@@ -12,6 +12,7 @@ from hypothesis import Phase, settings
 import dinov2_attn
 from tests.support import upstreams
 from tests.support import xformers_visibility as xformers
+from tests.support.markers import markers_of
 
 # Upstream decides at import. Most tests run as on a machine without xFormers, where a CPU can
 # compare with ungrafted upstream; those of `nested` see the real one (test_nested and others).
@@ -37,6 +38,13 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 # more. Processes that tests start take as many.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("DINOV2_ATTN_TEST_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    """Give tests the markers of tests/support/markers.py."""
+    for item in items:
+        for marker in markers_of(item.nodeid.removeprefix("tests/")):
+            item.add_marker(marker)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""README.md and docs/: their Python and commands run, their figures are measured, their links lead on."""
+"""README.md and docs/: Python runs, commands are understood, figures are measured, links lead."""
 
 from __future__ import annotations
 
