@@ -1,4 +1,4 @@
-"""What attention costs beside upstream's own forward, and beside what others offer.
+"""The cost of attention, compared with upstream's forward and with other libraries.
 
 Ratios of medians, measured in one run on one machine, interleaved in random order::
 
@@ -141,7 +141,7 @@ def against_upstream(size: Size, image: int, rounds: int, *, with_peers: bool) -
 def one_matrix(size: Size, image: int, rounds: int) -> list[Row]:
     """Measure one layer's matrix against the bare product that allocates its result.
 
-    Before anything else: later the allocator has memory at hand whose pages are there.
+    Run this first: later the allocator has memory whose pages are already mapped.
     """
     length = 1 + size.registers + (image // size.patch) ** 2
     query, key = torch.randn(2, 1, size.heads, length, size.dim // size.heads, device=DEVICE)

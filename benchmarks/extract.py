@@ -113,7 +113,7 @@ QUICK = (Plan(224, (64, 128), 1, tuple(ASKED)),)
 
 
 def rows(model: Any, plan: Plan, workers: int) -> list[Any]:
-    """Measure what is asked, each round of it beside a round of the loop."""
+    """Measure extraction, with a round of the loop next to each of its rounds."""
     size, (few, many) = plan.size, plan.counts
     device = str(next(model.parameters()).device)
     found = []

@@ -52,7 +52,7 @@ def peak_bytes(call: Call) -> int:
     """Return the most that ``call`` held at a time beyond what was there before.
 
     On the CPU by PyTorch's own allocation events: other processes and the operating system's
-    habits stay out of it. Where CUDA is at hand, by its allocator.
+    habits stay out of it. With CUDA, its allocator counts.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -10,17 +10,17 @@ import torch
 from hypothesis import Phase, settings
 
 import dinov2_attn
-from dinov2_attn.apps.weights import source
 from tests.support import upstreams
 from tests.support import xformers_visibility as xformers
+from tests.support.markers import markers_of
 
 # Upstream decides at import. Most tests run as on a machine without xFormers, where a CPU can
 # compare with ungrafted upstream; those of `nested` see the real one (test_nested and others).
 xformers.hide()
 
 # "ci" repeats itself, so that a landing is never held up by a newly drawn example; a search for
-# new ones is `pytest --hypothesis-profile=thorough`. "mutants" is for `.ci/mutate`: a test has only
-# to fail there, nobody reads on what.
+# new ones is `pytest --hypothesis-profile=thorough`. "mutants" is for `tools/mutate`: a test
+# only has to fail there.
 settings.register_profile("default", deadline=None, max_examples=20)
 settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=500)
@@ -38,6 +38,13 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 # more. Processes that tests start take as many.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("DINOV2_ATTN_TEST_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    """Give tests the markers of tests/support/markers.py."""
+    for item in items:
+        for marker in markers_of(item.nodeid.removeprefix("tests/")):
+            item.add_marker(marker)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -101,36 +108,3 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-# mutmut asks those tests of a mutant that called its function. These are called once for all tests
-# of a module, and what they return is called by each.
-CALLED_FOR_ALL = {
-    "dinov2_attn.grafting.modules.x_graft_attention",
-    "dinov2_attn.grafting.modules.x_graft_block",
-    "dinov2_attn.grafting.models.x_graft_forward",
-    "dinov2_attn.grafting.models.x_graft_forward_features",
-    "dinov2_attn.grafting.models.x_graft_prepare_tokens",
-}
-
-# And these in fresh processes, where mutmut sees nobody call them.
-CALLED_BY_TEST_SOURCE = {
-    f"dinov2_attn.apps.weights.source.x_{name}"
-    for name, function in vars(source).items()
-    if getattr(function, "__module__", "") == source.__name__
-}
-
-
-def pytest_runtest_setup(item):
-    """Count them for each test, where mutmut is about to note who calls what."""
-    if os.environ.get("MUTANT_UNDER_TEST") != "stats":
-        return
-    from mutmut.stats import record_trampoline_hit
-
-    called = set()
-    if {"layers", "models", "nested", "grafted"} & set(item.fixturenames):
-        called |= CALLED_FOR_ALL
-    if item.path.name == "test_source.py":
-        called |= CALLED_BY_TEST_SOURCE
-    for name in called:
-        record_trampoline_hit(name)

@@ -110,11 +110,11 @@ def sizes(images: Tensor) -> list[Tensor]:
 
 
 def train(model: Any, images: Tensor) -> dict[str, Any]:
-    """Blocks that draw random numbers: weights must be those of the very pass that drew them."""
+    """Blocks that draw random numbers: weights must be those of the pass that drew them."""
     torch.manual_seed(1)
     answers = model.train().forward_features(images, return_attention=True)
     last = model.get_last_self_attention(images)
-    # The next number tells whether a block has run that nobody needed.
+    # The next number shows whether a block ran that was not needed.
     return {"answers": answers, "last": last, "next number": torch.rand(1)}
 
 
@@ -135,7 +135,7 @@ def ask_modules(dtype: torch.dtype, xformers: bool) -> dict[str, Any]:
             ]
     for cls in (attention.Attention, attention.MemEffAttention):
         module = randomise(cls(dim, HEADS), dtype)
-        module.scale = 0.7  # which explicit code looks at, and fused kernels do not
+        module.scale = 0.7  # which explicit code reads, and fused kernels do not
         answers[cls.__name__] = [module(tokens), module(tokens, return_attn=True)]
     if xformers:
         bias = noise(2, HEADS, 5, 5).to(dtype)

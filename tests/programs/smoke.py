@@ -1,4 +1,4 @@
-"""What a user does first, with the installed wheel beside PyTorch and nothing else.
+"""What a user does first, with the installed wheel and only PyTorch.
 
 ``python -I tests/programs/smoke.py FOLDER``, where FOLDER is what the wheel was installed into:
 -I, so that no path of this checkout helps. It says nothing and fails with the first thing that is

@@ -11,12 +11,14 @@ import pytest
 import yaml
 
 import dinov2_attn
+from tests.support.markers import MARKERS, markers_of
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pytest itself needs it there
 
+TESTS = Path(__file__).parents[1]
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
@@ -156,6 +158,43 @@ def test_supported_pythons_are_those_that_are_tested():
     tested = read(workflow)["jobs"]["newest"]["strategy"]["matrix"]["python"]
     assert set(tested) == stated
     assert PROJECT["requires-python"] == f">={tested[0]}"
+
+
+def test_markers_are_registered_and_name_tests_that_exist():
+    registered = PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]
+    assert {line.partition(":")[0] for line in registered} == MARKERS.keys()
+    for place in {place for places in MARKERS.values() for place in places}:
+        file, _, name = place.partition("::")
+        assert (TESTS / file).exists(), place
+        assert not name or f"def {name}(" in (TESTS / file).read_text(encoding="utf-8"), place
+
+
+@pytest.mark.parametrize(
+    ("test", "markers"),
+    [
+        ("proof/test_git.py::test_a", {"subprocess", "slow"}),
+        ("torch_features/test_compiled.py::test_a[x]", {"slow"}),
+        ("maps/test_record.py::test_a_full_matrix_does_not_outlive_its_layer[x]", {"slow"}),
+        ("maps/test_record.py::test_a_full_matrix_does_not_outlive_its_layer_too", set()),
+        ("maps/test_record.py::test_a", set()),
+    ],
+)
+def test_a_marker_is_that_of_the_folder_the_file_or_the_function(test, markers):
+    assert markers_of(test) == markers
+
+
+def test_mutation_rooms_are_run_by_the_robot_and_name_what_exists():
+    rooms = tomllib.loads((ROOT / "tools" / "mutation.toml").read_text(encoding="utf-8"))["room"]
+    (workflow,) = [path for path in WORKFLOWS if path.name == "mutation.yml"]
+    assert read(workflow)["jobs"]["mutate"]["strategy"]["matrix"]["room"] == list(rooms)
+    for room in rooms.values():
+        source = ROOT / "src" / "dinov2_attn" / room["source"]
+        assert source.is_dir()
+        assert not [name for name in room.get("except", []) if not (source / name).is_file()]
+        for test in [*room["tests"], *room.get("without", [])]:
+            file, _, name = test.partition("::")
+            assert (TESTS / file).exists(), test
+            assert not name or f"def {name}(" in (TESTS / file).read_text(encoding="utf-8"), test
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)

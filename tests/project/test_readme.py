@@ -1,90 +1,162 @@
-"""What the README says is what was measured, and its Python runs as it stands."""
+"""README.md and docs/: Python runs, commands are understood, figures are measured, links lead."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import dinov2_attn
+from dinov2_attn.apps.cli.main import _parser
 from tests.support.extraction import draw
-from tests.support.strategies import noise, randomise
+from tests.support.strategies import randomise
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+OUTER = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md", ROOT / "SECURITY.md"]
+
+# A block that cannot run everywhere says why, in the line above it.
+NOT_RUN = r"<!-- not run: [^>]+ -->\n"
+PYTHON = re.compile(rf"({NOT_RUN})?^```python\n(.*?)^```", re.S | re.M)
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.S | re.M)
+# Names that users replace by their own, and programs that are called by another one.
+PLACES = (
+    r"(?<![\w./-])(?:src|tests|tools|docs|benchmarks|typing_tests|patches|\.ci|\.github)/[\w./-]*\w"
+)
 
 
-def rows(file):
-    return [line for line in file.read_text().splitlines() if line.startswith("|")]
+def named(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page):
+    """Return the Python of ``page`` that runs."""
+    return [code for not_run, code in PYTHON.findall(page.read_text("utf-8")) if not not_run]
+
+
+def commands(page):
+    """Return the arguments of each call of ``dinov2-attn`` in ``page``."""
+    lines = "\n".join(SHELL.findall(page.read_text("utf-8"))).splitlines()
+    calls = [line.partition("dinov2-attn ")[2] for line in lines if "dinov2-attn " in line]
+    return [shlex.split(call, comments=True) for call in calls]
+
+
+def rows(page):
+    return [line for line in page.read_text("utf-8").splitlines() if line.startswith("|")]
 
 
 def test_the_table_of_costs_is_quoted_from_the_benchmark():
     measured = rows(ROOT / "benchmarks" / "results" / "cost.md")
-    section = (
-        (ROOT / "README.md").read_text().partition("## What it costs")[2].partition("\n## ")[0]
-    )
-    quoted = [line for line in section.splitlines() if line.startswith("|")]
+    quoted = rows(ROOT / "docs" / "costs.md")
     assert len(quoted) > 10
     assert [line for line in quoted if line not in measured] == []
 
 
-# The others want a network, or the real xFormers: test_nested asks for lists as they do.
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (ROOT / "README.md").read_text().partition("## In Python")[2], re.S
-)
+def test_the_costs_in_the_readme_are_those_of_the_table():
+    quoted = re.findall(r"(\d\.\d\d) ×", README.read_text("utf-8"))
+    costs = (ROOT / "docs" / "costs.md").read_text("utf-8")
+    last, timm = quoted
+    assert f"| last block, full | vit_small, 518 | {last} × upstream's forward" in costs
+    assert f"| timm AttentionExtract, last block, full | vit_small, 518 | {timm} ×" in costs
+
+
+def test_the_rate_of_extraction_is_that_of_the_benchmark():
+    measured = (ROOT / "benchmarks" / "results" / "extract.md").read_text("utf-8")
+    text = (ROOT / "docs" / "extraction.md").read_text("utf-8").replace("\n", " ")
+    rate, *ratios = re.findall(r"(\d+\.\d) images/s|(\d\.\d\d) times", text)
+    assert f"| {rate[0]} | {ratios[0][1]} × |" in measured
+    assert all(f"| {ratio} × |" in measured for _, ratio in ratios)
 
 
 @pytest.fixture
-def names(first, tmp_path, monkeypatch):
-    """What the README takes for granted, of real classes: a model, images, a photograph."""
-    figure = pytest.importorskip("matplotlib.figure")
+def folder(first, tmp_path, monkeypatch):
+    """A folder with the files that pages name, and torch.hub with a small model of real classes."""
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     transformer = first.cls("DinoVisionTransformer")
     shape = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "num_heads": 6, "depth": 12}
     model = randomise(transformer(**shape, block_chunks=0), 0)
     torch.save({"teacher": model.state_dict()}, "teacher_checkpoint.pth")
-    monkeypatch.setattr(torch.hub, "load", lambda *_: model)
-    images = noise(2, 3, 70, 126, seed=0)
-    return {
-        "images": images,
-        "tokens": noise(2, 46, 24, seed=1),
-        "normed": noise(2, 46, 24, seed=2),
-        "photograph": torch.zeros(70, 126, 3, dtype=torch.uint8).numpy(),
-        "ax": figure.Figure().add_subplot(),
-        "depth_anything": nn.Sequential(model),
+    monkeypatch.setattr(torch.hub, "load", lambda *_: model.eval())
+    draw(tmp_path / "cat.jpg", (70, 126), 0)
+    draw(tmp_path / "photos" / "a.png", (70, 126), 1)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=named)
+def test_its_python_runs_from_top_to_bottom(page, folder):
+    names = {}
+    for block in blocks(page):
+        exec(compile(block, named(page), "exec"), names)
+    dinov2_attn.uninstall()
+
+
+def test_the_first_screen_gives_weights_and_a_picture(folder):
+    (block,) = blocks(README)
+    names = {}
+    exec(block, names)
+    assert names["weights"].shape == (1, 6, 46, 46)
+    assert (folder / "cat-attention.png").stat().st_size > 1000
+
+
+def test_what_is_read_out_of_an_extraction_is_there(folder):
+    names = {}
+    for block in blocks(ROOT / "docs" / "extraction.md"):
+        exec(block, names)
+    assert names["image"]["path"] == "a.png"
+    assert names["maps"].shape == (12, 1, 16, 16)
+
+
+def test_pages_that_are_named_hold_python():
+    assert {page.name for page in PAGES if blocks(page)} >= {
+        *("README.md", "quickstart.md", "recording.md", "pictures.md", "checkpoints.md"),
+        *("extraction.md", "api.md"),
     }
 
 
-def test_its_python_runs_as_it_stands(names):
-    first, *others = BLOCKS
-    exec(first, names)
-    for block in others:
-        if "depth_anything" in block or "attention_maps" in block:
-            exec(block, names)
-    assert names["cls"].shape == (2, 6, 1, 46)
-    assert names["maps"].weights[0].shape == (2, 46, 46)
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=named)
+def test_its_commands_are_understood(page):
+    for arguments in commands(page):
+        assert callable(_parser().parse_args(arguments).run)
 
 
-def test_what_it_reads_out_of_an_extraction_is_there(names, tmp_path):
-    exec(BLOCKS[0], names)
-    draw(tmp_path / "photos" / "a.png", (70, 126), 0)
-    dinov2_attn.extract(names["model"], "photos", "out")
-    reading, asking = (block for block in BLOCKS if '"out' in block)
-    exec(reading, names)
-    assert len(reading.partition("\n\n")[2].splitlines()) == 4
-    assert names["maps"].shape == (1, 6, 1, 5, 9)
-    (tmp_path / "out").rename("before")
-    exec(asking, names)
-    assert names["maps"][0]["maps"].shape == (12, 1, 16, 16)
-
-
-def test_each_name_in_it_is_there():
-    used = set(re.findall(r"dinov2_attn\.(\w+(?:\.\w+)?)\(", "\n".join(BLOCKS)))
-    assert {"install", "viz.plot", "load_checkpoint"} <= used
+def test_each_function_that_pages_name_is_there():
+    text = "\n".join(page.read_text("utf-8") for page in PAGES)
+    used = set(re.findall(r"\bdinov2_attn\.(\w+(?:\.\w+)?)\(", text))
+    assert {"install", "load_checkpoint", "extract", "AttentionMaps.load"} <= used
     for path in used:
         found = dinov2_attn
         for name in path.split("."):
             found = getattr(found, name)
         assert callable(found)
+
+
+def test_every_public_name_is_in_the_table_of_the_api():
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    assert [name for name in dinov2_attn.__all__ if name not in text] == []
+
+
+@pytest.mark.parametrize("page", OUTER, ids=named)
+def test_its_links_lead_to_files(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.S | re.M)
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+    inside = [link for link in links if "://" not in link]
+    assert [link for link in inside if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", OUTER, ids=named)
+def test_files_that_it_names_exist(page):
+    found = {place for place in re.findall(PLACES, page.read_text("utf-8")) if "*" not in place}
+    assert [place for place in found if not (ROOT / place).exists()] == []
+
+
+def test_the_readme_is_short_and_begins_with_what_runs():
+    text = README.read_text("utf-8")
+    assert len(text.splitlines()) <= 120
+    assert text.index("```python") < text.index("```sh")
+    for command in ("bin/dinov2-attn demo", "bin/pytest"):  # .ci/run takes these lines
+        assert sum(command in line for line in text.splitlines()) == 1

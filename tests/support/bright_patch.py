@@ -1,4 +1,4 @@
-"""A photograph with one bright patch, for a model that looks at what is bright."""
+"""A photograph with one bright patch, for a model that attends to bright patches."""
 
 from __future__ import annotations
 

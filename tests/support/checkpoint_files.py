@@ -37,7 +37,7 @@ def both(teacher, student):
 
 
 def compiled(model):
-    """As ``torch.compile`` wraps it, which nobody has to run for that."""
+    """As ``torch.compile`` wraps it. The model need not run for that."""
     return nn.ModuleDict({"_orig_mod": model})
 
 

@@ -1,7 +1,7 @@
 """What classes should hold after any event, worked out from the contract and not from the registry.
 
 A slot is one name of one class. Everybody who patches it remembers what was there: we as well as
-others. Classes are told by upstream's names for them, not by the structure that the package reads.
+others. Classes are found by upstream's names, not by the structure that the package reads.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Slot:
         return vars(self.owner).get(self.name, ABSENT)
 
     def put(self, what: Any) -> None:
-        """Do what somebody else does: change the class, not asking us."""
+        """Patch the class as third-party code does, without this package."""
         if what is ABSENT:
             delattr(self.owner, self.name)
         else:
@@ -73,7 +73,7 @@ class Slot:
 
     @property
     def is_undone(self) -> bool:
-        """Whether somebody put back what was below our graft, or below all patches."""
+        """Whether third-party code restored what was below our graft, or below all patches."""
         return self.graft is not None and self.now in (self.graft.old, self.written)
 
     @property
@@ -93,7 +93,7 @@ class Slot:
         self.graft = None
 
     def graft_for(self, target: Hashable) -> None:
-        """Expect our graft for ``target``: a new one unless there is one that nobody undid."""
+        """Expect our graft for ``target``: a new one unless one is still in place."""
         graft = self.graft
         if graft is None or self.is_undone:
             new = self.held()
@@ -165,7 +165,7 @@ class Expected:
 
 
 def may_be_patched(slot):
-    """Below our graft a branch that asks for xFormers cannot be proved through somebody's patch."""
+    """Below our graft a branch for xFormers cannot be proved through a third-party patch."""
     return slot.in_force or not (slot.now is ABSENT or slot.owner.__name__ == "MemEffAttention")
 
 
@@ -177,7 +177,7 @@ def pending(upstream, expected):
 
 
 def watched(upstream: Upstream) -> list[str]:
-    """Name the modules of ``upstream`` that are imported, of those that ``install`` looks at."""
+    """Name the modules of ``upstream`` that are imported, of those that ``install`` reads."""
     if upstream is FIRST:
         return [name for name in UPSTREAM_MODULES if name in sys.modules]
     inside = (upstream.package, f"{upstream.package}.")

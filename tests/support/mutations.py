@@ -46,7 +46,7 @@ def unpack(upstream: Upstream, folder: Path) -> None:
     with zipfile.ZipFile(fetch_wheel(upstream.wheel)) as wheel:
         inside = upstream.package.replace(".", "/") + "/"
         wheel.extractall(folder, [n for n in wheel.namelist() if n.startswith(inside)])
-    # A name in sys.modules is how Python is told otherwise, and this is another process.
+    # A name in sys.modules would do, but this is another process.
     (folder / "xformers.py").write_text("raise ImportError('hidden by a test')\n")
 
 

@@ -35,7 +35,7 @@ class Adapted(nn.Linear):
 
 
 class Around(nn.Module):
-    """A wrapper that hands no keywords on."""
+    """A wrapper that passes no keywords on."""
 
     def __init__(self, inner):
         super().__init__()

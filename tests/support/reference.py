@@ -1,7 +1,7 @@
 """Attention from its definition, in NumPy and float64: shares no code with the package.
 
-Only the projection is the module's own, so that the queries and keys are the very ones, with
-the very rounding, that upstream's kernel is given.
+Only the projection is the module's own, so that queries and keys have the
+same bits as those that upstream's kernel is given.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two equalities of the shipped conformance suite, for the tests beside it."""
+"""The two equalities of the shipped conformance suite, for the tests."""
 
 from __future__ import annotations
 

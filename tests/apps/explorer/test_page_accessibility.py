@@ -26,7 +26,7 @@ from tests.support.exploring import (
     weights,
 )
 
-pytest_plugins = ["tests.programs.open_pages"]  # fixtures: exact, shown, pages, chromium, page
+pytest_plugins = ["tests.support.open_pages"]  # fixtures: exact, shown, pages, chromium, page
 pytestmark = NEEDS_CHROMIUM
 
 # Keys

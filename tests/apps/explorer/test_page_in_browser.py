@@ -28,7 +28,7 @@ from tests.support.exploring import (
 )
 from tests.support.figure_probes import maps_on
 
-pytest_plugins = ["tests.programs.open_pages"]  # fixtures: exact, shown, pages, chromium, page
+pytest_plugins = ["tests.support.open_pages"]  # fixtures: exact, shown, pages, chromium, page
 pytestmark = NEEDS_CHROMIUM
 
 # The numbers under the cursor

@@ -1,0 +1,48 @@
+"""A pytest plugin that `tools/mutate` loads: it tells mutmut of calls that mutmut cannot see.
+
+mutmut runs for a mutant the tests that called its function. Fixtures of a module call some
+functions once for all its tests, and fresh processes call others.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
+
+GRAFTING_FIXTURES = {"layers", "models", "nested", "grafted"}
+
+# Called once for all tests of a module. Each of its tests calls the functions that they return.
+CALLED_FOR_ALL = {
+    "dinov2_attn.grafting.modules.x_graft_attention",
+    "dinov2_attn.grafting.modules.x_graft_block",
+    "dinov2_attn.grafting.models.x_graft_forward",
+    "dinov2_attn.grafting.models.x_graft_forward_features",
+    "dinov2_attn.grafting.models.x_graft_prepare_tokens",
+}
+
+
+def _called_in_fresh_processes() -> set[str]:
+    """Return what tests/apps/weights/test_source.py calls in processes of its own."""
+    from dinov2_attn.apps.weights import source
+
+    return {
+        f"{source.__name__}.x_{name}"
+        for name, function in vars(source).items()
+        if getattr(function, "__module__", "") == source.__name__
+    }
+
+
+def pytest_runtest_setup(item: pytest.Function) -> None:
+    """Count these calls for each test while mutmut records who calls what."""
+    if os.environ.get("MUTANT_UNDER_TEST") != "stats":
+        return
+    from mutmut.stats import record_trampoline_hit
+
+    called = set(CALLED_FOR_ALL) if GRAFTING_FIXTURES & set(item.fixturenames) else set()
+    if item.path.name == "test_source.py":
+        called |= _called_in_fresh_processes()
+    for name in called:
+        record_trampoline_hit(name)
