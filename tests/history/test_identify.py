@@ -36,7 +36,7 @@ MODEL = LiveModel("a model", frozenset())
 def warned(found, target="dinov2"):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        identify.warn_of_drift(GraftRegistry(), target, found)
+        identify.warn_of_drift(GraftRegistry().original, target, found)
     return [str(warning.message) for warning in caught if warning.category is UpstreamDriftWarning]
 
 
@@ -86,7 +86,7 @@ def test_a_function_that_is_gone_does_not_hide_those_after_it(first, monkeypatch
     block = FIRST.module(FIRST.block)
     monkeypatch.delattr(block.NestedTensorBlock, "forward_nested")
     monkeypatch.setattr(block, "get_attn_bias_and_cat", block.Block.forward)
-    said = identify.recognise(GraftRegistry(), classes())
+    said = identify.recognise(GraftRegistry().original, classes())
     assert "blocks as in " in said
     assert " but for get_attn_bias_and_cat, verified by contract" in said
 
@@ -95,14 +95,14 @@ def test_what_a_class_inherits_is_its_own(first):
     """A fork may put a class of upstream's name around upstream's."""
     *layers, base = classes()
     above = type(base.__name__, (base,), {"__module__": base.__module__})
-    known = identify.recognise(GraftRegistry(), [*layers, base])
+    known = identify.recognise(GraftRegistry().original, [*layers, base])
     assert "models as in " in known
-    assert identify.recognise(GraftRegistry(), [*layers, above]) == known
+    assert identify.recognise(GraftRegistry().original, [*layers, above]) == known
 
 
 def test_what_is_no_function_has_no_source_to_be_known_by(first, monkeypatch):
     monkeypatch.setattr(FIRST.cls("Attention"), "forward", len)
-    said = identify.recognise(GraftRegistry(), classes())
+    said = identify.recognise(GraftRegistry().original, classes())
     assert said.startswith("attention verified by contract and behaviour, source not available; ")
 
 
@@ -111,7 +111,7 @@ def test_a_function_of_no_module_is_not_said_to_be_of_one(first, monkeypatch):
         return x
 
     monkeypatch.setattr(FIRST.cls("Attention"), "forward", types.FunctionType(forward.__code__, {}))
-    said = identify.recognise(GraftRegistry(), classes())
+    said = identify.recognise(GraftRegistry().original, classes())
     assert " but for Attention.forward, verified by contract" in said
 
 
@@ -128,7 +128,7 @@ def test_all_that_differs_is_named(first, monkeypatch):
     init, forward = Attention.__init__, Attention.forward
     monkeypatch.setattr(Attention, "__init__", forward)
     monkeypatch.setattr(Attention, "forward", init)
-    said = identify.recognise(GraftRegistry(), classes())
+    said = identify.recognise(GraftRegistry().original, classes())
     assert " but for Attention.__init__, Attention.forward, verified by contract" in said
 
 
@@ -153,7 +153,7 @@ def test_a_graft_is_looked_below_and_an_undone_one_is_not(first):
     """What is recognised is upstream's function, not ours, nor what an undone graft replaced."""
     Attention = FIRST.cls("Attention")
     plain, registry = Attention.forward, GraftRegistry()
-    before = identify.recognise(registry, classes())
+    before = identify.recognise(registry.original, classes())
 
     @functools.wraps(plain, updated=())
     def ours(self, x):
@@ -161,9 +161,9 @@ def test_a_graft_is_looked_below_and_an_undone_one_is_not(first):
 
     registry.set(Attention, "forward", ours, "dinov2")
     try:
-        assert identify.recognise(registry, classes()) == before
+        assert identify.recognise(registry.original, classes()) == before
     finally:
         Attention.forward = plain
-    assert identify.recognise(registry, classes()) == before
+    assert identify.recognise(registry.original, classes()) == before
     assert inspect.unwrap(Attention.forward) is plain
     assert dinov2_attn.status().recognised == {}

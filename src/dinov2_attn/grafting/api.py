@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.import_hook import Finder
 from dinov2_attn.grafting.registry import GraftRegistry
-from dinov2_attn.grafting.targets import UPSTREAM, UPSTREAM_MODULES, LiveModel, Package
+from dinov2_attn.grafting.targets import UPSTREAM_MODULES, LiveModel, Package
+from dinov2_attn.history.eras import UPSTREAM
 
 if TYPE_CHECKING:
     from torch import nn
@@ -218,7 +219,9 @@ def _recognise(target: Hashable) -> str:
     from dinov2_attn.history.identify import recognise
 
     owners = [graft.owner for graft in _REGISTRY if target in graft.targets]
-    return recognise(_REGISTRY, list(dict.fromkeys(o for o in owners if isinstance(o, type))))
+    return recognise(
+        _REGISTRY.original, list(dict.fromkeys(o for o in owners if isinstance(o, type)))
+    )
 
 
 def _install_package(package: Package, fallback: bool) -> Handle:

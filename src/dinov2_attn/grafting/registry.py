@@ -118,6 +118,11 @@ class GraftRegistry:
         """Undo everything."""
         self._undo(self._grafts)
 
+    def original(self, owner: Owner, name: str) -> object:
+        """Return what ``owner`` holds by ``name``, below our graft on it."""
+        ours = self.find(owner, name)
+        return next((g.old for g in ours if not g.is_undone), namespace_of(owner)[name])
+
     def find(self, owner: Owner, name: str) -> list[Graft]:
         """Return the grafts on ``owner.name``: one, and those that other code undid."""
         return [graft for graft in self if graft.owner is owner and graft.name == name]

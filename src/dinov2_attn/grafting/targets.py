@@ -81,7 +81,6 @@ def _missing(role: str, module: str) -> IncompatibleUpstreamError:
 
 # Other modules of upstream have attention of other projects (BEiT adapters in eval/), so its places
 # are named. A vendored copy is searched.
-UPSTREAM = "dinov2"
 UPSTREAM_MODULES = {
     "dinov2.layers.attention": "ATTENTION",
     "dinov2.layers.block": "BLOCK",

@@ -105,7 +105,7 @@ def graft_classes(
         else:
             registry.release(target, only_kernels=True)
         if transaction.has_new_grafts:
-            warn_of_drift(registry, target, [cls for cls, _ in found])
+            warn_of_drift(registry.original, target, [cls for cls, _ in found])
 
 
 def constructor_options(classes: list[tuple[type, Role]]) -> dict[Role, dict[str, Any]]:

@@ -16,6 +16,9 @@ from itertools import groupby
 
 from dinov2_attn.history.digests import digests_in
 
+# The name of upstream's package.
+UPSTREAM = "dinov2"
+
 # By file and class, the functions whose code decides what the grafts return: those that
 # are grafted, and what they call between the tokens and the kernel. `Attention.__init__`
 # makes the projection and the scale from which weights are recomputed. The constructors of

@@ -9,17 +9,19 @@ from __future__ import annotations
 import shlex
 import sys
 import warnings
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dinov2_attn.errors import UpstreamDriftWarning
-from dinov2_attn.grafting.registry import GraftRegistry, Owner, namespace_of
-from dinov2_attn.grafting.targets import UPSTREAM
 from dinov2_attn.history import eras
 from dinov2_attn.history.digests import digest_of
-from dinov2_attn.history.eras import ATTENTION, BLOCKS, MODELS, RELIED_ON, Code
+from dinov2_attn.history.eras import ATTENTION, BLOCKS, MODELS, RELIED_ON, UPSTREAM, Code
+
+# What a class or a module's globals hold by a name, below our graft on it.
+Owner = type | dict[str, Any]
+Original = Callable[[Owner, str], object]
 
 _PROVED = "verified by contract and behaviour"
 
@@ -39,14 +41,14 @@ class FunctionDigest:
         return self.name + (f" (of {self.author})" if self.author else "")
 
 
-def recognise(registry: GraftRegistry, classes: Iterable[type]) -> str:
+def recognise(original: Original, classes: Iterable[type]) -> str:
     """Return which revisions have the code of ``classes``, which were proved at install.
 
     ``attention and blocks as in 12592a9 … 7764ea0 (2025-06-11 … 2026-06-03), verified``;
     if upstream never had that code, what of it is upstream's and what is not.
     """
     classes = list(classes)
-    seen = {section: _look(registry, section, classes) for section in RELIED_ON}
+    seen = {section: _look(original, section, classes) for section in RELIED_ON}
     pair = [*seen[ATTENTION], *seen[BLOCKS]]
     if seen[ATTENTION] and seen[BLOCKS] and eras.agreeing(_code(pair)):
         said = [_say(f"{ATTENTION} and {BLOCKS}", pair)]
@@ -63,14 +65,14 @@ def recognise(registry: GraftRegistry, classes: Iterable[type]) -> str:
     return "; ".join(said)
 
 
-def warn_of_drift(registry: GraftRegistry, target: Hashable, classes: Iterable[type]) -> None:
+def warn_of_drift(original: Original, target: Hashable, classes: Iterable[type]) -> None:
     """Warn if upstream's own package holds code that no revision known here does.
 
     Forks are never warned of. A package is judged when all of it is imported, so that one warning
     names every change.
     """
     own = [cls for cls in classes if _package(cls.__module__) == UPSTREAM]
-    seen = {section: _look(registry, section, own) for section in RELIED_ON}
+    seen = {section: _look(original, section, own) for section in RELIED_ON}
     whole = isinstance(target, str)
     found = [function for section in seen.values() for function in section]
     if (whole and not all(seen.values())) or any(s.digest is None for s in found):
@@ -101,23 +103,23 @@ def _say(what: str, functions: list[FunctionDigest]) -> str:
     return f"{said} but for {', '.join(_unmatched(shared, functions))}, {_PROVED}"
 
 
-def _look(registry: GraftRegistry, section: str, classes: list[type]) -> list[FunctionDigest]:
+def _look(original: Original, section: str, classes: list[type]) -> list[FunctionDigest]:
     """Return the functions of ``classes`` by upstream's names, without duplicates."""
     names = RELIED_ON[section]
     seen = [
-        s for cls in classes for s in _function_digests(registry, cls, names.get(cls.__name__, ()))
+        s for cls in classes for s in _function_digests(original, cls, names.get(cls.__name__, ()))
     ]
     return list(dict.fromkeys(seen))
 
 
 def _function_digests(
-    registry: GraftRegistry, cls: type, names: Iterable[str]
+    original: Original, cls: type, names: Iterable[str]
 ) -> Iterator[FunctionDigest]:
     module: dict[str, Any] = {}  # where `cls` was written, by way of its functions
     for name in names:
         head, _, last = name.rpartition(".")
         owner = cls if head == cls.__name__ else module.get(head, module)
-        function = _find(registry, owner, last)
+        function = _find(original, owner, last)
         if function is None:  # then what called it has another digest too
             continue
         scope = getattr(function, "__globals__", {})
@@ -128,14 +130,12 @@ def _function_digests(
         yield FunctionDigest(name, digest_of(function), author if foreign else "")
 
 
-def _find(registry: GraftRegistry, owner: Owner, name: str) -> object:
+def _find(original: Original, owner: Owner, name: str) -> object:
     """Return what a class or a module's globals hold by ``name``, without our graft on it."""
     places = owner.__mro__ if isinstance(owner, type) else (owner,)
     for place in places:
-        held = namespace_of(place)
-        if name in held:
-            ours = registry.find(place, name)
-            return next((g.old for g in ours if not g.is_undone), held[name])
+        if name in (vars(place) if isinstance(place, type) else place):
+            return original(place, name)
     return None
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from dinov2_attn.backbone.structure import Role
-from dinov2_attn.grafting.targets import UPSTREAM
+from dinov2_attn.history.eras import UPSTREAM
 
 # The global that upstream checks in every pass before it calls xFormers.
 GATE = "XFORMERS_AVAILABLE"

@@ -16,7 +16,8 @@ import pytest
 
 from dinov2_attn.backbone.structure import classes_in
 from dinov2_attn.errors import in_one_line
-from dinov2_attn.grafting.targets import UPSTREAM, UPSTREAM_MODULES
+from dinov2_attn.grafting.targets import UPSTREAM_MODULES
+from dinov2_attn.history.eras import UPSTREAM
 from dinov2_attn.proof.conformance.code import GATE, Code
 
 # In the source of every module that defines one of the parts: `self.qkv`, `qkv_bias`.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dinov2_attn._download import download
 from dinov2_attn.errors import InvalidInputError, UnavailableError
-from dinov2_attn.grafting.targets import UPSTREAM
+from dinov2_attn.history.eras import UPSTREAM
 from dinov2_attn.proof.verify.git import Repository, is_bare
 
 # The files that the suite depends on. The rest of a checkout is training and evaluation.
