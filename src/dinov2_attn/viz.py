@@ -1,29 +1,27 @@
-"""Pictures of attention: the short name of ``dinov2_attn.apps.viz``.
+"""Pictures of attention: load an image, plot its maps, explore them in a page.
 
 >>> from dinov2_attn import attention_maps, viz
 >>> image = viz.load_image("cat.jpg", model)
->>> viz.plot(attention_maps(model, image.tensor[None], queries="cls"), image=image)
+>>> maps = attention_maps(model, image.tensor[None], queries="cls")
+>>> viz.plot(maps, layer=11, head=3, image=image)
+>>> viz.explore(model, image, "cat.html")
+
+These names need ``dinov2-attn[viz]``. Each is imported at its first use.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.viz import lazy_names
+from dinov2_attn import _optional
+from dinov2_attn._lazy import lazily
 
 if TYPE_CHECKING:
-    from dinov2_attn.apps.viz import (
-        LoadedImage,
-        Style,
-        animate,
-        explore,
-        load_image,
-        plot,
-        plot_heads,
-        plot_layers,
-        plot_masks,
-        save,
-    )
+    from dinov2_attn.apps.explorer.explore import explore
+    from dinov2_attn.apps.viz.images import LoadedImage, load_image
+    from dinov2_attn.apps.viz.pictures import plot, plot_heads, plot_layers, plot_masks
+    from dinov2_attn.apps.viz.saving import animate, save
+    from dinov2_attn.apps.viz.style import Style
 
 __all__ = [
     "LoadedImage",
@@ -38,4 +36,26 @@ __all__ = [
     "save",
 ]
 
-__getattr__, __dir__ = lazy_names(__name__)
+_MODULES = {
+    "LoadedImage": "dinov2_attn.apps.viz.images",
+    "Style": "dinov2_attn.apps.viz.style",
+    "animate": "dinov2_attn.apps.viz.saving",
+    "explore": "dinov2_attn.apps.explorer.explore",
+    "load_image": "dinov2_attn.apps.viz.images",
+    "picture_of": "dinov2_attn.apps.viz.notebook",
+    "plot": "dinov2_attn.apps.viz.pictures",
+    "plot_heads": "dinov2_attn.apps.viz.pictures",
+    "plot_layers": "dinov2_attn.apps.viz.pictures",
+    "plot_masks": "dinov2_attn.apps.viz.pictures",
+    "save": "dinov2_attn.apps.viz.saving",
+}
+
+
+_import, __dir__ = lazily(__name__, _MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    # A name of the table needs the libraries for pictures: the error names all that are missing.
+    if name in _MODULES:
+        _optional.require("torchvision", "matplotlib", "PIL")
+    return _import(name)

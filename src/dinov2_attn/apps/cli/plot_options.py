@@ -199,12 +199,13 @@ def _of_token(
     artifacts: ArtifactTokens | None,
     args: argparse.Namespace,
 ) -> Iterator[tuple[str, Writer]]:
-    from dinov2_attn.apps import viz
+    from dinov2_attn.apps.viz.pictures import plot_heads, plot_layers, plot_masks
     from dinov2_attn.apps.viz.saving import write_film
+    from dinov2_attn.apps.viz.style import Style
 
     # The plain names belong to CLS, whatever else is asked for in this or another run.
     suffix = "" if token == "cls" else f"-{file_name(token)}"
-    style = viz.Style(args.log, args.interpolation, args.outliers, args.alpha)
+    style = Style(args.log, args.interpolation, args.outliers, args.alpha)
     about = {"query": token, "name": loaded.name, "warning": loaded.warning}
     whole = {**about, "artifacts": artifacts, "style": style}
     picture = {"image": image.picture}
@@ -212,12 +213,12 @@ def _of_token(
     def figure(stem: str, draw: Callable[..., Any], *given: Any, **options: Any) -> Any:
         return f"{stem}{suffix}.{args.format}", partial(_draw, draw, (maps, *given), options)
 
-    yield figure("heads", viz.plot_heads, **whole, **picture)
+    yield figure("heads", plot_heads, **whole, **picture)
     yield figure("overlay", _overlay, **whole, **picture)
     if args.threshold is not None:
-        yield figure("masks", viz.plot_masks, args.threshold, **about, **picture)
+        yield figure("masks", plot_masks, args.threshold, **about, **picture)
     if args.overview:
-        yield figure("layers", viz.plot_layers, **whole)
+        yield figure("layers", plot_layers, **whole)
     if args.animate:
         options: dict[str, Any] = {**whole, **picture}
         film = f"layers{suffix}.{args.animate}"
@@ -231,6 +232,6 @@ def _draw(draw: Callable[..., Any], given: Any, options: dict[str, Any], path: P
 
 
 def _overlay(maps: AttentionMaps, **options: Any) -> Any:
-    from dinov2_attn.apps import viz
+    from dinov2_attn.apps.viz.pictures import plot
 
-    return viz.plot(maps, **options).figure
+    return plot(maps, **options).figure
