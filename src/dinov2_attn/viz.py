@@ -55,7 +55,7 @@ _import, __dir__ = lazily(__name__, _MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    # A name of the table needs the libraries for pictures: the error names all that are missing.
-    if name in _MODULES:
+    # Public names need the libraries for pictures; the error names all that are missing.
+    if name in __all__:
         _optional.require("torchvision", "matplotlib", "PIL")
     return _import(name)
