@@ -10,7 +10,16 @@ import dinov2_attn
 PACKAGE = Path(dinov2_attn.__file__).parent
 NAME = PACKAGE.name
 ROOMS = [
-    *("errors", "typing", "_compat", "_files", "_lazy", "_optional", "_download"),
+    *(
+        "errors",
+        "typing",
+        "_compat",
+        "_compat_imports",
+        "_files",
+        "_lazy",
+        "_optional",
+        "_download",
+    ),
     *("math", "kernels", "backbone", "history", "grafting", "maps"),
     "__init__",
     *("proof/conformance", "proof/verify"),

@@ -50,7 +50,7 @@ def test_mypy_types_user_code_as_it_says():
 
 
 def test_pyright_types_user_code_as_it_says():
-    done = run("basedpyright", "--outputjson")
+    done = run("basedpyright", "--outputjson", "--pythonpath", sys.executable)
     found = json.loads(done.stdout)
     assert found["generalDiagnostics"] == []
     assert found["summary"]["filesAnalyzed"] == len(FILES)

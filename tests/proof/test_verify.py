@@ -72,7 +72,7 @@ def test_a_history_is_walked_proved_and_told(history, tmp_path, capsys):
     columns = ("install", "bit-identity", "faithful", "rows", "chunked")
     assert [first[column] for column in columns] == ["yes"] * 5
     assert first["registers"] == "–"
-    assert first["left_out"]["registers"] == "this model knows no registers"
+    assert first["left_out"]["registers"] == "this model has no registers"
 
     assert new["era"] == broken["era"] == "new"
     assert broken["verdict"] == "refused"

@@ -16,6 +16,7 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from dinov2_attn._compat_imports import wait_for_imports
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.import_hook import Finder
 from dinov2_attn.grafting.registry import GraftRegistry
@@ -76,7 +77,11 @@ def _remove(target: Hashable) -> None:
 
 
 def _finish_imports(package: Package) -> None:
-    """Wait for modules that another thread is importing, without holding our lock."""
+    """Wait for modules that another thread is importing, without holding our lock.
+
+    The finder is in place, so it sees every import that begins from now on.
+    """
+    wait_for_imports(package.covers)
     for name in package.imported():
         try:
             importlib.import_module(name)
@@ -141,8 +146,7 @@ def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> 
     grafted now, all others at every import and reload. A second call changes nothing. No random
     number is drawn.
 
-    Call it before other threads import the package. It waits for a module that is running in
-    another thread. It cannot see one whose import is at an earlier step: call it again then.
+    It waits for modules of the package that another thread is importing.
 
     Args:
         target: None for upstream's package ``dinov2``, the name of a package that vendors a copy,

@@ -319,7 +319,7 @@ def test_what_it_says_of_a_miss(tmp_path, capsys, monkeypatch):
     save_file(train.start(0).state_dict(), file, {"num_heads": "2"})
     monkeypatch.setattr("dinov2_attn.apps.cli.demo.PATH", file)
     assert main(["demo", "-o", str(tmp_path / "out"), "--count", "3"]) == 0
-    assert re.search(r"beside the target.*pointing game: [0-2] of 3", capsys.readouterr().out, re.S)
+    assert re.search(r"not on the target.*pointing game: [0-2] of 3", capsys.readouterr().out, re.S)
 
 
 def test_scenes_of_the_training_are_not_shown(tmp_path, caplog):

@@ -485,7 +485,11 @@ def test_maps_of_all_kinds_can_be_looked_at(grafted):
         ({"query": (0, 0)}, OutOfRangeError, "a query among the recorded rows: CLS.\nFound patch"),
         ({"query": "register:1"}, OutOfRangeError, "a model with registers.\nFound register 1"),
         ({"query": 16}, OutOfRangeError, "there being 16 tokens"),
-        ({"query": "patch"}, InvalidInputError, "cls, register:K or ROW,COL.\nFound 'patch'"),
+        (
+            {"query": "patch"},
+            InvalidInputError,
+            "cls, register:K, ROW,COL or #POSITION.\nFound 'patch'",
+        ),
         ({"query": (1, 2, 3)}, InvalidInputError, r"a patch as \(row, column\)"),
         ({"query": (0.5, 1)}, InvalidInputError, "row and column of a patch as whole numbers"),
         ({"layer": 2}, OutOfRangeError, "one of the layers 0, 1.\nFound 2"),

