@@ -82,9 +82,6 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "Weights of shared modules cannot be told apart",
         ),
     },
-    "needs a model of causal blocks, which no copy on PyPI has": {
-        "grafting": ("Use get_self_attention, whose weights include it",),
-    },
     "whether a hook is seen differs from torch to torch: test_record_compiled asks": {
         "grafting": ("Where qkv itself was compiled",),
     },
