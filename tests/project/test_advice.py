@@ -64,6 +64,15 @@ def test_a_value_that_the_program_proposes_is_taken(lab, capsys, command, option
         lab.typed(*run, f"{option}={proposed}")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_files_are_put_before_the_queries_as_the_program_proposes(lab, capsys):
+    run = ["-o", lab.folder / "out", "--weights", lab.weights, "--queries", "cls"]
+    with pytest.raises(SystemExit):
+        lab.typed("extract", *run, lab.image)
+    assert "Put files before this option" in capsys.readouterr().err
+    lab.typed("extract", lab.image, *run)
+
+
 def test_every_error_is_followed_or_says_why_not():
     known = [(one.area, one.snippet) for one in CASES] + NOT_FOLLOWED
     missing = unanswered(hints(), known)

@@ -22,20 +22,29 @@ def explore(lab, *arguments):
 
 case(
     "apps/cli",
-    "Name one, or try --sample.",
+    "Name one, or use --example.",
     heatmap,
     lambda lab: (
         heatmap(lab, lab.image),
-        heatmap(lab, "--sample", "--image-size", 8),
+        heatmap(lab, "--example", "--image-size", 8),
     ),
 )
 case(
     "apps/cli",
-    "Name one, or try --sample; a page shows one image",
+    "Name one, or use --example. A page shows one image",
     explore,
     lambda lab: (
         explore(lab, lab.image),
-        explore(lab, "--sample", "--image-size", 8),
+        explore(lab, "--example", "--image-size", 8),
+    ),
+)
+case(
+    "apps/cli",
+    "Name the tokens one by one, or see every token with `dinov2-attn explore`",
+    lambda lab: heatmap(lab, lab.image, "--queries", "patches"),
+    lambda lab: (
+        heatmap(lab, lab.image, "--queries", "cls", "0,0", "1,2"),
+        explore(lab, lab.image),
     ),
 )
 case(
@@ -163,7 +172,7 @@ def with_a_link_outside(lab):
 
 case(
     "proof/verify",
-    "Check it out, look at it, and name that folder",
+    "Check it out, inspect it, and name that folder",
     with_a_link_outside,
     lambda lab: find(f"{lab.folder}/checkout", None, scratch(lab, "b"))[0].unpack(),
 )
@@ -180,7 +189,6 @@ PROPOSED = [
     ("explore", "--layers", "last"),
     ("explore", "--max-mb", "0"),
     ("extract", "--layers", "last"),
-    ("extract", "--queries", "patch"),
     ("extract", "--grid", "16"),
     ("extract", "--workers", "-1"),
 ]

@@ -142,7 +142,7 @@ item(
     torch.from_numpy,
 )
 item(
-    "Say which it is in a dataset of your own",
+    "Return one of them from a dataset of your own",
     lambda image: {"photo": image},
     lambda entry: entry["photo"],
 )
@@ -154,7 +154,7 @@ item(
 )
 case(
     "apps/extraction",
-    "Crop or resize it, in its transform say",
+    "Crop or resize it, for example in a transform",
     lambda lab: extracted(lab, [tensors(lab)[0][:, :3]]),
     lambda lab: [
         extracted(lab, [tensors(lab)[0][:, :3]], transform=transform, out=name)

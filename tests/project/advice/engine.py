@@ -156,9 +156,12 @@ case(
 
 case(
     "grafting",
-    "Ask the model if images are at hand, or add the batch dimension",
+    "Call the model instead if you have images, or add the batch dimension",
     lambda lab: lab.block(lab.tokens[0], return_attention=True),
-    lambda lab: lab.block(lab.tokens[0][None], return_attention=True),
+    lambda lab: (
+        lab.model(lab.x, return_attention=True),
+        lab.block(lab.tokens[0][None], return_attention=True),
+    ),
 )
 case(
     "grafting",

@@ -85,19 +85,29 @@ case(
     lambda lab: extracted(lab),
 )
 case(
-    "apps/extraction",
-    "Spell the positions out",
-    lambda lab: extracted(lab, queries=slice(0, 2)),
-    lambda lab: extracted(lab, queries=[0, 1]),
+    "apps/viz",
+    "Write the position 17 as '#17'",
+    lambda lab: extracted(lab, queries="patch"),
+    lambda lab: [
+        extracted(lab, queries=queries, out=queries) for queries in ("cls", "0,0", "#4", "patches")
+    ],
 )
 case(
-    "apps/extraction",
-    "Try cls",
+    "apps/viz",
+    "Positions count CLS first, then the registers, then the patches row by row",
+    lambda lab: extracted(lab, queries=slice(100, 200)),
+    lambda lab: extracted(lab, queries=slice(1, 3), out="again"),
+)
+case(
+    "apps/viz",
+    "Ask for cls, patches or all",
     lambda lab: extracted(lab, queries="registers"),
-    lambda lab: extracted(lab, queries="cls"),
+    lambda lab: [
+        extracted(lab, queries=queries, out=queries) for queries in ("cls", "patches", "all")
+    ],
 )
 case(
-    "apps/extraction",
+    "apps/viz",
     "Leave it out for CLS",
     lambda lab: extracted(lab, queries=[]),
     lambda lab: extracted(lab),
@@ -220,7 +230,7 @@ case(
 
 case(
     "apps/extraction",
-    "Name another folder, or ask as before",
+    "Name another folder, or run with the original options",
     lambda lab: (extracted(lab, heads="mean"), extracted(lab)),
     lambda lab: (extracted(lab, out="another"), extracted(lab, heads="mean")),
 )

@@ -109,7 +109,7 @@ def floats(lab, values):
 RAMP = np.linspace(0, 4000, 24).reshape(4, 6)
 case(
     "apps/viz",
-    "Replace them, and save it again",
+    "Replace them, and save the image again",
     lambda lab: lab.read(floats(lab, np.where(RAMP > 2000, np.nan, RAMP)), range="auto"),
     lambda lab: lab.read(floats(lab, np.where(RAMP > 2000, 0, RAMP)), range="auto"),
 )
@@ -176,6 +176,17 @@ case(
 
 # Sizes
 
+case(
+    "apps/viz",
+    "Pass the model, or its patch size: 14 for the published ones",
+    lambda lab: viz.load_image(lab.image, 0),
+    lambda lab: (
+        viz.load_image(lab.image, lab.small),
+        viz.load_image(lab.image, 2),
+        viz.load_image(lab.image, 14, image_size=28),
+    ),
+)
+
 
 def tiny(lab):
     Image.new("RGB", (1, 1)).save(lab.path("tiny.png"))
@@ -200,7 +211,7 @@ def explored(lab, hook=None):
     """Write the page of a model with a hook, which is removed after."""
     handle = lab.small.blocks[0].register_forward_pre_hook(hook or (lambda *_: None))
     try:
-        return explore(lab.folder / "page.html", lab.small, lab.read(lab.image))
+        return explore(lab.small, lab.read(lab.image), lab.folder / "page.html")
     finally:
         handle.remove()
 
@@ -224,10 +235,14 @@ def in_the_way(lab):
 
 
 case(
-    "apps/viz",
+    "_files",
     "Name another folder or make room in this one",
     lambda lab: (in_the_way(lab), lab.heatmap(weights=lab.weights, output="taken")),
-    lambda lab: lab.heatmap(weights=lab.weights, output="another"),
+    lambda lab: (
+        lab.heatmap(weights=lab.weights, output="another"),
+        (lab.folder / "taken").unlink(),
+        lab.heatmap(weights=lab.weights, output="taken"),
+    ),
 )
 
 # Arrays that are given as photographs
@@ -253,11 +268,11 @@ case(
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 case(
     "apps/viz",
-    "undo that: image * std + mean; or pass load_image(...).picture",
+    "undo that: image * std + mean; or pass viz.load_image(...).picture",
     lambda lab: shown(lab, (UNIT - MEAN) / STD),
     lambda lab: (
         shown(lab, (UNIT - MEAN) / STD * STD + MEAN),
-        shown(lab, lab.read(lab.image).picture),
+        shown(lab, viz.load_image(lab.image, 2).picture),
     ),
 )
 

@@ -131,7 +131,7 @@ def in_chunks(lab, second):
 
 case(
     "apps/weights",
-    "number them through",
+    "number them consecutively, as upstream does",
     lambda lab: load_checkpoint(made(), in_chunks(lab, "1.0")),
     lambda lab: load_checkpoint(made(), in_chunks(lab, "1.1")),
 )
@@ -141,7 +141,7 @@ case(
 
 case(
     "apps/weights",
-    "Name one.",
+    "Choose one of them",
     lambda _: build("vit_tiny"),
     lambda lab: build("vit_small", img_size=28),
 )
@@ -153,13 +153,13 @@ case(
 )
 case(
     "apps/weights",
-    "or take a model without registers",
+    "or choose a model without registers",
     lambda lab: lab.heatmap("--random-weights", "--registers", "--image-size", 28),
     lambda lab: lab.heatmap("--random-weights", "--image-size", 28),
 )
 case(
     "apps/weights",
-    "Give your own with --weights PATH, or run without meaning with --random-weights",
+    "Give your own weights with --weights PATH. --random-weights runs without",
     lambda lab: lab.heatmap("--patch-size", 2),
     lambda lab: (
         lab.heatmap("--patch-size", 2, weights=lab.weights),
@@ -172,7 +172,7 @@ case(
 
 case(
     "apps/demo",
-    "Install the package",
+    "Reinstall the package",
     lambda lab: demo.fill(demo.build(), lab.written("model.safetensors", b"cut short")),
     lambda _: demo.fill(demo.build(), demo.PATH),
 )
@@ -209,7 +209,7 @@ case(
 )
 case(
     "apps/weights",
-    "Choose before dinov2 is imported, in a new process",
+    "Choose the source before dinov2 is imported, in a new process",
     lambda lab: obtain(checkout(lab)),
     lambda lab: obtained(lab, checkout(lab)),
 )

@@ -21,15 +21,17 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "needs a network or a package index": {
         "apps/weights": (
             "hf download",
-            "remove the file and run again",
-            "The line may have broken: run again",
-            "Give a file of yours with --weights PATH",
+            "The download may be incomplete. Remove the file and run again",
+            "The partial download was deleted. Check your connection and run again",
+            "Give your own weights with --weights PATH. --random-weights runs without",
             "Connect to GitHub or PyPI once",
             "Connect to GitHub.",
-            "See that `python -m pip download` works here",
-            "runs the package index that pip uses",
         ),
-        "proof/verify": ("Name the version to be verified",),
+        "_download": (
+            "Check that `python -m pip download` works here",
+            "Check which package index pip uses",
+        ),
+        "proof/verify": ("Name the version to verify",),
     },
     "needs a process without the library, or a program that is not installed": {
         "_optional": (
@@ -45,15 +47,15 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "needs a disk that cannot be written, and a package index: test_source follows it": {
-        "apps/weights": ("Set TORCH_HOME to a folder",),
+        "_download": ("Set TORCH_HOME to a folder",),
     },
     "runs a command that test_not_a_checkpoint runs": {
         "apps/weights": ("python -m torch.distributed.checkpoint.format_utils dcp_to_torch",),
     },
     "the remedy is the program of another project": {
         "apps/weights": (
-            "Load it with the code that it is of",
-            "Load it with the code that it is of: DINOv2's classes cannot hold it",
+            "Load it with the library that made it",
+            "Load it with DINOv3's code: DINOv2's classes cannot hold it",
         ),
     },
     "needs a revision of upstream that rounds otherwise than those on PyPI": {
@@ -79,9 +81,6 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "This copy was patched by hand",
             "Weights of shared modules cannot be told apart",
         ),
-    },
-    "needs a model of causal blocks, which no copy on PyPI has": {
-        "grafting": ("Ask for the weights, which know of it",),
     },
     "whether a hook is seen differs from torch to torch: test_record_compiled asks": {
         "grafting": ("Where qkv itself was compiled",),

@@ -53,9 +53,9 @@ case(
 )
 case(
     "apps/viz",
-    "Give the number of the batch and of the image in it",
+    "draw one of them, such as maps[0]",
     lambda lab: drawn(lab, attention_maps(lab.model, [lab.x]), sample=1),
-    lambda lab: drawn(lab, attention_maps(lab.model, [lab.x]), sample=(0, 1)),
+    lambda lab: drawn(lab, attention_maps(lab.model, [lab.x])[0], sample=1),
 )
 case(
     "apps/viz",
@@ -92,11 +92,12 @@ case(
 )
 case(
     "apps/viz",
-    "Make its folder, or name another",
+    "Create its folder, or give another path",
     lambda lab: viz.save(drawn(lab, lab.maps()), lab.folder / "absent" / "map.png"),
     lambda lab: (
-        (lab.folder / "absent").mkdir()
-        or viz.save(drawn(lab, lab.maps()), lab.folder / "absent" / "map.png")
+        viz.save(drawn(lab, lab.maps()), lab.folder / "another.png"),
+        (lab.folder / "absent").mkdir(),
+        viz.save(drawn(lab, lab.maps()), lab.folder / "absent" / "map.png"),
     ),
 )
 case(
@@ -109,7 +110,7 @@ case(
     "apps/viz",
     "Registers count from 1, rows and columns of patches from 0",
     lambda lab: drawn(lab, lab.maps(), query="first"),
-    lambda lab: drawn(lab, lab.maps(), query="0,0"),
+    lambda lab: [drawn(lab, lab.maps(), query=query) for query in ("0,0", "#6")],
 )
 case(
     "apps/viz",
@@ -136,6 +137,11 @@ def page(lab, maps=None, **options):
     return write_page(lab.folder / "page.html", picture, maps or lab.maps(), **options)
 
 
+def page_of_photograph(lab):
+    image = viz.load_image(lab.image, lab.small)
+    return page(lab, attention_maps(lab.small, image.tensor[None]), picture=image.picture)
+
+
 case(
     "apps/explorer",
     "25 is the default",
@@ -144,15 +150,24 @@ case(
 )
 case(
     "apps/explorer",
-    "Pass LoadedImage.picture",
+    "Pass the .picture of the LoadedImage from which these maps were computed",
     lambda lab: page(lab, picture=lab.photograph[:3]),
-    lambda lab: page(lab),
+    page_of_photograph,
 )
 case(
     "apps/explorer",
-    "Pass the maps of one batch",
+    "pass one of them, such as maps[0]",
     lambda lab: page(lab, attention_maps(lab.model, [lab.x])),
-    lambda lab: page(lab, attention_maps(lab.model, lab.x)),
+    lambda lab: page(lab, attention_maps(lab.model, [lab.x])[0]),
+)
+case(
+    "apps/explorer",
+    "Pass the maps of one batch, as attention_maps or record return them",
+    lambda lab: page(lab, replace(lab.maps(), weights=tuple(w[0, 0] for w in lab.maps().weights))),
+    lambda lab: (
+        page(lab, lab.maps()),
+        page(lab, recorded(lab.model, lambda: lab.model(lab.x))),
+    ),
 )
 case(
     "apps/explorer",
@@ -210,7 +225,7 @@ def without_nan(state):
 
 case(
     "apps/explorer",
-    "look for NaN in its checkpoint",
+    "and search its checkpoint for NaN",
     lambda lab: page_of(lab, with_nan(lab)),
     lambda lab: page_of(lab, without_nan(with_nan(lab))),
 )

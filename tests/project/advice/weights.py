@@ -144,7 +144,7 @@ def unpacked(lab):
 
 case(
     "apps/weights",
-    "Unpack it, and name the file that was inside",
+    "Unpack it and name the file inside",
     lambda lab: lab.heatmap(
         weights=lab.written("packed.pth.gz", gzip.compress(lab.weights.read_bytes()))
     ),
@@ -152,7 +152,7 @@ case(
 )
 case(
     "apps/weights",
-    "Name the checkpoint; images go before the options",
+    "Name the checkpoint. Images are given before the options",
     lambda lab: lab.heatmap(weights=lab.image),
     lambda lab: lab.heatmap(weights=lab.weights),
 )
