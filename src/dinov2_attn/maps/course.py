@@ -9,10 +9,11 @@ NAMED = 3
 
 
 class Course:
-    """The blocks of partial passes, in the order in which they ran."""
+    """The blocks of each pass, in the order in which they ran. Equal passes are kept once."""
 
     def __init__(self) -> None:
-        self._passes: dict[tuple[int, ...], None] = {}
+        self._whole: dict[tuple[int, ...], None] = {}
+        self._partial: dict[tuple[int, ...], None] = {}
         self._now: list[int] = []
 
     def ran(self, layer: int) -> None:
@@ -21,8 +22,8 @@ class Course:
 
     def end(self, *, whole: bool) -> None:
         """Note the end of a pass; a ``whole`` one ran all of its layers."""
-        if self._now and not whole:
-            self._passes[tuple(self._now)] = None
+        if self._now:
+            (self._whole if whole else self._partial)[tuple(self._now)] = None
         self._now = []
 
     def describe(self, wanted: Sequence[int]) -> str:
@@ -45,6 +46,11 @@ class Course:
         ran = self._layers()
         groups = self._together([i for i in wanted if i in ran] or ran)
         return [f"record(model, {group})" for group in groups]
+
+    @property
+    def _passes(self) -> tuple[tuple[int, ...], ...]:
+        """All passes if one was partial: a call has to record the whole ones too."""
+        return (*self._partial, *self._whole) if self._partial else ()
 
     def _layers(self) -> list[int]:
         return sorted({layer for one in self._passes for layer in one})
