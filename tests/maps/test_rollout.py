@@ -128,11 +128,18 @@ def test_half_precision_is_rolled_out_in_float32(models):
     model = PLAIN.build(models).bfloat16()
     if models is upstreams.LIGHTLY:
         pytest.skip("LightlyTrain interpolates in the dtype of the model")
-    ours = dinov2_attn.rollout(model, PLAIN.images.bfloat16())
+    try:
+        ours = dinov2_attn.rollout(model, PLAIN.images.bfloat16())
+    except RuntimeError as error:
+        if "only supported when avx512" not in str(error):
+            raise
+        # With ATEN_CPU_CAPABILITY=default alone, on a processor with AVX-512. Other settings run.
+        pytest.skip(f"PyTorch's own kernel fails on bfloat16 here: {error}")
     assert ours.weights.dtype == torch.float32
-    assert (
-        ours.weights.double() - textbook(model, PLAIN.images.bfloat16())[:, :1]
-    ).abs().max() < 1e-6
+    # Queries and keys of the two ways are rounded to bfloat16, and the rest is not.
+    expected = textbook(model, PLAIN.images.bfloat16())[:, :1]
+    assert_close(ours.weights, expected, dtype=torch.bfloat16)
+    assert_close(ours.weights.sum(-1), torch.ones(ours.weights.shape[:-1]))
 
 
 def test_shares_are_made_where_the_images_are(models):
