@@ -6,8 +6,6 @@ import dinov2_attn
 from tests.support.recordings import IMAGES
 from tests.support.tolerances import assert_same_bits
 
-assert_equal = assert_same_bits  # its former name
-
 
 def one_pass(model, images=IMAGES):
     """Return the output of one forward pass and the gradients of its backward pass."""

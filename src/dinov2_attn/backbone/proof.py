@@ -196,10 +196,10 @@ def _one_call_each(cls: type, calls: list[tuple[Any, ...]], expected: int) -> No
 
 
 def _layout_fits(cls: type, model: Any, tokens: int) -> None:
-    registers, patches = Backbone(model).registers, _GRID[0] * _GRID[1]
-    if tokens != 1 + registers + patches:
+    backbone, patches = Backbone(model), _GRID[0] * _GRID[1]
+    if tokens != backbone.prefix + patches:
         raise IncompatibleUpstreamError(
-            f"{name_of(cls)} to lay out 1 CLS + {registers} registers + {patches} patches",
+            f"{name_of(cls)} to lay out 1 CLS + {backbone.registers} registers + {patches} patches",
             f"{tokens} tokens",
             "The rows of its attention cannot be named, so nothing was grafted.",
         )
