@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from dinov2_attn._compat import CAN_DESTROY_GLOO
 from dinov2_attn.errors import Dinov2AttnError
 
 T = TypeVar("T")
@@ -48,8 +50,8 @@ class Ranks:
 def ranks() -> Ranks:
     """Return the processes that torchrun started, or those of the existing process group.
 
-    The group exists until the process ends: in torch 2.0 gloo often hangs when three processes
-    destroy one.
+    A group that is made here exists until the process ends. It is destroyed then: otherwise a
+    thread of gloo's sometimes aborts the process after its work.
     """
     if not dist.is_available():
         return Ranks(0, 1)
@@ -58,7 +60,14 @@ def ranks() -> Ranks:
             return Ranks(0, 1)
         # Gloo is enough: only a few objects are exchanged.
         dist.init_process_group("gloo", timeout=PATIENCE)
+        if CAN_DESTROY_GLOO:
+            atexit.register(_destroy_group)
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def _destroy_group() -> None:
+    if dist.is_initialized():  # the user may have destroyed it
+        dist.destroy_process_group()
 
 
 def _outcome(act: Callable[[], T]) -> tuple[T | None, Dinov2AttnError | None]:
