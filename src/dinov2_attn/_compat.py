@@ -73,6 +73,14 @@ def raised_by_dynamo(error: BaseException) -> bool:
     return type(error).__module__ == "torch._dynamo.exc"
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether ``torch.compile`` made ``module``, or ``module.compile()`` was called."""
+    # By name: importing torch._dynamo takes seconds. The attribute came in with torch 2.2.
+    if type(module).__module__ == "torch._dynamo.eval_frame":
+        return True
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
 def submodules(module: nn.Module) -> Mapping[str, nn.Module | None]:
     """Return the submodules of ``module`` by name, without a search."""
     # Every version. named_children() compares each with all others.

@@ -87,7 +87,7 @@ def assert_same(ours, theirs, name):
 
 
 def assert_nothing_left(model):
-    assert (STATE.recorders, STATE.listener, STATE.published) == ((), None, None)
+    assert (STATE.receivers, STATE.listener, STATE.published) == ((), None, None)
     assert_nothing_on(model)
 
 
@@ -96,7 +96,7 @@ def leaving_nothing(job):
 
     def do():
         job()
-        assert (STATE.recorders, STATE.listener, STATE.published) == ((), None, None)
+        assert (STATE.receivers, STATE.listener, STATE.published) == ((), None, None)
 
     return do
 

@@ -248,7 +248,7 @@ def test_what_cannot_be_recorded_is_refused_at_once(models):
     for subject, options, error, words in cases:
         with pytest.raises(error, match=words), record(subject, **options):
             raise AssertionError("entered")
-        assert STATE.recorders == ()
+        assert STATE.receivers == ()
 
 
 def test_a_model_that_was_never_grafted_is_refused(models):

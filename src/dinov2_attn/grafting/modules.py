@@ -22,7 +22,8 @@ from dinov2_attn.backbone.contract import argument_names, name_of
 from dinov2_attn.backbone.projection import Piece
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
-from dinov2_attn.grafting.channel import ACTIVE, STATE, run_recorded
+from dinov2_attn.grafting.asked import ASKED, publish, request
+from dinov2_attn.grafting.channel import ACTIVE, STATE, run_captured
 from dinov2_attn.grafting.compute import check_tokens, module_weights, queries_and_keys
 from dinov2_attn.kernels.xformers import Kernel, check_stochastic_depth
 from dinov2_attn.typing import Forward, Heads, Queries
@@ -53,8 +54,8 @@ def graft_attention(original: Forward, kernel: Kernel) -> Forward:
             if asked is Returns.QUERIES_AND_KEYS:
                 return publish(queries_and_keys(self, kernel, **_by_name(names, args, kwargs)))
             return publish(weights_of(self, args, kwargs))
-        if ACTIVE.on and STATE.recorders:
-            return run_recorded(original, self, weights_of, args, kwargs)
+        if ACTIVE.on and STATE.receivers:
+            return run_captured(original, self, args, kwargs)
         return original(self, *args, **kwargs)
 
     return extend_signature(original, forward, "return_attn")
@@ -89,8 +90,8 @@ def graft_block(original: Forward, role: Role) -> Forward:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if asked := kwargs.pop("return_attention", False):
             return publish(weights_of(self, *args, asked=asked, **kwargs))
-        if ACTIVE.on and STATE.listener is not None:
-            return STATE.listener(original, weights_of, self, args, kwargs)
+        if ACTIVE.on and ASKED.listener is not None:
+            return ASKED.listener(original, weights_of, self, args, kwargs)
         return original(self, *args, **kwargs)
 
     return extend_signature(original, forward, "return_attention")
@@ -146,27 +147,6 @@ def _result_of(module: nn.Module, keyword: str, asked: object, *args: Any, **sel
             "Let the wrapper's forward pass **kwargs on.",
         )
     return weights
-
-
-def request(module: nn.Module, *args: Any, **keywords: Any) -> Any:
-    """Call ``module``, and return what a graft in it published last, ``None`` if none did.
-
-    The return value is not used, because forward hooks, adapters and wrappers that drop keywords
-    change it.
-    """
-    before, STATE.published = STATE.published, []
-    try:
-        module(*args, **keywords)
-        return STATE.published[-1] if STATE.published else None
-    finally:
-        STATE.published = before
-
-
-def publish(result: Any) -> Any:
-    """Return ``result`` from a graft, and give it to the ``request`` that waits for it."""
-    if STATE.published is not None:
-        STATE.published.append(result)
-    return result
 
 
 def extend_signature(original: Forward, forward: Forward, keyword: str) -> Forward:

@@ -15,7 +15,6 @@ from dinov2_attn.grafting.models import (
     METHODS,
     graft_forward,
     graft_forward_features,
-    graft_prepare_tokens,
 )
 from dinov2_attn.grafting.modules import graft_attention, graft_block
 from dinov2_attn.grafting.registry import GraftRegistry, Owner
@@ -27,7 +26,6 @@ from dinov2_attn.kernels.xformers import KERNEL, graft_kernel, kernel_namespace
 _FORWARDS = {
     "forward": graft_forward,
     "forward_features": graft_forward_features,
-    "prepare_tokens_with_masks": graft_prepare_tokens,
 }
 
 
@@ -144,7 +142,7 @@ def _graft(transaction: Transaction, cls: type, role: Role, options: dict[str, A
 
 def _graft_module(transaction: Transaction, cls: type, role: Role, options: dict[str, Any]) -> None:
     contract.check_arguments(cls, role, "forward")
-    original = vars(cls)["forward"]
+    original: Any = transaction.registry.original(cls, "forward")
     if role is Role.ATTENTION:
         kernel = proof.measure_kernel(cls, original)
         grafted = graft_attention(original, kernel)

@@ -13,7 +13,7 @@ from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps import _facts
 from dinov2_attn.maps.result import Array, Result, W, as_array
 from dinov2_attn.math.selection import positions
-from dinov2_attn.typing import Grid, Heads, Images, Layers, Masks, Model, Queries
+from dinov2_attn.typing import Grid, Heads, Images, Layer, Layers, Masks, Model, Queries
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,7 +26,7 @@ class AttentionMaps(Result, Generic[W]):
     Attributes:
         weights: One entry for each layer: ``(B, heads, Q, N)``, ``(B, Q, N)`` for the mean of
             heads, or what ``reduce`` returned.
-        layers: The blocks, counted from 0.
+        layers: The blocks, counted from 0, or the paths of attention modules.
         grid: Height and width ``(h, w)`` of the patch grid; ``None`` if it is not known, as
             for tokens that did not come from images.
         prefix: ``1 + R``, the number of columns before the patches: CLS and R registers.
@@ -38,10 +38,16 @@ class AttentionMaps(Result, Generic[W]):
     _LAYOUT: ClassVar[tuple[str, ...]] = ("layers", "grid", "prefix", "queries")
 
     weights: tuple[W, ...]
-    layers: tuple[int, ...]
+    layers: tuple[Layer, ...]
     grid: Grid | None
     prefix: int
     queries: tuple[int, ...] | None = None
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The layers as numbers. Paths of attention modules count from 0 in their order."""
+        given = [layer for layer in self.layers if isinstance(layer, int)]
+        return tuple(given if len(given) == len(self.layers) else range(len(self.layers)))
 
     def patch_maps(self) -> tuple[W, ...]:
         """Return the attention to patches, ``(…, h, w)`` for each layer.
@@ -101,7 +107,7 @@ class AttentionMaps(Result, Generic[W]):
 
     def _facts(self) -> dict[str, str]:
         return {
-            "layers": _facts.ranges(self.layers),
+            "layers": _facts.layers(self.layers),
             "weights": _facts.shapes(self.weights),
             "grid": _facts.size(self.grid),
             "prefix": f"{self.prefix}",

@@ -12,7 +12,7 @@ from torch import Tensor
 from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.result import Array, Face, W
-from dinov2_attn.typing import Grid
+from dinov2_attn.typing import Grid, Layer
 
 
 class Recording(Face, Sequence[AttentionMaps[W]]):
@@ -51,7 +51,7 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
         return self._one("weights").weights
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def layers(self) -> tuple[Layer, ...]:
         """The ``layers`` of the one pass."""
         return self._one("layers").layers
 
