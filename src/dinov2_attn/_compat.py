@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _disable_current_modes
@@ -79,6 +79,12 @@ def is_compiled(module: nn.Module) -> bool:
     if type(module).__module__ == "torch._dynamo.eval_frame":
         return True
     return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return a number that tensors share if they share memory, fake ones too."""
+    # Every version. The address of the memory is 0 for all fake tensors.
+    return int(tensor.untyped_storage()._cdata)
 
 
 def submodules(module: nn.Module) -> Mapping[str, nn.Module | None]:

@@ -9,7 +9,7 @@ all samples, also for those that it drops.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -37,11 +37,14 @@ class _State(threading.local):
 ASKED = _State()
 
 
-def must_ask(model: nn.Module) -> bool:
-    """Return whether the weights of a pass of ``model`` have to be asked for, block by block."""
-    if is_transformed() or is_traced():
+def must_ask(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Return whether the weights of a pass of ``model`` have to be asked for, block by block.
+
+    A block that stands in several places is asked in each of them.
+    """
+    if is_transformed() or is_traced() or len(set(blocks)) < len(blocks):
         return True
-    if model.training and any(getattr(m, "sample_drop_ratio", 0) for m in model.modules()):
+    if any(block.training and getattr(block, "sample_drop_ratio", 0) for block in blocks):
         return True
     return any(map(is_compiled, model.modules()))
 

@@ -147,7 +147,7 @@ class _Collector:
     stops = False
 
     def __init__(self, modules: Collection[nn.Module], **selection: Any) -> None:
-        self._modules = modules
+        self._attentions = modules
         self._selection = selection
         self.weights: list[Any] = []
 
@@ -159,7 +159,7 @@ class _Collector:
 
     def wants(self, attention: nn.Module) -> bool:
         """Return whether ``attention`` is one of the modules."""
-        return attention in self._modules
+        return attention in self._attentions
 
     def take(self, attention: nn.Module, call: KernelCall) -> None:
         """Keep the weights."""
@@ -174,7 +174,7 @@ def _walk(
     The last one is asked, because of it only norm and projection have to run. The weights of the
     others are those of their own kernel calls.
     """
-    if len(wanted) < 2 or must_ask(backbone.model):
+    if len(wanted) < 2 or must_ask(backbone.model, backbone.blocks):
         return tuple(
             weights_from(block, given, **selection)
             for i, block, given in backbone.walk(tokens, _end(wanted))
@@ -235,7 +235,7 @@ def _one_pass(
     if masks is not None:  # an override may take images only
         kwargs["masks"] = masks
     backbone = Backbone(model)
-    if must_ask(model):
+    if must_ask(model, backbone.blocks):
         with attentions_of_pass(**selection) as asked:
             output = original(model, x, **kwargs)
         attentions = asked.all()

@@ -123,7 +123,8 @@ class GraftRegistry:
             if graft not in before:
                 graft.undo()
                 for former in before:  # what only recordings need, and this one replaced
-                    if former.owner is graft.owner and former.name == graft.name:
+                    same = former.owner is graft.owner and former.name == graft.name
+                    if same and former.only_records:
                         _set(former.owner, former.name, former.new)
         self._grafts = list(before)
 

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dinov2_attn._compat import storage_of
 from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.kernels.call import ExplicitCall, KernelCall, by_heads, fused_call
 
@@ -122,7 +123,9 @@ class Capture(TorchFunctionMode):
     def _after_softmax(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if isinstance(out, Tensor) and out.ndim > 1 and dim in (-1, out.ndim - 1):
-            self._softmaxes[_storage(out)] = (out, out)
+            # What is written into may be a buffer that the next layer writes into.
+            weights = out.clone() if "out" in kwargs else out
+            self._softmaxes[storage_of(out)] = (out, weights)
         return out
 
     def _other(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -134,8 +137,8 @@ class Capture(TorchFunctionMode):
         if source is not None and isinstance(out, Tensor) and out.numel() == source[0].numel():
             # Before dropout; after a cast, a mask or a gate.
             weights = source[1] if "dropout" in name else out
-            if _storage(out) not in self._softmaxes or "dropout" in name:
-                self._softmaxes[_storage(out)] = (out, weights)
+            if storage_of(out) not in self._softmaxes or "dropout" in name:
+                self._softmaxes[storage_of(out)] = (out, weights)
         return out
 
     def _product(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -156,7 +159,7 @@ class Capture(TorchFunctionMode):
         return None
 
     def _found(self, tensor: object) -> tuple[Tensor, Tensor] | None:
-        return self._softmaxes.get(_storage(tensor)) if isinstance(tensor, Tensor) else None
+        return self._softmaxes.get(storage_of(tensor)) if isinstance(tensor, Tensor) else None
 
 
 class _Current(threading.local):
@@ -201,10 +204,6 @@ def check_calls(calls: int, module: str) -> None:
         "Leave this module out with layers=[...]. Weights made by exp and a sum, by "
         "flex_attention, or inside a custom or compiled operator cannot be seen.",
     )
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _factors(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -278,8 +278,17 @@ def _warn(query: Tensor, reason: str) -> None:
         f"scaled_dot_product_attention computes it from here on (xFormers: {reason}). "
         "install(fallback=False) leaves that out.",
         KernelFallbackWarning,
-        stacklevel=3,
+        stacklevel=_frames_of_ours(),
     )
+
+
+def _frames_of_ours() -> int:
+    """Return the ``stacklevel`` of the line outside of this package that called."""
+    here = __name__.partition(".")[0]
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(here):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _attend(

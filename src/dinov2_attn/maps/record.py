@@ -241,7 +241,7 @@ class _Recorder:
 
     def _batch(self, layer: Layer, weights: Tensor, rows: int) -> _Batch:
         kept = weights if self._reduce is None else self._reduce(layer, weights)
-        return _Batch(kept, weights.shape[-1], rows)
+        return _Batch(kept, int(weights.shape[-1]), int(rows))  # tensors in a trace
 
     def _end_or_break_off(self) -> None:
         if self.modules.is_chosen:
@@ -260,7 +260,8 @@ class _Recorder:
         grids = ([None] * count + self._grids)[-count:]
         for i, grid in enumerate(grids):
             kinds: dict[tuple[str, int, int], dict[Layer, _Batch]] = {}
-            for layer, batches in self._kept.items():
+            for layer in filter(self._kept.__contains__, self.modules.wanted.values()):
+                batches = self._kept[layer]
                 if i < len(batches):
                     one = batches[i]
                     key = (kind_of(layer), one.columns, one.rows)
