@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,11 @@ from dinov2_attn.typing import Forward
 
 
 class Receiver(Protocol):
-    """What the grafts call during a forward pass of a thread.
+    """What the grafts call during a forward pass of a thread."""
 
-    Attributes:
-        stops: Whether ``take`` comes before the kernel, and the pass ends after it.
-
-    """
-
-    stops: bool
+    @property
+    def stops(self) -> bool:
+        """Whether the next ``take`` comes before the kernel, and the pass ends after it."""
 
     def begin(self, entrance: nn.Module, images: Tensor) -> None:
         """Note that ``entrance`` is given ``images (B, C, H, W)``, with which a pass begins."""
@@ -128,6 +126,20 @@ def unpacked() -> AbstractContextManager[object]:
         return nullcontext()
     # Detached: a softmax saves its own result, which would hold itself alive through its graph.
     return torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved)
+
+
+# Attention modules whose weights were proved in a pass.
+_PROVED: WeakSet[nn.Module] = WeakSet()
+
+
+def prove_once(attention: nn.Module, call: KernelCall, name: str) -> None:
+    """Raise ``UnfaithfulError`` unless the first call of ``attention`` is proved right.
+
+    A call that has no output yet is proved another time.
+    """
+    if attention not in _PROVED and call.output is not None:
+        call.check(name)
+        _PROVED.add(attention)
 
 
 def graft_captured(original: Forward) -> Forward:

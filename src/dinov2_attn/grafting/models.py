@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from dinov2_attn.backbone.backbone import Backbone
-from dinov2_attn.errors import NotGraftedError
+from dinov2_attn.errors import IncompatibleUpstreamError, NotGraftedError
 from dinov2_attn.grafting.asked import attentions_of_pass, must_ask
 from dinov2_attn.grafting.channel import ACTIVE, STATE, unrecorded
+from dinov2_attn.grafting.collector import Collector, collect
 from dinov2_attn.grafting.modules import extend_signature, weights_from
 from dinov2_attn.grafting.recording import recording
-from dinov2_attn.kernels.call import KernelCall
+from dinov2_attn.grafting.ways import runs_itself
 from dinov2_attn.kernels.xformers import can_nest, check_stochastic_depth
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.typing import Forward, Heads, Layers, Queries
@@ -65,7 +66,11 @@ def get_self_attention(
     check_heads(heads)
     wanted = backbone.layers(n)
     pairs = backbone.batches(x, masks, queries)
-    walk = partial(_walk, backbone, wanted, {"queries": queries, "heads": heads})
+    selection = {"queries": queries, "heads": heads}
+    if runs_itself(self):
+        passes = [_own_pass(backbone, wanted, selection, *pair) for pair in pairs]
+        return passes[0] if isinstance(x, Tensor) else tuple(map(list, zip(*passes, strict=True)))
+    walk = partial(_walk, backbone, wanted, selection)
     if not isinstance(x, list | tuple):
         return walk(backbone.tokens(*pairs[0]))
     tokens = [backbone.tokens(images, mask) for images, mask in pairs]
@@ -114,6 +119,12 @@ def graft_forward_features(original: Forward) -> Forward:
         if isinstance(answers, list):
             return [{**features, "attentions": attentions} for features, attentions in answers]
         features, attentions = answers
+        if not isinstance(features, Mapping):
+            raise IncompatibleUpstreamError(
+                "forward_features to return a dict, which the attentions are added to",
+                f"{type(features).__name__}",
+                "Call model(x, return_attention=True) or model.get_self_attention(x).",
+            )
         return {**features, "attentions": attentions}
 
     return extend_signature(original, forward_features, "return_attention")
@@ -141,29 +152,18 @@ def graft_forward(original: Forward) -> Forward:
     return extend_signature(original, forward, "return_attention")
 
 
-class _Collector:
-    """Takes the weights of some attention modules, in the order in which they run."""
-
-    stops = False
-
-    def __init__(self, modules: Collection[nn.Module], **selection: Any) -> None:
-        self._attentions = modules
-        self._selection = selection
-        self.weights: list[Any] = []
-
-    def begin(self, entrance: nn.Module, images: Tensor) -> None:
-        """Do nothing."""
-
-    def left(self, module: nn.Module) -> None:
-        """Do nothing."""
-
-    def wants(self, attention: nn.Module) -> bool:
-        """Return whether ``attention`` is one of the modules."""
-        return attention in self._attentions
-
-    def take(self, attention: nn.Module, call: KernelCall) -> None:
-        """Keep the weights."""
-        self.weights.append(call.weights(**self._selection))
+def _own_pass(
+    backbone: Backbone, wanted: list[int], selection: dict[str, Any], images: Tensor, masks: Any
+) -> tuple[Any, ...]:
+    """Return the weights of the blocks ``wanted`` from the model's own pass, ended after them."""
+    if not wanted:
+        return ()
+    attentions = {m: i for m, i in backbone.attentions().items() if i in wanted}
+    model, given = backbone.model, {} if masks is None else {"masks": masks}
+    run = getattr(model, "forward_features", model)
+    found = collect(lambda: run(images, **given), attentions, len(wanted), **selection)
+    _check_count(found, len(wanted))
+    return tuple(found)
 
 
 def _walk(
@@ -182,7 +182,7 @@ def _walk(
         )
     others = wanted[:-1]
     modules = {m: i for m, i in backbone.attentions().items() if i in others}
-    collector = _Collector(modules, **selection)
+    collector = Collector(modules, **selection)
     with recording(collector, modules):
         for _, block, given in backbone.walk(tokens, _end(wanted)):
             tokens, final = given, block
@@ -241,7 +241,7 @@ def _one_pass(
         attentions = asked.all()
     else:
         modules = backbone.attentions()
-        collector = _Collector(modules, **selection)
+        collector = Collector(modules, **selection)
         with recording(collector, modules):
             output = original(model, x, **kwargs)
         attentions = tuple(collector.weights)

@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -24,8 +25,10 @@ from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.grafting.asked import ASKED, publish, request
 from dinov2_attn.grafting.channel import ACTIVE, STATE, run_captured
+from dinov2_attn.grafting.collector import weights_at_kernel
 from dinov2_attn.grafting.compute import check_tokens, module_weights, queries_and_keys
 from dinov2_attn.kernels.xformers import Kernel, check_stochastic_depth
+from dinov2_attn.math.attention import check_heads
 from dinov2_attn.typing import Forward, Heads, Queries
 
 
@@ -35,23 +38,29 @@ class Returns(Enum):
     QUERIES_AND_KEYS = "queries and keys"
 
 
-def graft_attention(original: Forward, kernel: Kernel) -> Forward:
+def graft_attention(original: Forward, kernel: Kernel | None) -> Forward:
     """Give ``Attention.forward`` or ``MemEffAttention.forward`` a ``return_attn``.
 
     With ``return_attn=True`` it returns the weights ``(B, heads, Q, N)`` in place of the features
     ``(B, N, C)``. They are those before dropout, in the dtype of the projection. Value product
     and output projection do not run. ``queries`` selects rows. ``heads="mean"`` averages heads,
-    which gives ``(B, Q, N)``.
+    which gives ``(B, Q, N)``. Without ``kernel`` they are taken at the kernel that runs.
     """
     names = argument_names(original)
 
-    def weights_of(self: nn.Module, args: Any, kwargs: Any, **selection: Any) -> Any:
-        return module_weights(self, kernel, **_by_name(names, args, kwargs), **selection)
+    def weights_of(self: nn.Module, args: Any, kwargs: Any) -> Any:
+        if kernel is None:
+            selection = {name: kwargs.pop(name, None) for name in ("queries", "heads")}
+            check_heads(selection["heads"])
+            return weights_at_kernel(
+                partial(forward, self, *args, **kwargs), self, None, **selection
+            )
+        return module_weights(self, kernel, **_by_name(names, args, kwargs))
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if asked := kwargs.pop("return_attn", False):
-            if asked is Returns.QUERIES_AND_KEYS:
+            if asked is Returns.QUERIES_AND_KEYS and kernel is not None:
                 return publish(queries_and_keys(self, kernel, **_by_name(names, args, kwargs)))
             return publish(weights_of(self, args, kwargs))
         if ACTIVE.on and STATE.receivers:
@@ -59,6 +68,26 @@ def graft_attention(original: Forward, kernel: Kernel) -> Forward:
         return original(self, *args, **kwargs)
 
     return extend_signature(original, forward, "return_attn")
+
+
+def graft_block_at_kernel(original: Forward) -> Forward:
+    """Give a block's ``forward`` a ``return_attention``, taken at the kernel of its own pass.
+
+    It serves blocks of any signature. The pass ends where the weights are known.
+    """
+
+    @functools.wraps(original, updated=())
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.pop("return_attention", False):
+            return original(self, *args, **kwargs)
+        selection = {name: kwargs.pop(name, None) for name in ("queries", "heads")}
+        check_heads(selection["heads"])
+        tokens = next(iter((*args, *kwargs.values())), None)
+        calls = len(tokens) if isinstance(tokens, list) else None
+        run = partial(original, self, *args, **kwargs)
+        return publish(weights_at_kernel(run, self, calls, **selection))
+
+    return extend_signature(original, forward, "return_attention")
 
 
 def graft_block(original: Forward, role: Role) -> Forward:

@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple, overload
-from weakref import WeakSet
 
 from torch import Tensor, nn
 
 from dinov2_attn._compat import raised_by_dynamo
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
-from dinov2_attn.grafting.channel import in_a_graph
+from dinov2_attn.grafting.channel import in_a_graph, prove_once
 from dinov2_attn.grafting.recording import recording
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.maps.attention_maps import AttentionMaps
@@ -28,9 +27,6 @@ from dinov2_attn.typing import Grid, Heads, Layer, Model, Queries, RecordedLayer
 # The first argument is a layer: an int in a DINOv2, a path in any other model.
 Reduce = Callable[[Any, Tensor], W]
 Check = Literal["first", "every"] | Literal[False]
-
-# Attention modules whose weights were proved in a pass.
-_PROVED: WeakSet[nn.Module] = WeakSet()
 
 
 @overload
@@ -230,9 +226,10 @@ class _Recorder:
             )
 
     def _prove(self, attention: nn.Module, layer: Layer, call: KernelCall) -> None:
-        if self._check == "every" or (self._check == "first" and attention not in _PROVED):
+        if self._check == "every":
             call.check(f"layer {layer}")
-            _PROVED.add(attention)
+        elif self._check:
+            prove_once(attention, call, f"layer {layer}")
 
     def _runs_again_for_a_list(self, layer: Layer) -> bool:
         """Return whether ``layer`` may run for the next batch of a list, before other layers."""
