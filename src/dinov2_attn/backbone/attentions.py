@@ -39,19 +39,16 @@ _DEPTH = 3
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the attention modules of ``model`` by their paths, in the order of definition."""
     found = {name: m for name, m in model.named_modules() if may_attend(m)}
-    return {
-        name: module
-        for name, module in found.items()
-        if not any(other.startswith(f"{name}." if name else "") for other in found if other != name)
-    }
+    # Every path that leads to one of them.
+    outer = {path for name in found for path in _above(name)}
+    return {name: module for name, module in found.items() if name not in outer}
 
 
 def may_attend(module: nn.Module) -> bool:
     """Return whether ``module`` can be attention: it is not PyTorch's, and names a kernel."""
-    cls = type(module)
-    if cls.__module__.partition(".")[0] == "torch" or not submodules(module):
+    if not submodules(module) or _is_of_torch(module):
         return False
-    return names_a_kernel(cls) or looks_like_attention(module)
+    return names_a_kernel(type(module)) or looks_like_attention(module)
 
 
 def looks_like_attention(module: nn.Module) -> bool:
@@ -128,6 +125,12 @@ def _names_in(code: CodeType) -> Iterator[str]:
             yield from _names_in(constant)
 
 
+def _above(path: str) -> Iterator[str]:
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
 def _cuts_patches(child: nn.Module | None) -> bool:
     if not isinstance(child, nn.Conv2d | nn.Conv3d):
         return False
@@ -136,7 +139,7 @@ def _cuts_patches(child: nn.Module | None) -> bool:
 
 
 def _is_of_torch(module: nn.Module) -> bool:
-    return _package(type(module).__module__) == "torch"
+    return type(module).__module__.startswith("torch.")
 
 
 def _package(module: str) -> str:

@@ -123,13 +123,15 @@ class FusedCall:
         bias = self._dense_bias
         if bias is not None and bias.ndim > 1 and bias.shape[-2] != 1:
             bias = bias[..., rows, :]
-        causal = torch.arange(self.query.shape[2], device=query.device)[rows]
+        causal = None
+        if self.is_causal:
+            causal = torch.arange(self.query.shape[2], device=query.device)[rows]
         return attention_weights(
             query,
             key,
             self.scale,
             bias=bias,
-            causal_rows=causal if self.is_causal else None,
+            causal_rows=causal,
             heads=heads,
             out=out,
         )

@@ -56,14 +56,15 @@ def recorded_in(model: object, layers: RecordedLayers) -> Recorded:
             f"{type(model).__name__}",
             "Pass the module whose forward will run.",
         )
-    by_path = attention_modules(model)
-    if not by_path:
-        raise _no_attention(model)
     transformers = transformers_in(model)
     backbone = Backbone(transformers[0]) if len(transformers) == 1 else None
-    called: dict[nn.Module, Layer] = {module: path for path, module in by_path.items()}
+    called: dict[nn.Module, Layer]
     if backbone is not None and not _has_paths(layers):
         called = dict(backbone.attentions())
+    else:
+        called = {module: path for path, module in attention_modules(model).items()}
+    if not called:
+        raise _no_attention(model)
     chosen = _chosen(layers, list(dict.fromkeys(called.values())))
     return Recorded(
         wanted={module: name for module, name in called.items() if name in chosen},
