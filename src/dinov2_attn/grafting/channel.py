@@ -22,7 +22,7 @@ from dinov2_attn.backbone.attentions import looks_like_attention
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.kernels.call import KernelCall
-from dinov2_attn.kernels.capture import Capture, check_calls
+from dinov2_attn.kernels.capture import Capture, StopPassError, check_calls
 from dinov2_attn.typing import Forward
 
 
@@ -211,11 +211,14 @@ def run_captured(
         if is_in_backward():
             return original(module, *args, **kwargs)
         stops = all(receiver.stops for receiver in wanting)
-        with Capture(module, take, stops=stops) as capture:
+        # The first time all of it runs, to see that there is one call, and what it returns.
+        with Capture(module, take, stops=stops and module in _PROVED) as capture:
             output = original(module, *args, **kwargs)
     # Code that only looks like attention is left out; a module with its projections is not.
     if capture.calls or looks_like_attention(module):
         check_calls(capture.calls, name_of(type(module)))
+    if stops:
+        raise StopPassError
     return output
 
 

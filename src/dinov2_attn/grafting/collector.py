@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dinov2_attn.backbone.attentions import attention_modules
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.grafting.channel import prove_once, unrecorded
 from dinov2_attn.grafting.recording import recording
@@ -66,18 +65,23 @@ def collect(
 
 
 def weights_at_kernel(
-    run: Callable[[], object], module: nn.Module, calls: int | None, **selection: Any
+    run: Callable[[], object],
+    module: nn.Module,
+    attentions: Collection[nn.Module],
+    calls: int | None = None,
+    **selection: Any,
 ) -> Any:
-    """Return the weights of the attention in ``module``, from its kernel's own call.
+    """Return the weights of the one attention in ``module``, from its kernel's own call.
 
     Args:
         run: Runs ``module``.
         module: An attention module, or one that contains one.
+        attentions: The attention module itself.
         calls: The number of tensors of a list, each of which has a call. None for a tensor.
         selection: ``queries`` and ``heads``.
 
     """
-    found = collect(run, set(attention_modules(module).values()), calls or 1, **selection)
+    found = collect(run, attentions, calls or 1, **selection)
     if calls is None or (len(found) == 1 and isinstance(found[0], list)):
         check_calls(len(found), name_of(type(module)))
         return found[0]
