@@ -226,7 +226,7 @@ def test_no_call_and_two_calls_are_errors_that_name_the_module(kind, words, monk
     module = Attention(kernel)
     monkeypatch.setattr(Attention, "forward", graft_captured(Attention.forward))
     with pytest.raises(NotRecordedError, match=rf"(?s)Attention to call.*{words}"):
-        weights_at_kernel(lambda: module(X), module, None)
+        weights_at_kernel(lambda: module(X), module, [module])
 
 
 def test_a_pass_that_stops_runs_no_kernel():

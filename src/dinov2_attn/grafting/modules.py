@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from dinov2_attn.backbone.attentions import attention_modules
 from dinov2_attn.backbone.backbone import MARK, accepts
 from dinov2_attn.backbone.contract import argument_names, name_of
 from dinov2_attn.backbone.projection import Piece
@@ -53,7 +54,7 @@ def graft_attention(original: Forward, kernel: Kernel | None) -> Forward:
             selection = {name: kwargs.pop(name, None) for name in ("queries", "heads")}
             check_heads(selection["heads"])
             return weights_at_kernel(
-                partial(forward, self, *args, **kwargs), self, None, **selection
+                partial(forward, self, *args, **kwargs), self, [self], **selection
             )
         return module_weights(self, kernel, **_by_name(names, args, kwargs))
 
@@ -85,7 +86,8 @@ def graft_block_at_kernel(original: Forward) -> Forward:
         tokens = next(iter((*args, *kwargs.values())), None)
         calls = len(tokens) if isinstance(tokens, list) else None
         run = partial(original, self, *args, **kwargs)
-        return publish(weights_at_kernel(run, self, calls, **selection))
+        attentions = list(attention_modules(self).values())
+        return publish(weights_at_kernel(run, self, attentions, calls, **selection))
 
     return extend_signature(original, forward, "return_attention")
 
