@@ -14,6 +14,7 @@ from torch import nn
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.probe import Probed, probe
+from dinov2_attn.backbone.undisturbed import first_input
 from tests.support import upstreams
 from tests.support.layouts import (
     PATCH,
@@ -377,6 +378,16 @@ def test_nothing_is_left_behind(fails):
     for name in ("buffers", "torch"):
         assert_same_bits(after.pop(name), before.pop(name))
     assert after == before
+
+
+def test_a_run_that_ends_early_leaves_no_hook():
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    given = torch.ones(1)
+    found, called = first_input(lambda: model(given), model[1])
+    assert found is given
+    assert called
+    assert not model[1]._forward_pre_hooks
+    assert first_input(lambda: model(given), nn.Identity()) == (None, False)
 
 
 def test_the_model_runs_only_up_to_its_attention(first):

@@ -33,7 +33,8 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         for module in model.modules():
             _restore_at_end(module, stack)
         for module in [m for m in model.modules() if m.training]:
-            # Not eval(): a class may have a train() of its own, which does more.
+            # Not eval(): a class may have a train() of its own, which does more. Scripted modules
+            # do not keep the flag among their attributes.
             stack.callback(setattr, module, "training", True)
             module.training = False
         yield
