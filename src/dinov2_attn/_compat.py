@@ -97,6 +97,12 @@ def is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP holds a part of ``model``, of its first or its second generation."""
+    # By name: importing torch.distributed.fsdp takes a second, and FSDP2 came in with torch 2.4.
+    return any("FSDP" in base.__name__ for m in model.modules() for base in type(m).__mro__)
+
+
 def storage_of(tensor: Tensor) -> int:
     """Return a number that tensors share if they share memory, fake ones too."""
     # Every version. The address of the memory is 0 for all fake tensors.

@@ -88,10 +88,11 @@ def check_columns(weights: Any, layout: Layout) -> None:
     if shape and shape[-1] == layout.length:
         return
     height, width = layout.grid
+    behind = f" + {layout.suffix}" if layout.suffix else ""
     each = f" · {layout.per_cell}" if layout.per_cell > 1 else ""
     raise InvalidInputError(
-        f"{layout.prefix} + {height} · {width}{each} + {layout.suffix} = {layout.length} columns: "
-        "tokens before the patches, patches, and tokens behind them",
+        f"{layout.prefix} + {height} · {width}{each}{behind} = {layout.length} columns: CLS and "
+        "registers, then the patches" + (", then other tokens" if behind else ""),
         f"weights of shape {shape}" if shape else f"{type(weights).__name__}",
-        "Correct prefix, suffix or grid, or keep all columns.",
+        "Correct prefix, suffix or grid, or keep the columns in reduce.",
     )

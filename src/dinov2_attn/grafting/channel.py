@@ -11,6 +11,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -159,22 +160,30 @@ def graft_entrance(original: Forward) -> Forward:
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.on and STATE.receivers and not (is_compiling() or is_in_backward()):
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor) and value.ndim == 4:
-                    for receiver in STATE.receivers:
-                        receiver.begin(self, value)
-                    break
+        if ACTIVE.on:
+            _begin(self, args, kwargs)
         return original(self, *args, **kwargs)
 
     return forward
 
 
+def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell receivers of the images that ``module`` is given."""
+    if not STATE.receivers or is_compiling() or is_in_backward():
+        return
+    given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 3)
+    for images in islice(given, 1):
+        for receiver in STATE.receivers:
+            receiver.begin(module, images)
+
+
 def graft_whole(original: Forward) -> Forward:
-    """Let the ``forward`` of a whole model tell receivers that it has returned."""
+    """Let the ``forward`` of a whole model tell receivers when it begins and when it returns."""
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if ACTIVE.on:
+            _begin(self, args, kwargs)
         output = original(self, *args, **kwargs)
         if ACTIVE.on and not is_compiling():
             for receiver in STATE.receivers:

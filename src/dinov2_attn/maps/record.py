@@ -19,6 +19,7 @@ from dinov2_attn.maps.course import Course, advice
 from dinov2_attn.maps.layers import kind_of, recorded_in
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import W
+from dinov2_attn.maps.tokens import Tokens
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.buffers import Preallocated, ReusableBuffer
 from dinov2_attn.math.selection import positions, resolve_names
@@ -158,16 +159,17 @@ class _Recorder:
         check_heads(heads)
         _check_options(reduce, check)
         self.modules = recorded_in(model, layers)
-        backbone = self.modules.backbone
-        self._prefix = prefix if prefix is not None else backbone.prefix if backbone else 0
-        self._grid = grid
-        self._queries = resolve_names(queries, self._prefix - 1)
+        self._prefix, self._grid, self._queries = prefix, grid, queries
+        if prefix is not None:
+            self._queries = resolve_names(queries, prefix - 1)
+        elif isinstance(queries, str):
+            resolve_names(queries, 0)  # an unknown word is an error at once
         self._heads, self._reduce, self._check = heads, reduce, check
         wanted = self.modules.wanted
         buffer = Preallocated(len(wanted)) if reduce is None else ReusableBuffer()
         self._new = buffer.allocate
         self._course = Course()
-        self._grids: list[Grid | None] = []
+        self._images: list[Tensor] = []
         self._kept: dict[Layer, list[_Batch]] = {}
         self._last: Layer | None = None
         self._whole, self._broken = 0, 0
@@ -176,13 +178,14 @@ class _Recorder:
         self.recording: Recording[Any] = Recording()
 
     def begin(self, entrance: nn.Module, images: Tensor) -> None:
-        """Note the patch grid of ``images``; batches of a list come one by one."""
-        if entrance not in self.modules.entrances:
-            return
-        self._end_pass()
-        self._begun = True
-        backbone = self.modules.backbone
-        self._grids.append(None if backbone is None else backbone.grid(images))
+        """Note the ``images`` of a pass; batches of a list come one by one."""
+        if self.modules.backbone is None:
+            if entrance is self.modules.whole or not self._images:
+                self._images = [images]
+        elif entrance in self.modules.entrances:
+            self._end_pass()
+            self._begun = True
+            self._images.append(images)
 
     def wants(self, attention: nn.Module) -> bool:
         """Return whether ``attention`` is that of a layer to record."""
@@ -197,6 +200,7 @@ class _Recorder:
         self._course.ran(layer)
         if layer in self._kept and not self._runs_again_for_a_list(layer):
             self._end_or_break_off()
+        self._resolve_names(attention, call)
         weights = call.weights(self._queries, self._heads, self._new)
         kept = self._kept.setdefault(layer, [])
         if isinstance(weights, list):
@@ -254,8 +258,7 @@ class _Recorder:
         """Append what was kept to the recording: an entry for each batch, and each kind in it."""
         count = max(map(len, self._kept.values()))
         # Tokens may be prepared and not used: the last ones belong to this pass.
-        grids = ([None] * count + self._grids)[-count:]
-        for i, grid in enumerate(grids):
+        for i, images in enumerate(([None] * count + self._images)[-count:]):
             kinds: dict[tuple[str, int, int], dict[Layer, _Batch]] = {}
             for layer in filter(self._kept.__contains__, self.modules.wanted.values()):
                 batches = self._kept[layer]
@@ -264,24 +267,55 @@ class _Recorder:
                     key = (kind_of(layer), one.columns, one.rows)
                     kinds.setdefault(key, {})[layer] = one
             for (_, columns, rows), found in kinds.items():
-                self.recording.passes.append(self._maps(found, grid, columns, rows))
+                self._append(found, images, columns, rows)
         self._whole += 1
-        self._grids, self._kept, self._last = [], {}, None
+        self._images, self._kept, self._last = [], {}, None
         if self._clean and not self._begun:
             self._course.end(whole=True)
 
-    def _maps(
-        self, found: dict[Layer, _Batch], grid: Grid | None, columns: int, rows: int
-    ) -> AttentionMaps[Any]:
-        grid = self._grid or grid
-        fits = grid is not None and math.prod(grid) == columns - self._prefix
-        return AttentionMaps(
+    def _append(
+        self, found: dict[Layer, _Batch], images: Tensor | None, columns: int, rows: int
+    ) -> None:
+        """Append the maps of one batch and one kind of attention to the recording."""
+        prefix, grid = self._prefix, self._grid
+        backbone = self.modules.backbone
+        if prefix is None:
+            prefix = backbone.prefix if backbone else 0
+        fits = grid is not None and prefix + math.prod(grid) <= columns
+        maps: AttentionMaps[Any] = AttentionMaps(
             tuple(batch.kept for batch in found.values()),
             tuple(found.keys()),
             grid if fits else None,
-            self._prefix,
+            prefix,
             positions(self._queries, rows),
+            columns - prefix - math.prod(grid) if grid is not None and fits else 0,
         )
+        first = next(iter(found))
+        attention = next(m for m, layer in self.modules.wanted.items() if layer == first)
+        self.recording.add(maps, None if fits else self._tokens(attention, images, columns))
+
+    def _tokens(self, attention: nn.Module, images: Tensor | None, columns: int) -> Tokens:
+        modules = self.modules
+        return Tokens(modules.whole, modules.backbone, attention, columns, images)
+
+    def _resolve_names(self, attention: nn.Module, call: KernelCall) -> None:
+        """Replace ``"registers"`` and ``"patches"`` by the positions that they mean."""
+        if not isinstance(self._queries, str) or self._queries == "cls":
+            return
+        images = self._images[-1] if self._images else None
+        layout = self._tokens(attention, images, call.rows).layout()
+        if layout is None and self.modules.backbone is not None:
+            self._queries = resolve_names(self._queries, self.modules.backbone.registers)
+        elif layout is None:
+            raise InvalidInputError(
+                f"queries={self._queries!r} of a model whose token layout is known",
+                "a model in which no patch grid was found",
+                "Pass positions, or say prefix= too.",
+            )
+        elif self._queries == "patches":
+            self._queries = slice(layout.patches.start, layout.patches.stop)
+        else:
+            self._queries = [*range(1, layout.prefix), *range(layout.patches.stop, layout.length)]
 
     def _end_pass(self) -> None:
         if self._kept and not self.modules.is_chosen:
@@ -295,7 +329,7 @@ class _Recorder:
     def _break_off(self) -> None:
         self._broken += 1
         self._clean = False
-        self._grids, self._kept, self._last = [], {}, None
+        self._images, self._kept, self._last = [], {}, None
 
     def _not_recorded(self) -> NotRecordedError:
         layers = list(dict.fromkeys(self.modules.wanted.values()))
