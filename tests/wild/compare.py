@@ -1,0 +1,162 @@
+"""One target: its truth, its answer, and the difference between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.support.tolerances import same_bits
+from tests.wild.answer import answer
+from tests.wild.target import Target
+from tests.wild.truth import KernelCall, attention_of
+
+# Largest difference of a weight, which is at most 1. The engine keeps the kernel's dtype.
+TOLERANCES = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+# The mean of the rows' largest weights, times their length: 1 for uniform attention.
+SHARP = 2.0
+
+
+@dataclass
+class Report:
+    """What one run found. ``verdict`` says it in a few words."""
+
+    name: str
+    project: str
+    revision: str
+    differs: str
+    verdict: str = ""
+    calls: int = 0
+    kernels: list[str] = field(default_factory=list)
+    sharpness: float = 0.0
+    truth_error: float = 0.0
+    features_identical: bool | None = None
+    layers: dict[str, float] = field(default_factory=dict)
+    missed: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every call was answered, rightly, and the features kept their bits."""
+        return self.verdict.startswith("equal to ")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def report_on(target: Target) -> Report:
+    """Build ``target``, run it three times and compare."""
+    source = target.source
+    report = Report(target.name, source.project, source.revision, target.differs)
+    try:
+        torch.manual_seed(0)
+        model = target.build()
+        with torch.no_grad():
+            features = tensors_in(target.run(model))
+            again = tensors_in(target.run(model))
+            truth = attention_of(model, target.run)
+    except Exception as error:
+        return _failed(report, "cannot be built here", error)
+    _describe_truth(report, truth)
+    if report.sharpness < SHARP or not same_bits(features, again):
+        report.verdict = "cannot be judged: attention is not sharp, or two runs differ"
+        return report
+    try:
+        with torch.no_grad():
+            answered, recorded = _answered(model, target.run)
+    except Exception as error:
+        return _failed(report, "refused", error)
+    report.features_identical = same_bits(features, recorded)
+    _compare(report, truth, answered)
+    return report
+
+
+def _answered(
+    model: nn.Module, run: Callable[[nn.Module], Any]
+) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+    features: list[Tensor] = []
+
+    def run_and_keep(model: nn.Module) -> Any:
+        out = run(model)
+        features.extend(tensors_in(out))
+        return out
+
+    return answer(model, run_and_keep), features
+
+
+def _describe_truth(report: Report, truth: list[KernelCall]) -> None:
+    report.calls = len(truth)
+    report.kernels = sorted({call.kernel for call in truth})
+    report.truth_error = max((call.error for call in truth), default=0.0)
+    peaks = [float(c.weights.amax(-1).mean()) * c.weights.shape[-1] for c in truth]
+    report.sharpness = min(peaks, default=0.0)
+
+
+def _compare(report: Report, truth: list[KernelCall], answered: dict[str, list[Tensor]]) -> None:
+    """Give each kernel call the next answer of the module that it ran in."""
+    left = {path: list(weights) for path, weights in answered.items()}
+    right = True
+    for call in truth:
+        path = _owner(call.path, left)
+        if path is None:
+            report.missed.append(call.path)
+            continue
+        ours = left[path].pop(0)
+        difference = _difference(ours, call.weights)
+        report.layers[path] = max(difference, report.layers.get(path, 0.0))
+        right &= difference <= TOLERANCES[ours.dtype]
+    surplus = sum(map(len, left.values()))
+    report.verdict = _verdict(report, right, surplus)
+
+
+def _verdict(report: Report, right: bool, surplus: int) -> str:
+    largest = max(report.layers.values(), default=0.0)
+    if not right:
+        return f"WRONG by {largest:.1e}"
+    if surplus:
+        return f"WRONG: {surplus} answers without a kernel call"
+    if not report.features_identical:
+        return "WRONG: features changed"
+    if report.missed:
+        answered = report.calls - len(report.missed)
+        return f"in part: {answered} of {report.calls} calls, these equal to {largest:.0e}"
+    return f"equal to {largest:.0e}"
+
+
+def _owner(path: str, left: dict[str, list[Tensor]]) -> str | None:
+    """Return the module with unused answers whose path is, contains or lies in ``path``."""
+    inside = [p for p in left if left[p] and (path == p or path.startswith(f"{p}.") or not p)]
+    around = [p for p in left if left[p] and (p.startswith(f"{path}.") or not path)]
+    return max(inside, key=len) if inside else next(iter(around), None)
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    same_end = ours.shape[-2:] == theirs.shape[-2:]
+    if not (same_end and ours.numel() == theirs.numel()):
+        return float("inf")
+    return float((ours.double() - theirs.reshape(ours.shape)).abs().max())
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of nested lists, tuples, mappings and objects, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    return tensors_in(vars(value)) if hasattr(value, "__dict__") and value is not None else []
+
+
+def _failed(report: Report, what: str, error: Exception) -> Report:
+    report.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    report.verdict = f"{what}: {report.error}"
+    return report

@@ -1,0 +1,16 @@
+"""Every target by its name."""
+
+from __future__ import annotations
+
+from tests.wild.on_pypi import ON_PYPI
+from tests.wild.target import Target
+
+ALL: list[Target] = [*ON_PYPI]
+
+
+def named(name: str) -> Target:
+    """Return the target of this name; exit with the names there are."""
+    for target in ALL:
+        if target.name == name:
+            return target
+    raise SystemExit(f"no target {name!r}; there are: {', '.join(t.name for t in ALL)}")
