@@ -11,6 +11,8 @@ from torch import nn
 
 from tests.wild.weights import images, sharp
 
+EINOPS = "einops==0.8.1"
+
 # A grid of 2 x 3 patches, and heads of 16 channels, which DINOv3's rotation divides by four.
 DINOV2 = {"img_size": 28, "patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 3}
 DINOV3 = {

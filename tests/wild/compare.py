@@ -105,7 +105,7 @@ def _compare(report: Report, truth: list[KernelCall], answered: dict[str, list[T
     left = {path: list(weights) for path, weights in answered.items()}
     right = True
     for call in truth:
-        path = _owner(call.path, left)
+        path = _owner(call, left)
         if path is None:
             report.missed.append(call.path)
             continue
@@ -131,17 +131,28 @@ def _verdict(report: Report, right: bool, surplus: int) -> str:
     return f"equal to {largest:.0e}"
 
 
-def _owner(path: str, left: dict[str, list[Tensor]]) -> str | None:
-    """Return the module with unused answers whose path is, contains or lies in ``path``."""
-    inside = [p for p in left if left[p] and (path == p or path.startswith(f"{p}.") or not p)]
-    around = [p for p in left if left[p] and (p.startswith(f"{path}.") or not path)]
-    return max(inside, key=len) if inside else next(iter(around), None)
+def _owner(call: KernelCall, left: dict[str, list[Tensor]]) -> str | None:
+    """Return the module whose next answer has the call's shape, and which it ran in or contains.
+
+    A kernel may run outside the forward of the module that is asked about: then that module lies
+    inside the one that ran.
+    """
+    fitting = [path for path, weights in left.items() if weights and _fits(weights[0], call)]
+    around = [path for path in fitting if _contains(path, call.path)]
+    inside = [path for path in fitting if _contains(call.path, path)]
+    return max(around, key=len) if around else next(iter(inside), None)
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return not outer or inner == outer or inner.startswith(f"{outer}.")
+
+
+def _fits(ours: Tensor, call: KernelCall) -> bool:
+    same_end = ours.shape[-2:] == call.weights.shape[-2:]
+    return same_end and ours.numel() == call.weights.numel()
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    same_end = ours.shape[-2:] == theirs.shape[-2:]
-    if not (same_end and ours.numel() == theirs.numel()):
-        return float("inf")
     return float((ours.double() - theirs.reshape(ours.shape)).abs().max())
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tests.wild.builders import DINOV2, dinov2, dinov3, features_of, made_by, on_images
+from tests.wild.builders import EINOPS, DINOV2, dinov2, dinov3, features_of, made_by, on_images
 from tests.wild.target import Installed, PyPI, Target
 from tests.wild.weights import images, sharp
 
-EINOPS = "einops==0.8.1"
+
 KORNIA = PyPI("kornia==0.9.0")
 LIGHTLY = PyPI("lightly-train==0.18.0")
 ROMAV2 = PyPI("romav2==2.0.1")

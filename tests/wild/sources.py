@@ -80,19 +80,29 @@ def _repository_folder(source: GitHub, cache: Path, mirrors: Path | None) -> Pat
 
 
 def _copy_code(clone: Path, commit: str, folder: Path) -> None:
-    """Write the small text files of ``commit``; git archive stops where a picture is missing."""
+    """Write the Python files of ``commit``; git archive stops where a picture is missing."""
     listed = _git(clone, "ls-tree", "-r", "-z", commit).decode()
     entries = [entry.split("\t", 1) for entry in listed.split("\0") if entry]
-    for described, name in entries:
-        mode, _, digest = described.split()
-        if mode.startswith("100") and name.endswith((".py", ".json", ".yaml", ".yml")):
-            file = folder / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(_git(clone, "cat-file", "blob", digest))
+    digests = {name: what.split()[2] for what, name in entries if what.startswith("100")}
+    names = [name for name in digests if name.endswith(".py")]
+    contents = _git(clone, "cat-file", "--batch", given="".join(f"{digests[name]}\n" for name in names))
+    for name in names:
+        header, _, rest = contents.partition(b"\n")
+        is_missing = header.endswith(b" missing")
+        size = 0 if is_missing else int(header.split()[2])
+        contents = rest if is_missing else rest[size + 1 :]
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(rest[:size])
 
 
-def _git(clone: Path, *arguments: str) -> bytes:
-    done = subprocess.run(["git", "-C", str(clone), *arguments], capture_output=True, check=False)
+def _git(clone: Path, *arguments: str, given: str = "") -> bytes:
+    done = subprocess.run(
+        ["git", "-C", str(clone), *arguments],
+        input=given.encode(),
+        capture_output=True,
+        check=False,
+    )
     if done.returncode:
         raise SourceUnavailableError(f"git {arguments[0]}: {done.stderr.decode().strip()}")
     return done.stdout

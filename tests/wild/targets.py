@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from tests.wild.built_apart import BUILT_APART
+from tests.wild.on_github import ON_GITHUB
 from tests.wild.on_pypi import ON_PYPI
 from tests.wild.target import Target
 
-ALL: list[Target] = [*ON_PYPI]
+ALL: list[Target] = [*ON_PYPI, *ON_GITHUB, *BUILT_APART]
 
 
 def named(name: str) -> Target:

@@ -32,7 +32,7 @@ SOFTMAXES = {"softmax"}
 PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
 SAME_VALUES = {
     *("dropout", "to", "type", "type_as", "float", "half", "bfloat16", "double"),
-    *("contiguous", "clone", "detach"),
+    *("contiguous", "detach"),
 }
 VIEWS = {
     *("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose"),
@@ -186,7 +186,7 @@ class _Catcher:
         self.calls.append(KernelCall(self.running[-1], kernel, weights, error))
 
 
-class _Watch(TorchFunctionMode):  # type: ignore[misc]  # torch has no types for it
+class _Watch(TorchFunctionMode):
     """Sees softmaxes, the products that take them, and kernels that no replaced name caught."""
 
     def __init__(self, catcher: _Catcher) -> None:
@@ -215,6 +215,11 @@ class _Watch(TorchFunctionMode):  # type: ignore[misc]  # torch has no types for
                 func(exact, *args[1:], **kwargs) if name in VIEWS else exact,
                 self.origin[id(args[0])],
             )
+        elif name == "clone" and args and id(args[0]) in self.exact:
+            exact = self.exact[id(args[0])].clone()  # what is written into the copy stays in it
+            self._keep(out, exact, exact)
+        elif name == "__setitem__" and id(args[0]) in self.exact:
+            func(self.exact[id(args[0])], *args[1:])
         elif name in PRODUCTS and self.exact:
             self._product(func, out, args, kwargs)
         return out

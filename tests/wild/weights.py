@@ -27,7 +27,8 @@ def sharp(model: nn.Module, seed: int = 0) -> nn.Module:
 def _drawn(name: str, parameter: nn.Parameter, noise: Tensor) -> Tensor:
     owner, _, kind = name.rpartition(".")
     if parameter.ndim < 2:  # biases around 0; norms and layer scales around 1
-        return 0.1 * noise + (0.0 if "bias" in kind else 1.0)
+        centre = SHARPER if owner.endswith(("q_norm", "k_norm")) else 1.0
+        return 0.1 * noise + (0.0 if "bias" in kind else centre)
     fan_in = parameter[0].numel() if kind == "weight" else 1
     size = SHARPER if any(part in owner.split(".")[-1] for part in PROJECTIONS) else 1.0
     return noise * size / fan_in**0.5
