@@ -75,7 +75,7 @@ def report_on(target: Target) -> Report:
     except Exception as error:
         return _failed(report, "refused", error)
     report.features_identical = same_bits(features, recorded)
-    _compare(report, truth, answered)
+    compare(report, truth, answered)
     return report
 
 
@@ -100,7 +100,7 @@ def _describe_truth(report: Report, truth: list[KernelCall]) -> None:
     report.sharpness = min(peaks, default=0.0)
 
 
-def _compare(report: Report, truth: list[KernelCall], answered: dict[str, list[Tensor]]) -> None:
+def compare(report: Report, truth: list[KernelCall], answered: dict[str, list[Tensor]]) -> None:
     """Give each kernel call the next answer of the module that it ran in."""
     left = {path: list(weights) for path, weights in answered.items()}
     right = True
@@ -169,5 +169,6 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def _failed(report: Report, what: str, error: Exception) -> Report:
     report.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    report.verdict = f"{what}: {report.error}"
+    found = getattr(error, "found", None)  # the part of our own errors that says most
+    report.verdict = f"{what}: {' '.join(str(found).split()) if found else report.error}"
     return report

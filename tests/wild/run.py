@@ -17,7 +17,7 @@ import torch
 
 from tests.wild import sources, stand_ins
 from tests.wild.compare import Report, report_on
-from tests.wild.target import Target
+from tests.wild.target import PyPI, Target
 from tests.wild.targets import named
 
 
@@ -58,7 +58,7 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
 def _folders(target: Target, options: argparse.Namespace) -> list[Path]:
     if options.source is None:
         return sources.folders_of(target, options.cache, options.mirrors)
-    needed = [sources.wheel_folder(sources.PyPI(need), options.cache) for need in target.needs]
+    needed = [sources.wheel_folder(PyPI(need), options.cache) for need in target.needs]
     return [options.source / target.path, *needed]
 
 

@@ -85,7 +85,9 @@ def _copy_code(clone: Path, commit: str, folder: Path) -> None:
     entries = [entry.split("\t", 1) for entry in listed.split("\0") if entry]
     digests = {name: what.split()[2] for what, name in entries if what.startswith("100")}
     names = [name for name in digests if name.endswith(".py")]
-    contents = _git(clone, "cat-file", "--batch", given="".join(f"{digests[name]}\n" for name in names))
+    contents = _git(
+        clone, "cat-file", "--batch", given="".join(f"{digests[name]}\n" for name in names)
+    )
     for name in names:
         header, _, rest = contents.partition(b"\n")
         is_missing = header.endswith(b" missing")

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from tests.wild.built_apart import BUILT_APART
-from tests.wild.on_github import ON_GITHUB
-from tests.wild.on_pypi import ON_PYPI
+from tests.wild.projects import (
+    geometry,
+    libraries,
+    lightly,
+    meta,
+    recognition,
+    uniception,
+    wheels,
+)
 from tests.wild.target import Target
 
-ALL: list[Target] = [*ON_PYPI, *ON_GITHUB, *BUILT_APART]
+ON_PYPI: list[Target] = [*wheels.TARGETS, *lightly.TARGETS, *libraries.TARGETS]
+ON_GITHUB: list[Target] = [
+    *meta.TARGETS,
+    *geometry.TARGETS,
+    *recognition.TARGETS,
+    *uniception.TARGETS,
+]
+ALL: list[Target] = [*ON_PYPI, *ON_GITHUB]
 
 
 def named(name: str) -> Target:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -224,7 +225,9 @@ class _Watch(TorchFunctionMode):
             self._product(func, out, args, kwargs)
         return out
 
-    def _softmax(self, out: Tensor, scores: Tensor, dim: Any = None, *_: Any, **options: Any) -> None:
+    def _softmax(
+        self, out: Tensor, scores: Tensor, dim: Any = None, *_: Any, **options: Any
+    ) -> None:
         axis = options.get("dim", dim)
         exact = scores.detach().double().softmax(-1 if axis is None else axis).nan_to_num(0.0)
         self._keep(out, exact, exact)
@@ -282,7 +285,7 @@ def _replaced(name: str, real: Any, new: Any, model: nn.Module) -> Iterator[None
             for key, value in list(vars(cls).items()):
                 if getattr(value, "__func__", value) is real:
                     setattr(cls, key, staticmethod(new))
-                    undo.append(lambda cls=cls, key=key, value=value: setattr(cls, key, value))
+                    undo.append(partial(setattr, cls, key, value))
         yield
     finally:
         for step in reversed(undo):
@@ -291,12 +294,12 @@ def _replaced(name: str, real: Any, new: Any, model: nn.Module) -> Iterator[None
 
 def _holders(model: nn.Module) -> Iterator[dict[Any, Any]]:
     for module in list(sys.modules.values()):
-        names = getattr(module, "__dict__", None)
-        name = str(names.get("__name__")) if isinstance(names, dict) else ""
+        names: dict[Any, Any] = getattr(module, "__dict__", None) or {}
+        name = str(names.get("__name__", __name__))
         # Modes are handed what torch._C names: the real function stays there.
-        if name and name != __name__ and not name.startswith("torch._C"):
+        if name != __name__ and not name.startswith("torch._C"):
             yield names
-            yield from (v for v in list(names.values()) if type(v) is dict)
+            yield from (value for value in list(names.values()) if type(value) is dict)
     yield from (vars(module) for module in model.modules())
 
 

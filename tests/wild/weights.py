@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ def _drawn(name: str, parameter: nn.Parameter, noise: Tensor) -> Tensor:
         return 0.1 * noise + (0.0 if "bias" in kind else centre)
     fan_in = parameter[0].numel() if kind == "weight" else 1
     size = SHARPER if any(part in owner.split(".")[-1] for part in PROJECTIONS) else 1.0
-    return noise * size / fan_in**0.5
+    return noise * (size / math.sqrt(fan_in))
 
 
 def images(*shape: int, seed: int = 1, channels: int = 3) -> Tensor:
