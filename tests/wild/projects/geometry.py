@@ -71,9 +71,9 @@ def build_unidepth_decoder() -> nn.Module:
 
 def build_motion(slice_size: int | None) -> nn.Module:
     attention = imported("video_depth_anything.motion_module.attention", "CrossAttention")
-    model = nn.Sequential(attention(query_dim=48, heads=3, dim_head=16))
-    model[0].set_attention_slice(slice_size)
-    return sharp(model)
+    layer = attention(query_dim=48, heads=3, dim_head=16)
+    layer.set_attention_slice(slice_size)
+    return sharp(nn.Sequential(layer))
 
 
 def build_moge() -> nn.Module:

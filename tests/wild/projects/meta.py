@@ -65,6 +65,16 @@ def training(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return seeded
 
 
+def autocast(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return ``run`` under autocast to bfloat16."""
+
+    def cast(model: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(model)
+
+    return cast
+
+
 def build_text() -> nn.Module:
     cls = imported("dinov3.eval.text.text_transformer", "TextTransformer")
     size = {"context_length": 8, "vocab_size": 16, "dim": 48, "num_heads": 3, "num_layers": 2}
@@ -83,17 +93,17 @@ def build_vjepa2() -> nn.Module:
 
 def build_capi() -> nn.Module:
     transformer = {"embed_dim": 48, "depth": 2, "drop_path_rate": 0.0}
-    model: nn.Module = imported("model", "EncoderDecoder")(
+    model = imported("model", "EncoderDecoder")(
         n_registers=4,
         transformers_kwargs={"block_kwargs": {"attn_kwargs": {"num_heads": 3}}},
         encoder_kwargs=transformer,
         decoder_kwargs=transformer,
     )
-    sharp(model)
+    built = sharp(model)
     for module in model.modules():  # the rotation's parameters are frequencies, not noise
         if hasattr(module, "freqs"):
             module._device_weight_init()
-    return model
+    return built
 
 
 TARGETS = [
@@ -112,6 +122,7 @@ TARGETS = [
         dinov2(V2, drop_path_rate=0.4),
         training(features_of(8, 28, 42)),
     ),
+    Target("dinov2-autocast", DINOV2, "bfloat16", dinov2(V2), autocast(RUN)),
     Target(
         "dinov2-channel-adaptive",
         DINOV2_OF_2026,
@@ -142,6 +153,7 @@ TARGETS = [
         dinov3(V3, drop_path_rate=0.4),
         training(crops(8)),
     ),
+    Target("dinov3-autocast", DINOV3, "bfloat16", dinov3(V3), autocast(RUN_V3)),
     Target("dinov3-text", DINOV3, "causal", build_text, run_text, bare=("dinov3.eval.text",)),
     Target(
         "capi",
