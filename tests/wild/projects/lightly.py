@@ -59,7 +59,7 @@ TARGETS = [
     Target(
         "lightly-dinov2",
         LIGHTLY,
-        "own SDPA branch",
+        "explicit softmax",
         dinov2(f"{DINOV2}.models.vision_transformer"),
         features_of(2, 28, 42),
         bare=BARE,
