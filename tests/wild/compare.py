@@ -66,7 +66,7 @@ def report_on(target: Target) -> Report:
     except Exception as error:
         return _failed(report, "cannot be built here", error)
     _describe_truth(report, truth)
-    if report.sharpness < SHARP or not same_bits(features, again):
+    if report.sharpness < SHARP or not _identical(features, again):
         report.verdict = "cannot be judged: attention is not sharp, or two runs differ"
         return report
     try:
@@ -74,7 +74,7 @@ def report_on(target: Target) -> Report:
             answered, recorded = _answered(model, target.run)
     except Exception as error:
         return _failed(report, "refused", error)
-    report.features_identical = same_bits(features, recorded)
+    report.features_identical = _identical(features, recorded)
     compare(report, truth, answered)
     return report
 
@@ -90,6 +90,10 @@ def _answered(
         return out
 
     return answer(model, run_and_keep), features
+
+
+def _identical(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) > 0 and same_bits(ours, theirs)
 
 
 def _describe_truth(report: Report, truth: list[KernelCall]) -> None:
@@ -125,6 +129,8 @@ def _verdict(report: Report, right: bool, surplus: int) -> str:
         return f"WRONG: {surplus} answers without a kernel call"
     if not report.features_identical:
         return "WRONG: features changed"
+    if len(report.missed) == report.calls:
+        return "WRONG: no call was answered, and nothing was said"
     if report.missed:
         answered = report.calls - len(report.missed)
         return f"in part: {answered} of {report.calls} calls, these equal to {largest:.0e}"
