@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support import subprocesses
 from tests.wild.sources import MIRRORS, default_cache
@@ -14,6 +16,8 @@ from tests.wild.targets import ALL, ON_GITHUB, ON_PYPI
 
 ROOT = Path(__file__).parents[2]
 CLONES = os.environ.get(MIRRORS)
+# What projects of today need: some wheels are not for older ones.
+IS_OLD = sys.version_info < (3, 11) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6)
 
 # What the engine refuses today. A target that is answered has to leave this list.
 REFUSED = {
@@ -30,6 +34,8 @@ def report_on(target):
     done = subprocesses.python("-m", "tests.wild.run", target.name, *where, cwd=ROOT)
     assert not done.returncode, done.stderr
     report = json.loads(done.stdout)
+    if IS_OLD and report["verdict"].startswith("cannot be built here"):
+        pytest.skip(f"{report['verdict']}: newer Python and PyTorch run it")
     assert report["calls"], report["verdict"]
     assert report["features_identical"] is not False, report["verdict"]
     return report

@@ -197,7 +197,7 @@ def _running_modules(model: nn.Module, catcher: _Catcher) -> Iterator[None]:
 
     hooks = (
         module_hooks.register_module_forward_pre_hook(enter),
-        module_hooks.register_module_forward_hook(leave, always_call=True),
+        module_hooks.register_module_forward_hook(leave),
     )
     try:
         yield
