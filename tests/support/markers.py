@@ -12,6 +12,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "project/test_patches.py::test_the_patches_cover_the_history",
         "project/test_patches.py::test_the_patch_applies_to_every_commit_of_its_range",
         "project/test_patches.py::test_the_patch_equals_the_grafts_on_every_commit_of_its_range",
+        "wild/test_wild.py::test_a_model_from_github_is_answered_rightly_or_refused",
     ),
     "browser": (
         "apps/explorer/test_page_in_browser.py",
@@ -64,6 +65,8 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "torch_features/test_deepcopy_pickle.py",
         "torch_features/test_distributed.py",
         "torch_features/test_fresh_processes.py",
+        "wild/test_wild.py::test_a_model_from_github_is_answered_rightly_or_refused",
+        "wild/test_wild.py::test_a_model_from_pypi_is_answered_rightly_or_refused",
     ),
     "slow": (
         "apps/cli/",

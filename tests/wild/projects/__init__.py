@@ -1,0 +1,1 @@
+"""Targets by kind of project; each file has builders, runs and a list."""
