@@ -8,21 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 import dinov2_attn
-from dinov2_attn.backbone.backbone import backbone_in
+from dinov2_attn.backbone.attentions import attention_modules
 
 
 def answer(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, list[Tensor]]:
     """Run ``model`` once and return the weights of each attention module by its path."""
-    with dinov2_attn.install(model), dinov2_attn.record(model) as recording:
-        paths = _paths(model)
+    with dinov2_attn.record(model, list(attention_modules(model)), check="every") as recording:
         run(model)
     weights: dict[str, list[Tensor]] = {}
     for maps in recording:
-        for layer, of_layer in zip(maps.layers, maps.weights, strict=True):
-            weights.setdefault(paths[layer], []).append(of_layer)
+        for path, of_layer in zip(maps.layers, maps.weights, strict=True):
+            weights.setdefault(str(path), []).append(of_layer)
     return weights
-
-
-def _paths(model: nn.Module) -> dict[int, str]:
-    names = {module: name for name, module in model.named_modules()}
-    return {layer: names[module] for module, layer in backbone_in(model).attentions(None).items()}

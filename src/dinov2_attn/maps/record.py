@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, overload
 from torch import Tensor, nn
 
 from dinov2_attn._compat import raised_by_dynamo
+from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
 from dinov2_attn.grafting.channel import in_a_graph, prove_once
 from dinov2_attn.grafting.recording import recording
@@ -172,7 +173,7 @@ class _Recorder:
         self._images: list[Tensor] = []
         self._kept: dict[Layer, list[_Batch]] = {}
         self._last: Layer | None = None
-        self._whole, self._broken = 0, 0
+        self._whole, self._broken, self._returned = 0, 0, 0
         # Of the current pass: whether images were seen, and whether no layer ran again too early.
         self._begun, self._clean = False, True
         self.recording: Recording[Any] = Recording()
@@ -213,8 +214,10 @@ class _Recorder:
 
     def left(self, module: nn.Module) -> None:
         """End the pass of a model whose layers are those that ran."""
-        if module is self.modules.whole and not self.modules.is_chosen and self._kept:
-            self._end_layers()
+        if module is self.modules.whole:
+            self._returned += 1
+            if self._kept and not self.modules.is_chosen:
+                self._end_layers()
 
     def check(self) -> None:
         """Raise ``NotRecordedError`` unless there were passes, and each with all of its layers."""
@@ -334,6 +337,14 @@ class _Recorder:
     def _not_recorded(self) -> NotRecordedError:
         layers = list(dict.fromkeys(self.modules.wanted.values()))
         calls = self._course.calls(layers)
+        if self._returned and not (calls or self._whole or self._broken):
+            return NotRecordedError(
+                f"the forward of each attention module to run in a pass: {_some(layers)}",
+                f"{self._returned} passes of {name_of(type(self.modules.whole))} in which none ran",
+                "Their kernel is called from outside of their forward, where it cannot be seen: "
+                "by the model itself, by forward_list in training, or in a compiled graph. Try "
+                "model.eval(), or an eager model.",
+            )
         return NotRecordedError(
             "forward passes inside record(...), each with the layers "
             + ", ".join(map(str, layers)),
@@ -354,6 +365,11 @@ class _Recorder:
         kinds = {kind_of(layer) for layer in ran}
         wanted = self.modules.wanted.values()
         return [str(layer) for layer in wanted if layer not in ran and kind_of(layer) in kinds]
+
+
+def _some(layers: list[Layer]) -> str:
+    names = list(map(str, layers))
+    return ", ".join(names if len(names) < 5 else [*names[:2], "…", names[-1]])
 
 
 def _check_options(reduce: object, check: object) -> None:
