@@ -161,7 +161,9 @@ class _Recorder:
         _check_options(reduce, check)
         self.modules = recorded_in(model, layers)
         self._prefix, self._grid, self._queries = prefix, grid, queries
-        if prefix is not None:
+        if prefix is not None and grid is not None and queries == "patches":
+            self._queries = slice(prefix, prefix + math.prod(grid))
+        elif prefix is not None:
             self._queries = resolve_names(queries, prefix - 1)
         elif isinstance(queries, str):
             resolve_names(queries, 0)  # an unknown word is an error at once

@@ -1,0 +1,115 @@
+"""Which token is which in a recording: measured on the live model, not counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dinov2_attn import record
+from dinov2_attn.errors import InvalidInputError
+from tests.support.recordings import IMAGES, build
+from tests.support.strategies import noise
+from tests.support.tolerances import assert_close
+
+GRID = (2, 3)
+
+
+def with_registers_behind(models, count):
+    """Append registers behind the patches, as test-time-registers does."""
+    model = build(models)
+    behind = noise(1, count, 8, seed=5)
+    base = type(model)
+
+    def prepare_tokens_with_masks(self, x, masks=None):
+        tokens = base.prepare_tokens_with_masks(self, x, masks)
+        return torch.cat([tokens, behind.expand(len(tokens), -1, -1)], 1)
+
+    own = {"prepare_tokens_with_masks": prepare_tokens_with_masks}
+    model.__class__ = type("Own", (base,), own)
+    return model
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_registers_behind_the_patches_are_no_patches(models, count):
+    model = with_registers_behind(models, count)
+    with record(model) as maps:
+        model.forward_features(IMAGES)
+    assert (maps.prefix, maps[0].suffix, maps.grid) == (1, count, GRID)
+    for weights, patches, mass in zip(
+        maps.weights, maps.patch_maps(), maps.prefix_mass(), strict=True
+    ):
+        assert_close(patches.flatten(-2), weights[..., 1 : 1 + 6])
+        assert_close(patches.sum((-2, -1)) + mass, torch.ones(2, 2, 7 + count))
+
+
+@pytest.mark.parametrize(("queries", "rows"), [("patches", range(1, 7)), ("registers", [7, 8])])
+def test_names_of_rows_mean_what_the_probe_found(models, queries, rows):
+    model = with_registers_behind(models, 2)
+    with record(model) as whole:
+        model.forward_features(IMAGES)
+    with record(model, queries=queries) as maps:
+        model.forward_features(IMAGES)
+    assert maps.queries == tuple(rows)
+    for ours, weights in zip(maps.weights, whole.weights, strict=True):
+        assert_close(ours, weights[:, :, list(rows)])
+
+
+def test_grid_and_prefix_may_be_said(models):
+    model = build(models)
+    tokens = noise(2, 9, 8, seed=0).double()
+    with record(model, grid=(2, 3), prefix=2, queries="patches") as maps:
+        for block in model.blocks:
+            tokens = block(tokens)
+    assert (maps.prefix, maps[0].suffix, maps.grid) == (2, 1, (2, 3))
+    assert maps.queries == tuple(range(2, 8))
+    assert maps.patch_maps()[0].shape == (2, 2, 6, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
+@torch.no_grad()
+def test_models_of_timm_have_a_grid(name):
+    timm = pytest.importorskip("timm", reason="the models of upstream's copies run")
+    model = timm.create_model(name, dynamic_img_size=True, depth=2).eval()
+    patch = 14 if "14" in name else 16
+    for height, width in ((3, 4), (5, 2)):
+        images = noise(2, 3, height * patch, width * patch, seed=0).float()
+        with record(model, queries="patches") as maps:
+            model(images)
+        assert (maps.prefix, maps.grid) == (5, (height, width))
+        assert maps.queries == tuple(range(5, 5 + height * width))
+
+
+class Sequence(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.num_heads = nn.Linear(8, 24), 2
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+def test_a_sequence_has_no_grid_and_says_so():
+    model = nn.Sequential(Sequence())
+    x = noise(1, 5, 8, seed=0).float()
+    with record(model) as maps:
+        model(x)
+    assert maps.grid is None
+    with pytest.raises(InvalidInputError, match="grid is known"):
+        maps.patch_maps()
+    with pytest.raises(InvalidInputError, match="Pass positions"), record(model, queries="patches"):
+        model(x)
+
+
+def test_a_probe_runs_once_for_a_model(models, monkeypatch):
+    from dinov2_attn.maps import tokens
+
+    model, runs = build(models), []
+    probe = tokens.probe
+    monkeypatch.setattr(tokens, "probe", lambda *args: runs.append(1) or probe(*args))
+    for size in ((4, 6), (4, 6), (8, 4)):
+        with record(model) as maps:
+            model(noise(1, 3, *size, seed=0).double())
+        assert maps.grid == (size[0] // 2, size[1] // 2)
+    assert len(runs) == 1
