@@ -49,7 +49,7 @@ def recording(
             (graft_entrance, entrances),
             (graft_whole, wholes),
         ):
-            for module in modules:
+            for module in {_key(module): module for module in modules}.values():
                 _graft(module, graft, target)
         for home in kernel_homes():
             if not REGISTRY.claim(home, KERNEL, target):
@@ -71,6 +71,11 @@ def _graft(module: nn.Module, graft: Graft, target: RecordingTarget) -> None:
         REGISTRY.set(owner, "forward", _without_self(module, graft(_with_self(own))), target)
     else:
         REGISTRY.set(owner, "forward", graft(owner.forward), target)  # type: ignore[attr-defined]
+
+
+def _key(module: nn.Module) -> object:
+    """Return what modules share if one graft serves them all."""
+    return module if _is_its_own(module) else type(module)
 
 
 def _is_its_own(module: nn.Module) -> bool:

@@ -205,10 +205,15 @@ def graft_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def kernel_homes() -> list[dict[str, Any]]:
     """Return the globals of every module that holds xFormers' kernel by its name."""
-    if "xformers" not in sys.modules:
-        return []
-    modules = (getattr(module, "__dict__", {}) for module in sys.modules.copy().values())
-    return [names for names in modules if callable(names.get(KERNEL))]
+    return _kernel_homes(len(sys.modules)) if "xformers" in sys.modules else []
+
+
+@functools.lru_cache(maxsize=1)
+def _kernel_homes(modules: int) -> list[dict[str, Any]]:
+    """Search once for a number of ``modules``: a search takes half a millisecond."""
+    del modules
+    found = (getattr(module, "__dict__", {}) for module in sys.modules.copy().values())
+    return [names for names in found if callable(names.get(KERNEL))]
 
 
 def _flag_of_module(module: nn.Module) -> bool:
