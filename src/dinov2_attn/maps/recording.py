@@ -76,6 +76,11 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
         return self._one("layers").layers
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """The ``numbers`` of the one pass."""
+        return self._one("numbers").numbers
+
+    @property
     def grid(self) -> Grid | None:
         """The ``grid`` of the one pass."""
         return self._one("grid").grid

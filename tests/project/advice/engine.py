@@ -9,7 +9,6 @@ from torch import nn
 
 import dinov2_attn
 from dinov2_attn import attention_maps
-from dinov2_attn.backbone.layout import Layout, cut_maps
 from tests.project.advice.recordings import recorded
 from tests.support.advice import Table
 from tests.support.recordings import Around, build
@@ -59,15 +58,6 @@ case(
     "Count tokens: CLS",
     lambda lab: lab.maps(queries=slice(0, 4, 0)),
     lambda lab: lab.maps(queries=slice(0, 4)),
-)
-
-# Layouts
-
-case(
-    "backbone",
-    "Correct prefix, suffix or grid",
-    lambda lab: cut_maps(lab.maps().weights[-1], Layout(0, 0, (2, 3))),
-    lambda lab: cut_maps(lab.maps().weights[-1], Layout(1, 0, (2, 3))),
 )
 
 # Images and masks
@@ -207,7 +197,7 @@ class HandingOn(Around):
 
 
 def around(lab, wrapper):
-    lab.model.blocks[0] = wrapper(lab.block)
+    lab.model.blocks[-1] = wrapper(lab.model.blocks[-1])
     return lab.model.get_self_attention(lab.x)
 
 
@@ -226,7 +216,7 @@ def of_ones_own(lab):
         def forward(self, x):
             return super().forward(x)
 
-    lab.model.blocks[0].__class__ = Block
+    lab.model.blocks[-1].__class__ = Block
     return lab.model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -11,6 +10,7 @@ from torch import nn
 
 import dinov2_attn
 from dinov2_attn import artifact_tokens, attention_maps, record, rollout
+from dinov2_attn.kernels.call import fused_call
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from tests.support import upstreams
 from tests.support.advice import Table
@@ -61,45 +61,118 @@ case(
     lambda lab: recorded(lab.model, lambda: lab.model(lab.x)),
 )
 case(
-    "backbone",
+    "maps",
     "Pass the module whose forward will run",
     lambda lab: recorded(lab.model.forward, lambda: lab.model(lab.x)),
     lambda lab: recorded(lab.model, lambda: lab.model(lab.x)),
 )
 case(
-    "backbone",
-    "Pass the one to record; the others may run too",
-    lambda lab: recorded(nn.ModuleList([lab.model, copy.deepcopy(lab.model)]), lambda: None),
-    lambda lab: recorded(lab.model, lambda: (lab.model(lab.x), copy.deepcopy(lab.model)(lab.x))),
-)
-case(
-    "backbone",
+    "maps",
     "Leave layers out for all",
     lambda lab: recorded(lab.model, lambda: lab.model(lab.x), []),
     lambda lab: recorded(lab.model, lambda: lab.model(lab.x)),
 )
+case(
+    "maps",
+    "Did you mean",
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), ["block.0.attn"]),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), ["blocks.0.attn"]),
+)
+case(
+    "maps",
+    "Pass the model that contains the attention",
+    lambda lab: recorded(nn.Linear(2, 2), lambda: None),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x)),
+)
+case(
+    "maps",
+    "Leave it out to prove each layer in its first pass",
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), check="sometimes"),
+    lambda lab: (
+        recorded(lab.model, lambda: lab.model(lab.x)),
+        recorded(lab.model, lambda: lab.model(lab.x), check="every"),
+    ),
+)
 
 
-def attention_of_ones_own(lab):
-    class Attention(type(lab.block.attn)):
-        def forward(self, x):
-            return super().forward(x)
+class FromOutside(nn.Module):
+    """Calls the kernels of its attention modules itself, from ``inside`` on."""
 
-    lab.block.attn.__class__ = Attention
-    return lab.model
+    def __init__(self, lab, inside):
+        super().__init__()
+        self.blocks, self.inside, self.tokens = lab.model.blocks, inside, lab.tokens
+
+    def forward(self):
+        for block in self.blocks[: self.inside]:
+            block(self.tokens)
 
 
-def recorded_when_installed(lab):
-    model = attention_of_ones_own(lab)
-    with dinov2_attn.install(model):
-        return recorded(model, lambda: model(lab.x))
+def from_outside(lab, inside):
+    model = FromOutside(lab, inside)
+    return model, model
 
 
 case(
-    "backbone",
-    "or install(model) with the live model, before recording",
-    lambda lab: recorded(attention_of_ones_own(lab), lambda: lab.model(lab.x)),
-    recorded_when_installed,
+    "maps",
+    "Try model.eval(), or an eager model",
+    lambda lab: recorded(*from_outside(lab, 0)),
+    lambda lab: recorded(lab.model.eval(), lambda: lab.model(lab.x)),
+)
+case(
+    "maps",
+    "Name the layers that do run",
+    lambda lab: recorded(*from_outside(lab, 1)),
+    lambda lab: recorded(*from_outside(lab, 1), ["blocks.0.attn"]),
+)
+
+
+class Twice(nn.Module):
+    """Attention that calls its kernel as often as it is told, and a sibling that does not."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.once, self.attn = Calling(1), Calling(times)
+
+    def forward(self, x):
+        return self.once(x) + self.attn(x)
+
+
+class Calling(nn.Module):
+    def __init__(self, times):
+        super().__init__()
+        self.qkv, self.proj, self.times = nn.Linear(4, 12), nn.Linear(4, 4), times
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).chunk(3, -1)
+        kernel = nn.functional.scaled_dot_product_attention
+        return sum(self.proj(kernel(query, key, value)) for _ in range(self.times))
+
+
+def twice_in_one(*layers):
+    model, x = Twice(2), torch.zeros(1, 3, 4)
+    return recorded(model, lambda: model(x), *layers)
+
+
+case(
+    "kernels",
+    "Leave this module out with layers=[...]",
+    lambda _: twice_in_one(),
+    lambda _: twice_in_one(["once"]),
+)
+
+
+def unfaithful():
+    """Check a call whose output another scale made."""
+    query = torch.eye(4)[None, None]
+    call = fused_call(query, query, query)
+    replace(call, output=query).check("layer 3")
+
+
+case(
+    "kernels",
+    "record(..., check=False) records it unproved",
+    lambda _: unfaithful(),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), check=False),
 )
 
 
@@ -144,13 +217,13 @@ case(
     lambda lab: replace(of_tokens(lab).passes[0], grid=(2, 3)).patch_maps(),
 )
 case(
-    "maps",
-    "Correct prefix or grid",
+    "backbone",
+    "Correct prefix, suffix or grid",
     lambda lab: replace(lab.maps(), grid=(3, 3)).patch_maps(),
     lambda lab: replace(replace(lab.maps(), grid=(3, 3)), grid=(2, 3)).patch_maps(),
 )
 case(
-    "maps",
+    "backbone",
     "or keep the columns in reduce",
     lambda lab: recorded(
         lab.model, lambda: lab.model(lab.x), reduce=lambda _, weights: weights[..., 1:]
