@@ -183,20 +183,6 @@ def test_a_marker_is_that_of_the_folder_the_file_or_the_function(test, markers):
     assert markers_of(test) == markers
 
 
-def test_mutation_rooms_are_run_by_the_robot_and_name_what_exists():
-    rooms = tomllib.loads((ROOT / "tools" / "mutation.toml").read_text(encoding="utf-8"))["room"]
-    (workflow,) = [path for path in WORKFLOWS if path.name == "mutation.yml"]
-    assert read(workflow)["jobs"]["mutate"]["strategy"]["matrix"]["room"] == list(rooms)
-    for room in rooms.values():
-        source = ROOT / "src" / "dinov2_attn" / room["source"]
-        assert source.is_dir()
-        assert not [name for name in room.get("except", []) if not (source / name).is_file()]
-        for test in [*room["tests"], *room.get("without", [])]:
-            file, _, name = test.partition("::")
-            assert (TESTS / file).exists(), test
-            assert not name or f"def {name}(" in (TESTS / file).read_text(encoding="utf-8"), test
-
-
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
 def test_scripts_of_a_workflow_exist(workflow):
     steps = [step for job in read(workflow)["jobs"].values() for step in job["steps"]]
