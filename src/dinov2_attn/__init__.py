@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dinov2_attn import errors
-from dinov2_attn._lazy import lazily
+from dinov2_attn._imports import lazily
 from dinov2_attn.errors import Dinov2AttnError
 from dinov2_attn.grafting.api import Handle, Status, install, status, uninstall
 

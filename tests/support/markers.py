@@ -51,7 +51,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "kernels/test_nested.py::test_a_nested_pass_and_its_weights_compile_into_one_graph",
         "kernels/test_xformers_flags.py::test_a_process_that_starts_with_xformers_and_no_gpu_runs",
         "maps/test_attention_maps.py::test_without_safetensors_everything_but_files_works",
-        "project/test_lazy.py",
+        "project/test_imports.py",
         "project/test_patches.py::test_the_first_patch_equals_the_grafts_on_pypis_first_commit",
         "project/test_project_files.py::test_no_file_is_larger_than_the_hook_lets_pass",
         "project/test_project_files.py::test_commands_that_forms_name_exist",

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dinov2_attn import _optional
+from dinov2_attn import _imports
 from dinov2_attn._files import atomic_file
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError, UnwritableOutputError
 
@@ -31,7 +31,7 @@ def write(path: Path, kind: str, tensors: Mapping[str, Any], about: Mapping[str,
         for key, value in {"kind": kind, **about}.items()
     }
     own = {name: _of_its_own_memory(tensor) for name, tensor in tensors.items()}
-    content = _optional.safetensors().torch.save(own, metadata)
+    content = _imports.safetensors().torch.save(own, metadata)
     try:
         with atomic_file(path) as unfinished:
             unfinished.write_bytes(content)
@@ -50,7 +50,7 @@ def read(path: Path, kind: str, build: Callable[[dict[str, Tensor], dict[str, An
         UnreadableFileError: The file is missing, damaged or holds no ``kind``.
 
     """
-    library = _optional.safetensors()
+    library = _imports.safetensors()
     try:
         with library.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

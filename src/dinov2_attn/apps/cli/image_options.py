@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn import _optional
+from dinov2_attn import _imports
 from dinov2_attn.apps.cli.argtypes import numbers, positive, value_range
 from dinov2_attn.errors import InvalidInputError
 
@@ -96,7 +96,7 @@ def check_reading(model: Any, args: argparse.Namespace) -> None:
 
 def require_libraries() -> None:
     """Raise ``UnavailableError`` if a library for pictures is missing."""
-    _optional.require("torchvision", "matplotlib", "PIL", "tqdm")
+    _imports.require("torchvision", "matplotlib", "PIL", "tqdm")
 
 
 def example() -> Path:

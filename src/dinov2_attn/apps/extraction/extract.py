@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict, overload
 
-from dinov2_attn import _optional
+from dinov2_attn import _imports
 from dinov2_attn.backbone.backbone import grafted_backbone
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.typing import Heads, Layers, Model
@@ -170,7 +170,7 @@ def extract(
         NotGraftedError: If the model is not grafted.
 
     """
-    _optional.require("torchvision", "PIL", "tqdm", "safetensors", "filelock")
+    _imports.require("torchvision", "PIL", "tqdm", "safetensors", "filelock")
     from dinov2_attn.apps.extraction.job import Job
     from dinov2_attn.apps.extraction.options import at_least, check_options
     from dinov2_attn.apps.extraction.plan import NO_MEANING
