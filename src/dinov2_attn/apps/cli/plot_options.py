@@ -173,7 +173,7 @@ def _artifacts(
     loaded: Loaded, image: LoadedImage, called: str, args: argparse.Namespace
 ) -> ArtifactTokens:
     from dinov2_attn.apps.viz.heatmap import run
-    from dinov2_attn.maps.artifacts import artifact_tokens
+    from dinov2_attn.maps.find_artifacts import artifact_tokens
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SuspiciousArtifactsWarning)  # the log reports it
