@@ -13,7 +13,7 @@ from PIL import Image
 
 import dinov2_attn
 from dinov2_attn.apps.cli.main import main
-from dinov2_attn.apps.viz.channels import shown
+from dinov2_attn.apps.viz.decoding import shown
 from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support import upstreams

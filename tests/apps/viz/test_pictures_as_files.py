@@ -14,9 +14,9 @@ from PIL import Image
 
 from dinov2_attn import viz
 from dinov2_attn.apps.cli.main import main
-from dinov2_attn.apps.viz.banner import NO_MEANING
 from dinov2_attn.apps.viz.reading import DEVIATION, MEAN
 from dinov2_attn.apps.viz.saving import FRAME_DPI, pixels_of
+from dinov2_attn.apps.viz.text import NO_MEANING
 from dinov2_attn.apps.weights.models import build
 from dinov2_attn.errors import (
     InvalidInputError,

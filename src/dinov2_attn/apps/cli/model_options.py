@@ -41,7 +41,7 @@ class Loaded:
     @property
     def warning(self) -> str | None:
         """What has to travel with each picture, if anything has."""
-        from dinov2_attn.apps.viz.banner import NO_MEANING
+        from dinov2_attn.apps.viz.text import NO_MEANING
 
         return NO_MEANING if self.random else self.doubt
 

@@ -21,7 +21,7 @@ from dinov2_attn.apps.extraction.inference import BatchMaps, attend_batch
 from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.apps.extraction.plan import Plan
-from dinov2_attn.apps.viz.ranges import warn
+from dinov2_attn.apps.viz.reading import warn
 from dinov2_attn.errors import (
     Dinov2AttnError,
     UnavailableError,

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from dinov2_attn.apps.viz.channels import shown
-from dinov2_attn.apps.viz.decoding import decode
+from dinov2_attn.apps.viz.decoding import decode, shown
 from dinov2_attn.apps.viz.opening import MOST_PIXELS
-from dinov2_attn.apps.viz.ranges import warn
-from dinov2_attn.apps.viz.reading import IMAGENET, Reading, reading_for
+from dinov2_attn.apps.viz.reading import IMAGENET, Reading, reading_for, warn
 from dinov2_attn.backbone.backbone import backbone_in
 from dinov2_attn.errors import InvalidInputError
 
