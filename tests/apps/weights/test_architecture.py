@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dinov2_attn.apps.weights.architecture import describe, infer
 from dinov2_attn.apps.weights.checkpoints import fill
+from dinov2_attn.apps.weights.config_files import ModelConfig
 from dinov2_attn.apps.weights.models import Architecture, build, build_like
 from dinov2_attn.apps.weights.reading import Checkpoint, read
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
@@ -129,6 +130,26 @@ def test_registers_come_with_the_published_interpolation(with_registers):
     model = build_like(replace(SMALL, registers=2))
     assert model.register_tokens.shape == (1, 2, 64)
     assert (model.interpolate_antialias, model.interpolate_offset) == (True, 0.0)
+
+
+@pytest.mark.parametrize("name", ["reg_token", "model.timm.reg_token"])
+def test_timms_registers_without_a_config_file_state_the_interpolation(name):
+    state = {name: torch.ones(1, 2, 64), **build_like(SMALL).state_dict()}
+    assert infer(Checkpoint("x.pth", state)).interpolation == (True, 0.0)
+
+
+@pytest.mark.parametrize("name", ["reg_token.more", "register_tokens", "other"])
+def test_without_them_the_interpolation_is_upstreams(name):
+    state = {name: torch.ones(1, 2, 64), **build_like(SMALL).state_dict()}
+    assert infer(Checkpoint("x.pth", state)).interpolation is None
+
+
+def test_a_config_file_of_another_model_is_ignored_and_logged(caplog):
+    caplog.set_level("INFO", "dinov2_attn")
+    config = ModelConfig("config.json", embed_dim=65, interpolation=(False, 0.5))
+    found = infer(replace(checkpoint(), config=config))
+    assert found.interpolation is None
+    assert caplog.messages == ["config.json describes another model than x.pth"]
 
 
 def test_weights_are_described_as_far_as_they_can_be():

@@ -69,7 +69,10 @@ def test_of_other_shapes_they_are_doubted(shape, heads):
 def test_candidates_divide_the_features():
     assert candidates(320) == "4 (80 features each), 5 (64), 8 (40), 10 (32)"
     assert candidates(96) == "1 (96 features each), 2 (48), 3 (32)"
+    assert candidates(128) == "1 (128 features each), 2 (64), 4 (32)"
     assert candidates(7) == "1 (7 features each), 7 (1)"
+    # 225 has nine divisors, and none of 32 to 128 is a multiple of 8: eight are named.
+    assert candidates(225).endswith("25 (9), 45 (5), 75 (3)")
 
 
 @pytest.fixture(scope="module")

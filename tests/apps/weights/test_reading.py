@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov2_attn.apps.weights.reading import read
+from dinov2_attn.apps.weights.reading import read, read_mapping
 from dinov2_attn.errors import UnreadableFileError
 from tests.support.tolerances import assert_same_bits
 
@@ -67,6 +67,13 @@ def test_tensors_come_in_the_files_order_by_all_names_on_the_way(file):
 def test_a_path_may_be_text(file):
     torch.save({"a": ONE}, file)
     assert read(str(file)).path == file
+
+
+def test_a_mapping_is_named_in_errors():
+    checkpoint = read_mapping({"w": ONE, "note": "mine"})
+    assert (checkpoint.path, checkpoint.others) == ("the mapping", ("note",))
+    with pytest.raises(UnreadableFileError, match=r"Found the mapping, one process's shard"):
+        read_mapping({"_flat_param": ONE})
 
 
 def test_one_name_twice_shows_both(file):
