@@ -52,7 +52,7 @@ Grid = tuple[int, int]
 
 Images: TypeAlias = "Tensor | Sequence[Tensor]"
 Masks: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
-# A model that install() has reached, typed as such or as a plain module.
+# A grafted model, typed as such or as a plain module.
 Model: TypeAlias = "nn.Module | GraftedVisionTransformer"
 
 # Any method of upstream's, with any arguments and result.
@@ -79,7 +79,7 @@ class Features(_EveryFeature, total=False):
 
 
 class GraftedAttention(Protocol):
-    """An attention module whose forward ``install`` has reached."""
+    """An attention module whose forward ``install`` has grafted."""
 
     @overload
     def __call__(
@@ -106,7 +106,7 @@ class GraftedAttention(Protocol):
 
 
 class GraftedBlock(Protocol):
-    """A transformer block whose forward ``install`` has reached."""
+    """A transformer block whose forward ``install`` has grafted."""
 
     @overload
     def __call__(
@@ -133,7 +133,7 @@ class GraftedBlock(Protocol):
 
 
 class GraftedVisionTransformer(Protocol):
-    """A vision transformer that ``install`` has reached.
+    """A vision transformer that ``install`` has grafted.
 
     A tensor of images gives tensors, a list of them gives lists. The protocol also names the
     methods of ``torch.nn.Module`` that return the model. For functions of torch that take the

@@ -70,7 +70,7 @@ def artifact_tokens(
     and recordings around the call see nothing.
 
     Args:
-        model: A DINOv2 that ``install`` has reached.
+        model: A grafted DINOv2.
         images: ``(B, C, H, W)``, or a list of such batches.
         layer: The block after which norms are read. ``None``: for each image the block whose
             largest norm is furthest above its threshold, from a third of the depth to the
@@ -86,7 +86,7 @@ def artifact_tokens(
     Raises:
         InvalidInputError: An argument is of the wrong kind or shape.
         OutOfRangeError: The layer does not exist.
-        NotGraftedError: ``install`` has not reached the model.
+        NotGraftedError: The model is not grafted.
 
     Warns:
         SuspiciousArtifactsWarning: More than 10 % of an image's patches, and more than one,

@@ -92,7 +92,7 @@ def test_options_that_agree_are_welcome(file, tmp_path):
     ],
 )
 def test_options_that_contradict_are_an_error_with_both_sides(file, options, asked):
-    message = rf"Expected {asked}, as asked\.\nFound {file}, which holds ViT-128x2/7\.\nLeave"
+    message = rf"Expected {asked}, as given\.\nFound {file}, which holds ViT-128x2/7\.\nLeave"
     with pytest.raises(InvalidInputError, match=message):
         load("--weights", file, *options)
 

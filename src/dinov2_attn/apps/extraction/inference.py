@@ -132,14 +132,14 @@ def _maps(
     backbone = Backbone(model)
     grid = backbone.grid(images)
     queries = backbone.resolve_names(resolve(options.queries, backbone.prefix, grid))
-    asked: dict[str, Any] = {"queries": queries, "heads": options.heads}
+    choice: dict[str, Any] = {"queries": queries, "heads": options.heads}
     if not options.artifacts:
-        return attention_maps(model, images, options.layers, **asked), None
+        return attention_maps(model, images, options.layers, **choice), None
     weights = {}
 
     def visit(i: int, block: nn.Module, tokens: Tensor) -> None:
         if i in options.layers:
-            weights[i] = weights_from(block, tokens, **asked)
+            weights[i] = weights_from(block, tokens, **choice)
 
     artifacts = artifacts_on_the_way(model, images, visit)
     each = tuple(weights[layer] for layer in options.layers)

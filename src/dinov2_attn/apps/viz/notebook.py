@@ -35,7 +35,7 @@ def picture_of(result: object) -> bytes | None:
             warnings.simplefilter("ignore")
             figure = _figure(result)
             return None if figure is None else _png(figure)
-    except Exception:  # whatever keeps a result from being drawn, a notebook shows its table
+    except Exception:  # a notebook shows the table of a result that cannot be drawn
         return None
 
 

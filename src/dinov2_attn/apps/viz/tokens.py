@@ -134,7 +134,7 @@ def check_queries(texts: Iterable[str], registers: int) -> None:
         if query == "registers" and not registers:
             raise InvalidInputError(
                 "queries that the model has",
-                "registers asked of a model without",
+                "registers of a model without registers",
                 "Ask for cls, patches or all.",
             )
         if isinstance(query, str) and query.startswith("register:"):
