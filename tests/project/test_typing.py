@@ -44,12 +44,12 @@ def run(tool, *arguments):
     )
 
 
-def test_mypy_types_user_code_as_it_says():
+def test_mypy_finds_the_types_that_are_stated():
     done = run("mypy", str(FOLDER))
     assert done.stdout == f"Success: no issues found in {len(FILES)} source files\n", done.stderr
 
 
-def test_pyright_types_user_code_as_it_says():
+def test_pyright_finds_the_types_that_are_stated():
     done = run("basedpyright", "--outputjson", "--pythonpath", sys.executable)
     found = json.loads(done.stdout)
     assert found["generalDiagnostics"] == []
@@ -110,7 +110,7 @@ FUNCTIONS = [f for name in ("models", "results") for f in functions_of(name)]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_what_is_typed_is_what_comes_back(models, function, tmp_path):
+def test_results_have_the_types_that_are_stated(models, function, tmp_path):
     model = build(models)
     given = {
         "model": model,

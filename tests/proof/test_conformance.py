@@ -144,7 +144,7 @@ print(*sorted({{name.partition(".")[0] for name in set(sys.modules) - before}}))
         ("copy", "dinov2.thirdparty", "found that dinov2.thirdparty has no such class"),
     ],
 )
-def test_what_cannot_be_proved_says_so(where, package, expected, tmp_path):
+def test_the_suite_names_why_nothing_can_be_proved(where, package, expected, tmp_path):
     (tmp_path / "empty").mkdir()
     unpack(upstreams.FIRST, tmp_path / "copy")
     (tmp_path / "copy" / "dinov2" / "thirdparty").mkdir(exist_ok=True)

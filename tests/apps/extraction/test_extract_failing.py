@@ -70,7 +70,7 @@ def failing(model, images):
 
 @pytest.mark.parametrize("artifacts", [False, True])
 @pytest.mark.parametrize("name", ERRORS)
-def test_whatever_is_raised_for_one_image_is_its_own(
+def test_an_error_of_one_image_concerns_this_image_only(
     model, images, failing, tmp_path, name, artifacts
 ):
     failing[0] = ERRORS[name]
@@ -159,7 +159,7 @@ def test_who_stops_the_run_stops_it(model, images, failing, tmp_path, error):
     assert extract(model, images, tmp_path / "out").unreadable == 1
 
 
-def test_a_batch_that_fails_together_only_fails_nobody(model, images, tmp_path):
+def test_images_that_only_fail_together_are_run_alone(model, images, tmp_path):
     def hook(_, inputs):
         if len(inputs[0]) > 1:
             raise RuntimeError("one at a time")
@@ -199,7 +199,7 @@ def test_weights_that_are_no_numbers_have_maps_that_are_none(grafted, images, tm
     assert all(entry["prefix_mass"] == [None] for entry, *_ in stored(tmp_path / "out"))
 
 
-def test_an_image_whose_memory_nobody_has(model, tmp_path, monkeypatch):
+def test_an_image_that_needs_too_much_memory(model, tmp_path, monkeypatch):
     """Decoding that finds no memory is a reason too."""
     from dinov2_attn.apps.extraction import decode
 
