@@ -11,7 +11,7 @@ This module does not import torch: aliases that name its tensors are strings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -150,6 +150,7 @@ class GraftedVisionTransformer(Protocol):
     def to(self, *args: Any, **kwargs: Any) -> Self: ...
     def requires_grad_(self, requires_grad: bool = True) -> Self: ...
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> Mapping[str, Tensor]: ...
 
     @overload
     def get_self_attention(

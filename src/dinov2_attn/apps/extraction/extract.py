@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dinov2_attn.apps.extraction.job import Summary
     from dinov2_attn.apps.extraction.preview import Preview
     from dinov2_attn.apps.viz.images import ImageSize
+    from dinov2_attn.apps.viz.reading import Numbers, Range
 
 
 # Paths of files, or a dataset of torch's kind: anything with items and a length.
@@ -36,9 +37,9 @@ class ExtractOptions(TypedDict, total=False):
     artifacts: bool
     image_size: ImageSize
     max_pixels: int | None
-    range: Any
-    mean: Any
-    std: Any
+    range: Range
+    mean: Numbers
+    std: Numbers
     batch_size: int | None
     shard_size: int | None
     transform: Callable[[Any], Any] | None
@@ -93,9 +94,9 @@ def extract(
     artifacts: bool = False,
     image_size: ImageSize = None,
     max_pixels: int | None = None,
-    range: Any = None,
-    mean: Any = None,
-    std: Any = None,
+    range: Range = None,
+    mean: Numbers = None,
+    std: Numbers = None,
     batch_size: int | None = None,
     shard_size: int | None = None,
     transform: Callable[[Any], Any] | None = None,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -56,15 +57,14 @@ class GivenDecoder:
 
     """
 
-    read: Callable[[int, Item], tuple[Any, str | None]]
+    read: Callable[[int, Item], tuple[object, str | None]]
     transform: Callable[[Any], Any] | None
     wanted: Wanted
     stays: bool = False
 
     def __getitem__(self, numbered: tuple[int, Item]) -> Picture | Refused:
         """Return the picture of an item, or the reason why it has none."""
-        found: Picture | Refused = or_refused(self.decode, *numbered)
-        return found
+        return or_refused(self.decode, *numbered)
 
     def decode(self, number: int, item: Item) -> Picture:
         """Return the picture of an item; raise any error of reading it."""
@@ -78,7 +78,7 @@ class GivenDecoder:
         doubt = before.doubt if isinstance(before, Decoded) else None
         return Picture(origin, self._fitted(picture, name), doubt)
 
-    def _fitted(self, picture: Tensor | Decoded, name: str) -> Any:
+    def _fitted(self, picture: Tensor | Decoded, name: str) -> npt.NDArray[np.uint8] | Tensor:
         wanted = self.wanted
         if isinstance(picture, Decoded):
             return fit(picture.pixels, wanted.patch_size, wanted.image_size, Path(name))
@@ -144,7 +144,9 @@ def check_first(decoder: GivenDecoder, items: Sequence[Item]) -> None:
         raise wrong[0]
 
 
-def _to_transform(picture: Tensor | Decoded) -> Any:
+def _to_transform(
+    picture: Tensor | Decoded,
+) -> Tensor | Image.Image | npt.NDArray[np.uint8]:
     """Return a picture in the form that transforms take: a copy of a tensor, or Pillow's image.
 
     Pillow has no images of other than 1, 3 or 4 channels. Such pixels stay an array.
@@ -167,7 +169,9 @@ class NoPicture(InvalidInputError):
     """An item has a type without a picture, as all items of its dataset may have."""
 
 
-def _pictured(found: Any, name: str, reading: Reading, max_pixels: int | None) -> Tensor | Decoded:
+def _pictured(
+    found: object, name: str, reading: Reading, max_pixels: int | None
+) -> Tensor | Decoded:
     """Return the picture in ``found``, the content of the item ``name``; open it if it is a path.
 
     Images are upright and have the channels of ``reading``. Raise ``NoPicture`` if there is none,
@@ -281,7 +285,7 @@ def _advice(tensor: Tensor) -> str:
     return "Convert it: tensor.float() / 255, normalised as the model was trained."
 
 
-def _no_picture(found: Any, name: str) -> NoPicture:
+def _no_picture(found: object, name: str) -> NoPicture:
     expected = f"items that are {KINDS}, or have one first in a tuple or in a dict as {KEYS[0]!r}"
     advice = "Return one of them from a dataset of your own."
     if isinstance(found, Mapping):

@@ -24,7 +24,7 @@ from dinov2_attn.maps.attention_maps import AttentionMaps, attention_maps
 from dinov2_attn.maps.find_artifacts import artifacts_on_the_way
 from dinov2_attn.maps.resample import resample
 from dinov2_attn.math.selection import positions
-from dinov2_attn.typing import Grid
+from dinov2_attn.typing import Grid, Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class BatchMaps:
 
 
 def attend_batch(
-    model: Any, pictures: list[Picture], options: Options
+    model: Model, pictures: list[Picture], options: Options
 ) -> Iterator[BatchMaps | Refused]:
     """Yield the attention of ``model`` on ``pictures``, which have one size.
 
@@ -72,7 +72,9 @@ def attend_batch(
         yield from attend_batch(model, [picture], options)
 
 
-def _maps_or_refused(model: Any, pictures: list[Picture], options: Options) -> BatchMaps | Refused:
+def _maps_or_refused(
+    model: Model, pictures: list[Picture], options: Options
+) -> BatchMaps | Refused:
     """Return the maps, or the error of the model as one of the first picture.
 
     The exception itself would keep the tensors of the pass in memory.
@@ -95,7 +97,7 @@ def _refused(picture: Picture, error: InvalidInputError) -> Refused:
 
 
 @torch.inference_mode()
-def _attend(model: Any, pictures: list[Picture], options: Options) -> BatchMaps:
+def _attend(model: Model, pictures: list[Picture], options: Options) -> BatchMaps:
     like = next(model.parameters())
     images = _on_device(pictures, like.device, options.reading).to(like.dtype)
     maps, artifacts = _maps(model, images, options)
@@ -126,7 +128,7 @@ def _on_device(pictures: list[Picture], device: torch.device, reading: Reading) 
 
 
 def _maps(
-    model: Any, images: Tensor, options: Options
+    model: Model, images: Tensor, options: Options
 ) -> tuple[AttentionMaps, ArtifactTokens | None]:
     """Return the attention of ``images`` and the artifacts of the options, in one pass."""
     backbone = Backbone(model)

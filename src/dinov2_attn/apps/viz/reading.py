@@ -6,12 +6,15 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from dinov2_attn.errors import InvalidInputError, SuspiciousRangeWarning, UnreadableFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Mean and deviation of ImageNet's channels, used for the training of every DINOv2.
 MEAN = (0.485, 0.456, 0.406)
@@ -25,6 +28,8 @@ DEPTHS = (8, 10, 12, 14)
 
 # The values that become 0 and 1: given, those of each image ("auto"), or those of the format.
 Range = tuple[float, float] | str | None
+# One number or one for each channel, in any container with a length or ``tolist``.
+Numbers: TypeAlias = "float | Sequence[float] | npt.NDArray[Any] | Tensor | None"
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class Reading:
 IMAGENET = Reading()
 
 
-def reading_for(channels: int, range: Any = None, mean: Any = None, std: Any = None) -> Reading:
+def reading_for(
+    channels: int, range: object = None, mean: Numbers = None, std: Numbers = None
+) -> Reading:
     """Return how to read images for a model.
 
     Args:
@@ -77,7 +84,7 @@ def reading_for(channels: int, range: Any = None, mean: Any = None, std: Any = N
     return Reading(channels, check_range(range), means, deviations)
 
 
-def check_range(range: Any) -> Range:
+def check_range(range: object) -> Range:
     """Return a range as ``(low, high)``, ``"auto"`` or ``None``. Raise ``InvalidInputError``."""
     if range is None or (isinstance(range, str) and range == "auto"):
         return range
@@ -90,7 +97,7 @@ def check_range(range: Any) -> Range:
 
 
 def _each(
-    name: str, given: Any, channels: int, imagenet: tuple[float, ...], grey: float
+    name: str, given: Numbers, channels: int, imagenet: tuple[float, ...], grey: float
 ) -> tuple[float, ...]:
     if given is None:
         return imagenet if channels == len(imagenet) else (grey,) * channels
