@@ -111,7 +111,7 @@ Visit = Callable[[int, nn.Module, Tensor], None]
 
 
 @torch.no_grad()
-def artifacts_on_the_way(model: Any, images: Tensor, visit: Visit) -> ArtifactTokens:
+def artifacts_on_the_way(model: Model, images: Tensor, visit: Visit) -> ArtifactTokens:
     """Return ``artifact_tokens`` of ``images``, calling ``visit`` with every block before it runs.
 
     So a second question to the same tokens needs no second pass. There are no warnings.
@@ -128,7 +128,7 @@ def _pass_by(*_: object) -> None:
 def _one(
     backbone: Backbone,
     images: Tensor,
-    masks: Any,
+    masks: Tensor | None,
     layers: list[int],
     rule: Rule,
     visit: Visit = _pass_by,

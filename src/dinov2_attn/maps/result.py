@@ -111,7 +111,7 @@ class Result(Face):
         """
         return _read(Path(path), cls.__name__, cls._restored)
 
-    def _tensors(self) -> dict[str, Any]:
+    def _tensors(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self._LAYOUT}
 
     @classmethod
@@ -143,7 +143,9 @@ def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-def _write(path: Path, kind: str, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def _write(
+    path: Path, kind: str, tensors: Mapping[str, object], about: Mapping[str, object]
+) -> None:
     """Write ``tensors`` to ``path``, with ``kind`` and ``about`` as JSON in the metadata.
 
     Raises:
@@ -191,7 +193,7 @@ def _read(path: Path, kind: str, build: Callable[[dict[str, Tensor], dict[str, A
         ) from error
 
 
-def _of_its_own_memory(tensor: Any) -> Tensor:
+def _of_its_own_memory(tensor: object) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise InvalidInputError(
             "weights as tensors",
@@ -207,5 +209,5 @@ def _check_kind(wanted: str, found: object) -> None:
         raise ValueError(f"it holds {found}")
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value

@@ -82,7 +82,7 @@ def _of_artifacts(artifacts: ArtifactTokens) -> Figure:
     return figure
 
 
-def _alone(values: Any, title: str) -> Figure:
+def _alone(values: object, title: str) -> Figure:
     """Return a figure of one map ``(h, w)`` with its colour bar."""
     from matplotlib.figure import Figure
 
@@ -96,5 +96,5 @@ def _alone(values: Any, title: str) -> Figure:
     return figure
 
 
-def _numbers(values: Any) -> Any:
+def _numbers(values: object) -> Any:
     return values.detach().cpu().float().numpy() if hasattr(values, "detach") else values
