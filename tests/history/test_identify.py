@@ -1,4 +1,4 @@
-"""What recognition says of code in this process; its whole story is told in ``test_eras``."""
+"""What is recognised of code in this process. ``test_eras`` covers whole histories."""
 
 from __future__ import annotations
 

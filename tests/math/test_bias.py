@@ -192,7 +192,7 @@ def test_a_bias_is_made_where_and_as_exactly_as_the_scores_are():
 
 def test_a_block_is_made_alone_where_its_class_can():
     tokens = tokens_of(5)
-    with torch.device("meta"):  # where nobody asked for it to be
+    with torch.device("meta"):  # a device that no argument names
         found = biases.groups(OwnMasks([2, 3]), tokens, torch.float64)
     for group, length in zip(found, (2, 3), strict=True):
         assert_same_bits(group.mask, torch.full((length, length), 1 / 3, dtype=torch.float64))

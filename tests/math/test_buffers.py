@@ -1,4 +1,4 @@
-"""Memory that serves one layer after another is nobody's twice."""
+"""Memory that serves one layer after another belongs to one result at a time."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_sizes_that_no_longer_come_are_let_go():
 )
 def test_fresh_is_what_was_never_written(monkeypatch):
     monkeypatch.undo()
-    # No allocator's: its memory may have been written for somebody else.
+    # Not from an allocator: another tensor may use its memory.
     # What lies behind is never written here.
     result = torch.frombuffer(mmap.mmap(-1, 2**25), dtype=torch.float32)[: 2**22].view(4, -1)
     assert is_fresh(result)
@@ -150,7 +150,7 @@ def test_weights_outlive_the_recording(models):
             model(case.images)
         found = list(maps.weights)
         del maps
-        for _ in range(3):  # whoever was given the buffers, had it been freed, writes to it
+        for _ in range(3):  # if the buffer were free, its next owner would overwrite it
             torch.full(expected[0].shape, -1.0)
     for one, whole in zip(found, expected, strict=True):
         assert_close(one, whole[:, :, 1:])

@@ -1,4 +1,4 @@
-"""What type checkers are told: by the checkers themselves, and against what really comes back."""
+"""Types: what type checkers find, and what calls return."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_pyright_finds_the_types_that_are_stated():
     assert found["summary"]["filesAnalyzed"] == len(FILES)
 
 
-# The same files, run: what is told has to be so.
+# The same files, run: results have the types that are stated.
 
 
 def holds(value: object, hint: Any) -> bool:
@@ -147,8 +147,8 @@ def test_the_protocol_takes_what_the_graft_takes(name):
     overloads = typing.get_overloads(kept)
     assert len(overloads) == 2
     for overload in overloads:
-        told = list(inspect.signature(overload).parameters.values())
-        assert [(p.name, p.kind, p.default) for p in told] == [
+        stated = list(inspect.signature(overload).parameters.values())
+        assert [(p.name, p.kind, p.default) for p in stated] == [
             (p.name, p.kind, p.default) for p in ours
         ]
 

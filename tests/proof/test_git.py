@@ -139,7 +139,7 @@ def test_without_git_it_is_named(clone, monkeypatch, tmp_path):
 
 
 def test_git_never_prompts_for_a_password(tmp_path, monkeypatch):
-    """An empty answer is given, and refused; nothing waits for somebody to type."""
+    """Git gets an empty password and is refused. It does not wait for input."""
     for name in ("GIT_ASKPASS", "SSH_ASKPASS"):
         monkeypatch.delenv(name, raising=False)
     for name in ("no_proxy", "NO_PROXY"):

@@ -1,4 +1,4 @@
-"""``dinov2-attn verify``: revisions found, proved once each, and told truthfully."""
+"""``dinov2-attn verify``: revisions are found, proved once each, and reported."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_an_unknown_revision_is_an_error(history, tmp_path):
         sources.find(f"{history[0]}@absent", None, tmp_path)
 
 
-# What is told
+# Reports
 
 JUNIT = """<testsuites><testsuite time="1.5">
 <testcase classname="x.test_install" name="test_a"/>

@@ -120,8 +120,8 @@ def test_what_failed_is_passed_over_until_it_is_tried_again(model, images, faili
     assert (again.seen, again.unreadable, again.failed) == (0, 1, 1)
     tried = extract(model, images, tmp_path / "out", retry=True, **options)
     assert (tried.written, tried.unreadable, tried.failed) == (1, 0, 0)
-    extract(model, images, tmp_path / "anew", **options)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "anew")
+    extract(model, images, tmp_path / "again", **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
 
 
 def test_both_stages_are_listed(model, images, failing, tmp_path):

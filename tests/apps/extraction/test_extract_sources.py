@@ -153,7 +153,7 @@ def test_a_tar_that_was_cut_short_is_an_error_or_a_short_image(tmp_path):
 
 
 def test_a_second_name_of_an_image_in_a_tar_is_an_image(tmp_path):
-    """Tar stores the bytes of hard links once, whoever makes it."""
+    """Any program that makes a tar stores the bytes of hard links once."""
     folder = photographs(tmp_path / "in", 2)
     os.link(folder / "000.png", folder / "twin.png")
     items = list_items([tar_of(folder, tmp_path / "t.tar")])

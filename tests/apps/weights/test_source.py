@@ -190,10 +190,10 @@ def test_a_checkout_that_fails_to_import_leaves_nothing_behind(checkout, tmp_pat
         """,
         cwd=tmp_path,
     )
-    *error, traces, mended = printed.splitlines()
+    *error, traces, fixed = printed.splitlines()
     assert "Found OSError: broken." in error
     assert traces == "True False"
-    assert mended == "checkout"
+    assert fixed == "checkout"
 
 
 def test_code_that_install_refuses_is_an_error(checkout, tmp_path):
