@@ -61,7 +61,7 @@ def record_passes(model: nn.Module, images: Tensor) -> None:
     assert_type(recording[:1], list[AttentionMaps])
     assert_type([one.grid for one in recording], list[Grid | None])
     assert_type(recording.weights, tuple[Tensor, ...])
-    assert_type(recording.layers, tuple[int, ...])
+    assert_type(recording.layers, tuple[int | str, ...])
     assert_type(recording.prefix, int)
     assert_type(recording.patch_maps(), tuple[Tensor, ...])
     assert_type(recording.cpu(), AttentionMaps[Tensor])

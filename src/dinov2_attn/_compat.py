@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _disable_current_modes
@@ -48,6 +48,22 @@ def is_traced() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+def run_eagerly() -> AbstractContextManager[object]:
+    """Run compiled modules as eager ones inside, where this version of torch can."""
+    # torch.compiler.set_stance exists from torch 2.6 on, and imports Dynamo, which takes seconds.
+    compiler: Any = getattr(torch, "compiler", None)
+    if "torch._dynamo" not in sys.modules or not hasattr(compiler, "set_stance"):
+        return nullcontext()
+    stance: AbstractContextManager[object] = compiler.set_stance("force_eager")
+    return stance
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Return how often ``tensor`` was written in place, if PyTorch counts it."""
+    # Every version. Inference tensors have no count.
+    return None if tensor.is_inference() else tensor._version
+
+
 def has_tangents() -> bool:
     """Return whether forward-mode differentiation is active, which ``no_grad`` does not stop."""
     # No version has a public function for it.
@@ -71,6 +87,26 @@ def raised_by_dynamo(error: BaseException) -> bool:
     """Return whether Dynamo wrapped ``error`` in one of its own."""
     # By name: importing torch._dynamo takes seconds. Every version has these errors there.
     return type(error).__module__ == "torch._dynamo.exc"
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether ``torch.compile`` made ``module``, or ``module.compile()`` was called."""
+    # By name: importing torch._dynamo takes seconds. The attribute came in with torch 2.2.
+    if type(module).__module__ == "torch._dynamo.eval_frame":
+        return True
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP holds a part of ``model``, of its first or its second generation."""
+    # By name: importing torch.distributed.fsdp takes a second, and FSDP2 came in with torch 2.4.
+    return any("FSDP" in base.__name__ for m in model.modules() for base in type(m).__mro__)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return a number that tensors share if they share memory, fake ones too."""
+    # Every version. The address of the memory is 0 for all fake tensors.
+    return int(tensor.untyped_storage()._cdata)
 
 
 def submodules(module: nn.Module) -> Mapping[str, nn.Module | None]:

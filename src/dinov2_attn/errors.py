@@ -62,6 +62,10 @@ class NotRecordedError(Dinov2AttnError, RuntimeError):
     """A forward pass that should have been recorded was not, or not all of it."""
 
 
+class UnfaithfulError(Dinov2AttnError, RuntimeError):
+    """Weights times values are not what the kernel returned."""
+
+
 class NoOperatorError(Dinov2AttnError, NotImplementedError):
     """xFormers has no operator for the device of the attention."""
 

@@ -48,6 +48,9 @@ QueryWord = Literal["cls", "registers", "patches"]
 Queries = QueryWord | SupportsIndex | slice | Sequence[SupportsIndex] | None
 Heads = Literal["mean"] | None
 Layers = SupportsIndex | Sequence[SupportsIndex] | None
+# What a layer is called: the number of its block, or the path of its attention module.
+Layer = int | str
+RecordedLayers = Layers | str | Sequence[str] | Sequence[int | str]
 Grid = tuple[int, int]
 
 Images: TypeAlias = "Tensor | Sequence[Tensor]"

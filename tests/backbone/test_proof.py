@@ -15,7 +15,7 @@ import dinov2_attn
 from dinov2_attn.backbone.proof import measure_kernel, prove_attention, sandbox
 from dinov2_attn.backbone.structure import Role, classes_in, role_of_module
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError
-from dinov2_attn.kernels.call import branches
+from dinov2_attn.kernels.branches import branches
 from tests.support import upstreams
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close

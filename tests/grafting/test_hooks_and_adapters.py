@@ -174,9 +174,11 @@ def test_a_subclass_that_calls_its_base(first):
     assert_unchanged(lambda: one_pass(model))
     assert not are_close(model(IMAGES), expected[0])
     with dinov2_attn.install():
-        for ask in (model.get_self_attention, _recorded(model)):
-            with pytest.raises(NotGraftedError, match=r"install\(model\)"):
-                ask(IMAGES)
+        with pytest.raises(NotGraftedError, match=r"install\(model\)"):
+            model.get_self_attention(IMAGES)
+        weights = _recorded(model)(IMAGES)  # needs no graft of install's
+    with dinov2_attn.install(model):
+        assert_all_close(model.get_self_attention(IMAGES), weights)
 
 
 def test_a_block_of_ones_own_that_calls_nothing(first):
@@ -191,8 +193,10 @@ def test_a_block_of_ones_own_that_calls_nothing(first):
         expected = _recorded(model)(IMAGES)
         with pytest.raises(NotGraftedError, match=r"install\(model\)"):
             model.get_self_attention(IMAGES)
-        with pytest.raises(NotGraftedError, match=r"install\(model\)"):
-            model(IMAGES, return_attention=True)
+        features = model(IMAGES)
+        output, attentions = model(IMAGES, return_attention=True)
+        assert_same_bits(output, features)
+        assert_all_close(attentions, expected)
     with dinov2_attn.install(model):
         features = model(IMAGES)
         assert_all_close(model.get_self_attention(IMAGES), expected)

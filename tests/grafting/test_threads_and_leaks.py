@@ -13,6 +13,7 @@ import torch
 import dinov2_attn
 from dinov2_attn import record, rollout
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
+from dinov2_attn.grafting.asked import ASKED
 from dinov2_attn.grafting.channel import STATE
 from tests.support import upstreams
 from tests.support.dinov2_package import at_once
@@ -87,7 +88,7 @@ def assert_same(ours, theirs, name):
 
 
 def assert_nothing_left(model):
-    assert (STATE.recorders, STATE.listener, STATE.published) == ((), None, None)
+    assert (STATE.receivers, ASKED.listener, ASKED.published) == ((), None, None)
     assert_nothing_on(model)
 
 
@@ -96,7 +97,7 @@ def leaving_nothing(job):
 
     def do():
         job()
-        assert (STATE.recorders, STATE.listener, STATE.published) == ((), None, None)
+        assert (STATE.receivers, ASKED.listener, ASKED.published) == ((), None, None)
 
     return do
 

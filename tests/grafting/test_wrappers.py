@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dinov2_attn.errors import NotGraftedError
+from dinov2_attn.grafting.asked import ASKED
 from dinov2_attn.grafting.channel import ACTIVE, STATE
 from tests.support import reference
 from tests.support.strategies import noise, randomise
@@ -63,7 +65,7 @@ def test_a_wrapper_that_drops_the_question_is_told(models, where):
     else:
         model.blocks[1].attn = Wrapper(model.blocks[1].attn, hand_on=False)
     with pytest.raises(NotGraftedError, match=r"(?s)called without it.*\*\*kwargs"):
-        model.get_self_attention(IMAGES)
+        model.get_self_attention(IMAGES, [1])
 
 
 @pytest.mark.parametrize("where", ["block", "attn"])
@@ -107,9 +109,12 @@ def test_a_projection_that_draws_is_drawn_once(models):
     torch.manual_seed(3)
     asked, attentions = model(IMAGES, return_attention=True)
     assert_same_bits(plain, asked)
-    mine, theirs = kernel_inputs[::2], kernel_inputs[1::2]
-    assert_same_bits(mine, theirs)
-    assert len(attentions) == 3
+    assert len(kernel_inputs) == len(attentions) == 3
+    for block, projected, weights in zip(model.blocks, kernel_inputs, attentions, strict=True):
+        heads = block.attn.num_heads
+        given = SimpleNamespace(num_heads=heads, qkv=lambda _, projected=projected: projected)
+        tokens = projected[..., : projected.shape[-1] // 3]
+        assert_close(weights, reference.weights(given, tokens))
 
 
 def test_a_batch_of_nothing_is_answered_in_training(models):
@@ -202,8 +207,9 @@ def test_what_is_not_asked_keeps_nothing(models):
     """No weights stay behind in the thread that asked for them."""
     module = models.attentions[1](8, num_heads=2)
     module(noise(1, 5, 8, seed=0), return_attn=True)
-    assert STATE.published is None
-    assert STATE.listener is None
+    assert STATE.receivers == ()
+    assert ASKED.published is None
+    assert ASKED.listener is None
 
 
 def test_a_switch_is_on_while_anybody_holds_it():

@@ -150,21 +150,36 @@ def test_the_grids_of_a_list_are_those_of_its_elements_under_an_override_too(nes
     assert [one.grid for one in maps.passes] == [(2, 3), (2, 1), None]
 
 
-def test_a_projection_that_runs_twice_is_refused(models):
-    """Which of the two the kernel uses cannot be told."""
+def test_a_projection_that_runs_twice_is_recorded_as_the_kernel_has_it(models):
+    model = build(models)
+    expected = model.get_self_attention(IMAGES)
+    attention = model.blocks[1].attn
+    base = type(attention)
+
+    def forward(self, x):
+        self.qkv(x * 2)
+        return base.forward(self, x)
+
+    attention.__class__ = type("Own", (base,), {"forward": forward})
+    with record(model) as maps:
+        model(IMAGES)
+    assert_all_close(maps.weights, expected)
+    assert_nothing_on(model)
+
+
+def test_a_kernel_that_runs_twice_is_refused(models):
+    """Which of the two makes the features cannot be told."""
     model = build(models)
     attention = model.blocks[1].attn
     base = type(attention)
 
     def forward(self, x):
-        self.qkv(x)
-        return base.forward(self, x)
+        return base.forward(self, x) + base.forward(self, x)
 
     attention.__class__ = type("Own", (base,), {"forward": forward})
-    with dinov2_attn.install(model):
-        with pytest.raises(NotRecordedError, match="2 calls"), record(model):
-            model(IMAGES)
-        assert_nothing_on(model)
+    with pytest.raises(NotRecordedError, match="2 calls"), record(model):
+        model(IMAGES)
+    assert_nothing_on(model)
 
 
 def _handing_on(module, name):

@@ -16,7 +16,7 @@ from torch import nn
 
 import dinov2_attn
 from dinov2_attn import record
-from dinov2_attn.errors import InvalidInputError, NotGraftedError, NotRecordedError, OutOfRangeError
+from dinov2_attn.errors import InvalidInputError, NotRecordedError, OutOfRangeError
 from dinov2_attn.grafting.channel import STATE
 from tests.support.recordings import IMAGES, N, assert_all_close, assert_nothing_on, build
 from tests.support.tolerances import assert_close, assert_same_bits
@@ -233,11 +233,12 @@ def test_what_cannot_be_recorded_is_refused_at_once(models):
     model, holding = build(models), build(models)
     holding.teacher = model
     cases = [
-        (nn.Linear(2, 2), {}, InvalidInputError, "(?s)one DINOv2 inside .*.\nFound none"),
+        (nn.Linear(2, 2), {}, InvalidInputError, "(?s)with attention modules.*.\nFound none"),
+        (nn.MultiheadAttention(2, 1), {}, InvalidInputError, "need_weights=True"),
         ("model", {}, InvalidInputError, "a model"),
-        (nn.ModuleDict({"teacher": model, "student": build(models)}), {},
-         InvalidInputError, "Found 2: teacher, student"),
-        (holding, {}, InvalidInputError, "Found 2: the model itself, teacher"),
+        (holding, {"layers": ["blocks.9.attn"]}, OutOfRangeError, "Did you mean 'blocks"),
+        (model, {"layers": ["nothing"]}, OutOfRangeError, "Leave layers out for all"),
+        (model, {"check": "sometimes"}, InvalidInputError, 'check="every"'),
         (model, {"layers": 4}, OutOfRangeError, "between 0 and 3"),
         (model, {"layers": []}, InvalidInputError,
          r"^Expected at least one layer to record\.\nFound layers=\[\]\.\nLeave layers out"),
@@ -248,17 +249,40 @@ def test_what_cannot_be_recorded_is_refused_at_once(models):
     for subject, options, error, words in cases:
         with pytest.raises(error, match=words), record(subject, **options):
             raise AssertionError("entered")
-        assert STATE.recorders == ()
+        assert STATE.receivers == ()
 
 
-def test_a_model_that_was_never_grafted_is_refused(models):
+def test_a_model_that_was_never_grafted_is_recorded(models):
     model = build(models)
+    expected = model.get_self_attention(IMAGES)
     dinov2_attn.uninstall()
     try:
-        with pytest.raises(NotGraftedError, match=r"install\(model\)"), record(model):
-            raise AssertionError("entered")
+        attention = type(model.blocks[0].attn)
+        forward = attention.forward
+        features = model(IMAGES)
+        with record(model, check="every") as maps:
+            recorded = model(IMAGES)
+        assert attention.forward is forward
+        assert_same_bits(recorded, features)
+        assert_all_close(maps.weights, expected)
+        assert (maps.grid, maps.prefix) == ((2, 3), 1)
     finally:
         dinov2_attn.install(models.package)
+
+
+def test_several_models_in_one_are_told_apart(models):
+    pair = nn.ModuleDict({"teacher": build(models), "student": build(models)})
+    with record(pair) as maps:
+        for model in pair.values():
+            model(IMAGES)
+    layers = [layer for one in maps for layer in one.layers]
+    assert layers == [name for name, m in pair.named_modules() if name.endswith("attn")]
+    expected = [w for model in pair.values() for w in model.get_self_attention(IMAGES)]
+    assert_all_close([w for one in maps for w in one.weights], expected)
+    with record(pair, ["student.blocks.1.attn"]) as one:
+        for model in pair.values():
+            model(IMAGES)
+    assert_close(one.weights[0], pair["student"].get_self_attention(IMAGES)[1])
 
 
 def test_the_public_names_are_there_when_they_are_asked_for():

@@ -79,7 +79,12 @@ def test_a_history_is_walked_proved_and_reported(history, tmp_path, capsys):
     assert broken["install"] == "NO"
     assert "proj(weights @ v)" in broken["reason"]
 
+    assert [line["own_attention"] for line in (first, beside, new, broken)] == [[]] * 4
+    assert first["own_attention_not_asked"] is None
+
     printed = capsys.readouterr().out
+    nothing = f"- {', '.join(commits[i][:7] for i in (0, 2, 3))}: offers no attention of its own"
+    assert nothing in printed
     assert "3 of 4 proven (3 run; 1 with the same code as another)" in printed
     assert f"proven (as {first['revision']})" in printed
     (entry,) = json.loads(printed[printed.index("[\n") :])  # the proven one only

@@ -18,7 +18,7 @@ from tests.support.upstreams import FIRST, Upstream
 
 ABSENT = object()
 METHODS = ("get_self_attention", "get_last_self_attention", "get_last_selfattention")
-TRANSFORMER = ("prepare_tokens_with_masks", "forward_features", "forward", *METHODS)
+TRANSFORMER = ("forward_features", "forward", *METHODS)
 BLOCKS = ("Block", "NestedTensorBlock", "CausalAttentionBlock")
 ATTENTIONS = ("Attention", "MemEffAttention")
 # What is grafted, by the class's name.

@@ -46,7 +46,7 @@ class Around(nn.Module):
 
 
 def assert_nothing_on(model):
-    assert STATE.recorders == ()
+    assert STATE.receivers == ()
     assert not ACTIVE.on
     for module in model.modules():
         assert not module._forward_hooks

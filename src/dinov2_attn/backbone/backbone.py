@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from dinov2_attn._compat import submodules
+from dinov2_attn.backbone.attentions import attention_modules
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.backbone.validation import check_batch, check_list, layers_to_take
@@ -42,7 +43,8 @@ class Backbone:
     @property
     def registers(self) -> int:
         """The number of register tokens, which the first revisions of upstream do not have."""
-        return int(getattr(self.model, "num_register_tokens", 0))
+        names = ("num_register_tokens", "n_storage_tokens")  # upstream's, DINOv3's
+        return int(next((getattr(self.model, n) for n in names if hasattr(self.model, n)), 0))
 
     @property
     def prefix(self) -> int:
@@ -120,35 +122,26 @@ class Backbone:
             if i + 1 < stop:
                 tokens = block(tokens)
 
-    def attentions(self, chosen: Layers) -> dict[nn.Module, int]:
-        """Return the attention modules of the blocks that ``chosen`` names, with their numbers.
+    def attentions(self) -> dict[nn.Module, int]:
+        """Return the attention modules of all blocks, with the numbers of their blocks.
 
         Raises:
-            NotGraftedError: if ``install`` has not reached one of them.
             IncompatibleUpstreamError: if blocks share one.
-            InvalidInputError: if there is none.
 
         """
-        layers = self.layers(chosen)
-        if not layers:
-            raise InvalidInputError(
-                "at least one layer to record", f"layers={chosen!r}", "Leave layers out for all."
-            )
-        modules = {_attention_of(self.blocks[layer]): layer for layer in layers}
-        if len(modules) != len(layers):
+        found = [
+            (module, layer)
+            for layer, block in enumerate(self.blocks)
+            for module in attention_modules(block).values()
+        ]
+        modules = dict(found)
+        if len(modules) != len(found):
             raise IncompatibleUpstreamError(
-                f"an attention module of its own in each of the layers {layers}",
-                f"{len(modules)} modules",
+                "an attention module of its own in each block",
+                f"{len(modules)} modules in {len(found)} places",
                 "Weights of shared modules cannot be told apart.",
             )
         return modules
-
-    def other_attentions(self, recorded: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
-        """Return the attention modules that are not ``recorded``, with their numbers."""
-        found: dict[nn.Module, int] = {}
-        for layer, block in enumerate(self.blocks):
-            found.update(dict.fromkeys(filter(_is_attention, block.modules()), layer))
-        return {module: layer for module, layer in found.items() if module not in recorded}
 
     def _batch(self, images: Any, masks: Any) -> tuple[Any, Any]:
         groups = check_batch(self, images, masks)
@@ -158,28 +151,26 @@ class Backbone:
         return images.flatten(0, 1)[:, None], masks
 
 
-def backbone_in(model: object) -> Backbone:
+def transformers_in(model: nn.Module) -> list[nn.Module]:
+    """Return the vision transformers that ``model`` is or contains, wrapped or not."""
+    return [module for module in model.modules() if _is_transformer(module)]
+
+
+def backbone_in(model: nn.Module) -> Backbone:
     """Return the one vision transformer that ``model`` is or contains, wrapped or not.
 
     Raises:
         InvalidInputError: if there is none, or more than one.
 
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidInputError(
-            "a model: a DINOv2, or a torch.nn.Module that contains one",
-            f"{type(model).__name__}",
-            "Pass the module whose forward will run.",
-        )
-    found = {name: m for name, m in model.named_modules() if _is_transformer(m)}
+    found = transformers_in(model)
     if len(found) != 1:
-        names = ", ".join(name or "the model itself" for name in found)
         raise InvalidInputError(
             f"one DINOv2 inside {name_of(type(model))}",
-            f"{len(found)}: {names}" if found else "none",
-            "Pass the one to record; the others may run too.",
+            f"{len(found)}",
+            "Pass the vision transformer itself.",
         )
-    return Backbone(next(iter(found.values())))
+    return Backbone(found[0])
 
 
 def grafted_backbone(model: object) -> Backbone:
@@ -226,25 +217,8 @@ def _chunk_in(module: nn.Module) -> nn.ModuleList | None:
     return module
 
 
-# The first test of each is cheap, and false for almost every module.
+# The first test is cheap, and false for almost every module.
 
 
 def _is_transformer(module: nn.Module) -> bool:
     return "blocks" in submodules(module) and role_of_module(module) is Role.TRANSFORMER
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return "qkv" in submodules(module) and role_of_module(module) is Role.ATTENTION
-
-
-def _attention_of(block: nn.Module) -> nn.Module:
-    # Sharded, compiled and adapted modules are wrappers, around the block or in it.
-    found = [m for m in block.modules() if _is_attention(m)]
-    if len(found) != 1 or not accepts(found[0], "return_attn"):
-        raise NotGraftedError(
-            "one attention module in each block, whose forward install() has reached",
-            f"in {name_of(type(block))}: "
-            + (", ".join(name_of(type(m)) for m in found) or "no attention module"),
-            "Call dinov2_attn.install(), or install(model) with the live model, before recording.",
-        )
-    return found[0]

@@ -35,6 +35,11 @@ _OURS = {
 }
 
 
+def keyword_of(role: Role) -> str:
+    """Return the argument that a graft adds to classes of ``role``."""
+    return _OURS[role]
+
+
 def check_arguments(cls: type, role: Role, method: str) -> None:
     """Raise ``IncompatibleUpstreamError`` unless ``cls.method`` takes what grafts pass on."""
     names = argument_names(vars(cls)[method])

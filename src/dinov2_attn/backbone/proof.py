@@ -21,7 +21,7 @@ from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.projection import project
 from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import IncompatibleUpstreamError
-from dinov2_attn.kernels.call import branches
+from dinov2_attn.kernels.branches import branches
 from dinov2_attn.kernels.xformers import Kernel, is_gated
 from dinov2_attn.math.attention import attention_weights
 from dinov2_attn.typing import Forward

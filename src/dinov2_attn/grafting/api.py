@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
-import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from dinov2_attn._compat_imports import wait_for_imports
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.import_hook import Finder
-from dinov2_attn.grafting.registry import GraftRegistry
+from dinov2_attn.grafting.registry import LOCK, REGISTRY, RecordingTarget
 from dinov2_attn.grafting.targets import UPSTREAM_MODULES, LiveModel, Package
 from dinov2_attn.history.eras import UPSTREAM
 
@@ -28,13 +27,11 @@ if TYPE_CHECKING:
 
     from dinov2_attn.backbone.structure import Role
 
-_LOCK = threading.RLock()
-_REGISTRY = GraftRegistry()
 _PACKAGES: dict[str, Package] = {}
 
 
 def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
-    with _LOCK:
+    with LOCK:
         # Another thread may have uninstalled it while this one waited.
         if _PACKAGES.get(package.name) is not package or not package.imported():
             return
@@ -42,7 +39,7 @@ def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
 
         try:
             classes = package.classes(arrived)
-            graft_classes(_REGISTRY, package.name, classes, fallback=package.fallback)
+            graft_classes(REGISTRY, package.name, classes, fallback=package.fallback)
             package.failure = None
         except Exception as error:  # status() reports it again
             package.failure = error
@@ -69,8 +66,8 @@ def _await_imports() -> None:
 
 
 def _remove(target: Hashable) -> None:
-    with _LOCK:
-        _REGISTRY.release(target)
+    with LOCK:
+        REGISTRY.release(target)
         if isinstance(target, str):
             _PACKAGES.pop(target, None)
         _await_imports()
@@ -187,16 +184,18 @@ def uninstall() -> None:
         PatchedOnTopError: If another patch is on top of a graft. Then nothing is undone.
 
     """
-    with _LOCK:
-        _REGISTRY.release_all()
+    with LOCK:
+        REGISTRY.release_all()
         _PACKAGES.clear()
         _await_imports()
 
 
 def status() -> Status:
     """Return what is grafted, what is pending and how each target was recognised."""
-    with _LOCK:
-        targets = {target for graft in _REGISTRY for target in graft.targets}
+    with LOCK:
+        grafts = [graft for graft in REGISTRY if not graft.only_records]
+        targets = {target for graft in grafts for target in graft.targets}
+        targets = {target for target in targets if not isinstance(target, RecordingTarget)}
         recognised: dict[str, str] = {}
         for target in sorted(targets, key=str):
             recognised[_unused(str(target), recognised)] = _recognise(target)
@@ -204,8 +203,8 @@ def status() -> Status:
             p.name: f"refused: {in_one_line(p.failure)}" for p in _PACKAGES.values() if p.failure
         }
         return Status(
-            grafted=tuple(str(graft) for graft in _REGISTRY if graft.in_force),
-            covered=tuple(str(graft) for graft in _REGISTRY if not graft.in_force),
+            grafted=tuple(str(graft) for graft in grafts if graft.in_force),
+            covered=tuple(str(graft) for graft in grafts if not graft.in_force),
             pending=tuple(
                 name for p in _PACKAGES.values() for name in p.pending(p.name in targets)
             ),
@@ -222,14 +221,14 @@ def _unused(label: str, taken: Mapping[str, str]) -> str:
 def _recognise(target: Hashable) -> str:
     from dinov2_attn.history.identify import recognise
 
-    owners = [graft.owner for graft in _REGISTRY if target in graft.targets]
+    owners = [graft.owner for graft in REGISTRY if target in graft.targets]
     return recognise(
-        _REGISTRY.original, list(dict.fromkeys(o for o in owners if isinstance(o, type)))
+        REGISTRY.original, list(dict.fromkeys(o for o in owners if isinstance(o, type)))
     )
 
 
 def _install_package(package: Package, fallback: bool) -> Handle:
-    with _LOCK:
+    with LOCK:
         before = _PACKAGES.get(package.name)
         package = _PACKAGES.setdefault(package.name, package)
         restore = partial(_remove, package.name)
@@ -260,9 +259,9 @@ def _install_model(model: nn.Module, fallback: bool) -> Handle:
         )
     label = f"model with {name_of(classes[-1][0])}"
     target = LiveModel(label, frozenset(cls for cls, _ in classes))
-    with _LOCK:
-        before = [graft for graft in _REGISTRY if target in graft.targets]
-        graft_classes(_REGISTRY, target, classes, fallback=fallback)
+    with LOCK:
+        before = [graft for graft in REGISTRY if target in graft.targets]
+        graft_classes(REGISTRY, target, classes, fallback=fallback)
     if not before:
         return Handle(target, partial(_remove, target))
     former = any(graft.is_kernel for graft in before)
@@ -278,8 +277,8 @@ def _switch_package(package: Package, fallback: bool) -> None:
 def _switch_model(target: LiveModel, classes: list[tuple[type, Role]], fallback: bool) -> None:
     from dinov2_attn.grafting.transaction import graft_classes
 
-    with _LOCK:
+    with LOCK:
         if any(
-            target in graft.targets for graft in _REGISTRY
+            target in graft.targets for graft in REGISTRY
         ):  # it may have been uninstalled meanwhile
-            graft_classes(_REGISTRY, target, classes, fallback=fallback)
+            graft_classes(REGISTRY, target, classes, fallback=fallback)

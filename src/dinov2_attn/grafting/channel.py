@@ -1,42 +1,50 @@
-"""How weights leave a forward pass: the state of a thread, listeners on blocks, and recorders.
+"""How weights leave a forward pass: receivers of a thread take the kernel call of each module.
 
-A listener asks each block for its weights before it runs. A recorder takes queries and keys from
-the pass itself. A hook that lives as long as one call sees what ``qkv`` returns, after adapters
-and all other hooks. So nothing runs twice, and nothing stays on a module between calls.
+A graft on an attention class asks the receivers of its thread whether they want the module's
+kernel call. If so, its forward runs under a ``Capture``. Nothing is projected twice, and nothing is
+set on a module. Graphs go another way: see asked.py.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from itertools import islice
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from dinov2_attn._compat import is_compiling, is_in_backward, is_transformed
+from dinov2_attn.backbone.attentions import looks_like_attention
 from dinov2_attn.backbone.contract import name_of
-from dinov2_attn.backbone.projection import draws_nothing
 from dinov2_attn.errors import NotRecordedError
+from dinov2_attn.kernels.call import KernelCall
+from dinov2_attn.kernels.capture import Capture, StopPassError, check_calls
 from dinov2_attn.typing import Forward
 
-# Runs the first function, a block's forward, and gets the weights from the second.
-Listener = Callable[[Forward, Forward, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
+class Receiver(Protocol):
+    """What the grafts call during a forward pass of a thread."""
 
-class Recorder(Protocol):
-    """What the grafts call during an ordinary pass of a thread that records."""
+    @property
+    def stops(self) -> bool:
+        """Whether the next ``take`` comes before the kernel, and the pass ends after it."""
 
-    def begin(self, model: nn.Module, images: Tensor | None) -> None:
-        """Note that ``model`` has made tokens, of ``images`` if they are known."""
+    def begin(self, entrance: nn.Module, images: Tensor) -> None:
+        """Note that ``entrance`` is given ``images (B, C, H, W)``, with which a pass begins."""
 
     def wants(self, attention: nn.Module) -> bool:
         """Return whether to call ``take`` when ``attention`` runs."""
 
-    def take(self, attention: nn.Module, weigh: Callable[..., Any]) -> None:
-        """Keep what ``weigh(queries=, heads=)`` returns: the weights that the pass will use."""
+    def take(self, attention: nn.Module, call: KernelCall) -> None:
+        """Keep what the kernel of ``attention`` was given."""
+
+    def left(self, module: nn.Module) -> None:
+        """Note that ``module``, which contains all others, has returned."""
 
 
 class _State(threading.local):
@@ -44,9 +52,7 @@ class _State(threading.local):
 
     def __init__(self) -> None:
         # On the instance from the start, in every thread: Dynamo guards on their presence too.
-        self.listener: Listener | None = None
-        self.published: list[Any] | None = None
-        self.recorders: tuple[Recorder, ...] = ()
+        self.receivers: tuple[Receiver, ...] = ()
 
 
 STATE = _State()
@@ -90,13 +96,24 @@ ACTIVE = _Active()
 
 
 @contextmanager
-def unrecorded() -> Iterator[tuple[Recorder, ...]]:
-    """Record nothing that runs inside. Yields the recorders that are set aside."""
-    before, STATE.recorders = STATE.recorders, ()
+def receiving(receiver: Receiver) -> Iterator[None]:
+    """Give ``receiver`` the kernel calls of this thread inside, beside those who have them."""
+    STATE.receivers = (*STATE.receivers, receiver)
+    try:
+        with ACTIVE.active():
+            yield
+    finally:
+        STATE.receivers = tuple(other for other in STATE.receivers if other is not receiver)
+
+
+@contextmanager
+def unrecorded() -> Iterator[tuple[Receiver, ...]]:
+    """Record nothing that runs inside. Yields the receivers that are set aside."""
+    before, STATE.receivers = STATE.receivers, ()
     try:
         yield before
     finally:
-        STATE.recorders = before
+        STATE.receivers = before
 
 
 def unpacked() -> AbstractContextManager[object]:
@@ -112,132 +129,105 @@ def unpacked() -> AbstractContextManager[object]:
     return torch.autograd.graph.saved_tensors_hooks(torch.detach, lambda saved: saved)
 
 
-class _Result:
-    def __init__(self, weights: Any) -> None:
-        self.weights = weights
-        self.next: _Result | None = None
+# Attention modules whose weights were proved in a pass.
+_PROVED: WeakSet[nn.Module] = WeakSet()
 
 
-class _Results:
-    """The weights of the blocks of a pass in the order in which they ran, and the running block.
+def prove_once(attention: nn.Module, call: KernelCall, name: str) -> None:
+    """Raise ``UnfaithfulError`` unless the first call of ``attention`` is proved right.
 
-    A linked list, because Dynamo guards a list by its length. A block that is compiled by itself
-    would be compiled again for every other block.
+    A call that has no output yet is proved another time.
     """
-
-    def __init__(self) -> None:
-        self._first = self._last = _Result(None)
-        self.running: nn.Module | None = None
-
-    def add(self, weights: Any) -> None:
-        """Add ``weights`` at the end."""
-        result = _Result(weights)
-        self._last.next = result
-        self._last = result
-
-    def all(self) -> tuple[Any, ...]:
-        """Return all weights that were added."""
-        found, result = [], self._first.next
-        while result is not None:
-            found.append(result.weights)
-            result = result.next
-        return tuple(found)
+    if attention not in _PROVED and call.output is not None:
+        call.check(name)
+        _PROVED.add(attention)
 
 
-@contextmanager
-def attentions_of_pass(**selection: Any) -> Iterator[_Results]:
-    """Collect the attention of every block that runs inside, in the order in which they run.
+def graft_captured(original: Forward) -> Forward:
+    """Let the ``forward`` of an attention class give its kernel call to receivers."""
 
-    The weights come from the same tokens as the features. So they belong together even if a pass
-    draws random numbers.
+    @functools.wraps(original, updated=())
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if ACTIVE.on and STATE.receivers:
+            return run_captured(original, self, args, kwargs)
+        return original(self, *args, **kwargs)
 
-    Args:
-        selection: ``queries`` and ``heads``.
-
-    """
-    results = _Results()
-
-    def listen(
-        original: Forward,
-        weights_of: Forward,
-        block: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        # A grafted class calls its grafted base for the same block: only the first counts.
-        outer = results.running
-        if outer is block:
-            return original(block, *args, **kwargs)
-        # What the projection draws (LoRA's dropout) is drawn again by the pass itself.
-        # Dynamo cannot trace that, so no graph may see it without need.
-        draws = block.training and not (is_compiling() and draws_nothing(block))
-        with _same_draws(*args, *kwargs.values()) if draws else nullcontext(), unpacked():
-            results.add(weights_of(block, *args, **kwargs, **selection))
-        results.running = block
-        try:
-            return original(block, *args, **kwargs)
-        finally:
-            results.running = outer
-
-    before, STATE.listener = STATE.listener, listen
-    try:
-        with ACTIVE.active():
-            yield results
-    finally:
-        STATE.listener = before
+    return forward
 
 
-def prepare_recorded(
-    original: Forward, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def graft_entrance(original: Forward) -> Forward:
+    """Let the ``forward`` that cuts images into patches tell receivers that a pass begins."""
+
+    @functools.wraps(original, updated=())
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if ACTIVE.on:
+            _begin(self, args, kwargs)
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell receivers of the images that ``module`` is given."""
+    if not STATE.receivers or is_compiling() or is_in_backward():
+        return
+    given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 3)
+    for images in islice(given, 1):
+        for receiver in STATE.receivers:
+            receiver.begin(module, images)
+
+
+def graft_whole(original: Forward) -> Forward:
+    """Let the ``forward`` of a whole model tell receivers when it begins and when it returns."""
+
+    @functools.wraps(original, updated=())
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if ACTIVE.on:
+            _begin(self, args, kwargs)
+        output = original(self, *args, **kwargs)
+        if ACTIVE.on and not is_compiling():
+            for receiver in STATE.receivers:
+                receiver.left(self)
+        return output
+
+    return forward
+
+
+def run_captured(
+    original: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run a vision transformer's ``original`` on images, and tell recorders that a pass began."""
-    with unrecorded() as recorders:  # an override calls the graft of its base
-        tokens = original(model, *args, **kwargs)
-    if is_compiling() or is_in_backward():  # the graft on the attention decides whether to raise
-        return tokens
-    images = args[0] if args else kwargs.get("x")
-    for recorder in recorders:
-        recorder.begin(model, images)
-    return tokens
-
-
-def run_recorded(
-    original: Forward,
-    module: Any,
-    weights_of: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Run ``original`` on an attention ``module``, and give its weights to the recorders.
+    """Run ``original`` on an attention ``module``, and give its kernel call to receivers.
 
     Nothing inside is recorded: the graft of the base class runs for the same module, and a
-    recorder may run models itself.
+    receiver may run models itself.
 
     Raises:
-        NotRecordedError: If ``qkv`` did not run once, or the pass becomes a graph.
+        NotRecordedError: If there was not one call of a kernel, or the pass becomes a graph.
 
     """
-    wanting = [recorder for recorder in STATE.recorders if recorder.wants(module)]
-    if wanting and is_transformed():
+    wanting = [receiver for receiver in STATE.receivers if receiver.wants(module)]
+    if not wanting:
+        return original(module, *args, **kwargs)
+    if is_transformed():
         raise in_a_graph()
+
+    def take(call: KernelCall) -> None:
+        with unpacked():
+            for receiver in wanting:
+                receiver.take(module, call)
+
     with unrecorded():
-        if not wanting or is_in_backward():
+        if is_in_backward():
             return original(module, *args, **kwargs)
-
-        def take(projected: Tensor) -> None:
-            weigh = partial(weights_of, module, args, kwargs, projected=projected)
-            with unpacked():
-                for recorder in wanting:
-                    recorder.take(module, weigh)
-
-        with _Listening(module.qkv, take) as listening:
+        stops = all(receiver.stops for receiver in wanting)
+        # The first time all of it runs, to see that there is one call, and what it returns.
+        with Capture(module, take, stops=stops and module in _PROVED) as capture:
             output = original(module, *args, **kwargs)
-    if listening.calls != 1:
-        raise NotRecordedError(
-            f"{name_of(type(module))} to call its qkv once in a pass",
-            f"{listening.calls} calls",
-            "Where qkv itself was compiled, run it in eager mode to record.",
-        )
+    # Code that only looks like attention is left out; a module with its projections is not.
+    if capture.calls or looks_like_attention(module):
+        check_calls(capture.calls, name_of(type(module)))
+    if stops:
+        raise StopPassError
     return output
 
 
@@ -251,35 +241,3 @@ def in_a_graph() -> NotRecordedError:
         'torch.compiler.set_stance("force_eager"). Run exported and transformed models outside of '
         "record(...).",
     )
-
-
-class _Listening:
-    """Call ``take`` with what ``layer`` returns in this thread, as its last hook."""
-
-    # Other threads may ask the same layer meanwhile, and must not see a difference.
-    only_listens = True
-
-    def __init__(self, layer: nn.Module, take: Callable[[Tensor], None]) -> None:
-        self._layer, self._take, self._thread = layer, take, threading.get_ident()
-        self._taking = False
-        self.calls = 0
-
-    def __enter__(self) -> _Listening:
-        self._hook = self._layer.register_forward_hook(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hook.remove()
-
-    def __call__(self, _: nn.Module, __: object, projected: Tensor) -> None:
-        # Other threads run the same layer, and a recorder may run it too.
-        if threading.get_ident() == self._thread and not self._taking:
-            self.calls += 1
-            self._taking = True
-            self._take(projected)
-            self._taking = False
-
-
-def _same_draws(tokens: Any, *_: Any) -> AbstractContextManager[object]:
-    device = tokens[0].device if isinstance(tokens, list) else tokens.device
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from dinov2_attn.backbone.backbone import Backbone
-from dinov2_attn.errors import NotGraftedError
-from dinov2_attn.grafting.channel import (
-    ACTIVE,
-    STATE,
-    attentions_of_pass,
-    prepare_recorded,
-    unrecorded,
-)
+from dinov2_attn.errors import IncompatibleUpstreamError, NotGraftedError
+from dinov2_attn.grafting.asked import attentions_of_pass, must_ask
+from dinov2_attn.grafting.channel import ACTIVE, STATE, unrecorded
+from dinov2_attn.grafting.collector import Collector, collect
 from dinov2_attn.grafting.modules import extend_signature, weights_from
+from dinov2_attn.grafting.recording import recording
+from dinov2_attn.grafting.ways import runs_itself
 from dinov2_attn.kernels.xformers import can_nest, check_stochastic_depth
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.typing import Forward, Heads, Layers, Queries
@@ -60,7 +58,7 @@ def get_self_attention(
         NotGraftedError: If a block is of a class without a graft.
 
     """
-    if ACTIVE.on and STATE.recorders:  # this is no ordinary pass, and may end early
+    if ACTIVE.on and STATE.receivers:  # this is no ordinary pass, and may end early
         with unrecorded():
             return get_self_attention(self, x, n, masks, queries=queries, heads=heads)
     backbone = Backbone(self)
@@ -68,7 +66,11 @@ def get_self_attention(
     check_heads(heads)
     wanted = backbone.layers(n)
     pairs = backbone.batches(x, masks, queries)
-    walk = partial(_walk, backbone, wanted, {"queries": queries, "heads": heads})
+    selection = {"queries": queries, "heads": heads}
+    if runs_itself(self):
+        passes = [_own_pass(backbone, wanted, selection, *pair) for pair in pairs]
+        return passes[0] if isinstance(x, Tensor) else tuple(map(list, zip(*passes, strict=True)))
+    walk = partial(_walk, backbone, wanted, selection)
     if not isinstance(x, list | tuple):
         return walk(backbone.tokens(*pairs[0]))
     tokens = [backbone.tokens(images, mask) for images, mask in pairs]
@@ -117,6 +119,12 @@ def graft_forward_features(original: Forward) -> Forward:
         if isinstance(answers, list):
             return [{**features, "attentions": attentions} for features, attentions in answers]
         features, attentions = answers
+        if not isinstance(features, Mapping):
+            raise IncompatibleUpstreamError(
+                "forward_features to return a dict, which the attentions are added to",
+                f"{type(features).__name__}",
+                "Call model(x, return_attention=True) or model.get_self_attention(x).",
+            )
         return {**features, "attentions": attentions}
 
     return extend_signature(original, forward_features, "return_attention")
@@ -144,29 +152,42 @@ def graft_forward(original: Forward) -> Forward:
     return extend_signature(original, forward, "return_attention")
 
 
-def graft_prepare_tokens(original: Forward) -> Forward:
-    """Give recorders the images with which a pass begins."""
-
-    @functools.wraps(original, updated=())
-    def prepare_tokens_with_masks(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.on and STATE.recorders:
-            return prepare_recorded(original, self, args, kwargs)
-        return original(self, *args, **kwargs)
-
-    return prepare_tokens_with_masks
+def _own_pass(
+    backbone: Backbone, wanted: list[int], selection: dict[str, Any], images: Tensor, masks: Any
+) -> tuple[Any, ...]:
+    """Return the weights of the blocks ``wanted`` from the model's own pass, ended after them."""
+    if not wanted:
+        return ()
+    attentions = {m: i for m, i in backbone.attentions().items() if i in wanted}
+    model, given = backbone.model, {} if masks is None else {"masks": masks}
+    run = getattr(model, "forward_features", model)
+    found = collect(lambda: run(images, **given), attentions, len(wanted), **selection)
+    _check_count(found, len(wanted))
+    return tuple(found)
 
 
 def _walk(
     backbone: Backbone, wanted: list[int], selection: dict[str, Any], tokens: Any
 ) -> tuple[Any, ...]:
-    """Return the weights of the blocks ``wanted``. Blocks after the last of these do not run."""
-    return tuple(
-        [
+    """Return the weights of the blocks ``wanted``. Blocks after the last of these do not run.
+
+    The last one is asked, because of it only norm and projection have to run. The weights of the
+    others are those of their own kernel calls.
+    """
+    if len(wanted) < 2 or must_ask(backbone.model, backbone.blocks):
+        return tuple(
             weights_from(block, given, **selection)
             for i, block, given in backbone.walk(tokens, _end(wanted))
             if i in wanted
-        ]
-    )
+        )
+    others = wanted[:-1]
+    modules = {m: i for m, i in backbone.attentions().items() if i in others}
+    collector = Collector(modules, **selection)
+    with recording(collector, modules):
+        for _, block, given in backbone.walk(tokens, _end(wanted)):
+            tokens, final = given, block
+    _check_count(collector.weights, len(others))
+    return (*collector.weights, weights_from(final, tokens, **selection))
 
 
 def _end(wanted: list[int]) -> int:
@@ -213,15 +234,27 @@ def _one_pass(
     """Return upstream's own output and the attention of every block in the same pass."""
     if masks is not None:  # an override may take images only
         kwargs["masks"] = masks
-    with attentions_of_pass(**selection) as collected:
-        output = original(model, x, **kwargs)
-    attentions = collected.all()
-    depth = Backbone(model).depth
-    if len(attentions) != depth:
-        raise NotGraftedError(
-            f"the attention of {depth} blocks from one forward pass",
-            f"that of {len(attentions)}",
-            "Call dinov2_attn.install(model) with the live model, and do so before compiling it. "
-            "If its forward runs some of the blocks only, use record(model, [0, ...]) with those.",
-        )
+    backbone = Backbone(model)
+    if must_ask(model, backbone.blocks):
+        with attentions_of_pass(**selection) as asked:
+            output = original(model, x, **kwargs)
+        attentions = asked.all()
+    else:
+        modules = backbone.attentions()
+        collector = Collector(modules, **selection)
+        with recording(collector, modules):
+            output = original(model, x, **kwargs)
+        attentions = tuple(collector.weights)
+    _check_count(attentions, backbone.depth)
     return output, attentions
+
+
+def _check_count(attentions: Sequence[Any], blocks: int) -> None:
+    if len(attentions) == blocks:
+        return
+    raise NotGraftedError(
+        f"the attention of {blocks} blocks from one forward pass",
+        f"that of {len(attentions)}",
+        "Call dinov2_attn.install(model) with the live model, and do so before compiling it. "
+        "If its forward runs some of the blocks only, use record(model, [0, ...]) with those.",
+    )

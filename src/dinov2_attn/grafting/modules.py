@@ -13,18 +13,23 @@ import functools
 import inspect
 from collections.abc import Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from dinov2_attn.backbone.attentions import attention_modules
 from dinov2_attn.backbone.backbone import MARK, accepts
 from dinov2_attn.backbone.contract import argument_names, name_of
 from dinov2_attn.backbone.projection import Piece
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
-from dinov2_attn.grafting.channel import ACTIVE, STATE, run_recorded
+from dinov2_attn.grafting.asked import ASKED, publish, request
+from dinov2_attn.grafting.channel import ACTIVE, STATE, run_captured
+from dinov2_attn.grafting.collector import weights_at_kernel
 from dinov2_attn.grafting.compute import check_tokens, module_weights, queries_and_keys
 from dinov2_attn.kernels.xformers import Kernel, check_stochastic_depth
+from dinov2_attn.math.attention import check_heads
 from dinov2_attn.typing import Forward, Heads, Queries
 
 
@@ -34,30 +39,57 @@ class Returns(Enum):
     QUERIES_AND_KEYS = "queries and keys"
 
 
-def graft_attention(original: Forward, kernel: Kernel) -> Forward:
+def graft_attention(original: Forward, kernel: Kernel | None) -> Forward:
     """Give ``Attention.forward`` or ``MemEffAttention.forward`` a ``return_attn``.
 
     With ``return_attn=True`` it returns the weights ``(B, heads, Q, N)`` in place of the features
     ``(B, N, C)``. They are those before dropout, in the dtype of the projection. Value product
     and output projection do not run. ``queries`` selects rows. ``heads="mean"`` averages heads,
-    which gives ``(B, Q, N)``.
+    which gives ``(B, Q, N)``. Without ``kernel`` they are taken at the kernel that runs.
     """
     names = argument_names(original)
 
-    def weights_of(self: nn.Module, args: Any, kwargs: Any, **selection: Any) -> Any:
-        return module_weights(self, kernel, **_by_name(names, args, kwargs), **selection)
+    def weights_of(self: nn.Module, args: Any, kwargs: Any) -> Any:
+        if kernel is None:
+            selection = {name: kwargs.pop(name, None) for name in ("queries", "heads")}
+            check_heads(selection["heads"])
+            return weights_at_kernel(
+                partial(forward, self, *args, **kwargs), self, [self], **selection
+            )
+        return module_weights(self, kernel, **_by_name(names, args, kwargs))
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if asked := kwargs.pop("return_attn", False):
-            if asked is Returns.QUERIES_AND_KEYS:
+            if asked is Returns.QUERIES_AND_KEYS and kernel is not None:
                 return publish(queries_and_keys(self, kernel, **_by_name(names, args, kwargs)))
             return publish(weights_of(self, args, kwargs))
-        if ACTIVE.on and STATE.recorders:
-            return run_recorded(original, self, weights_of, args, kwargs)
+        if ACTIVE.on and STATE.receivers:
+            return run_captured(original, self, args, kwargs)
         return original(self, *args, **kwargs)
 
     return extend_signature(original, forward, "return_attn")
+
+
+def graft_block_at_kernel(original: Forward) -> Forward:
+    """Give a block's ``forward`` a ``return_attention``, taken at the kernel of its own pass.
+
+    It serves blocks of any signature. The pass ends where the weights are known.
+    """
+
+    @functools.wraps(original, updated=())
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.pop("return_attention", False):
+            return original(self, *args, **kwargs)
+        selection = {name: kwargs.pop(name, None) for name in ("queries", "heads")}
+        check_heads(selection["heads"])
+        tokens = next(iter((*args, *kwargs.values())), None)
+        calls = len(tokens) if isinstance(tokens, list) else None
+        run = partial(original, self, *args, **kwargs)
+        attentions = list(attention_modules(self).values())
+        return publish(weights_at_kernel(run, self, attentions, calls, **selection))
+
+    return extend_signature(original, forward, "return_attention")
 
 
 def graft_block(original: Forward, role: Role) -> Forward:
@@ -89,8 +121,8 @@ def graft_block(original: Forward, role: Role) -> Forward:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if asked := kwargs.pop("return_attention", False):
             return publish(weights_of(self, *args, asked=asked, **kwargs))
-        if ACTIVE.on and STATE.listener is not None:
-            return STATE.listener(original, weights_of, self, args, kwargs)
+        if ACTIVE.on and ASKED.listener is not None:
+            return ASKED.listener(original, weights_of, self, args, kwargs)
         return original(self, *args, **kwargs)
 
     return extend_signature(original, forward, "return_attention")
@@ -146,27 +178,6 @@ def _result_of(module: nn.Module, keyword: str, asked: object, *args: Any, **sel
             "Let the wrapper's forward pass **kwargs on.",
         )
     return weights
-
-
-def request(module: nn.Module, *args: Any, **keywords: Any) -> Any:
-    """Call ``module``, and return what a graft in it published last, ``None`` if none did.
-
-    The return value is not used, because forward hooks, adapters and wrappers that drop keywords
-    change it.
-    """
-    before, STATE.published = STATE.published, []
-    try:
-        module(*args, **keywords)
-        return STATE.published[-1] if STATE.published else None
-    finally:
-        STATE.published = before
-
-
-def publish(result: Any) -> Any:
-    """Return ``result`` from a graft, and give it to the ``request`` that waits for it."""
-    if STATE.published is not None:
-        STATE.published.append(result)
-    return result
 
 
 def extend_signature(original: Forward, forward: Forward, keyword: str) -> Forward:

@@ -6,6 +6,7 @@ only what is still ours is undone.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
@@ -19,9 +20,16 @@ _ABSENT = object()
 Owner = type | dict[str, Any]
 
 
+class RecordingTarget:
+    """A target that is a recording: its grafts end with it, whatever is uninstalled before."""
+
+
 @dataclass(eq=False)
 class Graft:
-    """A function of ours in an upstream class or module, what was there, and who needs it."""
+    """A function of ours in an upstream class or module, what was there, and who needs it.
+
+    A graft that only recordings need takes no keyword. ``install`` replaces it by its own.
+    """
 
     owner: Owner
     name: str
@@ -31,13 +39,18 @@ class Graft:
 
     def __str__(self) -> str:
         if isinstance(self.owner, dict):
-            return f"{self.owner['__name__']}.{self.name}"
+            return f"{self.owner.get('__name__', 'a module')}.{self.name}"
         return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
 
     @property
     def is_kernel(self) -> bool:
         """Whether this is a module's kernel rather than a class's method."""
-        return isinstance(self.owner, dict)
+        return isinstance(self.owner, dict) and self.name != "forward"
+
+    @property
+    def only_records(self) -> bool:
+        """Whether only recordings need it."""
+        return all(isinstance(target, RecordingTarget) for target in self.targets)
 
     @property
     def in_force(self) -> bool:
@@ -56,12 +69,12 @@ class Graft:
 
     def undo(self) -> None:
         """Restore the object that was there, or remove the name if there was none."""
-        if isinstance(self.owner, dict):
-            self.owner[self.name] = self.old
-        elif self.old is _ABSENT:
-            delattr(self.owner, self.name)
+        if self.old is not _ABSENT:
+            _set(self.owner, self.name, self.old)
+        elif isinstance(self.owner, dict):
+            del self.owner[self.name]
         else:
-            setattr(self.owner, self.name, self.old)
+            delattr(self.owner, self.name)
 
 
 class GraftRegistry:
@@ -80,22 +93,26 @@ class GraftRegistry:
     def set(self, owner: Owner, name: str, new: Callable[..., object], target: Hashable) -> None:
         """Set ``new`` for ``target``, and remember what it replaces.
 
-        It replaces a graft that other code has undone, and inherits its targets.
+        It replaces a graft that other code has undone, or that only recordings need, and inherits
+        its targets.
         """
         graft = Graft(owner, name, new, namespace_of(owner).get(name, _ABSENT), {target})
-        for undone in self.find(owner, name):
-            graft.targets |= undone.targets
-            self._grafts.remove(undone)
-        if isinstance(owner, dict):
-            owner[name] = new
-        else:
-            setattr(owner, name, new)
+        for former in self.find(owner, name):
+            if former.in_force:
+                graft.old = former.old
+            graft.targets |= former.targets
+            self._grafts.remove(former)
+        _set(owner, name, new)
         self._grafts.append(graft)
 
     def claim(self, owner: Owner, name: str, target: Hashable) -> bool:
-        """Return whether there is a graft on ``owner.name``, and keep it for ``target`` too."""
+        """Return whether there is a graft on ``owner.name``, and keep it for ``target`` too.
+
+        What only recordings need serves no other target.
+        """
         for graft in self.find(owner, name):
-            if not graft.is_undone:
+            fits = isinstance(target, RecordingTarget) or not graft.only_records
+            if not graft.is_undone and fits:
                 graft.targets.add(target)
                 return True
         return False
@@ -105,6 +122,10 @@ class GraftRegistry:
         for graft in reversed(list(self)):
             if graft not in before:
                 graft.undo()
+                for former in before:  # what only recordings need, and this one replaced
+                    same = former.owner is graft.owner and former.name == graft.name
+                    if same and former.only_records:
+                        _set(former.owner, former.name, former.new)
         self._grafts = list(before)
 
     def release(self, target: Hashable, *, only_kernels: bool = False) -> None:
@@ -115,8 +136,12 @@ class GraftRegistry:
             graft.targets.discard(target)
 
     def release_all(self) -> None:
-        """Undo everything."""
-        self._undo(self._grafts)
+        """Undo everything. What recordings in progress need stays until they end."""
+        for graft in self:
+            recordings: set[Hashable] = {t for t in graft.targets if isinstance(t, RecordingTarget)}
+            if recordings:
+                graft.targets = recordings
+        self._undo([graft for graft in self if not graft.only_records])
 
     def original(self, owner: Owner, name: str) -> object:
         """Return what ``owner`` holds by ``name``, below our graft on it."""
@@ -134,6 +159,13 @@ class GraftRegistry:
             if graft.in_force:
                 graft.undo()
             self._grafts.remove(graft)
+
+
+def _set(owner: Owner, name: str, value: object) -> None:
+    if isinstance(owner, dict):
+        owner[name] = value
+    else:
+        setattr(owner, name, value)
 
 
 def namespace_of(owner: Owner) -> Mapping[str, Any]:
@@ -164,3 +196,7 @@ def _refuse_if_covered(covered: list[Graft]) -> None:
         f"{found!r}, set by other code on top of it",
         "Nothing was undone. Take that patch off first, then call uninstall() again.",
     )
+
+
+LOCK = threading.RLock()
+REGISTRY = GraftRegistry()

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 from dinov2_attn.backbone import contract, proof
+from dinov2_attn.backbone.attentions import names_a_kernel
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role, in_order
-from dinov2_attn.errors import Dinov2AttnError, IncompatibleUpstreamError, PatchedOnTopError
+from dinov2_attn.errors import (
+    Dinov2AttnError,
+    IncompatibleUpstreamError,
+    PatchedOnTopError,
+    in_one_line,
+)
+from dinov2_attn.grafting.channel import graft_captured
 from dinov2_attn.grafting.models import (
     METHODS,
     graft_forward,
     graft_forward_features,
-    graft_prepare_tokens,
 )
-from dinov2_attn.grafting.modules import graft_attention, graft_block
+from dinov2_attn.grafting.modules import graft_attention, graft_block, graft_block_at_kernel
 from dinov2_attn.grafting.registry import GraftRegistry, Owner
+from dinov2_attn.grafting.ways import go_by_kernel, go_by_projection
 from dinov2_attn.history.identify import warn_of_drift
 from dinov2_attn.kernels.xformers import KERNEL, graft_kernel, kernel_namespace
 
@@ -27,7 +34,6 @@ from dinov2_attn.kernels.xformers import KERNEL, graft_kernel, kernel_namespace
 _FORWARDS = {
     "forward": graft_forward,
     "forward_features": graft_forward_features,
-    "prepare_tokens_with_masks": graft_prepare_tokens,
 }
 
 
@@ -77,8 +83,8 @@ def graft_classes(
     classes: Iterable[tuple[type, Role]],
     *,
     fallback: bool,
-) -> None:
-    """Graft ``classes`` for ``target``: all of them and proved, or nothing of this target.
+) -> dict[type, str]:
+    """Graft ``classes`` for ``target``.
 
     Classes with a graft already keep it, for this target too. Classes come in the order in which
     they build on each other, so that each is proved on proved ones. Code of upstream that no known
@@ -90,22 +96,41 @@ def graft_classes(
         classes: Each class with its role.
         fallback: Whether to graft the kernels of xFormers that the classes call as well.
 
+    A class whose attention is proved to be softmax(q kᵀ · scale) of its own projection goes by
+    that. Every other class goes by its kernel. One that calls no kernel is left out.
+
+    Returns:
+        The classes that were left out, with the reasons.
+
     Raises:
-        IncompatibleUpstreamError: If a class does not compute the attention it should.
+        IncompatibleUpstreamError: If no attention class is left. Then nothing is grafted.
 
     """
     with Transaction(registry, target) as transaction:
         found = in_order(classes)
         options = constructor_options(found)
+        refused: dict[type, Dinov2AttnError] = {}
         with proof.sandbox():
             for cls, role in found:
-                _graft(transaction, cls, role, options.get(role, {}))
+                try:
+                    _graft(transaction, cls, role, options.get(role, {}))
+                except IncompatibleUpstreamError as error:
+                    refused[cls] = error
+        _check_refused(found, refused)
         if fallback:
             _graft_kernels(transaction, [cls for cls, _ in found])
         else:
             registry.release(target, only_kernels=True)
         if transaction.has_new_grafts:
             warn_of_drift(registry.original, target, [cls for cls, _ in found])
+    return {cls: in_one_line(error) for cls, error in refused.items()}
+
+
+def _check_refused(found: list[tuple[type, Role]], refused: Mapping[type, Dinov2AttnError]) -> None:
+    """Raise the first error if no attention class is left."""
+    attentions = [cls for cls, role in found if role is Role.ATTENTION]
+    if refused and not set(attentions) - set(refused):
+        raise next(iter(refused.values()))
 
 
 def constructor_options(classes: list[tuple[type, Role]]) -> dict[Role, dict[str, Any]]:
@@ -127,24 +152,70 @@ def constructor_options(classes: list[tuple[type, Role]]) -> dict[Role, dict[str
 
 
 def _graft(transaction: Transaction, cls: type, role: Role, options: dict[str, Any]) -> None:
+    """Graft ``cls`` by its projection where that is proved, otherwise by its kernel."""
+    if role is not Role.TRANSFORMER and (
+        "forward" not in vars(cls) or transaction.claim(cls, "forward")
+    ):
+        return
+    before = list(transaction.registry)
     try:
         if role is Role.TRANSFORMER:
             _graft_transformer(transaction, cls, role, options)
-        elif "forward" in vars(cls) and not transaction.claim(cls, "forward"):
+        else:
             _graft_module(transaction, cls, role, options)
-    except Dinov2AttnError:
-        raise
+        go_by_projection(cls)
     except Exception as error:  # foreign code may raise anything
-        raise IncompatibleUpstreamError(
-            f"{contract.name_of(cls)} to be built and run small, as upstream's class can be",
-            f"{type(error).__name__}: {error}",
-            "This class is not supported, so nothing was grafted.",
-        ) from error
+        transaction.registry.roll_back(before)
+        _graft_at_kernel(transaction, cls, role, _as_incompatible(cls, error))
+
+
+def _as_incompatible(cls: type, error: Exception) -> Dinov2AttnError:
+    if isinstance(error, Dinov2AttnError):
+        return error
+    made = IncompatibleUpstreamError(
+        f"{contract.name_of(cls)} to be built and run small, as upstream's class can be",
+        f"{type(error).__name__}: {error}",
+        "Its weights are taken at its kernel.",
+    )
+    made.__cause__ = error
+    return made
+
+
+def _graft_at_kernel(
+    transaction: Transaction, cls: type, role: Role, reason: Dinov2AttnError
+) -> None:
+    """Graft ``cls`` for weights that its own pass gives to its kernel. Its own names stay."""
+    if role is Role.ATTENTION and not names_a_kernel(cls):
+        raise reason
+    go_by_kernel(cls, in_one_line(reason))
+    if role is Role.TRANSFORMER:
+        _graft_free_names(transaction, cls)
+        return
+    original: Any = transaction.registry.original(cls, "forward")
+    taken = contract.keyword_of(role) in contract.argument_names(original)
+    if role is Role.ATTENTION:
+        graft = graft_captured(original) if taken else graft_attention(original, None)
+        transaction.set(cls, "forward", graft)
+    elif not taken:
+        transaction.set(cls, "forward", graft_block_at_kernel(original))
+
+
+def _graft_free_names(transaction: Transaction, cls: type) -> None:
+    """Graft the methods of a transformer that do not have our keyword or name already."""
+    keyword = contract.keyword_of(Role.TRANSFORMER)
+    for name, graft in _FORWARDS.items():
+        if name in vars(cls) and not transaction.claim(cls, name):
+            original: Any = vars(cls)[name]
+            if keyword not in contract.argument_names(original):
+                transaction.set(cls, name, graft(original))
+    for name, method in METHODS.items():
+        if not hasattr(cls, name):
+            transaction.set(cls, name, method)
 
 
 def _graft_module(transaction: Transaction, cls: type, role: Role, options: dict[str, Any]) -> None:
     contract.check_arguments(cls, role, "forward")
-    original = vars(cls)["forward"]
+    original: Any = transaction.registry.original(cls, "forward")
     if role is Role.ATTENTION:
         kernel = proof.measure_kernel(cls, original)
         grafted = graft_attention(original, kernel)

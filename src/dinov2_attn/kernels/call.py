@@ -1,64 +1,278 @@
-"""The branches of an attention class's own ``forward``, each able to run anywhere."""
+"""One call of a kernel: what an attention module handed to it, and the weights that follow.
+
+A fused kernel is given queries and keys, and never makes the weights. ``FusedCall`` computes them
+from the same arguments. Explicit code has them already: ``ExplicitCall`` holds that tensor.
+"""
 
 from __future__ import annotations
 
-from types import FunctionType
+import math
+import random
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_attn.kernels.xformers import FLAG, KERNEL, is_gated
-from dinov2_attn.typing import Forward
+from dinov2_attn.errors import UnfaithfulError
+from dinov2_attn.math.attention import attention_weights, may_tile, shape_of_weights
+from dinov2_attn.math.bias import Group, dense, groups, is_block_diagonal, is_known, unknown
+from dinov2_attn.math.buffers import NewResult, new_result
+from dinov2_attn.math.selection import Rows, to_index
+from dinov2_attn.typing import Heads, Queries
+
+# Rows of each sequence that a proof computes: few beside the hundreds of a pass.
+PROVED_ROWS = 4
+
+# A kernel may be off by so many roundings of a sum of this size.
+_ROUNDINGS = 16
 
 
-def branches(forward: Forward) -> dict[bool, Forward]:
-    """Return ``forward`` as it runs without and with xFormers.
+@dataclass(frozen=True, eq=False)
+class FusedCall:
+    """A call of PyTorch's ``scaled_dot_product_attention``, or of xFormers' kernel.
 
-    The branch with xFormers is the same code over other globals. Its kernel is replaced by the
-    definition of it, because the real one needs a GPU and has no float64. Nothing of upstream is
-    changed. Code that does not use xFormers has the same branch twice.
+    Attributes:
+        kernel: The name of the function that was called.
+        query: ``(B, heads, Q, d)``, as the kernel reads it.
+        key: ``(B, heads, N, d)``, or with fewer heads, each for several heads of the query.
+        value: ``(B, heads, N, d)``, with the heads of the key.
+        scale: The factor on ``query @ keyᵀ``.
+        bias: None, a tensor that broadcasts to ``(B, heads, Q, N)``, or a bias of xFormers'.
+        is_causal: Whether query ``i`` sees the keys ``0 … i`` only.
+        dropout: The probability with which the kernel drops weights.
+        output: ``(B, heads, Q, d)``, or None if the kernel did not run.
+
     """
-    if not is_gated(forward):
-        return {False: forward, True: forward}
-    plain = {KERNEL: _definition, "unbind": torch.unbind, "fmha": _AnyOperator()}
-    return {
-        False: _over_globals(forward, {FLAG: False}),
-        True: _over_globals(forward, {FLAG: True, **plain}),
-    }
+
+    kernel: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    bias: Any = None
+    is_causal: bool = False
+    dropout: float = 0.0
+    output: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """The number of queries."""
+        return self.query.shape[2]
+
+    def weights(
+        self, queries: Queries = None, heads: Heads = None, new: NewResult = new_result
+    ) -> Tensor | list[Tensor]:
+        """Return the weights before dropout, ``(B, heads, Q, N)``, in the dtype of the query.
+
+        A block-diagonal bias gives a list, one tensor for each element that was nested.
+        """
+        call = self._same_dtype()
+        if not is_block_diagonal(self.bias):
+            return call._weights(queries, heads, new)
+        return [part._weights(queries, heads, new) for part in call._groups()]
+
+    def check(self, module: str) -> None:
+        """Raise ``UnfaithfulError`` unless ``weights @ value`` is the output, on a few rows."""
+        if self.output is None or self.dropout:
+            return
+        call = self._same_dtype()
+        for part in call._groups() if is_block_diagonal(self.bias) else [call]:
+            part._check(module)
+
+    def _same_dtype(self) -> FusedCall:
+        """Return the call in the dtype in which the kernel ran: autocast's, where it is on."""
+        out = self.output
+        if out is None:
+            query, key, value = (t[:1, :1, :1] for t in (self.query, self.key, self.value))
+            out = F.scaled_dot_product_attention(query, key, value)
+        if all(tensor.dtype == out.dtype for tensor in (self.query, self.key, self.value)):
+            return self
+        query, key, value = (t.to(out.dtype) for t in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value)
+
+    @property
+    def _by_query_head(self) -> tuple[Tensor, Tensor]:
+        """Key and value with one head for each head of the query."""
+        each = self.query.shape[1] // max(1, self.key.shape[1])
+        if each == 1:
+            return self.key, self.value
+        return self.key.repeat_interleave(each, 1), self.value.repeat_interleave(each, 1)
+
+    @cached_property
+    def _dense_bias(self) -> Tensor | None:
+        if self.bias is None:
+            return None
+        if not is_known(self.bias):
+            raise unknown(self.bias)
+        shape = (*self.query.shape[:3], self.key.shape[2])
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        return dense(self.bias, shape, self.query.device, wide)
+
+    def _weights(self, queries: Queries, heads: Heads, new: NewResult) -> Tensor:
+        rows = to_index(queries, self.query.shape[2])
+        query, (key, _) = self.query[:, :, rows], self._by_query_head
+        out = new(query, shape_of_weights(query, key, heads)) if may_tile(query) else None
+        return self._of_rows(query, key, rows, heads, out)
+
+    def _of_rows(
+        self, query: Tensor, key: Tensor, rows: Rows, heads: Heads = None, out: Tensor | None = None
+    ) -> Tensor:
+        bias = self._dense_bias
+        if bias is not None and bias.ndim > 1 and bias.shape[-2] != 1:
+            bias = bias[..., rows, :]
+        causal = None
+        if self.is_causal:
+            causal = torch.arange(self.query.shape[2], device=query.device)[rows]
+        return attention_weights(
+            query,
+            key,
+            self.scale,
+            bias=bias,
+            causal_rows=causal,
+            heads=heads,
+            out=out,
+        )
+
+    def _groups(self) -> list[FusedCall]:
+        """Return the call of each element of a nested list."""
+        tokens = self.query.transpose(1, 2)
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        return [self._of_group(group) for group in groups(self.bias, tokens, wide)]
+
+    def _of_group(self, group: Group) -> FusedCall:
+        def split(tensor: Tensor, where: slice) -> Tensor:
+            return group.split(tensor.transpose(1, 2), where).transpose(1, 2)
+
+        return replace(
+            self,
+            query=split(self.query, group.queries),
+            key=split(self.key, group.keys),
+            value=split(self.value, group.keys),
+            bias=group.mask,
+            output=None if self.output is None else split(self.output, group.queries),
+        )
+
+    @torch.no_grad()
+    def _check(self, module: str) -> None:
+        key, value = (tensor.detach() for tensor in self._by_query_head)
+        rows = some_rows(self.query.shape[2])
+        query, output = self.query.detach()[:, :, rows], self.output
+        if output is None or not (query.numel() and key.numel()):
+            return
+        wide = torch.float32 if query.device.type == "mps" else torch.float64
+        weights = self._of_rows(query.to(wide), key.to(wide), rows)
+        found = (weights @ value.to(wide) - output.detach()[:, :, rows]).abs()
+        error = found[found.isfinite()].max() if found.isfinite().any() else found.new_zeros(())
+        allowed = self._tolerance(query, key, value)
+        if not error <= allowed:
+            raise UnfaithfulError(
+                f"weights @ values equal to the output of {self.kernel}, within {allowed:.1e}",
+                f"a difference of {float(error):.1e} in {module}",
+                "Report the model: its kernel computes something else. record(..., check=False) "
+                "records it unproved.",
+            )
+
+    def _tolerance(self, query: Tensor, key: Tensor, value: Tensor) -> float:
+        """Return the error that the kernel itself may make, from the sizes of its arguments.
+
+        A rounding of the scores is a relative error of the weights of about their size times the
+        machine epsilon. The sum with the values has errors of that size again.
+        """
+        scores = abs(self.scale) * float(query.norm(dim=-1).max() * key.norm(dim=-1).max())
+        return _ROUNDINGS * _epsilon(query) * (1 + scores) * float(value.abs().max())
 
 
-def _over_globals(forward: FunctionType, changes: dict[str, object]) -> Forward:
-    copy = FunctionType(
-        forward.__code__,
-        {**forward.__globals__, **changes},
-        argdefs=forward.__defaults__,
-        closure=forward.__closure__,
-    )
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    return copy
+@dataclass(frozen=True, eq=False)
+class ExplicitCall:
+    """A softmax that explicit code multiplies with the values.
+
+    Attributes:
+        kernel: ``"softmax"``.
+        matrix: ``(B, heads, Q, N)``, the tensor that is multiplied, before dropout.
+        value: The right factor of the product.
+        output: The product, or None if it did not run.
+
+    """
+
+    matrix: Tensor
+    value: Tensor
+    output: Tensor | None = None
+    kernel: str = "softmax"
+
+    @property
+    def rows(self) -> int:
+        """The number of queries."""
+        return self.matrix.shape[2]
+
+    def weights(
+        self, queries: Queries = None, heads: Heads = None, new: NewResult = new_result
+    ) -> Tensor:
+        """Return the weights ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads."""
+        del new  # nothing is computed, so nothing is allocated
+        rows = to_index(queries, self.matrix.shape[2])
+        chosen = self.matrix if queries is None else self.matrix[:, :, rows]
+        return chosen.mean(dim=1) if heads == "mean" else chosen
+
+    def check(self, module: str) -> None:
+        """Do nothing: the weights are the very tensor that was multiplied."""
 
 
-class _AnyOperator:
-    """A stand-in for the operators that upstream's first revision names."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
+KernelCall = FusedCall | ExplicitCall
 
 
-def _definition(
+def fused_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_bias: Tensor | None = None,
-    p: float = 0.0,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
     scale: float | None = None,
+    enable_gqa: bool = False,
     *,
-    op: object = None,
-) -> Tensor:
-    """Compute what xFormers documents its kernel to compute, on ``(B, N, heads, head_dim)``."""
+    heads: int | None = None,
+) -> FusedCall:
+    """Return the call of ``scaled_dot_product_attention`` with these arguments.
+
+    ``heads`` of the module are needed where they are part of the batch.
+    """
+    del enable_gqa  # fewer heads of keys say the same
+    query, key, value = (by_heads(tensor, heads) for tensor in (query, key, value))
     if scale is None:
-        scale = query.shape[-1] ** -0.5
-    scores = torch.einsum("bqhd,bkhd->bhqk", query * scale, key)
-    if attn_bias is not None:
-        scores = scores + attn_bias
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), value)
+        scale = 1 / math.sqrt(query.shape[-1])
+    name = "scaled_dot_product_attention"
+    return FusedCall(name, query, key, value, scale, attn_mask, is_causal, dropout_p)
+
+
+def by_heads(tensor: Tensor, heads: int | None) -> Tensor:
+    """Return ``tensor`` as ``(B, heads, N, d)``.
+
+    A tensor ``(B · heads, N, d)`` is split, and one ``(B, windows, heads, N, d)`` has its windows
+    in the batch.
+    """
+    if tensor.ndim > 4:
+        return tensor.flatten(0, -4)
+    if tensor.ndim == 4:
+        return tensor
+    tensor = tensor if tensor.ndim == 3 else tensor[None]
+    if heads is None or len(tensor) % heads:
+        return tensor[:, None]
+    return tensor.reshape(-1, heads, *tensor.shape[1:])
+
+
+def some_rows(length: int) -> list[int]:
+    """Return a few positions below ``length``, others each time. No state of torch's is drawn."""
+    return sorted(_ROWS.sample(range(length), min(PROVED_ROWS, length)))
+
+
+_ROWS = random.Random()
+
+
+def _epsilon(tensor: Tensor) -> float:
+    tf32 = tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    if tf32 and tensor.dtype == torch.float32:
+        return 2.0**-10
+    return torch.finfo(tensor.dtype).eps

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from dinov2_attn._compat import is_compiling
 from dinov2_attn.errors import InvalidInputError, KernelFallbackWarning, NoOperatorError
+from dinov2_attn.kernels.call import FusedCall
+from dinov2_attn.kernels.capture import current_capture
 from dinov2_attn.math.bias import dense, groups, is_block_diagonal, is_known, unknown
 from dinov2_attn.typing import Forward
 
@@ -146,6 +148,28 @@ def check_stochastic_depth(block: nn.Module, tensors: Sequence[Tensor]) -> None:
         )
 
 
+def graft_captured_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``memory_efficient_attention`` report its call to the capture of this thread.
+
+    Args:
+        original: xFormers' kernel, as the module of an attention class holds it.
+
+    Returns:
+        The function that replaces that name.
+
+    """
+
+    @functools.wraps(original, updated=())
+    def memory_efficient_attention(*args: Any, **kwargs: Any) -> Any:
+        capture = current_capture()
+        if capture is None:
+            return original(*args, **kwargs)
+        call = _fused_call(*args, **kwargs)
+        return capture.ran(call, lambda: original(*args, **kwargs), _heads_first)
+
+    return memory_efficient_attention
+
+
 def graft_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
     """Give ``memory_efficient_attention`` a fallback to ``scaled_dot_product_attention``.
 
@@ -157,13 +181,13 @@ def graft_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
         original: xFormers' kernel, as the module of ``MemEffAttention`` holds it.
 
     Returns:
-        The function that replaces that name.
+        The function that replaces that name. It reports its call too.
 
     """
     warned: list[str] = []
 
     @functools.wraps(original, updated=())
-    def memory_efficient_attention(*args: Any, **kwargs: Any) -> Any:
+    def with_fallback(*args: Any, **kwargs: Any) -> Any:
         try:
             return original(*args, **kwargs)
         except (NotImplementedError, ValueError) as error:
@@ -176,7 +200,15 @@ def graft_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
             _warn(call["query"], reason)
         return _attend(**call)
 
-    return memory_efficient_attention
+    return graft_captured_kernel(with_fallback)
+
+
+def kernel_homes() -> list[dict[str, Any]]:
+    """Return the globals of every module that holds xFormers' kernel by its name."""
+    if "xformers" not in sys.modules:
+        return []
+    modules = (getattr(module, "__dict__", {}) for module in sys.modules.copy().values())
+    return [names for names in modules if callable(names.get(KERNEL))]
 
 
 def _flag_of_module(module: nn.Module) -> bool:
@@ -207,6 +239,29 @@ def _call(
     return {**inputs, "bias": attn_bias, "dropout": p, "scale": scale}
 
 
+def _fused_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Any = None,
+    p: float = 0.0,
+    scale: float | None = None,
+    **_: object,
+) -> FusedCall:
+    """Return the call of xFormers' kernel with these arguments, ``(B, N, heads, d)`` each."""
+    query, key, value = map(_heads_first, (query, key, value))
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+    return FusedCall(KERNEL, query, key, value, scale, attn_bias, dropout=p)
+
+
+def _heads_first(tensor: Tensor) -> Tensor:
+    """Return ``(B, N, heads, d)``, ``(B, N, d)`` or ``(B, N, groups, heads, d)`` by heads."""
+    if tensor.ndim == 3:
+        return tensor[:, None]
+    return tensor.flatten(2, -2).transpose(1, 2)
+
+
 def _finds_no_operator(error: Exception, query: Tensor) -> bool:
     if isinstance(error, NotImplementedError):  # as documented
         return True
@@ -223,8 +278,17 @@ def _warn(query: Tensor, reason: str) -> None:
         f"scaled_dot_product_attention computes it from here on (xFormers: {reason}). "
         "install(fallback=False) leaves that out.",
         KernelFallbackWarning,
-        stacklevel=3,
+        stacklevel=_frames_of_ours(),
     )
+
+
+def _frames_of_ours() -> int:
+    """Return the ``stacklevel`` of the line outside of this package that called."""
+    here = __name__.partition(".")[0]
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(here):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _attend(

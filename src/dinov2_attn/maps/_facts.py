@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from dinov2_attn.math.selection import name_token
-from dinov2_attn.typing import Grid
+from dinov2_attn.typing import Grid, Layer
 
 # Entries of a list that are shown.
 SHOWN = 4
@@ -23,6 +23,14 @@ def listed(parts: Sequence[str]) -> str:
 def shapes(entries: Iterable[object]) -> str:
     """Return the shapes of ``entries``, each once, or the type of what has no shape."""
     return listed(list(dict.fromkeys(map(_shape, entries)))) or "none"
+
+
+def layers(names: Sequence[Layer]) -> str:
+    """Return the numbers of blocks as ranges, ``0–3, 7``, or the first and the last path."""
+    numbers = [name for name in names if isinstance(name, int)]
+    if len(numbers) == len(names):
+        return ranges(numbers)
+    return " … ".join(map(str, dict.fromkeys((names[0], names[-1]))))
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Generic, overload
 from torch import Tensor
 
 from dinov2_attn.backbone.backbone import grafted_backbone
+from dinov2_attn.backbone.layout import Layout, check_columns, cut_maps
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps import _facts
 from dinov2_attn.maps.result import Array, Result, W, as_array
 from dinov2_attn.math.selection import positions
-from dinov2_attn.typing import Grid, Heads, Images, Layers, Masks, Model, Queries
+from dinov2_attn.typing import Grid, Heads, Images, Layer, Layers, Masks, Model, Queries
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,28 +27,49 @@ class AttentionMaps(Result, Generic[W]):
     Attributes:
         weights: One entry for each layer: ``(B, heads, Q, N)``, ``(B, Q, N)`` for the mean of
             heads, or what ``reduce`` returned.
-        layers: The blocks, counted from 0.
+        layers: The blocks, counted from 0, or the paths of attention modules.
         grid: Height and width ``(h, w)`` of the patch grid; ``None`` if it is not known, as
             for tokens that did not come from images.
-        prefix: ``1 + R``, the number of columns before the patches: CLS and R registers.
+        prefix: The number of columns before the patches: 1 + R for CLS and R registers.
         queries: The positions of the tokens whose rows these are, CLS being 0; ``None`` for
             all tokens.
+        suffix: The number of columns behind the patches, such as test-time registers.
+        per_cell: The number of tokens of each cell of the grid.
+        planes: Where a cell has several tokens: whether one grid follows the other.
 
     """
 
-    _LAYOUT: ClassVar[tuple[str, ...]] = ("layers", "grid", "prefix", "queries")
+    _LAYOUT: ClassVar[tuple[str, ...]] = (
+        "layers",
+        "grid",
+        "prefix",
+        "queries",
+        "suffix",
+        "per_cell",
+        "planes",
+    )
 
     weights: tuple[W, ...]
-    layers: tuple[int, ...]
+    layers: tuple[Layer, ...]
     grid: Grid | None
     prefix: int
     queries: tuple[int, ...] | None = None
+    suffix: int = 0
+    per_cell: int = 1
+    planes: bool = False
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The layers as numbers. Paths of attention modules count from 0 in their order."""
+        given = [layer for layer in self.layers if isinstance(layer, int)]
+        return tuple(given if len(given) == len(self.layers) else range(len(self.layers)))
 
     def patch_maps(self) -> tuple[W, ...]:
         """Return the attention to patches, ``(…, h, w)`` for each layer.
 
-        The equivalent code is ``weights[..., prefix:].unflatten(-1, grid)``. Nothing is
-        rescaled: a map and its ``prefix_mass()`` together sum to one.
+        The equivalent code is ``weights[..., prefix : N - suffix].unflatten(-1, grid)``. Nothing
+        is rescaled: a map and its ``prefix_mass()`` together sum to one. Where a cell has k tokens
+        the shape is ``(…, k, h, w)``.
 
         Raises:
             InvalidInputError: The grid is unknown, or the columns are not prefix and grid.
@@ -58,7 +80,8 @@ class AttentionMaps(Result, Generic[W]):
     def prefix_mass(self) -> tuple[W, ...]:
         """Return the attention to CLS and the registers together, ``(…)`` for each layer.
 
-        The attention to each of them is ``weights[..., :prefix]``.
+        The attention to each of them is ``weights[..., :prefix]``. Tokens behind the patches count
+        too.
 
         Raises:
             InvalidInputError: The grid is unknown, or the columns are not prefix and grid.
@@ -72,39 +95,32 @@ class AttentionMaps(Result, Generic[W]):
         return maps
 
     def _map(self, weights: Any) -> Any:
-        height, width = self._checked_grid(weights)
-        return weights[..., self.prefix :].reshape(*weights.shape[:-1], height, width)
+        return cut_maps(weights, self._layout_for(weights))
 
     def _prefix_mass(self, weights: Any) -> Any:
-        self._checked_grid(weights)
-        return weights[..., : self.prefix].sum(-1)
+        layout = self._layout_for(weights)
+        check_columns(weights, layout)
+        mass = weights[..., : layout.prefix].sum(-1)
+        return mass + weights[..., layout.patches.stop :].sum(-1) if layout.suffix else mass
 
-    def _checked_grid(self, weights: Any) -> Grid:
-        shape = tuple(getattr(weights, "shape", ()))
+    def _layout_for(self, weights: Any) -> Layout:
         if self.grid is None:
             raise InvalidInputError(
                 "maps whose patch grid is known",
-                f"weights {shape} of tokens that came from no images of whole patches",
+                f"weights {tuple(getattr(weights, 'shape', ()))} of tokens that came from no "
+                "images of whole patches",
                 "Say dataclasses.replace(maps, grid=(h, w)) if you know it; of a recording "
                 "say it of maps.passes[0].",
             )
-        height, width = self.grid
-        count = self.prefix + height * width
-        if not shape or shape[-1] != count:
-            raise InvalidInputError(
-                f"{self.prefix} + {height} · {width} = {count} columns: CLS and registers, "
-                "then one for each patch",
-                f"weights of shape {shape}" if shape else f"{type(weights).__name__}",
-                "Correct prefix or grid, or keep the columns in reduce.",
-            )
-        return self.grid
+        return Layout(self.prefix, self.suffix, self.grid, self.per_cell, self.planes)
 
     def _facts(self) -> dict[str, str]:
         return {
-            "layers": _facts.ranges(self.layers),
+            "layers": _facts.layers(self.layers),
             "weights": _facts.shapes(self.weights),
             "grid": _facts.size(self.grid),
             "prefix": f"{self.prefix}",
+            **({"suffix": f"{self.suffix}"} if self.suffix else {}),
             "queries": _facts.tokens(self.queries, self.prefix, self.grid),
         }
 

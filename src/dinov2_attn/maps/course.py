@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from dinov2_attn.typing import Layer
+
 # Calls that a message names.
 NAMED = 3
 
@@ -12,11 +14,11 @@ class Course:
     """The blocks of each pass, in the order in which they ran. Equal passes are kept once."""
 
     def __init__(self) -> None:
-        self._whole: dict[tuple[int, ...], None] = {}
-        self._partial: dict[tuple[int, ...], None] = {}
-        self._now: list[int] = []
+        self._whole: dict[tuple[Layer, ...], None] = {}
+        self._partial: dict[tuple[Layer, ...], None] = {}
+        self._now: list[Layer] = []
 
-    def ran(self, layer: int) -> None:
+    def ran(self, layer: Layer) -> None:
         """Note that block ``layer`` ran."""
         self._now.append(layer)
 
@@ -26,7 +28,7 @@ class Course:
             (self._whole if whole else self._partial)[tuple(self._now)] = None
         self._now = []
 
-    def describe(self, wanted: Sequence[int]) -> str:
+    def describe(self, wanted: Sequence[Layer]) -> str:
         """Return which of the blocks ``wanted`` ran, and which did not."""
         ran = [layer for layer in wanted if layer in self._layers()]
         missing = [layer for layer in wanted if layer not in ran]
@@ -38,7 +40,7 @@ class Course:
         parts += [f"{_blocks(others)} ran instead"] if others else []
         return ", ".join(parts)
 
-    def calls(self, wanted: Sequence[int]) -> list[str]:
+    def calls(self, wanted: Sequence[Layer]) -> list[str]:
         """Return the calls that together record every block that ran, the largest first.
 
         They name the blocks ``wanted``, or all blocks if none of those ran.
@@ -48,27 +50,28 @@ class Course:
         return [f"record(model, {group})" for group in groups]
 
     @property
-    def _passes(self) -> tuple[tuple[int, ...], ...]:
+    def _passes(self) -> tuple[tuple[Layer, ...], ...]:
         """All passes if one was partial: a call has to record the whole ones too."""
         return (*self._partial, *self._whole) if self._partial else ()
 
-    def _layers(self) -> list[int]:
-        return sorted({layer for one in self._passes for layer in one})
+    def _layers(self) -> list[Layer]:
+        found = dict.fromkeys(layer for one in self._passes for layer in one)
+        return sorted(found, key=lambda layer: layer if isinstance(layer, int) else 0)
 
-    def _together(self, layers: Iterable[int]) -> list[list[int]]:
+    def _together(self, layers: Iterable[Layer]) -> list[list[Layer]]:
         """Return ``layers`` in groups that ran equally often in each pass."""
-        alike: dict[tuple[int, ...], list[int]] = {}
+        alike: dict[tuple[int, ...], list[Layer]] = {}
         for layer in layers:
             alike.setdefault(tuple(one.count(layer) for one in self._passes), []).append(layer)
-        groups: list[list[int]] = []
+        groups: list[list[Layer]] = []
         for group in alike.values():
             groups += [group] if self._are_whole(group) else [[layer] for layer in group]
         return sorted(groups, key=len, reverse=True)
 
-    def _are_whole(self, group: list[int]) -> bool:
+    def _are_whole(self, group: list[Layer]) -> bool:
         """Return whether the blocks of ``group`` ran in turns, each once in a turn."""
         for one in self._passes:
-            kept: set[int] = set()
+            kept: set[Layer] = set()
             for layer in filter(group.__contains__, one):
                 if layer in kept:
                     return False
@@ -89,5 +92,5 @@ def advice(calls: Sequence[str]) -> str:
     )
 
 
-def _blocks(layers: Sequence[int]) -> str:
+def _blocks(layers: Sequence[Layer]) -> str:
     return f"block{'' if len(layers) == 1 else 's'} {', '.join(map(str, layers))}"

@@ -5,54 +5,68 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, overload
+from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor, nn
 
-from dinov2_attn._compat import is_compiling, raised_by_dynamo
-from dinov2_attn.backbone.backbone import backbone_in
+from dinov2_attn._compat import raised_by_dynamo
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
-from dinov2_attn.grafting.channel import ACTIVE, STATE, in_a_graph
+from dinov2_attn.grafting.channel import in_a_graph, prove_once
+from dinov2_attn.grafting.recording import recording
+from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.course import Course, advice
+from dinov2_attn.maps.layers import kind_of, recorded_in
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import W
+from dinov2_attn.maps.tokens import Tokens
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.buffers import Preallocated, ReusableBuffer
-from dinov2_attn.math.selection import positions
-from dinov2_attn.typing import Grid, Heads, Layers, Model, Queries
+from dinov2_attn.math.selection import positions, resolve_names
+from dinov2_attn.typing import Grid, Heads, Layer, Model, Queries, RecordedLayers
 
-Reduce = Callable[[int, Tensor], W]
+# The first argument is a layer: an int in a DINOv2, a path in any other model.
+Reduce = Callable[[Any, Tensor], W]
+Check = Literal["first", "every"] | Literal[False]
 
 
 @overload
 def record(
     model: Model,
-    layers: Layers = None,
+    layers: RecordedLayers = None,
     *,
     queries: Queries = None,
     heads: Heads = None,
     reduce: None = None,
+    check: Check = "first",
+    grid: Grid | None = None,
+    prefix: int | None = None,
 ) -> AbstractContextManager[Recording[Tensor]]: ...
 @overload
 def record(
     model: Model,
-    layers: Layers = None,
+    layers: RecordedLayers = None,
     *,
     queries: Queries = None,
     heads: Heads = None,
     reduce: Reduce[W],
+    check: Check = "first",
+    grid: Grid | None = None,
+    prefix: int | None = None,
 ) -> AbstractContextManager[Recording[W]]: ...
 
 
 @contextmanager
 def record(
     model: Model,
-    layers: Layers = None,
+    layers: RecordedLayers = None,
     *,
     queries: Queries = None,
     heads: Heads = None,
     reduce: Reduce[Any] | None = None,
+    check: Check = "first",
+    grid: Grid | None = None,
+    prefix: int | None = None,
 ) -> Iterator[Recording[Any]]:
     """Record the attention of every ordinary forward pass inside a ``with`` block.
 
@@ -60,169 +74,252 @@ def record(
     ...     depth = model(images)
     >>> maps.weights, maps.grid, maps.prefix
 
-    Features are bit for bit those of an unrecorded pass. The weights are those of the
-    queries and keys that the pass itself projects, ``(B, heads, Q, N)`` or ``(B, Q, N)``.
-    In training with stochastic depth they are those of the samples that upstream kept. With
-    grad on they are part of the graph and keep it alive; under reentrant checkpointing they
+    Any model will do, without ``install``. The weights are those of the queries, keys, scale and
+    mask that each attention module gives to its kernel in this pass, or the softmax that explicit
+    code multiplies with the values. Features are bit for bit those of an unrecorded pass.
+
+    In training with stochastic depth the weights are those of the samples that upstream kept.
+    With grad on they are part of the graph and keep it alive. Under reentrant checkpointing they
     are not.
 
     Recordings may be nested, of the same model or another. A question inside the block
-    (``get_self_attention``, ``return_attn``) is answered and not recorded; a pass with
+    (``get_self_attention``, ``return_attn``) is answered and not recorded. A pass with
     ``return_attention=True`` is recorded like any other. Other threads, and so the replicas
     of ``DataParallel``, are not recorded.
 
     Args:
-        model: A DINOv2, or a model that contains one and runs it in any way.
-        layers: ``None`` for all blocks, an int for the last so many, or a sequence of blocks.
+        model: Any module with attention inside.
+        layers: None for all, an int for the last so many, or a sequence of layers. A model with
+            one DINOv2 inside has numbered blocks. In any other model layers are the paths of
+            attention modules, such as ``"encoder.layer.3.attention"``, and a number is a place in
+            their order.
         queries: The tokens whose rows are wanted, as in ``attention_maps``.
-        heads: ``None`` for each head, ``"mean"`` for their mean.
+        heads: None for each head, ``"mean"`` for their mean.
         reduce: ``reduce(layer, weights)`` is kept in place of the weights of one batch. It is
-            called before the layer's own kernel runs, so that a full matrix need not outlive
+            called when the kernel of the layer has run, so that a full matrix need not outlive
             it: all layers take the memory of one. Weights, or a view of them, that something
-            refers to are kept; other memory is reused by the next layer.
+            refers to are kept. Other memory is reused by the next layer.
+        check: When to prove that ``weights @ values`` is what the kernel returned, on a few rows
+            of each layer: in its ``"first"`` pass, in ``"every"`` pass, or never (``False``).
+        grid: Height and width of the patch grid, where it is known better.
+        prefix: The number of tokens before the patches, where it is known better.
 
     Yields:
-        The ``Recording``, a sequence of ``AttentionMaps``.
+        The ``Recording``, a sequence of ``AttentionMaps``: one for each batch of a pass, and for
+        each kind of attention in it (frames and all tokens, for instance).
 
     Raises:
-        InvalidInputError: ``model`` does not contain exactly one DINOv2.
-        NotGraftedError: ``install`` has not reached it.
+        InvalidInputError: If ``model`` has no attention inside, or an argument does not fit.
+        OutOfRangeError: If there is no such layer or query.
+        UnfaithfulError: If weights are not those of the kernel.
         NotRecordedError: At the end of the block, if no pass was recorded or one lacks layers
-            (an exported model, an exception caught inside). In the block, if
-            ``torch.compile``, ``torch.export`` or ``torch.func`` would make another function
-            of a pass.
+            (an exported model, an exception caught inside). In the block, if an attention module
+            calls no kernel that can be seen, or several, or if ``torch.compile``,
+            ``torch.export`` or ``torch.func`` would make another function of a pass.
 
     """
-    recorder = _Recorder(model, layers, queries, heads, reduce)
-    STATE.recorders = (*STATE.recorders, recorder)
+    recorder = _Recorder(model, layers, queries, heads, reduce, check, grid, prefix)
+    modules = recorder.modules
+    attentions = [*modules.wanted, *modules.others]
     try:
-        with ACTIVE.active():
+        with recording(recorder, attentions, modules.entrances, [modules.whole]):
             yield recorder.recording
     except Exception as error:
         # Dynamo wraps what is raised while it traces, and keeps only the words.
         if raised_by_dynamo(error) and NotRecordedError.__name__ in str(error):
             raise in_a_graph() from error
         raise
-    finally:
-        STATE.recorders = tuple(other for other in STATE.recorders if other is not recorder)
     recorder.check()
+
+
+class _Batch(NamedTuple):
+    """The weights of a layer for one batch, or what ``reduce`` made of them."""
+
+    kept: Any
+    columns: int
+    rows: int
 
 
 class _Recorder:
     """Assembles layers to passes: one begins with its images and ends with its last layer."""
 
+    stops = False
+
     def __init__(
         self,
         model: Model,
-        layers: Layers,
+        layers: RecordedLayers,
         queries: Queries,
         heads: Heads,
         reduce: Reduce[Any] | None,
+        check: Check,
+        grid: Grid | None,
+        prefix: int | None,
     ) -> None:
         check_heads(heads)
-        if not (reduce is None or callable(reduce)):
-            raise InvalidInputError(
-                "reduce to be None or a function of a layer's number and its weights",
-                f"{type(reduce).__name__}",
-                "Pass, for instance, lambda layer, weights: weights.mean(1).cpu().",
-            )
-        self._backbone = backbone_in(model)
-        self._prefix = self._backbone.prefix
-        self._layers = self._backbone.attentions(layers)
-        self._others = self._backbone.other_attentions(self._layers)
+        _check_options(reduce, check)
+        self.modules = recorded_in(model, layers)
+        self._prefix, self._grid, self._queries = prefix, grid, queries
+        if prefix is not None:
+            self._queries = resolve_names(queries, prefix - 1)
+        elif isinstance(queries, str):
+            resolve_names(queries, 0)  # an unknown word is an error at once
+        self._heads, self._reduce, self._check = heads, reduce, check
+        wanted = self.modules.wanted
+        buffer = Preallocated(len(wanted)) if reduce is None else ReusableBuffer()
+        self._new = buffer.allocate
         self._course = Course()
-        self._queries = self._backbone.resolve_names(queries)
-        self._selection = {
-            "queries": self._queries,
-            "heads": heads,
-            "new": (
-                Preallocated(len(self._layers)) if reduce is None else ReusableBuffer()
-            ).allocate,
-        }
-        self._reduce = reduce
-        self._grids: list[Grid | None] = []
-        self._kept: dict[int, list[Any]] = {}
+        self._images: list[Tensor] = []
+        self._kept: dict[Layer, list[_Batch]] = {}
+        self._last: Layer | None = None
         self._whole, self._broken = 0, 0
         # Of the current pass: whether images were seen, and whether no layer ran again too early.
         self._begun, self._clean = False, True
         self.recording: Recording[Any] = Recording()
 
-    def begin(self, model: nn.Module, images: Tensor | None) -> None:
-        """Note the patch grid of ``images``; batches of a list come one by one."""
-        if model is self._backbone.model:
+    def begin(self, entrance: nn.Module, images: Tensor) -> None:
+        """Note the ``images`` of a pass; batches of a list come one by one."""
+        if self.modules.backbone is None:
+            if entrance is self.modules.whole or not self._images:
+                self._images = [images]
+        elif entrance in self.modules.entrances:
             self._end_pass()
             self._begun = True
-            self._grids.append(None if images is None else self._backbone.grid(images))
+            self._images.append(images)
 
     def wants(self, attention: nn.Module) -> bool:
         """Return whether ``attention`` is that of a layer to record."""
-        if attention in self._others and not is_compiling():
-            self._course.ran(self._others[attention])
-        return attention in self._layers
+        if attention in self.modules.others:
+            self._course.ran(self.modules.others[attention])
+        return attention in self.modules.wanted
 
-    def take(self, attention: nn.Module, weigh: Callable[..., Any]) -> None:
+    def take(self, attention: nn.Module, call: KernelCall) -> None:
         """Keep the weights of a layer, or what ``reduce`` makes of them."""
-        layer = self._layers[attention]
+        layer = self.modules.wanted[attention]
+        self._prove(attention, layer, call)
         self._course.ran(layer)
-        if layer in self._kept:
-            self._break_off()
-        weights = weigh(**self._selection)
-        batches = weights if isinstance(weights, list) else [weights]
-        if any(len(kept) != len(batches) for kept in self._kept.values()):
-            self._break_off()
-        layouts = self._layouts_of(batches)
-        self._kept[layer] = [self._reduced(layer, one) for one in batches]
-        if len(self._kept) == len(self._layers):
-            self._end_layers(layouts)
+        if layer in self._kept and not self._runs_again_for_a_list(layer):
+            self._end_or_break_off()
+        self._resolve_names(attention, call)
+        weights = call.weights(self._queries, self._heads, self._new)
+        kept = self._kept.setdefault(layer, [])
+        if isinstance(weights, list):
+            kept.extend(self._batch(layer, one, one.shape[-1]) for one in weights)
+        else:
+            kept.append(self._batch(layer, weights, call.rows))
+        self._last = layer
+        if self.modules.is_chosen and self._is_whole():
+            self._end_layers()
 
-    def _reduced(self, layer: int, weights: Tensor) -> Any:
-        return weights if self._reduce is None else self._reduce(layer, weights)
-
-    def _layouts_of(self, batches: list[Tensor]) -> list[tuple[Grid | None, tuple[int, ...]]]:
-        """Return the patch grid and the positions of the rows of each batch."""
-        # Tokens may be prepared and not used: the last ones belong to this pass.
-        recent = ([None] * len(batches) + self._grids)[-len(batches) :]
-        lengths = [one.shape[-1] for one in batches]
-        return [
-            (
-                grid if grid and math.prod(grid) == length - self._prefix else None,
-                positions(self._queries, length),
-            )
-            for grid, length in zip(recent, lengths, strict=True)
-        ]
-
-    def _end_layers(self, layouts: list[tuple[Grid | None, tuple[int, ...]]]) -> None:
-        """Append what was kept of all layers to the recording, one entry for each batch."""
-        layers = tuple(self._layers.values())
-        batches = zip(*(self._kept[layer] for layer in layers), strict=True)
-        self.recording.passes += [
-            AttentionMaps(kept, layers, grid, self._prefix, rows)
-            for kept, (grid, rows) in zip(batches, layouts, strict=True)
-        ]
-        self._whole += 1
-        self._grids, self._kept = [], {}
-        if self._clean and not self._begun:
-            self._course.end(whole=True)
+    def left(self, module: nn.Module) -> None:
+        """End the pass of a model whose layers are those that ran."""
+        if module is self.modules.whole and not self.modules.is_chosen and self._kept:
+            self._end_layers()
 
     def check(self) -> None:
         """Raise ``NotRecordedError`` unless there were passes, and each with all of its layers."""
         self._end_pass()
         if self._broken or not self._whole:
-            layers = list(self._layers.values())
-            calls = self._course.calls(layers)
+            raise self._not_recorded()
+        if missing := self._siblings_that_never_ran():
             raise NotRecordedError(
-                "forward passes inside record(...), each with the layers "
-                + ", ".join(map(str, layers)),
-                f"{self._whole} of them"
-                + (f", and {self._broken} without some of these layers" if self._broken else "")
-                + (f": {self._course.describe(layers)}" if calls else ""),
-                advice(calls)
-                if calls
-                else "Run the model inside the block, in the same thread, as an eager module (no "
-                "exported, scripted or replicated one), and let exceptions leave the block.",
+                f"every layer like {kind_of(missing[0])} to run its forward",
+                f"{len(missing)} that did not: {', '.join(missing[:3])}",
+                "Their kernel may be called from outside of their forward, where it cannot be "
+                "seen. Name the layers that do run: layers=[...].",
             )
 
+    def _prove(self, attention: nn.Module, layer: Layer, call: KernelCall) -> None:
+        if self._check == "every":
+            call.check(f"layer {layer}")
+        elif self._check:
+            prove_once(attention, call, f"layer {layer}")
+
+    def _runs_again_for_a_list(self, layer: Layer) -> bool:
+        """Return whether ``layer`` may run for the next batch of a list, before other layers."""
+        counts = {len(kept) for other, kept in self._kept.items() if other != layer}
+        return layer == self._last and all(len(self._kept[layer]) < count for count in counts)
+
+    def _batch(self, layer: Layer, weights: Tensor, rows: int) -> _Batch:
+        kept = weights if self._reduce is None else self._reduce(layer, weights)
+        return _Batch(kept, int(weights.shape[-1]), int(rows))  # tensors in a trace
+
+    def _end_or_break_off(self) -> None:
+        if self.modules.is_chosen:
+            self._break_off()
+        else:
+            self._end_layers()
+
+    def _is_whole(self) -> bool:
+        counts = {len(kept) for kept in self._kept.values()}
+        return len(self._kept) == len(set(self.modules.wanted.values())) and len(counts) == 1
+
+    def _end_layers(self) -> None:
+        """Append what was kept to the recording: an entry for each batch, and each kind in it."""
+        count = max(map(len, self._kept.values()))
+        # Tokens may be prepared and not used: the last ones belong to this pass.
+        for i, images in enumerate(([None] * count + self._images)[-count:]):
+            kinds: dict[tuple[str, int, int], dict[Layer, _Batch]] = {}
+            for layer in filter(self._kept.__contains__, self.modules.wanted.values()):
+                batches = self._kept[layer]
+                if i < len(batches):
+                    one = batches[i]
+                    key = (kind_of(layer), one.columns, one.rows)
+                    kinds.setdefault(key, {})[layer] = one
+            for (_, columns, rows), found in kinds.items():
+                self._append(found, images, columns, rows)
+        self._whole += 1
+        self._images, self._kept, self._last = [], {}, None
+        if self._clean and not self._begun:
+            self._course.end(whole=True)
+
+    def _append(
+        self, found: dict[Layer, _Batch], images: Tensor | None, columns: int, rows: int
+    ) -> None:
+        """Append the maps of one batch and one kind of attention to the recording."""
+        prefix, grid = self._prefix, self._grid
+        backbone = self.modules.backbone
+        if prefix is None:
+            prefix = backbone.prefix if backbone else 0
+        fits = grid is not None and prefix + math.prod(grid) <= columns
+        maps: AttentionMaps[Any] = AttentionMaps(
+            tuple(batch.kept for batch in found.values()),
+            tuple(found.keys()),
+            grid if fits else None,
+            prefix,
+            positions(self._queries, rows),
+            columns - prefix - math.prod(grid) if grid is not None and fits else 0,
+        )
+        first = next(iter(found))
+        attention = next(m for m, layer in self.modules.wanted.items() if layer == first)
+        self.recording.add(maps, None if fits else self._tokens(attention, images, columns))
+
+    def _tokens(self, attention: nn.Module, images: Tensor | None, columns: int) -> Tokens:
+        modules = self.modules
+        return Tokens(modules.whole, modules.backbone, attention, columns, images)
+
+    def _resolve_names(self, attention: nn.Module, call: KernelCall) -> None:
+        """Replace ``"registers"`` and ``"patches"`` by the positions that they mean."""
+        if not isinstance(self._queries, str) or self._queries == "cls":
+            return
+        images = self._images[-1] if self._images else None
+        layout = self._tokens(attention, images, call.rows).layout()
+        if layout is None and self.modules.backbone is not None:
+            self._queries = resolve_names(self._queries, self.modules.backbone.registers)
+        elif layout is None:
+            raise InvalidInputError(
+                f"queries={self._queries!r} of a model whose token layout is known",
+                "a model in which no patch grid was found",
+                "Pass positions, or say prefix= too.",
+            )
+        elif self._queries == "patches":
+            self._queries = slice(layout.patches.start, layout.patches.stop)
+        else:
+            self._queries = [*range(1, layout.prefix), *range(layout.patches.stop, layout.length)]
+
     def _end_pass(self) -> None:
+        if self._kept and not self.modules.is_chosen:
+            self._end_layers()
         whole = self._clean and not self._kept and self._whole > 0
         if self._kept:
             self._break_off()
@@ -232,4 +329,43 @@ class _Recorder:
     def _break_off(self) -> None:
         self._broken += 1
         self._clean = False
-        self._grids, self._kept = [], {}
+        self._images, self._kept, self._last = [], {}, None
+
+    def _not_recorded(self) -> NotRecordedError:
+        layers = list(dict.fromkeys(self.modules.wanted.values()))
+        calls = self._course.calls(layers)
+        return NotRecordedError(
+            "forward passes inside record(...), each with the layers "
+            + ", ".join(map(str, layers)),
+            f"{self._whole} of them"
+            + (f", and {self._broken} without some of these layers" if self._broken else "")
+            + (f": {self._course.describe(layers)}" if calls else ""),
+            advice(calls)
+            if calls
+            else "Run the model inside the block, in the same thread, as an eager module (no "
+            "exported, scripted or replicated one), and let exceptions leave the block.",
+        )
+
+    def _siblings_that_never_ran(self) -> list[str]:
+        """Return the layers that no pass ran, although others of their kind ran."""
+        if self.modules.is_chosen:
+            return []
+        ran = {layer for maps in self.recording.passes for layer in maps.layers}
+        kinds = {kind_of(layer) for layer in ran}
+        wanted = self.modules.wanted.values()
+        return [str(layer) for layer in wanted if layer not in ran and kind_of(layer) in kinds]
+
+
+def _check_options(reduce: object, check: object) -> None:
+    if not (reduce is None or callable(reduce)):
+        raise InvalidInputError(
+            "reduce to be None or a function of a layer's number and its weights",
+            f"{type(reduce).__name__}",
+            "Pass, for instance, lambda layer, weights: weights.mean(1).cpu().",
+        )
+    if check not in ("first", "every", False):
+        raise InvalidInputError(
+            'check="first", check="every" or check=False',
+            f"check={check!r}",
+            'Leave it out to prove each layer in its first pass, or say "every".',
+        )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import SupportsIndex, overload
 
 import torch
 from torch import Tensor
 
+from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.result import Array, Face, W
-from dinov2_attn.typing import Grid
+from dinov2_attn.maps.tokens import Tokens
+from dinov2_attn.typing import Grid, Layer
 
 
 class Recording(Face, Sequence[AttentionMaps[W]]):
@@ -23,14 +26,31 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
     If there is exactly one entry, the recording answers for it: ``maps.weights`` is
     ``maps[0].weights``, and so on.
 
-    Attributes:
-        passes: The entries as a plain list. In a long loop, take from it what you need and
-            clear it.
-
     """
 
     def __init__(self) -> None:
-        self.passes: list[AttentionMaps[W]] = []
+        self._passes: list[AttentionMaps[W]] = []
+        self._unplaced: list[tuple[AttentionMaps[W], Tokens]] = []
+
+    @property
+    def passes(self) -> list[AttentionMaps[W]]:
+        """The entries as a plain list. In a long loop, take what you need and clear it."""
+        for maps, tokens in self._unplaced:
+            self._passes[self._passes.index(maps)] = _placed(maps, tokens.layout())
+        self._unplaced = []
+        return self._passes
+
+    @passes.setter
+    def passes(self, passes: list[AttentionMaps[W]]) -> None:
+        self._passes, self._unplaced = passes, []
+
+    def add(self, maps: AttentionMaps[W], tokens: Tokens | None) -> None:
+        """Append ``maps``. If ``tokens`` have to be probed, that is done when they are read."""
+        if tokens is not None and not tokens.is_known:
+            self._unplaced.append((maps, tokens))
+        elif tokens is not None:
+            maps = _placed(maps, tokens.layout())
+        self._passes.append(maps)
 
     def __len__(self) -> int:
         return len(self.passes)
@@ -51,7 +71,7 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
         return self._one("weights").weights
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def layers(self) -> tuple[Layer, ...]:
         """The ``layers`` of the one pass."""
         return self._one("layers").layers
 
@@ -109,3 +129,17 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
             name: fact if all(other[name] == fact for other in each) else "various"
             for name, fact in (each[0] if each else {}).items()
         }
+
+
+def _placed(maps: AttentionMaps[W], layout: Layout | None) -> AttentionMaps[W]:
+    """Return ``maps`` with what ``layout`` says of their columns."""
+    if layout is None:
+        return maps
+    return replace(
+        maps,
+        grid=layout.grid,
+        prefix=layout.prefix,
+        suffix=layout.suffix,
+        per_cell=layout.per_cell,
+        planes=layout.planes,
+    )

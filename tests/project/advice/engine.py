@@ -9,6 +9,7 @@ from torch import nn
 
 import dinov2_attn
 from dinov2_attn import attention_maps
+from dinov2_attn.backbone.layout import Layout, cut_maps
 from tests.project.advice.recordings import recorded
 from tests.support.advice import Table
 from tests.support.recordings import Around, build
@@ -58,6 +59,15 @@ case(
     "Count tokens: CLS",
     lambda lab: lab.maps(queries=slice(0, 4, 0)),
     lambda lab: lab.maps(queries=slice(0, 4)),
+)
+
+# Layouts
+
+case(
+    "backbone",
+    "Correct prefix, suffix or grid",
+    lambda lab: cut_maps(lab.maps().weights[-1], Layout(0, 0, (2, 3))),
+    lambda lab: cut_maps(lab.maps().weights[-1], Layout(1, 0, (2, 3))),
 )
 
 # Images and masks

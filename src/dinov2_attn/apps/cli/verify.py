@@ -16,6 +16,7 @@ from pathlib import Path
 from dinov2_attn.apps.cli.argtypes import positive
 from dinov2_attn.errors import UnwritableOutputError
 from dinov2_attn.history import eras
+from dinov2_attn.proof.verify.findings import audit_copy
 from dinov2_attn.proof.verify.proof import PROVEN, Proof, prove
 from dinov2_attn.proof.verify.rebuild_eras import UPSTREAM
 from dinov2_attn.proof.verify.report import Line, as_json, as_junit, table
@@ -30,8 +31,8 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "verify",
         help="Prove the attention of any checkout, commit or distribution.",
         description="Run the conformance suite on each SOURCE, with one process for each "
-        "revision. The exit status is 0 if all are proven, 1 if not, and 2 for an error before "
-        "that.",
+        "revision, and say what the copy itself returns as attention. The exit status is 0 if "
+        "all are proven, 1 if not, and 2 for an error before that.",
         epilog="Example: dinov2-attn verify path/to/dinov2@main --json report.json",
     )
     parser.add_argument(
@@ -106,7 +107,9 @@ def _prove(revisions: list[Revision], jobs: int) -> dict[str, Proof]:
 
 
 def _prove_one(revision: Revision) -> Proof:
-    return prove(revision.unpack(), revision.package)
+    folder = revision.unpack()
+    proof = prove(folder, revision.package)
+    return replace(proof, audit=audit_copy(folder, revision.package))
 
 
 def _lines(revisions: list[Revision], proofs: dict[str, Proof]) -> list[Line]:

@@ -106,7 +106,7 @@ def write_page(
         )
     entries = {
         layer: _entry(weights, sample)
-        for layer, weights in zip(maps.layers, maps.weights, strict=True)
+        for layer, weights in zip(maps.numbers, maps.weights, strict=True)
     }
     shape = _shape(maps, entries)
     frame = Frame(picture, shape, title, model, warning, outliers, sample, bytes_in(max_mb))

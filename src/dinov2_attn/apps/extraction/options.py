@@ -100,7 +100,7 @@ def rows_of(model: Model, options: Options, grid: Grid) -> int:
     """Return how many rows of weights an image of ``grid`` has, in all layers and heads."""
     backbone = Backbone(model)
     rows = count(options.queries, backbone.prefix, grid)
-    (attention,) = backbone.attentions([0])
+    attention = next(iter(backbone.attentions()))
     heads = 1 if options.heads == "mean" else int(attention.num_heads)  # type: ignore[arg-type]
     return len(options.layers) * heads * rows
 

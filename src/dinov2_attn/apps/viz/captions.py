@@ -12,6 +12,7 @@ from dinov2_attn.apps.viz.rows import AttentionRow, Head
 from dinov2_attn.apps.viz.style import DECADES, Style
 from dinov2_attn.apps.viz.text import percent
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.typing import Layer
 
 if TYPE_CHECKING:
     from dinov2_attn.maps.artifacts import ArtifactTokens
@@ -29,7 +30,7 @@ class Outlying:
     """
 
     mask: Mask
-    layer: int
+    layer: Layer
     threshold: float
 
 
@@ -52,7 +53,7 @@ def outlying_in(
 
 def sentences(
     row: AttentionRow,
-    layer: int,
+    layer: Layer,
     head: Head | None,
     style: Style,
     outlying: Outlying | None = None,
@@ -71,7 +72,7 @@ def subject(*parts: str | None) -> str:
     return " · ".join(filter(None, parts))
 
 
-def prefix_sentence(row: AttentionRow, layer: int, head: Head) -> str:
+def prefix_sentence(row: AttentionRow, layer: Layer, head: Head) -> str:
     """Return the share of attention on CLS and the registers, which a map does not show."""
     mean = ", mean of heads" if head == "mean" else ""
     share = percent(row.prefix_mass(layer, head))
@@ -92,7 +93,7 @@ def prefix_names(row: AttentionRow) -> str:
 
 def outlier_note(
     row: AttentionRow,
-    layer: int | None,
+    layer: Layer | None,
     style: Style,
     outlying: Outlying | None,
     head: Head = "mean",
@@ -105,7 +106,7 @@ def outlier_note(
 
 
 def _outliers(
-    row: AttentionRow, layer: int | None, style: Style, outlying: Outlying | None, head: Head
+    row: AttentionRow, layer: Layer | None, style: Style, outlying: Outlying | None, head: Head
 ) -> str:
     if outlying is None:
         return "Outliers: not searched for."

@@ -27,6 +27,7 @@ from dinov2_attn.apps.viz.sheet import POINTS, draw_bar
 from dinov2_attn.apps.viz.style import GREY, Style, extend
 from dinov2_attn.apps.viz.text import FONT, percent, wrap
 from dinov2_attn.apps.viz.tokens import Token
+from dinov2_attn.typing import Layer
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -47,7 +48,7 @@ def plot(
     maps: Drawable,
     ax: Axes | None = None,
     *,
-    layer: int | None = None,
+    layer: Layer | None = None,
     head: Head = "mean",
     query: Token = "cls",
     sample: int = 0,
@@ -118,7 +119,7 @@ def plot(
 def plot_heads(
     maps: Drawable,
     *,
-    layer: int | None = None,
+    layer: Layer | None = None,
     query: Token = "cls",
     sample: int = 0,
     image: Picture | None = None,
@@ -224,7 +225,7 @@ def plot_masks(
     share: float,
     *,
     image: Picture,
-    layer: int | None = None,
+    layer: Layer | None = None,
     query: Token = "cls",
     sample: int = 0,
     name: str | None = None,
@@ -275,7 +276,7 @@ def _heads(row: AttentionRow) -> tuple[Head, ...]:
     return row.heads if len(row.heads) == 1 else ("mean", *row.heads)
 
 
-def _of(row: AttentionRow, heads: Sequence[Head], layer: int) -> Values:
+def _of(row: AttentionRow, heads: Sequence[Head], layer: Layer) -> Values:
     return np.stack([row.map(layer, head) for head in heads])
 
 

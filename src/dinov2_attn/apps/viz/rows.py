@@ -12,6 +12,7 @@ from dinov2_attn.apps.viz.tokens import Token, position_of
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.math.selection import name_token, whole_number
+from dinov2_attn.typing import Layer
 
 if TYPE_CHECKING:
     from dinov2_attn.maps.recording import Recording
@@ -37,7 +38,7 @@ class AttentionRow:
     """
 
     rows: Values
-    layers: tuple[int, ...]
+    layers: tuple[Layer, ...]
     grid: tuple[int, int]
     prefix: int
     query: int
@@ -56,7 +57,7 @@ class AttentionRow:
         row, column = divmod(self.query - self.prefix, self.grid[1])
         return row, column
 
-    def layer(self, number: int | None) -> int:
+    def layer(self, number: Layer | None) -> int:
         """Return the index of block ``number`` in ``layers``. ``None`` is the last."""
         if number is None:
             return len(self.layers) - 1
@@ -69,7 +70,7 @@ class AttentionRow:
             )
         return self.layers.index(number)
 
-    def row(self, layer: int | None, head: Head) -> Values:
+    def row(self, layer: Layer | None, head: Head) -> Values:
         """Return the attention to all tokens ``(N,)`` in a layer, in a head or the mean."""
         rows = self.rows[self.layer(layer)]
         if isinstance(head, str) and head == "mean":
@@ -84,11 +85,11 @@ class AttentionRow:
             "Leave heads out of attention_maps to have each.",
         )
 
-    def map(self, layer: int | None, head: Head) -> Values:
+    def map(self, layer: Layer | None, head: Head) -> Values:
         """Return the attention to patches as a map ``(h, w)``."""
         return self.row(layer, head)[self.prefix :].reshape(self.grid)
 
-    def prefix_mass(self, layer: int | None, head: Head) -> float:
+    def prefix_mass(self, layer: Layer | None, head: Head) -> float:
         """Return the sum of the attention to CLS and the registers."""
         return float(self.row(layer, head)[: self.prefix].sum())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from dinov2_attn.errors import UnavailableError
+from dinov2_attn.proof.verify.findings import Audit
+from dinov2_attn.proof.verify.process import environment
 
 SUITE = "dinov2_attn.proof.conformance"
 _SECONDS = 600
@@ -45,10 +46,11 @@ COLUMNS: dict[str, Callable[[Case], bool]] = {
 
 @dataclass(frozen=True)
 class Proof:
-    """The results of the suite on one copy of the code."""
+    """The results of the suite on one copy of the code, and the audit of its own attention."""
 
     cases: tuple[Case, ...] = ()
     trouble: str = ""
+    audit: Audit = field(default_factory=Audit)
     seconds: float = field(default=0.0, compare=False)
 
     def cell(self, column: str) -> str:
@@ -109,7 +111,7 @@ def prove(folder: Path, package: str) -> Proof:
         command = [sys.executable, "-m", "pytest", *quiet, "--pyargs", SUITE, *options]
         try:
             done = subprocess.run(
-                command, cwd=scratch, env=_environment(), capture_output=True, text=True,
+                command, cwd=scratch, env=environment(), capture_output=True, text=True,
                 check=False, timeout=_SECONDS,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -129,7 +131,7 @@ def read(report: str) -> Proof:
     suite = next(ElementTree.fromstring(report).iter("testsuite"))
     cases = tuple(map(_case, suite.iter("testcase")))
     trouble = "" if cases else "the suite collected nothing"
-    return Proof(cases, trouble, float(suite.get("time", 0)))
+    return Proof(cases, trouble, seconds=float(suite.get("time", 0)))
 
 
 def _case(element: ElementTree.Element) -> Case:
@@ -144,10 +146,3 @@ def _case(element: ElementTree.Element) -> Case:
 def _sum_up(cases: Iterable[Case]) -> str:
     outcomes = {case.outcome for case in cases}
     return next((o for o in (FAILED, PASSED) if o in outcomes), ABSENT)
-
-
-def _environment() -> dict[str, str]:
-    # The package may be on a path that only this process has.
-    path = os.pathsep.join([entry for entry in sys.path if entry])
-    own = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return {**os.environ, **own, "PYTHONPATH": path}

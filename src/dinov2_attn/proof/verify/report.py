@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from xml.etree import ElementTree
 
 from dinov2_attn.history import eras
@@ -48,13 +48,14 @@ def era_of(digests: dict[str, str]) -> str:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Return a Markdown table, the reasons of failures and empty columns, and the total."""
+    """Return a Markdown table, the audits, the reasons of failures and gaps, and the total."""
     rows = [list(line.cells.values()) for line in lines]
     head = ["revision", "date", "era", *COLUMNS, "verdict"]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     cells = [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in (head, rule, *rows)]
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), "", *_remarks(lines)])
+    parts = [*(f"| {' | '.join(row)} |" for row in cells), "", *_own_attention(lines)]
+    return "\n".join([*parts, "", *_remarks(lines)])
 
 
 def as_json(lines: Iterable[Line]) -> str:
@@ -68,6 +69,8 @@ def as_json(lines: Iterable[Line]) -> str:
                 "same_as": line.same_as or None,
                 "reason": line.proof.reason or None,
                 "left_out": line.proof.left_out,
+                "own_attention": [asdict(finding) for finding in line.proof.audit.findings],
+                "own_attention_not_asked": line.proof.audit.trouble or None,
                 "tests": len(line.proof.cases),
                 "seconds": line.proof.seconds,
             }
@@ -97,6 +100,17 @@ def as_junit(lines: Iterable[Line]) -> str:
         suite.set("skipped", str(sum(c.find("skipped") is not None for c in cases)))
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
+
+
+def _own_attention(lines: Sequence[Line]) -> list[str]:
+    """Return what each copy itself returns as attention; equal answers are said once."""
+    answers: dict[str, list[str]] = {}
+    for line in lines:
+        if not line.same_as:
+            for answer in line.proof.audit.lines:
+                answers.setdefault(answer, []).append(line.revision.name)
+    said = [f"- {', '.join(names)}: {answer}" for answer, names in answers.items()]
+    return ["What the copy itself returns as attention:", "", *said]
 
 
 def _remarks(lines: Sequence[Line]) -> list[str]:

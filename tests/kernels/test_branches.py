@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dinov2_attn.backbone.proof import measure_kernel, sandbox
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.kernels.call import branches
+from dinov2_attn.kernels.branches import branches
 from dinov2_attn.kernels.xformers import (
     FLAG,
     KERNEL,

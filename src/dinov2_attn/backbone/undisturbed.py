@@ -1,0 +1,99 @@
+"""Running a model in evaluation mode, and leaving it as it was."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_attn._compat import run_eagerly, version_of
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run inside in evaluation mode, without autograd; restore what the run changes in ``model``.
+
+    That is: training flags, buffers, attributes, entries of dicts that are attributes, and the
+    random state of Python, of PyTorch and of ``device``. Parameters are not restored: no
+    forward pass changes their values, and FSDP keeps account of its own changes.
+    """
+    with ExitStack() as stack:
+        cuda = [device] if device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.callback(random.setstate, random.getstate())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(run_eagerly())
+        for module in model.modules():
+            _restore_at_end(module, stack)
+        for module in [m for m in model.modules() if m.training]:
+            # Not eval(): a class may have a train() of its own, which does more. Scripted modules
+            # do not keep the flag among their attributes.
+            stack.callback(setattr, module, "training", True)
+            module.training = False
+        yield
+
+
+def _restore_at_end(module: nn.Module, stack: ExitStack) -> None:
+    for buffer in module.buffers(recurse=False):
+        stack.callback(_restore_buffer, buffer, buffer.clone(), version_of(buffer))
+    attributes = {name: v for name, v in vars(module).items() if name != "_parameters"}
+    stack.callback(_restore, vars(module), dict(vars(module)))
+    for value in attributes.values():
+        if type(value) in (dict, OrderedDict):
+            stack.callback(_restore, value, dict(value))
+
+
+def first_input(run: Callable[[], object], module: nn.Module) -> tuple[Tensor | None, bool]:
+    """Run until ``module`` is called, and return the first tensor that it is given.
+
+    The run ends there. Pre-hooks of ``module`` itself do not run.
+
+    Returns:
+        The tensor, or None if there was none; and whether ``module`` was called.
+
+    """
+    inputs: list[Tensor | None] = []
+    handle = module.register_forward_pre_hook(
+        partial(_stop_at, inputs, get_ident()), prepend=True, with_kwargs=True
+    )
+    try:
+        run()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return (inputs[0], True) if inputs else (None, False)
+
+
+class _Reached(BaseException):
+    """Ends a run. No ``except Exception`` of a model stops it."""
+
+
+def _stop_at(
+    inputs: list[Tensor | None], thread: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> None:
+    if get_ident() == thread:  # another thread may run the same model
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        inputs.append(next(given, None))
+        raise _Reached
+
+
+def _restore_buffer(buffer: Tensor, before: Tensor, version: int | None) -> None:
+    if version_of(buffer) != version:
+        buffer.copy_(before)
+
+
+def _restore(values: dict[Any, Any], before: dict[Any, Any]) -> None:
+    # Entry by entry: another thread may read the dict.
+    for name in values.keys() - before.keys():
+        del values[name]
+    for name, value in before.items():
+        if name not in values or values[name] is not value:
+            values[name] = value

@@ -1,0 +1,249 @@
+"""Seeing the kernel call of one attention module, whatever stands before or behind it.
+
+A ``TorchFunctionMode`` is active inside the module's own forward and nowhere else. Around a whole
+model it would switch off PyTorch's fast paths in other modules, and so change their bits.
+
+Explicit code has no kernel. There the result of a softmax is followed until a product takes it as
+its left factor: through dropout, casts, views and gates. xFormers' function does not pass through
+the mode, so its replacement reports the call (see xformers.py).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dinov2_attn._compat import storage_of
+from dinov2_attn.errors import NotRecordedError
+from dinov2_attn.kernels.call import ExplicitCall, KernelCall, by_heads, fused_call
+
+Take = Callable[[KernelCall], None]
+
+_PRODUCTS = {"matmul", "__matmul__", "bmm", "linalg_matmul", "einsum", "baddbmm"}
+
+# The names by which classes call their number of heads.
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "nheads", "n_head")
+
+
+class StopPassError(BaseException):
+    """Ends a forward pass whose rest nobody needs. No code of a model should catch it."""
+
+
+class Capture(TorchFunctionMode):
+    """Calls ``take`` with the kernel call of ``module`` while its forward runs.
+
+    Args:
+        module: The attention module.
+        take: Called after the kernel.
+        stops: Whether to call ``take`` before the kernel, and to end the pass then.
+
+    Attributes:
+        calls: The kernel calls seen.
+
+    """
+
+    def __init__(self, module: nn.Module, take: Take, *, stops: bool = False) -> None:
+        super().__init__()
+        self._module = module
+        self._take = take
+        self._stops = stops
+        self._softmaxes: dict[int, tuple[Tensor, Tensor]] = {}
+        self.calls = 0
+
+    def __enter__(self) -> Capture:
+        self._outer, _CURRENT.capture = _CURRENT.capture, self
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        _CURRENT.capture = self._outer
+        self._softmaxes.clear()
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _CURRENT.capture is not self:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            call = fused_call(*args, **kwargs, heads=heads_of(self._module))
+            return self.ran(call, lambda: func(*args, **kwargs), self._heads_first)
+        if name == "softmax":
+            return self._after_softmax(func(*args, **kwargs), args, kwargs)
+        if not self._softmaxes:
+            return func(*args, **kwargs)
+        if name in _PRODUCTS:
+            return self._product(name, func, args, kwargs)
+        return self._other(name, func, args, kwargs)
+
+    def ran(
+        self, call: KernelCall, run: Callable[[], Any], heads_first: Callable[[Tensor], Tensor]
+    ) -> Any:
+        """Run a kernel and take its ``call``. With ``stops``, only take it.
+
+        Args:
+            call: What the kernel is given.
+            run: Runs it.
+            heads_first: Makes its output ``(B, heads, N, d)``.
+
+        Returns:
+            What ``run`` returns.
+
+        """
+        self.calls += 1
+        with unseen():  # a kernel may call another one, and so does what takes the call
+            if self._stops:
+                self._take(call)
+                raise StopPassError
+            output = run()
+            self._take(replace(call, output=heads_first(output)))
+        return output
+
+    def _heads_first(self, output: Tensor) -> Tensor:
+        return by_heads(output, heads_of(self._module))
+
+    def _after_softmax(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if isinstance(out, Tensor) and out.ndim > 1 and dim in (-1, out.ndim - 1):
+            # What is written into may be a buffer that the next layer writes into.
+            weights = out.clone() if "out" in kwargs else out
+            self._softmaxes[storage_of(out)] = (out, weights)
+        return out
+
+    def _other(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``func``, and follow a softmax through it."""
+        source = next(filter(None, map(self._found, args[:3])), None)
+        if source is not None and "dropout" in name and _drops_in_place(args, kwargs):
+            source = (source[0], source[0].clone())
+        out = func(*args, **kwargs)
+        if source is not None and isinstance(out, Tensor) and out.numel() == source[0].numel():
+            # Before dropout; after a cast, a mask or a gate.
+            weights = source[1] if "dropout" in name else out
+            if storage_of(out) not in self._softmaxes or "dropout" in name:
+                self._softmaxes[storage_of(out)] = (out, weights)
+        return out
+
+    def _product(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self._explicit(_factors(name, args, kwargs))
+        if call is None:
+            return func(*args, **kwargs)
+        self._softmaxes.clear()
+        return self.ran(call, lambda: func(*args, **kwargs), self._heads_first)
+
+    def _explicit(self, factors: Sequence[Tensor]) -> ExplicitCall | None:
+        """Return the call if one of two factors is a softmax whose last dimension is summed."""
+        for factor, value in zip(factors, factors[::-1], strict=True):
+            found = self._found(factor)
+            if found is not None and _along_last(found[0], factor):
+                heads = heads_of(self._module)
+                matrix = by_heads(found[1].to(factor.dtype), heads)
+                return ExplicitCall(matrix, by_heads(value.transpose(-2, -1), heads))
+        return None
+
+    def _found(self, tensor: object) -> tuple[Tensor, Tensor] | None:
+        return self._softmaxes.get(storage_of(tensor)) if isinstance(tensor, Tensor) else None
+
+
+class _Current(threading.local):
+    """The capture of the module that runs in this thread."""
+
+    def __init__(self) -> None:
+        self.capture: Capture | None = None
+
+
+_CURRENT = _Current()
+
+
+def current_capture() -> Capture | None:
+    """Return the capture of the attention module that runs in this thread."""
+    return _CURRENT.capture
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Capture nothing inside."""
+    before, _CURRENT.capture = _CURRENT.capture, None
+    try:
+        yield
+    finally:
+        _CURRENT.capture = before
+
+
+def heads_of(module: nn.Module) -> int | None:
+    """Return the number of heads of an attention module, by the names that classes use."""
+    found = (getattr(module, name, None) for name in _HEADS)
+    return next((heads for heads in found if isinstance(heads, int)), None)
+
+
+def check_calls(calls: int, module: str) -> None:
+    """Raise ``NotRecordedError`` unless an attention module called one kernel once."""
+    if calls == 1:
+        return
+    raise NotRecordedError(
+        f"{module} to call one kernel once in a pass: scaled_dot_product_attention, xFormers' "
+        "function, or a softmax that is multiplied with the values",
+        f"{calls} calls" if calls else "none that can be seen",
+        "Leave this module out with layers=[...]. Weights made by exp and a sum, by "
+        "flex_attention, or inside a custom or compiled operator cannot be seen.",
+    )
+
+
+def _factors(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the two factors of a product, each with the dimension that is summed at the end."""
+    if name == "einsum":
+        return _factors_of_einsum(*args)
+    given = [
+        *args,
+        *(kwargs[key] for key in ("other", "mat2", "batch1", "batch2") if key in kwargs),
+    ]
+    left, right = given[1:3] if name == "baddbmm" else given[:2]
+    matrices = isinstance(right, Tensor) and right.ndim > 1
+    return [left, right.transpose(-2, -1)] if matrices else []
+
+
+def _factors_of_einsum(equation: Any, *operands: Any) -> list[Tensor]:
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    if len(operands) != 2 or not isinstance(equation, str):
+        return []
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    names = inputs.split(",")
+    summed = [letter for letter in names[0] if letter in names[1] and letter not in output]
+    if len(summed) != 1 or "." in inputs:
+        return []
+    return [_with_last(t, own, summed[0]) for t, own in zip(operands, names, strict=True)]
+
+
+def _with_last(tensor: Tensor, names: str, last: str) -> Tensor:
+    return tensor.movedim(names.index(last), -1)
+
+
+def _along_last(softmax: Tensor, factor: Tensor) -> bool:
+    """Return whether the last dimension of ``factor`` is that of the softmax."""
+    return (
+        factor.ndim > 1
+        and factor.shape[-1] == softmax.shape[-1]
+        and factor.stride(-1) == softmax.stride(-1)
+    )
+
+
+def _drops_in_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("inplace", args[3] if len(args) > 3 else False))

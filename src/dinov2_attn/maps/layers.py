@@ -1,0 +1,142 @@
+"""Which attention modules a recording takes, and what they are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from dinov2_attn.backbone.attentions import attention_modules, image_entrances
+from dinov2_attn.backbone.backbone import Backbone, transformers_in
+from dinov2_attn.backbone.contract import name_of
+from dinov2_attn.backbone.validation import layers_to_take
+from dinov2_attn.errors import InvalidInputError, OutOfRangeError
+from dinov2_attn.typing import Layer, RecordedLayers
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The attention modules of a model, and which of them to record.
+
+    Blocks of a DINOv2 have numbers. In any other model attention modules go by their paths.
+
+    Attributes:
+        wanted: The modules to record, by what they are called.
+        others: The rest.
+        backbone: The one DINOv2, or None for any other model.
+        entrances: The modules that are given the images.
+        whole: The model itself.
+        is_chosen: Whether each pass has to run all of ``wanted``.
+
+    """
+
+    wanted: dict[nn.Module, Layer]
+    others: dict[nn.Module, Layer]
+    backbone: Backbone | None
+    entrances: list[nn.Module]
+    whole: nn.Module
+    is_chosen: bool
+
+
+def recorded_in(model: object, layers: RecordedLayers) -> Recorded:
+    """Return the attention modules of ``model``, those that ``layers`` names apart.
+
+    Raises:
+        InvalidInputError: If ``model`` is no module, or has no attention, or ``layers`` names none.
+        OutOfRangeError: If there is no such layer.
+
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(
+            "a model: a torch.nn.Module with attention inside",
+            f"{type(model).__name__}",
+            "Pass the module whose forward will run.",
+        )
+    transformers = transformers_in(model)
+    backbone = Backbone(transformers[0]) if len(transformers) == 1 else None
+    called: dict[nn.Module, Layer]
+    if backbone is not None and not _has_paths(layers):
+        called = dict(backbone.attentions())
+    else:
+        called = {module: path for path, module in attention_modules(model).items()}
+    if not called:
+        raise _no_attention(model)
+    chosen = _chosen(layers, list(dict.fromkeys(called.values())))
+    return Recorded(
+        wanted={module: name for module, name in called.items() if name in chosen},
+        others={module: name for module, name in called.items() if name not in chosen},
+        backbone=backbone,
+        entrances=_entrances(model, backbone),
+        whole=_without_wrappers(model),
+        is_chosen=backbone is not None or layers is not None,
+    )
+
+
+def kind_of(layer: Layer) -> str:
+    """Return what ``layer`` shares with others of its kind: its path without the numbers."""
+    return re.sub(r"\d+", "*", layer) if isinstance(layer, str) else ""
+
+
+def _has_paths(layers: RecordedLayers) -> bool:
+    one = isinstance(layers, str)
+    return one or (isinstance(layers, Sequence) and any(isinstance(i, str) for i in layers))
+
+
+def _chosen(layers: RecordedLayers, known: list[Layer]) -> set[Layer]:
+    """Return the names among ``known`` that ``layers`` means."""
+    several = isinstance(layers, Sequence) and not isinstance(layers, str)
+    given = list(layers) if several else [layers]  # type: ignore[arg-type]
+    names = {name for name in given if isinstance(name, str)}
+    if unknown := [name for name in names if name not in known]:
+        near = get_close_matches(unknown[0], [str(name) for name in known], 1)
+        raise OutOfRangeError(
+            f"layers as paths of attention modules: {_some(known)}",
+            repr(unknown[0]),
+            f"Did you mean {near[0]!r}?" if near else "Leave layers out for all.",
+        )
+    numbers: Any = [number for number in given if not isinstance(number, str)]
+    taken = layers_to_take(numbers if several else numbers[0], len(known)) if numbers else []
+    chosen = names | {known[number] for number in taken}
+    if not chosen:
+        raise InvalidInputError(
+            "at least one layer to record", f"layers={layers!r}", "Leave layers out for all."
+        )
+    return chosen
+
+
+def _some(known: list[Layer]) -> str:
+    names = list(map(str, known))
+    return ", ".join(names if len(names) < 5 else [*names[:2], "…", names[-1]])
+
+
+def _no_attention(model: nn.Module) -> InvalidInputError:
+    own = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    return InvalidInputError(
+        "a model with attention modules, whose code names scaled_dot_product_attention, "
+        "memory_efficient_attention or softmax",
+        f"none in {name_of(type(model))}" + (" but PyTorch's nn.MultiheadAttention" if own else ""),
+        "PyTorch's own module returns its weights itself: module(x, x, x, need_weights=True)."
+        if own
+        else "Pass the model that contains the attention, not compiled, exported or scripted.",
+    )
+
+
+def _entrances(model: nn.Module, backbone: Backbone | None) -> list[nn.Module]:
+    if backbone is None:
+        return image_entrances(model)
+    embedding = getattr(backbone.model, "patch_embed", None)
+    return [embedding] if isinstance(embedding, nn.Module) else image_entrances(backbone.model)
+
+
+def _without_wrappers(model: nn.Module) -> nn.Module:
+    """Return the outermost module of ``model`` that is not PyTorch's."""
+    while type(model).__module__.partition(".")[0] == "torch":
+        children = list(model.children())
+        if len(children) != 1:
+            break
+        model = children[0]
+    return model

@@ -1,0 +1,115 @@
+"""Which token is which in a recording: probed once for a model, then known for any size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from dinov2_attn._compat import is_sharded
+from dinov2_attn.backbone.backbone import Backbone
+from dinov2_attn.backbone.layout import Layout
+from dinov2_attn.backbone.probe import probe
+from dinov2_attn.grafting.channel import unrecorded
+from dinov2_attn.typing import Grid
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A layout, and the size of the images for which it was probed."""
+
+    layout: Layout
+    size: Grid
+
+    def at(self, size: Grid, length: int) -> Layout | None:
+        """Return the layout of ``length`` tokens of images of another ``size``, if they fit."""
+        old = self.layout
+        if any(pixels % cells for pixels, cells in zip(self.size, old.grid, strict=True)):
+            return old if (size, length) == (self.size, old.length) else None
+        patch = [pixels // cells for pixels, cells in zip(self.size, old.grid, strict=True)]
+        grid = (size[0] // patch[0], size[1] // patch[1])
+        new = Layout(old.prefix, old.suffix, grid, old.per_cell, old.planes)
+        return new if new.length == length else None
+
+
+# The layouts that were probed, by attention module: a model may have several kinds.
+_KNOWN: WeakKeyDictionary[nn.Module, list[_Known]] = WeakKeyDictionary()
+_WITHOUT: WeakKeyDictionary[nn.Module, set[tuple[Grid, int]]] = WeakKeyDictionary()
+
+
+class Tokens:
+    """The tokens of one attention module in one pass.
+
+    A model that is sharded over processes is not probed, because one of them alone would wait for
+    the others. There, and where a probe finds nothing, a DINOv2's tokens are counted.
+
+    Args:
+        model: What takes the images.
+        backbone: The DINOv2, if the model is or contains one.
+        attention: The module whose tokens these are.
+        length: The number of tokens N.
+        images: The images of the pass, ``(B, C, H, W)``, or None if they are not known.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backbone: Backbone | None,
+        attention: nn.Module,
+        length: int,
+        images: Tensor | None,
+    ) -> None:
+        self._model = model if backbone is None else backbone.model
+        self._backbone, self._attention, self._length = backbone, attention, length
+        self._shape = None if images is None else images.shape
+        # One image, without its batch: a recording may keep it until it is read.
+        self._image = None
+        if images is not None and not self.is_known:
+            self._image = images.detach()[:1].clone()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether ``layout`` needs no probe."""
+        return self._shape is None or self._known() is not None or self._key in self._without
+
+    def layout(self) -> Layout | None:
+        """Return the layout, or None if there is no grid or it is not known."""
+        if self._shape is None:
+            return None
+        if not self.is_known and self._image is not None and not is_sharded(self._model):
+            with unrecorded():
+                found = probe(self._model, self._attention, self._image).layout
+            if found is not None and found.length == self._length:
+                known = _Known(found, self._size)
+                _KNOWN.setdefault(self._attention, []).append(known)
+            else:
+                self._without.add(self._key)
+        return self._known() or self._counted()
+
+    @property
+    def _size(self) -> Grid:
+        assert self._shape is not None
+        return int(self._shape[-2]), int(self._shape[-1])
+
+    @property
+    def _key(self) -> tuple[Grid, int]:
+        return self._size, self._length
+
+    @property
+    def _without(self) -> set[tuple[Grid, int]]:
+        return _WITHOUT.setdefault(self._attention, set())
+
+    def _known(self) -> Layout | None:
+        known = _KNOWN.get(self._attention, [])
+        fitting = (one.at(self._size, self._length) for one in known)
+        return next((layout for layout in fitting if layout is not None), None)
+
+    def _counted(self) -> Layout | None:
+        if self._backbone is None:
+            return None
+        patch = self._backbone.patch_size
+        grid = (self._size[0] // patch[0], self._size[1] // patch[1])
+        layout = Layout(self._backbone.prefix, 0, grid)
+        return layout if layout.length == self._length else None

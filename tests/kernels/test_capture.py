@@ -1,0 +1,281 @@
+"""The kernel call of a module: every kind of code that computes softmax(q kᵀ · scale + bias) v."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from dinov2_attn.errors import NotRecordedError, UnfaithfulError
+from dinov2_attn.grafting.channel import graft_captured
+from dinov2_attn.grafting.collector import weights_at_kernel
+from dinov2_attn.kernels.call import FusedCall, fused_call, some_rows
+from dinov2_attn.kernels.capture import Capture
+from tests.support.strategies import noise
+from tests.support.tolerances import assert_close, assert_same_bits
+
+B, HEADS, N, D = 2, 4, 6, 3
+MASK = torch.ones(N, N, dtype=torch.bool).tril()
+
+
+def scores(q, k):
+    return q @ k.transpose(-2, -1) / math.sqrt(D)
+
+
+def gated(q, k, v):
+    return scores(q, k).softmax(-1) * 0.5 @ v
+
+
+def masked_after(q, k, v):
+    return scores(q, k).softmax(-1).masked_fill(~MASK, 0) @ v
+
+
+def in_buffer(q, k, v):
+    out = scores(q, k)
+    return torch.softmax(out, -1, out=out) @ v
+
+
+def baddbmm(q, k, v):
+    start = torch.zeros(1, dtype=q.dtype)
+    added = torch.baddbmm(start, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=1 / math.sqrt(D))
+    return torch.bmm(added.softmax(-1), v.flatten(0, 1)).reshape(B, HEADS, N, D)
+
+
+def value_first(q, k, v):
+    return (v.mT @ scores(q, k).softmax(-1).mT).mT
+
+
+def einsum_letters_apart(q, k, v):
+    weights = torch.einsum("bhqd,bhkd->bqkh", q, k).div(math.sqrt(D)).softmax(2)
+    return torch.einsum("bqkh,bhkd->bhqd", weights, v)
+
+
+def einsum(q, k, v):
+    weights = torch.einsum("bhqd,bhkd->bhqk", q, k).div(math.sqrt(D)).softmax(-1)
+    return torch.einsum("b h q k, b h k d -> b h q d", weights, v)
+
+
+def attribute(q, k, v):
+    return KEPT(q, k, v)
+
+
+KEPT = F.scaled_dot_product_attention
+
+
+# What each kind computes, and the weights it is made of, as a factor on softmax(q kᵀ / √d).
+KINDS = {
+    "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+    "sdpa kept by another name": attribute,
+    "sdpa with a scale": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3),
+    "sdpa causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    "sdpa boolean mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, MASK),
+    "sdpa bias": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, torch.arange(N * N).reshape(N, N).to(q.dtype) / 9
+    ),
+    "sdpa heads in the batch": lambda q, k, v: F.scaled_dot_product_attention(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    ).reshape(B, HEADS, N, D),
+    "sdpa windows": lambda q, k, v: F.scaled_dot_product_attention(
+        q[:, None], k[:, None], v[:, None]
+    )[:, 0],
+    "softmax @": lambda q, k, v: scores(q, k).softmax(-1) @ v,
+    "torch.softmax": lambda q, k, v: torch.matmul(torch.softmax(scores(q, k), dim=-1), v),
+    "nn.functional": lambda q, k, v: F.softmax(scores(q, k), dim=3).matmul(v),
+    "dropout that is off": lambda q, k, v: F.dropout(scores(q, k).softmax(-1), 0.5, False) @ v,
+    "reshaped": lambda q, k, v: torch.bmm(
+        scores(q, k).softmax(-1).reshape(-1, N, N), v.flatten(0, 1)
+    ).reshape(B, HEADS, N, D),
+    "gated": gated,
+    "masked after": masked_after,
+    "in a buffer": in_buffer,
+    "baddbmm": baddbmm,
+    "einsum": einsum,
+    "value first": value_first,
+}
+
+
+class Attention(nn.Module):
+    """Attention whose kernel is a function of queries, keys and values."""
+
+    def __init__(self, kernel, dtype=torch.float64):
+        super().__init__()
+        self.qkv = nn.Linear(HEADS * D, 3 * HEADS * D, dtype=dtype)
+        self.num_heads, self.kernel = HEADS, kernel
+        with torch.no_grad():
+            self.qkv.weight.copy_(noise(*self.qkv.weight.shape, seed=1))
+
+    def forward(self, x):
+        split = self.qkv(x).reshape(B, N, 3, HEADS, D).permute(2, 0, 3, 1, 4)
+        return self.kernel(*split.unbind(0)).transpose(1, 2).reshape(B, N, HEADS * D)
+
+
+X = noise(B, N, HEADS * D, seed=0, dtype=torch.float64)
+
+
+def captured(kernel, x=X, **options):
+    module, calls = Attention(kernel), []
+    plain = module(x)
+    with Capture(module, calls.append, **options) as capture:
+        output = module(x)
+    assert_same_bits(output, plain)
+    return plain, calls, capture.calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_times_values_are_what_the_kernel_returned(kind):
+    output, (call,), count = captured(KINDS[kind])
+    assert count == 1
+    weights = call.weights()
+    assert weights.shape == (B, HEADS, N, N)
+    assert_close((weights @ call.value).transpose(1, 2).reshape(output.shape), output)
+    call.check("a module")
+    if kind not in ("gated", "masked after"):
+        assert_close(weights.sum(-1), torch.ones(B, HEADS, N))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_rows_and_the_mean_are_those_of_the_matrix(kind, data):
+    _, (call,), _ = captured(KINDS[kind])
+    rows = data.draw(st.lists(st.integers(-N, N - 1), max_size=4))
+    whole = call.weights()
+    assert_close(call.weights(rows), whole[:, :, rows])
+    assert_close(call.weights(rows, "mean"), whole[:, :, rows].mean(1))
+    assert call.rows == N
+
+
+def test_fewer_heads_of_keys_serve_several_of_the_query():
+    def grouped(q, k, v):
+        return F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
+
+    try:
+        output, (call,), _ = captured(grouped)
+    except TypeError:
+        pytest.skip("this torch has no enable_gqa; the other kinds run")
+    whole = torch.einsum("bhqd,bhkd->bhqk", call.query, call.key.repeat_interleave(2, 1))
+    assert_close(call.weights(), (whole / math.sqrt(D)).softmax(-1))
+    mixed = call.weights() @ call.value.repeat_interleave(2, 1)
+    assert_close(mixed.transpose(1, 2).reshape(output.shape), output)
+    call.check("a module")
+
+
+def test_dropout_is_left_out_of_the_weights_and_drawn_as_before():
+    def dropped(q, k, v):
+        return F.dropout(scores(q, k).softmax(-1), 0.5, True) @ v
+
+    module, calls = Attention(dropped), []
+    torch.manual_seed(0)
+    plain = module(X)
+    torch.manual_seed(0)
+    with Capture(module, calls.append):
+        assert_same_bits(module(X), plain)
+    assert_close(calls[0].weights().sum(-1), torch.ones(B, HEADS, N))
+    assert float((calls[0].weights() == 0).sum()) == 0
+
+
+def test_a_cast_between_gives_the_tensor_that_is_multiplied():
+    def cast(q, k, v):
+        return (scores(q, k).softmax(-1).float() @ v.float()).double()
+
+    _, (call,), _ = captured(cast)
+    assert call.weights().dtype == torch.float32
+
+
+def test_a_buffer_that_the_next_layer_writes_into_keeps_the_weights():
+    buffer = torch.empty(B, HEADS, N, N, dtype=torch.float64)
+
+    def buffered(q, k, v):
+        return torch.softmax(scores(q, k), -1, out=buffer) @ v
+
+    with torch.no_grad():
+        _, (call,), _ = captured(buffered)
+        before = call.weights().clone()
+        buffer.zero_()
+    assert_same_bits(call.weights(), before)
+
+
+UNSEEN = {
+    "exp and sum by hand": lambda q, k, v: (
+        scores(q, k).exp() / scores(q, k).exp().sum(-1, keepdim=True) @ v
+    ),
+    "softmax over the queries": lambda q, k, v: scores(q, k).softmax(-2) @ v,
+    "a transposed matrix": lambda q, k, v: scores(q, k).softmax(-1).mT @ v,
+    "a softmax that weighs nothing": lambda q, k, v: scores(q, k).softmax(-1)[..., :1] * v,
+    "einsum over the rows": lambda q, k, v: torch.einsum(
+        "bhqk,bhqd->bhkd", scores(q, k).softmax(-1), v
+    ),
+    "letters apart": einsum_letters_apart,
+}
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_what_is_no_row_of_weights_times_values_is_not_taken(kind):
+    _, calls, count = captured(UNSEEN[kind])
+    assert (calls, count) == ([], 0)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("none", "none that can be seen"), ("two", "2 calls")])
+def test_no_call_and_two_calls_are_errors_that_name_the_module(kind, words, monkeypatch):
+    sdpa = F.scaled_dot_product_attention
+    kernel = UNSEEN["exp and sum by hand"] if kind == "none" else lambda *a: sdpa(*a) + sdpa(*a)
+    module = Attention(kernel)
+    monkeypatch.setattr(Attention, "forward", graft_captured(Attention.forward))
+    with pytest.raises(NotRecordedError, match=rf"(?s)Attention to call.*{words}"):
+        weights_at_kernel(lambda: module(X), module, [module])
+
+
+def test_a_pass_that_stops_runs_no_kernel():
+    ran, calls = [], []
+
+    def kernel(q, k, v):
+        ran.append("before")
+        out = F.scaled_dot_product_attention(q, k, v)
+        ran.append("after")
+        return out
+
+    with (
+        pytest.raises(BaseException, match="^$"),
+        Capture(Attention(kernel), calls.append, stops=True) as capture,
+    ):
+        capture._module(X)
+    assert ran == ["before"]
+    assert calls[0].output is None
+
+
+def test_a_kernel_that_is_something_else_is_unfaithful():
+    _, (call,), _ = captured(KINDS["sdpa"])
+    wrong = FusedCall(
+        call.kernel, call.query, call.key, call.value, 2 * call.scale, output=call.output
+    )
+    with pytest.raises(UnfaithfulError, match=r"in layer 3\b"):
+        wrong.check("layer 3")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(seed=st.integers(0, 99), size=st.sampled_from([1, 30]))
+def test_the_kernels_own_rounding_is_no_error(dtype, seed, size):
+    q, k, v = (noise(1, 2, 50, 16, seed=seed + i).to(dtype) * size for i in range(3))
+    call = fused_call(q, k, v)
+    output = F.scaled_dot_product_attention(q, k, v)
+    FusedCall(call.kernel, q, k, v, call.scale, output=output).check("a layer")
+
+
+def test_the_rows_of_a_proof_draw_nothing_from_torch():
+    state = torch.get_rng_state()
+    rows = {tuple(some_rows(40)) for _ in range(20)}
+    assert len(rows) > 1
+    assert_same_bits(torch.get_rng_state(), state)
+
+
+def test_autocast_gives_the_weights_of_the_dtype_in_which_the_kernel_ran():
+    module, calls = Attention(KINDS["sdpa"], torch.float32), []
+    # A norm in float32 before the kernel, as of queries and keys.
+    module.kernel = lambda q, k, v: F.scaled_dot_product_attention(q.float(), k.float(), v)
+    with torch.autocast("cpu", torch.bfloat16), Capture(module, calls.append):
+        output = module(X.float())
+    assert calls[0].weights().dtype == output.dtype

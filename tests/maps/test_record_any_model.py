@@ -1,0 +1,225 @@
+"""Recording models of other libraries, without install: against what they say themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dinov2_attn
+from dinov2_attn import record
+from dinov2_attn.errors import NotRecordedError, OutOfRangeError
+from tests.support.strategies import noise
+from tests.support.tolerances import assert_close, assert_same_bits
+
+SIZE = 56
+IMAGES = noise(2, 3, SIZE, SIZE, seed=0).float()
+
+
+def sharp(model):
+    """Make attention far from uniform, so that a wrong row shows."""
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            if parameter.ndim > 1:
+                parameter.copy_(noise(*parameter.shape, seed=i) / parameter[0].numel() ** 0.5 * 2)
+    return model.eval()
+
+
+def of_transformers(name, attention):
+    transformers = pytest.importorskip("transformers", reason="record of timm's models runs")
+    config = getattr(transformers, name.replace("Model", "Config"))(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=SIZE,
+        patch_size=14,
+    )
+    config._attn_implementation = attention
+    return sharp(getattr(transformers, name)(config))
+
+
+TRANSFORMERS = ["Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@torch.no_grad()
+def test_models_of_transformers(name, attention):
+    model, eager = of_transformers(name, attention), of_transformers(name, "eager")
+    eager.load_state_dict(model.state_dict())
+    plain = model(IMAGES).last_hidden_state
+    with record(model, check="every") as maps:
+        features = model(IMAGES).last_hidden_state
+    assert_same_bits(features, plain)
+    expected = eager(IMAGES, output_attentions=True).attentions
+    assert len(maps.weights) == len(expected) == 3
+    for ours, theirs in zip(maps.weights, expected, strict=True):
+        assert_close(ours, theirs)
+    assert all(str(layer).endswith("attention") for layer in maps.layers)
+
+
+TIMM = ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", TIMM)
+@torch.no_grad()
+def test_models_of_timm(name, fused):
+    timm = pytest.importorskip("timm", reason="record of transformers' models runs")
+    size = 56 if "14" in name else 64
+    model = sharp(timm.create_model(name, img_size=size, depth=2))
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    images = noise(2, 3, size, size, seed=0).float()
+    plain = model(images)
+    with record(model, check="every") as maps:
+        features = model(images)
+    assert_same_bits(features, plain)
+    assert maps.layers == ("blocks.0.attn", "blocks.1.attn")
+    # The other branch of timm's own code, whose weights a softmax makes.
+    seen = []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    model(images)
+    for ours, theirs in zip(maps.weights, seen, strict=True):
+        assert_close(ours, theirs)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj, self.num_heads = nn.Linear(8, 24), nn.Linear(8, 8), 2
+
+    def project(self, x):
+        split = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return split.unbind(0)
+
+    def forward(self, x):
+        return self.proj(
+            F.scaled_dot_product_attention(*self.project(x)).transpose(1, 2).flatten(2)
+        )
+
+
+class Aggregator(nn.Module):
+    """Frames and all tokens by turns, as in VGGT."""
+
+    def __init__(self, depth=2):
+        super().__init__()
+        self.frame_blocks = nn.ModuleList([Attention() for _ in range(depth)])
+        self.global_blocks = nn.ModuleList([Attention() for _ in range(depth)])
+
+    def forward(self, x):
+        batch, frames, length, channels = x.shape
+        for one, all_ in zip(self.frame_blocks, self.global_blocks, strict=True):
+            x = x + one(x.flatten(0, 1)).reshape(x.shape)
+            x = x + all_(x.reshape(batch, frames * length, channels)).reshape(x.shape)
+        return x
+
+
+def test_several_kinds_of_attention_are_told_apart():
+    model = Aggregator()
+    x = noise(2, 3, 5, 8, seed=0).float()
+    with record(model) as maps:
+        model(x)
+        model(x)
+    assert [one.layers for one in maps] == [
+        ("frame_blocks.0", "frame_blocks.1"),
+        ("global_blocks.0", "global_blocks.1"),
+    ] * 2
+    assert [tuple(one.weights[0].shape) for one in maps[:2]] == [(6, 2, 5, 5), (2, 2, 15, 15)]
+    query, key, _ = model.frame_blocks[0].project(x.flatten(0, 1))
+    assert_close(maps[0].weights[0], (query @ key.mT / 2).softmax(-1))
+
+
+def test_layers_by_name_and_by_number():
+    model = Aggregator()
+    x = noise(1, 2, 3, 8, seed=0).float()
+    for layers, expected in (
+        (1, ("global_blocks.1",)),
+        ([0], ("frame_blocks.0",)),
+        (["global_blocks.0"], ("global_blocks.0",)),
+        ("frame_blocks.1", ("frame_blocks.1",)),
+        ([-1, "frame_blocks.0"], ("frame_blocks.0", "global_blocks.1")),
+    ):
+        with record(model, layers) as maps:
+            model(x)
+        assert tuple(layer for one in maps for layer in one.layers) == expected
+    with (
+        pytest.raises(OutOfRangeError, match="Did you mean 'frame_blocks"),
+        record(model, "frame_block.1"),
+    ):
+        model(x)
+
+
+class FromOutside(nn.Module):
+    """The kernel of the last block is called by the model, as LightlyTrain's EoMT does."""
+
+    def __init__(self, inside=2):
+        super().__init__()
+        self.blocks = nn.ModuleList([Attention() for _ in range(3)])
+        self.inside = inside
+
+    def forward(self, x):
+        for i, block in enumerate(self.blocks):
+            if i < self.inside:
+                x = block(x)
+            else:
+                mixed = F.scaled_dot_product_attention(*block.project(x))
+                x = block.proj(mixed.transpose(1, 2).flatten(2))
+        return x
+
+
+@pytest.mark.parametrize("inside", [0, 2])
+def test_a_kernel_that_is_called_from_outside_its_module_is_an_error(inside):
+    model, x = FromOutside(inside), noise(1, 3, 8, seed=0).float()
+    words = "Found 1 that did not: blocks.2" if inside else "Run the model inside"
+    with pytest.raises(NotRecordedError, match=words), record(model):
+        model(x)
+    if inside:
+        with record(model, ["blocks.0", "blocks.1"]) as maps:
+            model(x)
+        assert len(maps.weights) == 2
+
+
+class ByHand(Attention):
+    def forward(self, x):
+        query, key, value = self.project(x)
+        powers = (query @ key.mT / 2).exp()
+        return self.proj((powers / powers.sum(-1, keepdim=True) @ value).transpose(1, 2).flatten(2))
+
+    def unused(self, x):
+        return x.softmax(-1)
+
+
+def test_what_cannot_be_seen_is_an_error_that_names_the_module():
+    with (
+        pytest.raises(NotRecordedError, match=r"(?s)ByHand to call.*exp and a sum"),
+        record(model := nn.Sequential(ByHand())),
+    ):
+        model(noise(1, 3, 8, seed=0).float())
+
+
+def test_an_instance_whose_forward_was_replaced_is_recorded_and_left_as_it_was():
+    model = nn.Sequential(Attention())
+    own = model[0].forward
+    model[0].forward = lambda x: own(x) * 2
+    replaced = model[0].forward
+    x = noise(1, 3, 8, seed=0).float()
+    plain = model(x)
+    with record(model) as maps:
+        assert_same_bits(model(x), plain)
+    assert maps.weights[0].shape == (1, 2, 3, 3)
+    assert model[0].forward is replaced
+
+
+def test_classes_are_left_as_they_were():
+    before = dict(vars(Attention))
+    model = Aggregator()
+    with record(model):
+        assert vars(Attention)["forward"] is not before["forward"]
+        model(noise(1, 2, 3, 8, seed=0).float())
+    assert dict(vars(Attention)) == before
+    assert dinov2_attn.status().grafted == ()
