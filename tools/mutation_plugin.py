@@ -16,11 +16,14 @@ GRAFTING_FIXTURES = {"layers", "models", "nested", "grafted"}
 
 # Called once for all tests of a module. Each of its tests calls the functions that they return.
 CALLED_FOR_ALL = {
+    "dinov2_attn.grafting.channel.x_graft_captured",
+    "dinov2_attn.grafting.channel.x_graft_entrance",
+    "dinov2_attn.grafting.channel.x_graft_whole",
     "dinov2_attn.grafting.modules.x_graft_attention",
     "dinov2_attn.grafting.modules.x_graft_block",
+    "dinov2_attn.grafting.modules.x_graft_block_at_kernel",
     "dinov2_attn.grafting.models.x_graft_forward",
     "dinov2_attn.grafting.models.x_graft_forward_features",
-    "dinov2_attn.grafting.models.x_graft_prepare_tokens",
 }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dinov2_attn import errors
-from dinov2_attn._lazy import lazily
+from dinov2_attn._imports import lazily
 from dinov2_attn.errors import Dinov2AttnError
 from dinov2_attn.grafting.api import Handle, Status, install, status, uninstall
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from dinov2_attn.apps.extraction.read import AttentionDataset
     from dinov2_attn.apps.weights.checkpoints import load_checkpoint
     from dinov2_attn.grafting.grafted import grafted
-    from dinov2_attn.maps.artifacts import ArtifactTokens, artifact_tokens
+    from dinov2_attn.maps.artifacts import ArtifactTokens
     from dinov2_attn.maps.attention_maps import AttentionMaps, attention_maps
+    from dinov2_attn.maps.find_artifacts import artifact_tokens
     from dinov2_attn.maps.record import record
     from dinov2_attn.maps.recording import Recording
     from dinov2_attn.maps.rollout import rollout
@@ -60,7 +61,7 @@ __getattr__, __dir__ = lazily(
         "AttentionDataset": "dinov2_attn.apps.extraction.read",
         "AttentionMaps": "dinov2_attn.maps.attention_maps",
         "Recording": "dinov2_attn.maps.recording",
-        "artifact_tokens": "dinov2_attn.maps.artifacts",
+        "artifact_tokens": "dinov2_attn.maps.find_artifacts",
         "attention_maps": "dinov2_attn.maps.attention_maps",
         "extract": "dinov2_attn.apps.extraction.extract",
         "grafted": "dinov2_attn.grafting.grafted",

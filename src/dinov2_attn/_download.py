@@ -28,7 +28,7 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
-        """What pip is asked for: ``name==version``."""
+        """The requirement for pip: ``name==version``."""
         return f"{self.name}=={self.version}"
 
 

@@ -55,7 +55,7 @@ class PatchedOnTopError(Dinov2AttnError, RuntimeError):
 
 
 class NotGraftedError(Dinov2AttnError, RuntimeError):
-    """``install`` has not reached the module that should return attention."""
+    """The module that should return attention is not grafted."""
 
 
 class NotRecordedError(Dinov2AttnError, RuntimeError):
@@ -67,7 +67,7 @@ class UnfaithfulError(Dinov2AttnError, RuntimeError):
 
 
 class NoOperatorError(Dinov2AttnError, NotImplementedError):
-    """xFormers has no operator for the device that attention was asked for on."""
+    """xFormers has no operator for the device of the attention."""
 
 
 class InvalidInputError(Dinov2AttnError, ValueError):

@@ -11,7 +11,7 @@ This module does not import torch: aliases that name its tensors are strings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -55,7 +55,7 @@ Grid = tuple[int, int]
 
 Images: TypeAlias = "Tensor | Sequence[Tensor]"
 Masks: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
-# A model that install() has reached, typed as such or as a plain module.
+# A grafted model, typed as such or as a plain module.
 Model: TypeAlias = "nn.Module | GraftedVisionTransformer"
 
 # Any method of upstream's, with any arguments and result.
@@ -82,7 +82,7 @@ class Features(_EveryFeature, total=False):
 
 
 class GraftedAttention(Protocol):
-    """An attention module whose forward ``install`` has reached."""
+    """An attention module whose forward ``install`` has grafted."""
 
     @overload
     def __call__(
@@ -109,7 +109,7 @@ class GraftedAttention(Protocol):
 
 
 class GraftedBlock(Protocol):
-    """A transformer block whose forward ``install`` has reached."""
+    """A transformer block whose forward ``install`` has grafted."""
 
     @overload
     def __call__(
@@ -136,7 +136,7 @@ class GraftedBlock(Protocol):
 
 
 class GraftedVisionTransformer(Protocol):
-    """A vision transformer that ``install`` has reached.
+    """A vision transformer that ``install`` has grafted.
 
     A tensor of images gives tensors, a list of them gives lists. The protocol also names the
     methods of ``torch.nn.Module`` that return the model. For functions of torch that take the
@@ -153,6 +153,7 @@ class GraftedVisionTransformer(Protocol):
     def to(self, *args: Any, **kwargs: Any) -> Self: ...
     def requires_grad_(self, requires_grad: bool = True) -> Self: ...
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> Mapping[str, Tensor]: ...
 
     @overload
     def get_self_attention(

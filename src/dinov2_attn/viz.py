@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn import _optional
-from dinov2_attn._lazy import lazily
+from dinov2_attn._imports import lazily, require
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.explorer.explore import explore
@@ -57,5 +56,5 @@ _import, __dir__ = lazily(__name__, _MODULES)
 def __getattr__(name: str) -> Any:
     # Public names need the libraries for pictures; the error names all that are missing.
     if name in __all__:
-        _optional.require("torchvision", "matplotlib", "PIL")
+        require("torchvision", "matplotlib", "PIL")
     return _import(name)

@@ -14,8 +14,6 @@ from tests.support import upstreams
 from tests.support.strategies import AttentionCase, attention_cases, model_cases, noise
 from tests.support.tolerances import assert_same_bits
 
-DOUBLE_OR_FLOAT = st.sampled_from([torch.float64, torch.float32])
-
 
 @pytest.fixture(scope="module", params=upstreams.ALL, ids=str)
 def bare_layers(request):

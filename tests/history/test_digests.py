@@ -74,7 +74,7 @@ def test_what_counts(source):
     ("one", "other"),
     [("0", "False"), ("1", "1.0"), ("'1'", "1"), ("{**a, b: c}", "{b: a, **c}"), ("-1", "+1")],
 )
-def test_values_that_look_alike_are_told_apart(one, other):
+def test_values_that_look_alike_have_different_digests(one, other):
     found = {digests_in(f"def f(): return {value}", ["f"])["f"] for value in (one, other)}
     assert len(found) == 2
 

@@ -55,7 +55,7 @@ def test_a_table_that_is_written_and_read_is_the_same():
     assert eras.loads(eras.dumps(gone)) == gone
 
 
-def test_a_commit_is_proposed_for_the_newest_era_or_for_one_of_its_own():
+def test_a_commit_is_proposed_for_the_newest_era_or_a_new_one():
     newest = eras.table()[-1]
     same = eras.propose(eras.table(), newest.digests, "0123456789", "2030-01-01")
     assert same[:-1] == eras.table()[:-1]
@@ -292,21 +292,21 @@ def recognised_as(upstream):
     return said
 
 
-def test_a_fork_that_kept_upstreams_code_is_said_to_have_it():
+def test_a_fork_with_upstreams_code_is_described_as_such():
     assert recognised_as(upstreams.DEPTH_ANYTHING) == (
         "attention and blocks as in c0ffb6e … be7e572 (2023-04-26 … 2023-08-29), verified; "
         "models as in 9c7e324 … 2302b6b (2023-10-27 … 2023-12-01), verified"
     )
 
 
-def test_a_fork_that_changed_some_of_it_is_said_to_have_changed_that():
+def test_the_changed_functions_of_a_fork_are_named():
     said = recognised_as(upstreams.ROMA).split("; ")
     assert said[0].endswith(" but for Attention.forward, verified by contract and behaviour")
     assert said[1].startswith("blocks as in fc49f49 … be7e572 (")
     assert said[2].endswith("), verified")
 
 
-def test_a_fork_of_ones_own_is_said_to_be_like_nothing_known():
+def test_an_unknown_fork_is_described_as_unknown():
     known_by_behaviour = "blocks as in no known revision, verified by contract and behaviour"
     assert recognised_as(upstreams.ANOMALIB).endswith(known_by_behaviour)
 

@@ -1,4 +1,4 @@
-"""What recognition says of code in this process; its whole story is told in ``test_eras``."""
+"""What is recognised of code in this process. ``test_eras`` covers whole histories."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_what_is_no_function_has_no_source_to_be_known_by(first, monkeypatch):
     assert said.startswith("attention verified by contract and behaviour, source not available; ")
 
 
-def test_a_function_of_no_module_is_not_said_to_be_of_one(first, monkeypatch):
+def test_a_function_without_a_module_is_named(first, monkeypatch):
     def forward(self, x):
         return x
 
@@ -142,14 +142,12 @@ def test_a_function_of_another_package_is_named_with_it(first, monkeypatch):
 
 
 @pytest.mark.parametrize("package", [None, types.ModuleType("dinov2")], ids=["gone", "bare"])
-def test_where_nobody_knows_the_folder_the_report_leaves_room_for_it(
-    first, drifted, monkeypatch, package
-):
+def test_an_unknown_folder_is_a_placeholder_in_the_report(first, drifted, monkeypatch, package):
     monkeypatch.setitem(sys.modules, "dinov2", package)
     assert warned(drifted)[0].endswith(" verify PATH --update")
 
 
-def test_a_graft_is_looked_below_and_an_undone_one_is_not(first):
+def test_the_function_below_a_graft_is_identified(first):
     """What is recognised is upstream's function, not ours, nor what an undone graft replaced."""
     Attention = FIRST.cls("Attention")
     plain, registry = Attention.forward, GraftRegistry()

@@ -23,7 +23,7 @@ from dinov2_attn.errors import (
     OutOfRangeError,
     SuspiciousArtifactsWarning,
 )
-from dinov2_attn.maps.outliers import Rule
+from dinov2_attn.maps.find_artifacts import Rule
 from tests.support import reference
 from tests.support.recordings import IMAGES, assert_nothing_on, build
 from tests.support.strategies import ModelCase, model_cases, noise

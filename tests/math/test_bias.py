@@ -165,7 +165,7 @@ def test_a_block_may_see_no_key_at_all(nested, grad):
     assert_close(weights[1], reference.weights(module, together)[:, :, 2:])
 
 
-def test_keys_with_gaps_are_answered_by_one_matrix(nested):
+def test_keys_with_gaps_give_one_matrix(nested):
     """Padded keys leave holes between the blocks: materialize knows, so it is asked."""
     attn_bias = masks()
     bias = attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
@@ -192,7 +192,7 @@ def test_a_bias_is_made_where_and_as_exactly_as_the_scores_are():
 
 def test_a_block_is_made_alone_where_its_class_can():
     tokens = tokens_of(5)
-    with torch.device("meta"):  # where nobody asked for it to be
+    with torch.device("meta"):  # a device that no argument names
         found = biases.groups(OwnMasks([2, 3]), tokens, torch.float64)
     for group, length in zip(found, (2, 3), strict=True):
         assert_same_bits(group.mask, torch.full((length, length), 1 / 3, dtype=torch.float64))
@@ -205,7 +205,7 @@ def test_what_is_inside_of_blocks_is_as_exact_as_the_scores(monkeypatch):
         assert (group.mask == 1 / 3).all()
 
 
-def test_blocks_that_do_not_say_where_they_start_or_are_paged_are_one_matrix():
+def test_blocks_without_starts_or_with_pages_give_one_matrix():
     bias, paged = Slope(), OwnBlocks([2, 2])
     bias.q_seqinfo = SimpleNamespace()
     assert biases.is_block_diagonal(paged)
@@ -251,7 +251,7 @@ def test_batch_sizes_that_do_not_add_up_are_refused(nested, sizes):
         ([2, 2], [1, 3], r"lengths \[2, 2\], of keys \[1, 3\]\.\nLeave"),
     ],
 )
-def test_blocks_of_one_group_must_be_alike(nested, queries, keys, found):
+def test_blocks_of_one_group_must_have_the_same_shape(nested, queries, keys, found):
     blocks = masks().BlockDiagonalMask.from_seqlens(queries, keys)
     blocks._batch_sizes = [2]
     with pytest.raises(InvalidInputError, match=rf"(?s)group 0 .*\.\nFound {found}"):

@@ -1,4 +1,4 @@
-"""Memory that serves one layer after another is nobody's twice."""
+"""Memory that serves one layer after another belongs to one result at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _a_page_is_large(monkeypatch):
 
 
 @given(kept=st.lists(st.sampled_from(sorted(KEEPS)), min_size=8, max_size=8))
-def test_what_reduce_keeps_is_never_written_again(models, kept):
+def test_a_tensor_kept_by_reduce_is_never_overwritten(models, kept):
     case = case_of(8)
     model = case.build(models)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_what_reduce_keeps_is_never_written_again(models, kept):
 
 
 @pytest.mark.parametrize("name", sorted(KEEPS))
-def test_layers_share_memory_where_nothing_of_it_is_kept(models, name):
+def test_layers_share_memory_that_is_not_kept(models, name):
     case, seen = case_of(4), []
     model = case.build(models)
 
@@ -101,7 +101,7 @@ def test_sizes_that_no_longer_come_are_let_go():
 )
 def test_fresh_is_what_was_never_written(monkeypatch):
     monkeypatch.undo()
-    # No allocator's: its memory may have been written for somebody else.
+    # Not from an allocator: another tensor may use its memory.
     # What lies behind is never written here.
     result = torch.frombuffer(mmap.mmap(-1, 2**25), dtype=torch.float32)[: 2**22].view(4, -1)
     assert is_fresh(result)
@@ -112,7 +112,7 @@ def test_fresh_is_what_was_never_written(monkeypatch):
     assert is_fresh(result.to("meta"))
 
 
-def test_huge_pages_are_asked_for_where_no_page_is_shared(monkeypatch):
+def test_huge_pages_are_requested_for_pages_that_are_not_shared(monkeypatch):
     asked = []
     monkeypatch.setattr(buffers, "_of_libc", lambda name: lambda *what: asked.append((name, *what)))
     result = buffers.new_result(torch.zeros(1), (2**21,))
@@ -134,7 +134,7 @@ def test_memory_that_is_lent_again_is_not_fresh():
     assert (kept == 7).all()
 
 
-def test_what_shares_no_memory_is_lent_anew():
+def test_empty_and_meta_tensors_are_always_allocated():
     """The empty has none, and a device's cannot be looked into."""
     scratch, like = ReusableBuffer(), torch.zeros(1)
     assert scratch.allocate(like, (0, 3)).shape == (0, 3)
@@ -150,7 +150,7 @@ def test_weights_outlive_the_recording(models):
             model(case.images)
         found = list(maps.weights)
         del maps
-        for _ in range(3):  # whoever was given the buffers, had it been freed, writes to it
+        for _ in range(3):  # if the buffer were free, its next owner would overwrite it
             torch.full(expected[0].shape, -1.0)
     for one, whole in zip(found, expected, strict=True):
         assert_close(one, whole[:, :, 1:])

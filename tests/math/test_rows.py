@@ -75,7 +75,7 @@ def test_a_causal_block_asks_as_it_runs(newest, is_causal):
     assert_close(weights, expected)
 
 
-def test_a_causal_block_answers_a_list_in_training(newest):
+def test_a_causal_block_takes_a_list_in_training(newest):
     """It drops no samples and has no rate at which to."""
     block = randomise(newest.cls("CausalAttentionBlock")(12, num_heads=2), 5).train()
     tokens = [noise(2, 7, 12, seed=5), noise(1, 3, 12, seed=6)]
@@ -136,7 +136,7 @@ def test_masks_are_made_where_the_queries_are(differentiated):
     assert (weights.device.type, weights.shape) == ("meta", (1, 2, 3, 3))
 
 
-def test_a_causal_module_is_asked_on_its_own_device(newest):
+def test_a_causal_module_runs_on_its_own_device(newest):
     module = newest.cls("Attention")(12, num_heads=2).to("meta")
     tokens = torch.empty(2, 5, 12, device="meta")
     weights = module(tokens, is_causal=True, return_attn=True, queries=[3, 1])

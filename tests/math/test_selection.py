@@ -112,7 +112,7 @@ def test_positions_are_counted_from_the_first_token(queries, expected):
         (slice(0.5, 2), r"(?s)slice of whole numbers.*\.\nFound slice\(0\.5"),
     ],
 )
-def test_a_query_that_cannot_be_says_what_can(queries, expected):
+def test_the_error_for_an_impossible_query_lists_possible_ones(queries, expected):
     with pytest.raises(InvalidInputError, match=expected):
         to_index(queries, 5)
 

@@ -159,7 +159,7 @@ def test_scores_of_any_size(shape, head_dim, power, most, dtype, heads, cut, see
 def test_a_bias_of_any_kind_is_what_pytorchs_kernel_makes_of_it(
     shape, rows, boolean, dtype, cut, seed
 ):
-    """A row in which nothing may be seen is NaN up to PyTorch 2.4, and nought from 2.5 on."""
+    """A fully masked row is NaN up to PyTorch 2.4, and zero from 2.5 on."""
     batch, count, lines, length = shape
     query = whole(batch, count, lines, 4, seed=seed, dtype=dtype)
     key = whole(batch, count, length, 4, seed=seed + 1, dtype=dtype)
@@ -176,14 +176,14 @@ def test_a_bias_of_any_kind_is_what_pytorchs_kernel_makes_of_it(
         assert_right(weights, expected)
 
 
-def test_rows_without_keys_are_not_looked_at():
+def test_rows_without_keys_are_skipped():
     assert attention.fully_masked_rows(torch.zeros(2, 3, 4, 0)) is None
     found = attention.fully_masked_rows(torch.full((2, 3, 0, 5), -INF))
     assert (found is not None) == attention.MASKED_ROWS_ARE_ZERO
 
 
-def test_scores_beyond_what_floats_hold_are_not_taken_for_masked():
-    """NaN, as upstream's own softmax has it: only what a bias hides is nought."""
+def test_scores_that_overflow_are_not_masked():
+    """They are NaN, as in upstream's own softmax: only a bias makes weights zero."""
     query, key = torch.full((1, 1, 2, 1), 1e30), torch.full((1, 1, 3, 1), -1e30)
     for weights in both_ways(lambda: attention_weights(query, key, 1.0), 2**20):
         assert weights.isnan().all()

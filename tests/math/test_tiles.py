@@ -96,7 +96,7 @@ def test_a_piece_is_as_many_samples_as_fit(grafted, tiny):
 
 @torch.no_grad()
 @pytest.mark.parametrize("adorn", ["hook", "pre-hook", "global hook", "subclass", "forward"])
-def test_whatever_else_sits_at_qkv_is_called_once_with_everything(layers, adorn, tiny):
+def test_another_module_at_qkv_is_called_once_with_all_tokens(layers, adorn, tiny):
     """Hooks, adapters and quantised layers see what upstream would show them."""
     tiny(1)
     module, tokens = layers.attentions[0](12, num_heads=2), noise(3, 4, 12, seed=0)

@@ -43,7 +43,7 @@ def lab(first, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("one", CASES, ids=str)
-def test_the_advice_leads_to_a_call_that_works(lab, one):
+def test_a_call_that_follows_the_advice_works(lab, one):
     with pytest.raises(dinov2_attn.Dinov2AttnError) as caught:
         one.wrong(lab)
     lab.hint = caught.value.hint
@@ -73,7 +73,7 @@ def test_files_are_put_before_the_queries_as_the_program_proposes(lab, capsys):
     lab.typed("extract", lab.image, *run)
 
 
-def test_every_error_is_followed_or_says_why_not():
+def test_the_advice_of_every_error_is_followed_or_excused():
     known = [(one.area, one.snippet) for one in CASES] + NOT_FOLLOWED
     missing = unanswered(hints(), known)
     assert not missing, "\n".join(map(str, missing))

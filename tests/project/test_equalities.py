@@ -169,7 +169,7 @@ def test_close_is_within_the_tolerance_of_the_dtype(dtype):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nothing_is_close_to_what_is_not_finite(value):
+def test_no_number_is_close_to_nan_or_infinity(value):
     odd = torch.tensor([1, value, 1])
     for ours, theirs in ((odd, ONES), (ONES, odd), (odd, odd)):
         assert not are_close(ours, theirs)
@@ -200,7 +200,7 @@ def test_several_are_compared_one_by_one_and_none_is_an_error(check):
             check(ours, theirs, "them")
 
 
-def test_a_message_says_what_was_compared_and_how_far_apart_it_is():
+def test_the_message_names_what_differs_and_by_how_much():
     with pytest.raises(
         AssertionError, match=r"^expected rows \[1\] within 5e-06 .*; found 1 apart$"
     ):

@@ -92,7 +92,7 @@ def test_the_first_patch_equals_the_grafts_on_pypis_first_commit(tmp_path):
 
 
 @each_patch
-def test_the_header_says_what_the_patch_is_for(patch):
+def test_the_header_states_the_purpose_of_the_patch(patch):
     named = NAME.fullmatch(patch.name)
     header, _, body = patch.read_text().partition("\n\n")
     values = dict(line.split(": ", 1) for line in header.splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -31,6 +32,9 @@ HOOKS = ROOT / ".pre-commit-config.yaml"
 DEPENDABOT = ROOT / ".github" / "dependabot.yml"
 CITATION = ROOT / "CITATION.cff"
 WITH_ADDRESSES = [*FORMS, CITATION, *ROOT.glob("*.md")]
+
+# How tests start processes.
+STARTING = {"python", "subprocesses.python", "subprocess.run", "subprocess.Popen"}
 
 # From the schema of the Citation File Format 1.2.0.
 CITATION_NEEDS = {"cff-version", "message", "title", "authors"}
@@ -169,6 +173,23 @@ def test_markers_are_registered_and_name_tests_that_exist():
         assert not name or f"def {name}(" in (TESTS / file).read_text(encoding="utf-8"), place
 
 
+def starts_a_process(function):
+    calls = (node for node in ast.walk(function) if isinstance(node, ast.Call))
+    return any(ast.unparse(call.func) in STARTING for call in calls)
+
+
+def test_a_test_that_starts_a_process_is_marked():
+    unmarked = [
+        name
+        for file in sorted(TESTS.rglob("test_*.py"))
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        for name in [f"{file.relative_to(TESTS).as_posix()}::{node.name}"]
+        if starts_a_process(node) and not markers_of(name) & {"subprocess", "browser", "network"}
+    ]
+    assert not unmarked, "\n".join(unmarked)
+
+
 @pytest.mark.parametrize(
     ("test", "markers"),
     [
@@ -181,20 +202,6 @@ def test_markers_are_registered_and_name_tests_that_exist():
 )
 def test_a_marker_is_that_of_the_folder_the_file_or_the_function(test, markers):
     assert markers_of(test) == markers
-
-
-def test_mutation_rooms_are_run_by_the_robot_and_name_what_exists():
-    rooms = tomllib.loads((ROOT / "tools" / "mutation.toml").read_text(encoding="utf-8"))["room"]
-    (workflow,) = [path for path in WORKFLOWS if path.name == "mutation.yml"]
-    assert read(workflow)["jobs"]["mutate"]["strategy"]["matrix"]["room"] == list(rooms)
-    for room in rooms.values():
-        source = ROOT / "src" / "dinov2_attn" / room["source"]
-        assert source.is_dir()
-        assert not [name for name in room.get("except", []) if not (source / name).is_file()]
-        for test in [*room["tests"], *room.get("without", [])]:
-            file, _, name = test.partition("::")
-            assert (TESTS / file).exists(), test
-            assert not name or f"def {name}(" in (TESTS / file).read_text(encoding="utf-8"), test
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)

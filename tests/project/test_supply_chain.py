@@ -74,7 +74,7 @@ def test_actions_are_pinned_by_commit(workflow):
 
 
 @each_workflow
-def test_a_workflow_may_read_and_a_job_that_writes_runs_nothing_of_a_checkout(workflow):
+def test_workflows_only_read_and_jobs_that_write_run_no_code_of_a_checkout(workflow):
     content = yaml.safe_load(workflow.read_text(encoding="utf-8"))
     assert content["permissions"] == {"contents": "read"}
     for name, job in content["jobs"].items():

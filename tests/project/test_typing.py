@@ -1,4 +1,4 @@
-"""What type checkers are told: by the checkers themselves, and against what really comes back."""
+"""Types: what type checkers find, and what calls return."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def run(tool, *arguments):
     )
 
 
-def test_mypy_types_user_code_as_it_says():
+def test_mypy_finds_the_types_that_are_stated():
     done = run("mypy", str(FOLDER))
     assert done.stdout == f"Success: no issues found in {len(FILES)} source files\n", done.stderr
 
 
-def test_pyright_types_user_code_as_it_says():
+def test_pyright_finds_the_types_that_are_stated():
     done = run("basedpyright", "--outputjson", "--pythonpath", sys.executable)
     found = json.loads(done.stdout)
     assert found["generalDiagnostics"] == []
     assert found["summary"]["filesAnalyzed"] == len(FILES)
 
 
-# The same files, run: what is told has to be so.
+# The same files, run: results have the types that are stated.
 
 
 def holds(value: object, hint: Any) -> bool:
@@ -110,7 +110,7 @@ FUNCTIONS = [f for name in ("models", "results") for f in functions_of(name)]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_what_is_typed_is_what_comes_back(models, function, tmp_path):
+def test_results_have_the_types_that_are_stated(models, function, tmp_path):
     model = build(models)
     given = {
         "model": model,
@@ -147,8 +147,8 @@ def test_the_protocol_takes_what_the_graft_takes(name):
     overloads = typing.get_overloads(kept)
     assert len(overloads) == 2
     for overload in overloads:
-        told = list(inspect.signature(overload).parameters.values())
-        assert [(p.name, p.kind, p.default) for p in told] == [
+        stated = list(inspect.signature(overload).parameters.values())
+        assert [(p.name, p.kind, p.default) for p in stated] == [
             (p.name, p.kind, p.default) for p in ours
         ]
 

@@ -79,7 +79,7 @@ def test_a_harmless_change_passes(bites, mutation):
 
 
 def test_only_one_test_reports_a_refusal(tmp_path):
-    """The others are skipped: nobody reads two hundred times that the code is another."""
+    """The others are skipped: the reason is the same two hundred times."""
     fork = upstreams.DEPTH_ANYTHING_3
     unpack(fork, tmp_path)
     result = run(tmp_path, fork.package, "-q")
@@ -88,7 +88,7 @@ def test_only_one_test_reports_a_refusal(tmp_path):
     assert "IncompatibleUpstreamError: expected" in result.stdout
     assert "found the argument pos" in result.stdout
     alone = run(tmp_path, fork.package, "-qx", suite=SUITE / "test_rows.py")
-    assert alone.returncode == pytest.ExitCode.TESTS_FAILED, "nothing else told of the refusal"
+    assert alone.returncode == pytest.ExitCode.TESTS_FAILED, "nothing else reported the refusal"
     assert "found the argument pos" in alone.stdout
 
 
@@ -144,7 +144,7 @@ print(*sorted({{name.partition(".")[0] for name in set(sys.modules) - before}}))
         ("copy", "dinov2.thirdparty", "found that dinov2.thirdparty has no such class"),
     ],
 )
-def test_what_cannot_be_proved_says_so(where, package, expected, tmp_path):
+def test_the_suite_names_why_nothing_can_be_proved(where, package, expected, tmp_path):
     (tmp_path / "empty").mkdir()
     unpack(upstreams.FIRST, tmp_path / "copy")
     (tmp_path / "copy" / "dinov2" / "thirdparty").mkdir(exist_ok=True)

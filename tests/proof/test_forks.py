@@ -29,7 +29,7 @@ def assert_last_is_right(model):
 
 @pytest.mark.parametrize("copy", upstreams.WITH_MODELS, ids=str)
 @pytest.mark.parametrize("how", ["package", "model"])
-def test_a_model_answers(copy, how):
+def test_a_model_returns_attention(copy, how):
     model = CASE.build(copy)
     with dinov2_attn.install(copy.package if how == "package" else model):
         assert_last_is_right(model)
@@ -37,7 +37,7 @@ def test_a_model_answers(copy, how):
 
 
 @pytest.mark.parametrize("how", ["package", "model"])
-def test_anomalibs_classes_answer(how):
+def test_anomalibs_classes_return_attention(how):
     copy = upstreams.ANOMALIB
     block = copy.cls("Block")(12, num_heads=2, attn_class=copy.cls("MemEffAttention")).double()
     tokens = noise(2, 5, 12, seed=0, dtype=torch.float64)

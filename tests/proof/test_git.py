@@ -41,7 +41,7 @@ def commit(clone, monkeypatch):
     return commit
 
 
-def test_a_history_has_parents_before_children_whatever_their_dates(clone, commit):
+def test_parents_come_before_children_at_any_dates(clone, commit):
     """A clock that was wrong at the first commit, and two branches from there."""
     first = commit(day=9)
     ours = commit(day=5)
@@ -57,7 +57,7 @@ def test_a_history_has_parents_before_children_whatever_their_dates(clone, commi
             clone.commits(several)
 
 
-def test_commits_are_alike_where_the_folders_asked_for_are(clone, commit):
+def test_commits_with_the_same_folders_have_one_fingerprint(clone, commit):
     folders = ["code", "-r"]
     first = commit(code__a="1", beside="1")
     beside = commit(beside="2")
@@ -70,7 +70,7 @@ def test_commits_are_alike_where_the_folders_asked_for_are(clone, commit):
     assert len({one, other, last}) == 3
 
 
-def test_a_file_is_read_by_its_path_whatever_it_is_called(clone, commit):
+def test_a_file_of_any_name_is_read_by_its_path(clone, commit):
     name = commit(code__a="text", **{"-d": "dashed"})
     assert clone.read(name, "code/a") == "text"
     assert clone.read(name, "-d") == "dashed"
@@ -106,7 +106,7 @@ def test_a_bare_clone_is_known_by_what_is_in_it_and_what_is_not(tmp_path):
 @pytest.mark.skipif(
     not hasattr(tarfile, "data_filter"), reason="this Python unpacks whatever it is"
 )
-def test_a_link_that_leads_out_of_a_commit_is_refused(clone, commit, tmp_path):
+def test_a_link_to_a_path_outside_the_commit_is_refused(clone, commit, tmp_path):
     Path(clone.folder, "out").symlink_to(tmp_path / "secret")
     name = commit(a="1")
     with pytest.raises(
@@ -118,7 +118,7 @@ def test_a_link_that_leads_out_of_a_commit_is_refused(clone, commit, tmp_path):
 # What git says, or does not
 
 
-def test_the_last_line_of_what_git_says_is_told(tmp_path):
+def test_the_last_line_of_git_is_shown(tmp_path):
     """In whatever encoding: git repeats what it was given."""
     with pytest.raises(
         UnavailableError, match=r"(?s)git clone --quiet .*/absent/.*' does not exist\.\nName"
@@ -126,7 +126,7 @@ def test_the_last_line_of_what_git_says_is_told(tmp_path):
         Repository.at("/absent/\udcff", tmp_path)
 
 
-def test_a_git_that_never_answers_is_given_up(clone, monkeypatch):
+def test_a_git_that_hangs_is_stopped(clone, monkeypatch):
     monkeypatch.setattr(git, "_SECONDS", 0.0)
     with pytest.raises(UnavailableError, match="timed out after 0.0 seconds"):
         clone.commits("HEAD")
@@ -138,8 +138,8 @@ def test_without_git_it_is_named(clone, monkeypatch, tmp_path):
         clone.commits("HEAD")
 
 
-def test_nobody_is_asked_for_a_password(tmp_path, monkeypatch):
-    """An empty answer is given, and refused; nothing waits for somebody to type."""
+def test_git_never_prompts_for_a_password(tmp_path, monkeypatch):
+    """Git gets an empty password and is refused. It does not wait for input."""
     for name in ("GIT_ASKPASS", "SSH_ASKPASS"):
         monkeypatch.delenv(name, raising=False)
     for name in ("no_proxy", "NO_PROXY"):

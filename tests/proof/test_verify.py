@@ -1,4 +1,4 @@
-"""``dinov2-attn verify``: revisions found, proved once each, and told truthfully."""
+"""``dinov2-attn verify``: revisions are found, proved once each, and reported."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def history(tmp_path_factory):
 # The whole of it
 
 
-def test_a_history_is_walked_proved_and_told(history, tmp_path, capsys):
+def test_a_history_is_walked_proved_and_reported(history, tmp_path, capsys):
     folder, commits = history
     as_json, junit = tmp_path / "all.json", tmp_path / "all.xml"
     arguments = [f"{folder}@all", "--json", str(as_json), "--junit", str(junit), "--update"]
@@ -110,7 +110,7 @@ def test_a_revision_is_named_as_git_names_it(history, tmp_path):
     assert found.read("absent.py") is None
 
 
-def test_a_url_and_a_bare_clone_are_walked_alike(history, tmp_path):
+def test_a_url_and_a_bare_clone_give_the_same_walk(history, tmp_path):
     folder, commits = history
     git(tmp_path, "clone", "-q", "--bare", str(folder), "bare")
     for source in (f"file://{folder}@all", f"{tmp_path / 'bare'}@all"):
@@ -164,7 +164,7 @@ def test_an_unknown_revision_is_an_error(history, tmp_path):
         sources.find(f"{history[0]}@absent", None, tmp_path)
 
 
-# What is told
+# Reports
 
 JUNIT = """<testsuites><testsuite time="1.5">
 <testcase classname="x.test_install" name="test_a"/>
@@ -195,7 +195,7 @@ def test_a_report_is_summed_up():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes are Linux's")
-def test_a_name_that_is_no_text_is_told_where_letters_are_few(tmp_path):
+def test_a_name_in_invalid_utf8_is_printed_in_ascii(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     with zipfile.ZipFile(fetch_wheel(upstreams.FIRST.wheel)) as wheel:
         wheel.extractall(folder)
@@ -215,7 +215,7 @@ def test_a_name_that_is_no_text_is_told_where_letters_are_few(tmp_path):
     assert suite.get("name") == "caf\\udce9"
 
 
-def test_a_suite_that_says_nothing_proves_nothing(tmp_path):
+def test_a_suite_without_results_proves_nothing(tmp_path):
     empty = proof.read('<testsuites><testsuite time="0"></testsuite></testsuites>')
     assert empty.verdict == "FAILED"
     assert proof.prove(tmp_path, "absent_package").verdict == "FAILED"

@@ -10,7 +10,7 @@ import torch
 
 from dinov2_attn import attention_maps, install
 from dinov2_attn.apps.explorer.write import write_page
-from dinov2_attn.apps.viz.banner import NO_MEANING
+from dinov2_attn.apps.viz.text import NO_MEANING
 from tests.support import browser, upstreams
 from tests.support.exploring import GRID, HEADS, HOSTILE, LAYERS, OUTLIER, PICTURE, N
 from tests.support.pages import Page

@@ -51,18 +51,18 @@ def recognise(original: Original, classes: Iterable[type]) -> str:
     seen = {section: _look(original, section, classes) for section in RELIED_ON}
     pair = [*seen[ATTENTION], *seen[BLOCKS]]
     if seen[ATTENTION] and seen[BLOCKS] and eras.agreeing(_code(pair)):
-        said = [_say(f"{ATTENTION} and {BLOCKS}", pair)]
+        parts = [_say(f"{ATTENTION} and {BLOCKS}", pair)]
     else:
-        said = [_say(section, seen[section]) for section in (ATTENTION, BLOCKS) if seen[section]]
+        parts = [_say(section, seen[section]) for section in (ATTENTION, BLOCKS) if seen[section]]
     if seen[MODELS]:
-        said.append(_say(MODELS, seen[MODELS]))
+        parts.append(_say(MODELS, seen[MODELS]))
     known = {name for section in RELIED_ON.values() for name in section}
-    said += [
+    parts += [
         f"{cls.__module__}.{cls.__qualname__} {_PROVED}"
         for cls in classes
         if cls.__name__ not in known
     ]
-    return "; ".join(said)
+    return "; ".join(parts)
 
 
 def warn_of_drift(original: Original, target: Hashable, classes: Iterable[type]) -> None:
@@ -97,10 +97,10 @@ def _say(what: str, functions: list[FunctionDigest]) -> str:
     shared = eras.shared_with_nearest(code)
     if not shared:
         return f"{what} as in no known revision, {_PROVED}"
-    said = f"{what} as in {eras.span(eras.agreeing(shared))}"
+    text = f"{what} as in {eras.span(eras.agreeing(shared))}"
     if shared == code:
-        return f"{said}, verified"
-    return f"{said} but for {', '.join(_unmatched(shared, functions))}, {_PROVED}"
+        return f"{text}, verified"
+    return f"{text} but for {', '.join(_unmatched(shared, functions))}, {_PROVED}"
 
 
 def _look(original: Original, section: str, classes: list[type]) -> list[FunctionDigest]:

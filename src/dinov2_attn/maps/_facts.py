@@ -20,7 +20,7 @@ def listed(parts: Sequence[str]) -> str:
     return ", ".join([*parts[:SHOWN], *more])
 
 
-def shapes(entries: Iterable[Any]) -> str:
+def shapes(entries: Iterable[object]) -> str:
     """Return the shapes of ``entries``, each once, or the type of what has no shape."""
     return listed(list(dict.fromkeys(map(_shape, entries)))) or "none"
 
@@ -70,6 +70,6 @@ def _are_all(queries: Sequence[int], prefix: int, grid: Grid) -> bool:
     return tuple(queries) == tuple(range(prefix + math.prod(grid)))
 
 
-def _shape(entry: Any) -> str:
+def _shape(entry: object) -> str:
     shape = getattr(entry, "shape", None)
     return type(entry).__name__ if shape is None else str(tuple(shape))

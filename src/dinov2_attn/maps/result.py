@@ -1,10 +1,15 @@
-"""What every result has in common: one line of text, a notebook's view, devices and files."""
+"""What every result has in common: one line of text, a notebook's view, devices and files.
+
+Files are in the format of safetensors, which any language reads and which runs no code.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Callable
+import json
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from dinov2_attn.maps._storage import read, write
+from dinov2_attn import _imports
+from dinov2_attn._files import atomic_file
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError, UnwritableOutputError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -25,6 +32,9 @@ else:
     from typing import TypeVar
 
     W = TypeVar("W")
+
+# What is read from a file.
+R = TypeVar("R")
 
 Array: TypeAlias = "npt.NDArray[Any]"
 
@@ -88,7 +98,7 @@ class Result(Face):
 
         """
         about = {name: getattr(self, name) for name in self._LAYOUT}
-        write(Path(path), type(self).__name__, self._tensors(), about)
+        _write(Path(path), type(self).__name__, self._tensors(), about)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -99,9 +109,9 @@ class Result(Face):
             UnavailableError: The library safetensors is not installed.
 
         """
-        return read(Path(path), cls.__name__, cls._restored)
+        return _read(Path(path), cls.__name__, cls._restored)
 
-    def _tensors(self) -> dict[str, Any]:
+    def _tensors(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self._LAYOUT}
 
     @classmethod
@@ -131,3 +141,73 @@ def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_changed(one, change) for one in value)
     return value
+
+
+def _write(
+    path: Path, kind: str, tensors: Mapping[str, object], about: Mapping[str, object]
+) -> None:
+    """Write ``tensors`` to ``path``, with ``kind`` and ``about`` as JSON in the metadata.
+
+    Raises:
+        InvalidInputError: Something in ``tensors`` is not a tensor.
+        UnwritableOutputError: ``path`` cannot be written. The file appears whole or not at all.
+
+    """
+    metadata = {
+        key: json.dumps(value, default=operator.index)
+        for key, value in {"kind": kind, **about}.items()
+    }
+    own = {name: _of_its_own_memory(tensor) for name, tensor in tensors.items()}
+    content = _imports.safetensors().torch.save(own, metadata)
+    try:
+        with atomic_file(path) as unfinished:
+            unfinished.write_bytes(content)
+    except OSError as error:
+        raise UnwritableOutputError(
+            f"a file that can be written at {path}",
+            f"{type(error).__name__}: {error}",
+            "Nothing was left there. Name another file, or make the folder or room in it.",
+        ) from error
+
+
+def _read(path: Path, kind: str, build: Callable[[dict[str, Tensor], dict[str, Any]], R]) -> R:
+    """Return what ``build`` makes of the tensors and the metadata that ``_write`` wrote.
+
+    Raises:
+        UnreadableFileError: The file is missing, damaged or holds no ``kind``.
+
+    """
+    library = _imports.safetensors()
+    try:
+        with library.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = {key: _tuples(json.loads(value)) for key, value in metadata.items()}
+        _check_kind(kind, about.pop("kind", kind))
+        return build(tensors, about)
+    except Exception as error:  # foreign bytes can make the reader raise anything
+        raise UnreadableFileError(
+            f"a file that {kind}.save wrote",
+            f"{path} ({type(error).__name__}: {error})",
+            "Name the .safetensors file itself.",
+        ) from error
+
+
+def _of_its_own_memory(tensor: object) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise InvalidInputError(
+            "weights as tensors",
+            type(tensor).__name__,
+            "Save before .numpy(), and let reduce return tensors.",
+        )
+    # safetensors refuses shared memory: rows of several layers may be views of one tensor.
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _check_kind(wanted: str, found: object) -> None:
+    if found != wanted:
+        raise ValueError(f"it holds {found}")
+
+
+def _tuples(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value

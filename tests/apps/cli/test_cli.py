@@ -196,7 +196,7 @@ def test_images_may_follow_the_queries_after_two_dashes(image, tmp_path):
     assert (tmp_path / "heads-0-1.png").exists()
 
 
-def test_no_command_is_answered_with_help(capsys):
+def test_no_command_prints_the_help(capsys):
     assert main([]) == 0
     said = capsys.readouterr().out
     assert said.startswith("usage: dinov2-attn")
@@ -241,7 +241,7 @@ def test_the_version(capsys):
 # As its own process
 
 
-def test_the_sample_runs_with_nothing_else_at_hand(tmp_path):
+def test_the_sample_runs_without_other_files(tmp_path):
     arguments = ["heatmap", "--example", "-o", "out", "--random-weights", "--image-size", "56"]
     result = python("-m", "dinov2_attn", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -252,7 +252,7 @@ def test_the_sample_runs_with_nothing_else_at_hand(tmp_path):
     assert pixels(tmp_path / "out" / "img.png").shape == (56, 56, 3)
 
 
-def test_without_weights_or_network_the_way_out_is_named(tmp_path):
+def test_without_weights_or_network_the_error_names_the_next_step(tmp_path):
     arguments = ["heatmap", "--example", "-o", "out"]
     result = python("-m", "dinov2_attn", *arguments, cwd=tmp_path, **OFFLINE, TORCH_HOME=tmp_path)
     assert result.returncode == 2

@@ -92,12 +92,12 @@ def test_options_that_agree_are_welcome(file, tmp_path):
     ],
 )
 def test_options_that_contradict_are_an_error_with_both_sides(file, options, asked):
-    message = rf"Expected {asked}, as asked\.\nFound {file}, which holds ViT-128x2/7\.\nLeave"
+    message = rf"Expected {asked}, as given\.\nFound {file}, which holds ViT-128x2/7\.\nLeave"
     with pytest.raises(InvalidInputError, match=message):
         load("--weights", file, *options)
 
 
-def test_heads_are_asked_for_where_weights_do_not_tell(tmp_path):
+def test_the_error_for_unknown_heads_names_the_option(tmp_path):
     path = saved_small(tmp_path / "mine.pth", embed_dim=96)
     with pytest.raises(InvalidInputError, match=r"(?s)Found .* with 96 features.*--num-heads N"):
         load("--weights", path)
@@ -107,7 +107,7 @@ def test_heads_are_asked_for_where_weights_do_not_tell(tmp_path):
             load("--num-heads", 3, *others)
 
 
-def test_a_safetensors_file_can_say_its_heads(tmp_path):
+def test_a_safetensors_file_can_state_its_heads(tmp_path):
     save_file = pytest.importorskip(
         "safetensors.torch", reason="not here: test_architecture has the same as an object"
     ).save_file
@@ -133,7 +133,7 @@ def test_a_checkpoint_with_registers(tmp_path, caplog):
     assert "positions are interpolated as in the published models with registers" in caplog.text
 
 
-def test_a_file_is_read_before_upstreams_code_is_looked_for(file, tmp_path):
+def test_a_file_is_read_before_upstreams_code_is_searched(file, tmp_path):
     """What is wrong with it is said at once, and without a network."""
     file.with_name("broken.pth").write_bytes(file.read_bytes()[:900])
     code = f"""

@@ -141,7 +141,7 @@ def test_transposed_it_is_no_better_than_chance(played, square, reading):
     assert np.mean(game.hits(rows, scenes, reading)) <= game.chance(scenes) + LUCK
 
 
-def test_a_blind_pointer_is_as_good_as_chance_says(played):
+def test_a_blind_pointer_has_the_score_of_chance(played):
     for _, scenes in played.values():
         throws = np.random.default_rng(0).random((50, len(scenes), 2))
         found = [
@@ -193,7 +193,7 @@ def shares(lines):
     return [[float(share) for share in re.findall(r"([\d.]+)%", line)] for line in lines[2:]]
 
 
-def test_the_file_says_how_to_build_the_model():
+def test_the_file_states_how_to_build_the_model():
     with safe_open(load.PATH, "pt") as file:
         assert file.metadata() == {key: str(value) for key, value in ARCHITECTURE.items()}
         tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
@@ -228,7 +228,7 @@ def test_without_safetensors_the_extra_is_named(monkeypatch):
 
 
 @pytest.mark.usefixtures("_installed")
-def test_training_repeats_itself_and_moves_what_cls_looks_at(monkeypatch):
+def test_training_is_reproducible_and_moves_the_attention_of_cls(monkeypatch):
     monkeypatch.setattr(train, "BATCH", 8)
     state = torch.get_rng_state()
     one, other = train.train(0, 2), train.train(1, 2)
@@ -268,7 +268,7 @@ def test_the_script_writes_the_file_and_prints_what_the_card_quotes(tmp_path, mo
 
 
 @pytest.mark.usefixtures("_installed")
-def test_the_loss_is_least_where_cls_looks_at_the_target():
+def test_the_loss_is_smallest_if_cls_attends_to_the_target():
     scenes = [draw(seed, (5, 7)) for seed in range(4)]
     shipped, untrained = load_demo_model(), train.start(0)
     with torch.no_grad():
@@ -284,7 +284,7 @@ def pixels(path):
 
 
 @pytest.mark.usefixtures("_imported")
-def test_the_command_draws_scenes_and_where_the_model_looks(tmp_path, capsys):
+def test_the_command_draws_scenes_and_attention(tmp_path, capsys):
     assert main(["demo", "-o", str(tmp_path), "--count", "4", "--seed", "7"]) == 0
     shapes = {"scene-7-square": 1, "scene-8-wide": 2, "scene-9-tall": 0.5, "scene-10-square": 1}
     assert {path.name for path in tmp_path.iterdir()} == set(shapes)
@@ -314,7 +314,7 @@ def test_the_brightest_patch_of_the_picture_is_the_targets(tmp_path):
 
 
 @pytest.mark.usefixtures("_imported")
-def test_what_it_says_of_a_miss(tmp_path, capsys, monkeypatch):
+def test_the_text_of_a_miss(tmp_path, capsys, monkeypatch):
     file = tmp_path / "untrained.safetensors"
     save_file(train.start(0).state_dict(), file, {"num_heads": "2"})
     monkeypatch.setattr("dinov2_attn.apps.cli.demo.PATH", file)
@@ -328,7 +328,7 @@ def test_scenes_of_the_training_are_not_shown(tmp_path, caplog):
 
 
 @pytest.mark.usefixtures("_imported")
-def test_the_command_says_what_is_missing(tmp_path, monkeypatch, caplog):
+def test_the_command_names_missing_libraries(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     assert main(["demo", "-o", str(tmp_path / "out")]) == 2
     assert "Install it with `pip install 'dinov2-attn[viz]'`" in caplog.text

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dinov2_attn.apps.cli.main import main
-from dinov2_attn.apps.viz.banner import NO_MEANING
+from dinov2_attn.apps.viz.text import NO_MEANING
 from dinov2_attn.proof.conformance.synthetic_models import HEAD
 from tests.support.bright_patch import BRIGHT, GRID
 from tests.support.pages import Page

@@ -31,8 +31,8 @@ from dinov2_attn.apps.explorer.budget import (
 from dinov2_attn.apps.explorer.explore import explore
 from dinov2_attn.apps.explorer.quantise import LEVELS, quantise
 from dinov2_attn.apps.explorer.write import write_page
-from dinov2_attn.apps.viz.banner import NO_MEANING
 from dinov2_attn.apps.viz.images import LoadedImage
+from dinov2_attn.apps.viz.text import NO_MEANING
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError, UnwritableOutputError
 from dinov2_attn.math.selection import name_token
 from tests.support import upstreams

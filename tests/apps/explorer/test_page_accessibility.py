@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from dinov2_attn.apps.viz.banner import NO_MEANING
+from dinov2_attn.apps.viz.text import NO_MEANING
 from tests.support.exploring import (
     HEADS,
     HOSTILE,

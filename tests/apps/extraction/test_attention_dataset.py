@@ -28,7 +28,7 @@ def out(model, tmp_path):
     return tmp_path / "out"
 
 
-def test_each_image_comes_back_whatever_the_order(out):
+def test_each_image_is_read_in_any_order(out):
     dataset = AttentionDataset(out)
     expected = list(stored(out))
     assert len(dataset) == len(expected) == 23 > MOST_OPEN
@@ -57,7 +57,7 @@ def test_an_image_that_is_not_there(out, i):
         AttentionDataset(out)[i]
 
 
-def test_nothing_is_opened_before_it_is_asked_for(out):
+def test_shards_are_opened_when_they_are_first_needed(out):
     dataset = AttentionDataset(out)
     for path in out.glob("shards/*.safetensors"):
         if path.stem != "00003":
@@ -91,7 +91,7 @@ def test_other_bytes_are_noticed(out):
 
 
 @pytest.mark.parametrize("text", ["{", '{"shard": 0}', "[]", "null", "\n"])
-def test_an_index_of_a_shard_that_is_none_is_made_again(model, out, tmp_path, text):
+def test_the_damaged_index_of_a_shard_is_written_again(model, out, tmp_path, text):
     path = out / "shards" / "00005.jsonl"
     whole = path.read_bytes()
     path.write_text(text)
@@ -110,14 +110,14 @@ def test_a_shard_cut_short_is_noticed_and_made_again(model, out, tmp_path, lengt
     assert path.read_bytes() == whole
 
 
-def test_an_extraction_that_is_not_finished_says_how_to_go_on(out):
+def test_the_error_for_an_unfinished_extraction_names_the_next_step(out):
     (out / "index.jsonl").unlink()
     with pytest.raises(UnreadableFileError, match="(?s)Run the same .* again: it continues"):
         AttentionDataset(out)
 
 
 @pytest.mark.parametrize("text", ["{", "[]\n", '{"number": 0}\n', "\n"])
-def test_an_index_that_was_spoilt_says_what_to_do(out, text):
+def test_the_error_for_a_damaged_index_names_the_next_step(out, text):
     (out / "index.jsonl").write_text(text)
     with pytest.raises(UnreadableFileError, match="(?s)index.jsonl.*run the extraction again"):
         AttentionDataset(out)[0]

@@ -96,7 +96,7 @@ def test_every_copy_of_the_code_with_its_registers(models, images, tmp_path):
         )
 
 
-def test_the_index_says_what_is_there(model, images, tmp_path):
+def test_the_index_lists_what_is_stored(model, images, tmp_path):
     extract(model, images, tmp_path, shard_size=5)
     about = json.loads((tmp_path / "extraction.json").read_text())
     assert about["options"]["layers"] == [2]
@@ -124,7 +124,7 @@ def test_maps_are_rounded_once(model, images, tmp_path, dtype):
         assert_same_bits(narrow_prefix, prefix.to(dtype))
 
 
-def test_a_model_of_half_precision_is_asked_in_its_own(grafted, images, tmp_path):
+def test_a_model_of_half_precision_runs_in_half_precision(grafted, images, tmp_path):
     model = build(grafted).bfloat16()
     extract(model, images, tmp_path)
     for entry, maps, prefix in stored(tmp_path):
@@ -247,9 +247,9 @@ def test_the_image_size_is_that_of_the_other_commands(model, tmp_path):
 
 
 @pytest.fixture
-def spoilt(tmp_path):
+def damaged(tmp_path):
     """A folder in which every third image is none, for four reasons."""
-    folder = photographs(tmp_path / "spoilt", 8)
+    folder = photographs(tmp_path / "damaged", 8)
     (folder / "broken.jpg").write_bytes(b"no image")
     (folder / "empty.png").write_bytes(b"")
     whole = draw(folder / "short.png", (9, 9), 0).read_bytes()
@@ -258,8 +258,8 @@ def spoilt(tmp_path):
     return folder
 
 
-def test_what_cannot_be_read_is_listed_and_the_run_goes_on(model, spoilt, tmp_path):
-    done = extract(model, spoilt, tmp_path / "out", shard_size=5)
+def test_what_cannot_be_read_is_listed_and_the_run_goes_on(model, damaged, tmp_path):
+    done = extract(model, damaged, tmp_path / "out", shard_size=5)
     assert (done.images, done.unreadable) == (12, 4)
     refused = {e["path"]: e["reason"] for e in index_of(tmp_path / "out", "unreadable.jsonl")}
     assert set(refused) == {"broken.jpg", "empty.png", "short.png", "small.png"}
@@ -270,14 +270,14 @@ def test_what_cannot_be_read_is_listed_and_the_run_goes_on(model, spoilt, tmp_pa
     assert not set(good) & set(refused)
 
 
-def test_reasons_are_the_same_in_every_run(model, spoilt, tmp_path):
+def test_reasons_are_the_same_in_every_run(model, damaged, tmp_path):
     """No place in memory is in them, as there is in what Pillow says."""
     for out in ("one", "two"):
-        extract(model, spoilt, tmp_path / out, shard_size=5)
+        extract(model, damaged, tmp_path / out, shard_size=5)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
-def test_a_shard_of_nothing_that_can_be_read_is_a_shard(model, tmp_path):
+def test_a_shard_without_readable_images_is_a_shard(model, tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(b"")
     done = extract(model, tmp_path, tmp_path / "out", shard_size=2)
@@ -287,18 +287,18 @@ def test_a_shard_of_nothing_that_can_be_read_is_a_shard(model, tmp_path):
     assert index_of(tmp_path / "out") == []
 
 
-def test_strict_stops_at_the_first(model, spoilt, tmp_path):
+def test_strict_stops_at_the_first(model, damaged, tmp_path):
     with pytest.raises(
         UnreadableFileError, match=r"(?s)since the run is strict\.\nFound .*\.(png|jpg)"
     ):
-        extract(model, spoilt, tmp_path / "out", strict=True, shard_size=4)
+        extract(model, damaged, tmp_path / "out", strict=True, shard_size=4)
     assert not (tmp_path / "out" / "index.jsonl").exists()
 
 
-def test_strict_stops_at_what_an_earlier_run_passed_over(model, spoilt, tmp_path):
-    extract(model, spoilt, tmp_path / "out")
+def test_strict_stops_at_what_an_earlier_run_passed_over(model, damaged, tmp_path):
+    extract(model, damaged, tmp_path / "out")
     with pytest.raises(UnreadableFileError, match="since the run is strict"):
-        extract(model, spoilt, tmp_path / "out", strict=True)
+        extract(model, damaged, tmp_path / "out", strict=True)
 
 
 def test_a_query_that_a_small_image_lacks_is_a_reason(model, images, tmp_path):
@@ -316,20 +316,20 @@ def test_more_pixels_than_allowed_are_a_reason(model, images, tmp_path):
     assert done.unreadable == sum(math.prod(SIZES[i % len(SIZES)]) > 36 for i in range(12))
 
 
-def test_what_was_mended_since_is_read_when_it_is_tried_again(model, spoilt, tmp_path):
-    extract(model, spoilt, tmp_path / "out", shard_size=3)
+def test_a_fixed_image_is_read_with_retry(model, damaged, tmp_path):
+    extract(model, damaged, tmp_path / "out", shard_size=3)
     before = files_of(tmp_path / "out")
-    draw(spoilt / "broken.jpg", (6, 6), 3)
-    assert extract(model, spoilt, tmp_path / "out", shard_size=3).seen == 0
+    draw(damaged / "broken.jpg", (6, 6), 3)
+    assert extract(model, damaged, tmp_path / "out", shard_size=3).seen == 0
     assert files_of(tmp_path / "out") == before
 
     bad = {e["number"] // 3 for e in index_of(tmp_path / "out", "unreadable.jsonl")}
-    promised = extract(model, spoilt, tmp_path / "out", shard_size=3, retry=True, dry_run=True)
+    promised = extract(model, damaged, tmp_path / "out", shard_size=3, retry=True, dry_run=True)
     assert promised.finished == 4 - len(bad)
-    done = extract(model, spoilt, tmp_path / "out", shard_size=3, retry=True)
+    done = extract(model, damaged, tmp_path / "out", shard_size=3, retry=True)
     assert (done.written, done.unreadable) == (len(bad), 3)
-    extract(model, spoilt, tmp_path / "anew", shard_size=3)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "anew")
+    extract(model, damaged, tmp_path / "again", shard_size=3)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
 
 
 def test_a_dry_run_knows_what_small_images_lack(model, images, tmp_path):
@@ -411,7 +411,7 @@ def test_a_file_in_place_of_the_folder(model, images, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 0}', "\0"])
-def test_what_the_folder_says_of_itself_may_be_anything(model, images, tmp_path, text):
+def test_extraction_json_may_hold_anything(model, images, tmp_path, text):
     (tmp_path / "extraction.json").write_text(text)
     with pytest.raises(
         (InvalidInputError, UnreadableFileError), match=r"Expected (the|an) extraction"
@@ -522,7 +522,7 @@ def test_nothing_is_drawn_from_the_global_generator(model, images, tmp_path):
     shapes=st.lists(st.integers(1, 9), max_size=80),
     batch_size=st.integers(1, 5),
 )
-def test_buckets_lose_nothing_and_mix_nothing(shapes, batch_size):
+def test_buckets_keep_every_picture_and_never_mix_sizes(shapes, batch_size):
     pictures = [Picture(None, np.zeros((shape, 1, 3), dtype=np.uint8)) for shape in shapes]
     buckets, batches, held = Buckets(batch_size), [], 0
     for picture in pictures:

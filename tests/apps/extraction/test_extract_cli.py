@@ -32,7 +32,7 @@ def run(*arguments):
     return main(["extract", *map(str, arguments), "--weights", str(DEMO), "--workers", "0"])
 
 
-def test_a_folder_comes_out(source, tmp_path, capsys):
+def test_a_folder_is_written(source, tmp_path, capsys):
     assert run(source, "-o", tmp_path / "out") == 0
     said = capsys.readouterr()
     assert "4 images, 0 of them unreadable, in 1 shard;" in said.out
@@ -127,7 +127,7 @@ def test_a_dry_run_names_twenty_that_cannot_be_read(tmp_path, capsys):
     assert "and 3 more" in said
 
 
-def test_a_dry_run_says_it_all_and_does_nothing(source, tmp_path, capsys):
+def test_a_dry_run_prints_everything_and_writes_nothing(source, tmp_path, capsys):
     (source / "broken.png").write_bytes(b"no image")
     assert run(source, "-o", tmp_path / "out", "--shard-size", 2, "--dry-run") == 1
     assert not (tmp_path / "out").exists()

@@ -189,7 +189,7 @@ def test_a_transform_follows_a_datasets_own(model, folder, tmp_path):
     assert_maps_of(model, tmp_path / "out", [after(mine[i][0]) for i in range(5)])
 
 
-def test_a_transform_in_place_does_nothing_to_what_is_the_users(model, tmp_path):
+def test_a_transform_in_place_does_not_change_the_users_tensors(model, tmp_path):
     given = tensors()
     extract(model, given, tmp_path / "out", transform=lambda tensor: tensor.mul_(0.5))
     for tensor, before in zip(given, tensors(), strict=True):
@@ -239,7 +239,7 @@ def test_an_item_that_fails_is_one_that_fails(model, tmp_path):
         extract(model, Items(*items), tmp_path / "strict", strict=True)
 
 
-def test_what_was_mended_is_read_when_it_is_tried_again(model, tmp_path):
+def test_a_fixed_item_is_read_with_retry(model, tmp_path):
     good = tensors()
     extract(model, Items(good[0], ValueError("later"), good[2]), tmp_path / "out", shard_size=1)
     done = extract(model, Items(*good), tmp_path / "out", shard_size=1, retry=True)
@@ -294,7 +294,7 @@ def test_who_stops_the_run_stops_it(model, tmp_path, error):
         ([torch.zeros(3, 6, 4), "a.png"], "a list with both, a Tensor at 0"),
     ],
 )
-def test_what_holds_no_picture_is_refused_with_a_way_out(model, tmp_path, source, match):
+def test_items_without_a_picture_are_refused_with_a_next_step(model, tmp_path, source, match):
     with pytest.raises(InvalidInputError, match=match):
         extract(model, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -335,7 +335,7 @@ def test_a_loader_and_a_stream_are_refused_and_the_advice_works(model, tmp_path)
 # Going on
 
 
-def test_it_goes_on_where_it_was_stopped(model, folder, tmp_path):
+def test_a_stopped_run_continues(model, folder, tmp_path):
     mine = ImageFolder(folder, MINE)
     extract(model, mine, tmp_path / "out", shard_size=2)
     whole = files_of(tmp_path / "out")

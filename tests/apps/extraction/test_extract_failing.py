@@ -70,7 +70,7 @@ def failing(model, images):
 
 @pytest.mark.parametrize("artifacts", [False, True])
 @pytest.mark.parametrize("name", ERRORS)
-def test_whatever_is_raised_for_one_image_is_its_own(
+def test_an_error_of_one_image_concerns_this_image_only(
     model, images, failing, tmp_path, name, artifacts
 ):
     failing[0] = ERRORS[name]
@@ -120,8 +120,8 @@ def test_what_failed_is_passed_over_until_it_is_tried_again(model, images, faili
     assert (again.seen, again.unreadable, again.failed) == (0, 1, 1)
     tried = extract(model, images, tmp_path / "out", retry=True, **options)
     assert (tried.written, tried.unreadable, tried.failed) == (1, 0, 0)
-    extract(model, images, tmp_path / "anew", **options)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "anew")
+    extract(model, images, tmp_path / "again", **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
 
 
 def test_both_stages_are_listed(model, images, failing, tmp_path):
@@ -159,7 +159,7 @@ def test_who_stops_the_run_stops_it(model, images, failing, tmp_path, error):
     assert extract(model, images, tmp_path / "out").unreadable == 1
 
 
-def test_a_batch_that_fails_together_only_fails_nobody(model, images, tmp_path):
+def test_images_that_only_fail_together_are_run_alone(model, images, tmp_path):
     def hook(_, inputs):
         if len(inputs[0]) > 1:
             raise RuntimeError("one at a time")
@@ -199,7 +199,7 @@ def test_weights_that_are_no_numbers_have_maps_that_are_none(grafted, images, tm
     assert all(entry["prefix_mass"] == [None] for entry, *_ in stored(tmp_path / "out"))
 
 
-def test_an_image_whose_memory_nobody_has(model, tmp_path, monkeypatch):
+def test_an_image_that_needs_too_much_memory(model, tmp_path, monkeypatch):
     """Decoding that finds no memory is a reason too."""
     from dinov2_attn.apps.extraction import decode
 

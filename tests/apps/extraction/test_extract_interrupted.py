@@ -29,7 +29,7 @@ needs_signals = pytest.mark.skipif(
 
 @needs_signals
 @pytest.mark.parametrize("way", ["every call", "any time", "disk full"])
-def test_whatever_stops_it_the_bytes_are_the_same_in_the_end(way, tmp_path):
+def test_an_interrupted_run_ends_with_the_same_bytes(way, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(PACKAGE)])}
     command = [sys.executable, "-m", "tests.programs.interrupting", way, tmp_path]
     done = subprocess.run(

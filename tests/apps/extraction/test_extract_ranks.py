@@ -62,7 +62,7 @@ def test_the_shards_are_the_same_for_every_number_of_processes(torchrun, tmp_pat
     assert outputs[1] == outputs[2] == outputs[3]
 
 
-def test_a_run_of_three_goes_on_where_one_of_two_was_stopped(torchrun, tmp_path):
+def test_three_processes_continue_a_run_of_two(torchrun, tmp_path):
     photographs(tmp_path / "in", 23)
     assert torchrun(2, "in", "-o", "out", "--shard-size", "4").returncode == 0
     whole = files_of(tmp_path / "out")

@@ -38,7 +38,7 @@ def test_a_folder_is_walked_in_the_order_of_names(tmp_path):
     assert {item.source for item in list_items([tmp_path / "in"])} == {"in"}
 
 
-def test_names_of_images_are_told_by_their_ending_in_any_case(tmp_path):
+def test_images_are_found_by_suffix_in_any_case(tmp_path):
     for name in ("a.JPG", "b.jpeg", "c.webp", "d.Tiff", "e.txt", "f", "jpg"):
         (tmp_path / name).write_bytes(b"")
     assert paths(tmp_path) == ["a.JPG", "b.jpeg", "c.webp", "d.Tiff"]
@@ -91,7 +91,7 @@ def test_names_may_be_any_bytes(tmp_path):
 
 
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters="\n\0"), min_size=1))
-def test_a_line_is_a_path_whatever_is_in_it(tmp_path_factory, text):
+def test_any_line_is_a_path(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("list")
     (folder / "list").write_bytes(b"first\n" + text.encode() + b"\n")
     found = paths(folder / "list")
@@ -153,7 +153,7 @@ def test_a_tar_that_was_cut_short_is_an_error_or_a_short_image(tmp_path):
 
 
 def test_a_second_name_of_an_image_in_a_tar_is_an_image(tmp_path):
-    """Tar stores the bytes of hard links once, whoever makes it."""
+    """Any program that makes a tar stores the bytes of hard links once."""
     folder = photographs(tmp_path / "in", 2)
     os.link(folder / "000.png", folder / "twin.png")
     items = list_items([tar_of(folder, tmp_path / "t.tar")])
@@ -163,7 +163,7 @@ def test_a_second_name_of_an_image_in_a_tar_is_an_image(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
-def test_compressed_tars_are_refused_with_a_way_out(tmp_path, mode):
+def test_compressed_tars_are_refused_with_a_next_step(tmp_path, mode):
     tar = tar_of(photographs(tmp_path / "in", 3), tmp_path / f"t.tar.{mode}", f"w:{mode}")
     with pytest.raises(InvalidInputError, match="which is compressed.\nDecompress it first"):
         list_items([tar])

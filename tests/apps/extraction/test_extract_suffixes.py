@@ -60,7 +60,7 @@ def test_the_suffixes_are_those_of_pillow():
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.jpg", "PNG"), ("b.tga", "JPEG"), ("c.gif", "BMP")])
-def test_the_content_says_what_it_is(model, tmp_path, name, kind):
+def test_the_content_decides_the_format(model, tmp_path, name, kind):
     one = Image.open(draw(tmp_path / "one.png", (6, 4), 0))
     (tmp_path / "in").mkdir()
     one.save(tmp_path / "in" / name, kind)
@@ -94,7 +94,7 @@ def test_links_count_as_what_they_are_called(tmp_path):
     assert sieve.passed_over == {".mov": 2}
 
 
-def test_its_own_output_is_nothing_that_was_passed_over(model, tmp_path):
+def test_its_own_output_is_not_counted_as_passed_over(model, tmp_path):
     photographs(tmp_path, 5)
     fill(tmp_path, "b/film.mov")
     first = extract(model, tmp_path, tmp_path / "out", shard_size=2)
@@ -103,7 +103,7 @@ def test_its_own_output_is_nothing_that_was_passed_over(model, tmp_path):
     assert (again.images, again.seen) == (5, 0)
 
 
-def test_what_comes_beside_later_is_no_other_extraction(model, tmp_path):
+def test_files_that_appear_later_do_not_change_the_extraction(model, tmp_path):
     photographs(tmp_path / "in", 5)
     extract(model, tmp_path / "in", tmp_path / "out")
     before = files_of(tmp_path / "out")
@@ -112,7 +112,7 @@ def test_what_comes_beside_later_is_no_other_extraction(model, tmp_path):
     assert files_of(tmp_path / "out") == before
 
 
-def test_the_summary_and_the_preview_say_it(model, tmp_path):
+def test_the_summary_and_the_preview_list_passed_over_files(model, tmp_path):
     photographs(tmp_path / "in", 4)
     fill(tmp_path / "in", "a.mp4", "b.mp4", "c.txt", "d")
     promised = extract(model, tmp_path / "in", tmp_path / "out", dry_run=True)
@@ -141,7 +141,7 @@ def test_a_list_takes_what_it_names(model, tmp_path):
     assert (done.images, done.unreadable, done.passed_over) == (3, 0, {})
 
 
-def test_a_file_named_by_itself_is_told_by_its_content(tmp_path):
+def test_a_single_file_is_recognised_by_its_content(tmp_path):
     one = draw(tmp_path / "one.png", (6, 4), 0)
     shutil.copy(one, tmp_path / "photo")
     shutil.copy(one, tmp_path / "photo.dat")
@@ -190,7 +190,7 @@ def test_a_plugin_that_is_missing_is_named(tmp_path):
 
 
 @pytest.mark.usefixtures("no_plugins")
-def test_a_source_of_nothing_else_names_it_too(tmp_path):
+def test_the_error_for_a_source_without_images_lists_the_others(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "IMG_0001.HEIC").write_bytes(HEIC)
     with pytest.raises(InvalidInputError, match="(?s)none called .*pip install pillow-heif"):
@@ -254,6 +254,6 @@ def test_a_name_with_brackets_is_a_name(tmp_path):
     assert paths(tmp_path / "in [2024]") == ["000.png", "b/001.png"]
 
 
-def test_a_glob_of_nothing_is_an_error(tmp_path):
+def test_a_glob_without_matches_is_an_error(tmp_path):
     with pytest.raises(InvalidInputError, match=r"(?s)Expected images in .*\*\.png"):
         list_items([f"{tmp_path}/*.png"])

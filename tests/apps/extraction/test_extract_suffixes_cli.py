@@ -13,7 +13,7 @@ pytest_plugins = ["tests.support.cli_fixtures"]  # fixtures: imported, image, we
 
 @pytest.mark.usefixtures("imported")
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
-def test_the_command_says_it_and_it_is_no_failure(tmp_path, capsys, options):
+def test_the_command_lists_passed_over_files_and_succeeds(tmp_path, capsys, options):
     draw(tmp_path / "in" / "A.JFIF.png", (42, 42), 0).rename(tmp_path / "in" / "A.JFIF")
     for name in ("a.mp4", "b.mp4", "c"):
         (tmp_path / "in" / name).write_bytes(b"")

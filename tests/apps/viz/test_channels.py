@@ -13,7 +13,7 @@ from PIL import Image
 
 import dinov2_attn
 from dinov2_attn.apps.cli.main import main
-from dinov2_attn.apps.viz.channels import shown
+from dinov2_attn.apps.viz.decoding import shown
 from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support import upstreams
@@ -209,10 +209,10 @@ def test_every_command_shows_the_model_its_channels(tmp_path, channels, checkpoi
     path = save(tmp_path / ("i.npy" if channels == 5 else "i.png"), values(channels))
     weights = ["--weights", str(checkpoint(channels))]
     assert main(["heatmap", str(path), "-o", str(tmp_path / "out"), *weights]) == 0
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    (told,) = (line for line in told if "the model takes" in line)
-    assert "mean 0.449" in told
-    assert "--mean and --std" in told
+    stated = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    (stated,) = (line for line in stated if "the model takes" in line)
+    assert "mean 0.449" in stated
+    assert "--mean and --std" in stated
     about = json.loads((tmp_path / "out" / "image.json").read_text())
     assert (about["channels"], about["mean"]) == (channels, [0.449] * channels)
     assert main(["explore", str(path), "-o", str(tmp_path / "page.html"), *weights]) == 0

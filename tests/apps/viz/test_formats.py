@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_attn.apps.viz.formats import plugin_for, readable_suffixes, register_plugins
 from dinov2_attn.apps.viz.images import load_image
+from dinov2_attn.apps.viz.opening import plugin_for, readable_suffixes, register_plugins
 from dinov2_attn.errors import UnreadableFileError
 
 HEADERS = {

@@ -14,10 +14,10 @@ from PIL import Image
 
 import dinov2_attn
 from dinov2_attn._files import atomic_folder
-from dinov2_attn.apps.viz.banner import LEAST_WIDTH, NO_MEANING, with_banner
 from dinov2_attn.apps.viz.colours import tint, top_mass_mask, upsample, viridis
 from dinov2_attn.apps.viz.heatmap import cls_maps, draw, write
 from dinov2_attn.apps.viz.images import LoadedImage, load_image
+from dinov2_attn.apps.viz.text import LEAST_WIDTH, NO_MEANING, with_banner
 from dinov2_attn.errors import InvalidInputError, UnwritableOutputError
 from dinov2_attn.proof.conformance.synthetic_models import HEAD, look_at_what_is_bright
 from tests.support import upstreams

@@ -227,8 +227,8 @@ def test_every_command_warns_in_a_line_and_hears_the_range(tmp_path, weights, co
     out = tmp_path / ("page.html" if command == "explore" else "out")
     asked = [command, path, "-o", out, "--weights", weights]
     assert main([*map(str, asked)]) == 0
-    (told,) = _warned(caplog)
-    assert re.search(r"deep\.png: the largest value is 4,095 of 65,535.*--range 0,4095 ", told)
+    (warning,) = _warned(caplog)
+    assert re.search(r"deep\.png: the largest value is 4,095 of 65,535.*--range 0,4095 ", warning)
     out.rename(tmp_path / "before")
     caplog.clear()
     assert main([*map(str, asked), "--range", "0,4095"]) == 0

@@ -97,16 +97,16 @@ def test_heatmap_hears_it_and_says_it(path, tmp_path):
     assert run("heatmap", path, tmp_path / "own", "--outliers", "none", *TYPED) == 0
     plain, own = (np.load(tmp_path / name / "attention.npy") for name in ("plain", "own"))
     assert np.abs(plain - own).max() > 1e-4
-    told = json.loads((tmp_path / "own" / "image.json").read_text())
-    assert told == {
+    stated = json.loads((tmp_path / "own" / "image.json").read_text())
+    assert stated == {
         "channels": 3,
         "size": [28, 42],
         "range": [0, 255],
         "mean": list(PATHOLOGY["mean"]),
         "std": list(PATHOLOGY["std"]),
     }
-    told = json.loads((tmp_path / "plain" / "image.json").read_text())
-    assert told["mean"] == [0.485, 0.456, 0.406]
+    stated = json.loads((tmp_path / "plain" / "image.json").read_text())
+    assert stated["mean"] == [0.485, 0.456, 0.406]
 
 
 @pytest.mark.usefixtures("imported")

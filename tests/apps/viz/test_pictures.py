@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from dinov2_attn import artifact_tokens, attention_maps, record, viz
-from dinov2_attn.apps.viz.banner import NO_MEANING
 from dinov2_attn.apps.viz.colours import top_mass_mask
 from dinov2_attn.apps.viz.rows import select_row
 from dinov2_attn.apps.viz.style import GREY
+from dinov2_attn.apps.viz.text import NO_MEANING
 from dinov2_attn.apps.viz.tokens import position_of, read_token
 from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError

@@ -14,9 +14,9 @@ from PIL import Image
 
 from dinov2_attn import viz
 from dinov2_attn.apps.cli.main import main
-from dinov2_attn.apps.viz.banner import NO_MEANING
 from dinov2_attn.apps.viz.reading import DEVIATION, MEAN
 from dinov2_attn.apps.viz.saving import FRAME_DPI, pixels_of
+from dinov2_attn.apps.viz.text import NO_MEANING
 from dinov2_attn.apps.weights.models import build
 from dinov2_attn.errors import (
     InvalidInputError,
@@ -318,7 +318,7 @@ def test_a_query_outside_of_an_image_fails_that_image_only(image, weights, tmp_p
     ("options", "message"),
     [
         (["--queries", "register:1"], "Expected a model with registers.\nFound register 1"),
-        (["--queries", "cls", "registers"], "Found registers asked of a model without"),
+        (["--queries", "cls", "registers"], "Found registers of a model without registers"),
         (["--queries", "patches"], "Found --queries patches, which stands for many"),
         (["--queries", "cls", "all"], "Found --queries all, which stands for many"),
         (["--queries", "#1:3"], "Found --queries #1:3, which stands for many"),

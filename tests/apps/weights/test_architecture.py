@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dinov2_attn.apps.weights.architecture import describe, infer
 from dinov2_attn.apps.weights.checkpoints import fill
+from dinov2_attn.apps.weights.config_files import ModelConfig
 from dinov2_attn.apps.weights.models import Architecture, build, build_like
 from dinov2_attn.apps.weights.reading import Checkpoint, read
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
@@ -81,7 +82,7 @@ architectures = st.builds(
 
 
 @given(architecture=architectures, seed=st.integers(0, 99))
-def test_what_is_built_of_weights_is_what_they_were_saved_from(file, architecture, seed):
+def test_the_inferred_model_equals_the_saved_model(file, architecture, seed):
     """Upstream's own constructor, its weights, and back: the same architecture, the same output."""
     model = randomise(build_like(architecture), seed)
     torch.save({"teacher": checkpoint_files.training(model).state_dict()}, file)
@@ -95,7 +96,7 @@ def test_what_is_built_of_weights_is_what_they_were_saved_from(file, architectur
         assert_close(again(images), model(images))
 
 
-def test_a_published_architecture_is_known_by_name():
+def test_a_published_architecture_has_its_name():
     model = build("vit_small", patch_size=7, img_size=28)
     found = infer(Checkpoint("x.pth", model.state_dict()))
     assert str(found) == "ViT-S/7"
@@ -108,7 +109,7 @@ def test_a_published_architecture_is_known_by_name():
     assert_same_bits(again.blocks[0].ls1.gamma, model.blocks[0].ls1.gamma)
 
 
-def test_the_larger_ones_are_known_by_name():
+def test_larger_published_architectures_have_their_names():
     """Their dimensions alone: as models they would take gigabytes."""
     sizes = {
         "ViT-B/14": (768, 12, 0),
@@ -120,7 +121,7 @@ def test_the_larger_ones_are_known_by_name():
         assert str(replace(SMALL, patch_size=14, **dimensions)) == caption
 
 
-def test_others_are_called_by_their_dimensions():
+def test_other_architectures_are_named_by_their_dimensions():
     assert str(SMALL) == "ViT-64x2/2"
     assert str(replace(SMALL, registers=1)) == "ViT-64x2/2, 1 register"
 
@@ -131,7 +132,27 @@ def test_registers_come_with_the_published_interpolation(with_registers):
     assert (model.interpolate_antialias, model.interpolate_offset) == (True, 0.0)
 
 
-def test_weights_are_described_as_far_as_they_can_be():
+@pytest.mark.parametrize("name", ["reg_token", "model.timm.reg_token"])
+def test_timms_registers_without_a_config_file_state_the_interpolation(name):
+    state = {name: torch.ones(1, 2, 64), **build_like(SMALL).state_dict()}
+    assert infer(Checkpoint("x.pth", state)).interpolation == (True, 0.0)
+
+
+@pytest.mark.parametrize("name", ["reg_token.more", "register_tokens", "other"])
+def test_without_them_the_interpolation_is_upstreams(name):
+    state = {name: torch.ones(1, 2, 64), **build_like(SMALL).state_dict()}
+    assert infer(Checkpoint("x.pth", state)).interpolation is None
+
+
+def test_a_config_file_of_another_model_is_ignored_and_logged(caplog):
+    caplog.set_level("INFO", "dinov2_attn")
+    config = ModelConfig("config.json", embed_dim=65, interpolation=(False, 0.5))
+    found = infer(replace(checkpoint(), config=config))
+    assert found.interpolation is None
+    assert caplog.messages == ["config.json describes another model than x.pth"]
+
+
+def test_weights_are_described_if_they_can_be_read():
     """For a message of what does not fit: of what cannot be read there is nothing to say."""
     state = build_like(SMALL).state_dict()
     assert describe(state) == "ViT-64x2/2"
@@ -148,7 +169,7 @@ def checkpoint(metadata=None, **changes):
     return Checkpoint("x.pth", dict(model.state_dict()), metadata=metadata or {})
 
 
-def test_heads_are_64_features_unless_it_is_said_otherwise(caplog):
+def test_a_head_has_64_features_unless_stated_otherwise(caplog):
     caplog.set_level("INFO", "dinov2_attn")
     assert infer(checkpoint(embed_dim=128)).num_heads == 2
     assert infer(checkpoint(embed_dim=128)).heads_assumed

@@ -106,7 +106,7 @@ def test_safetensors_are_read_too(models, file, pair):
         assert_same(loaded, model, case)
 
 
-def test_models_that_are_wrapped_themselves_are_filled(model, file):
+def test_wrapped_models_are_filled(model, file):
     around = nn.ModuleDict({"backbone": model})
     for wrap in (
         nn.DataParallel,
@@ -131,7 +131,7 @@ def test_a_compiled_model_is_saved_and_filled(model, file):
     assert_same(loaded, model, CASE)
 
 
-def test_what_is_taken_is_logged(model, file, caplog):
+def test_loaded_weights_are_logged(model, file, caplog):
     make, _ = checkpoint_files.FORMATS["model_final.pth"]
     torch.save(make(model, other(CASE).build(upstreams.FIRST)), file)
     caplog.set_level("INFO")
@@ -140,7 +140,7 @@ def test_what_is_taken_is_logged(model, file, caplog):
     assert "model.teacher.dino_head" in caplog.text
 
 
-def test_of_a_bare_backbone_all_is_taken(model, file, caplog):
+def test_all_weights_of_a_bare_backbone_are_loaded(model, file, caplog):
     torch.save(model.state_dict(), file)
     caplog.set_level("INFO", "dinov2_attn")
     assert load_checkpoint(model, file) == ()
@@ -151,7 +151,7 @@ def test_of_a_bare_backbone_all_is_taken(model, file, caplog):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_floating_numbers_become_those_of_the_model(model, file, dtype):
+def test_floats_are_converted_to_the_dtype_of_the_model(model, file, dtype):
     torch.save({k: tensor.to(dtype) for k, tensor in model.state_dict().items()}, file)
     loaded = other(CASE).build(upstreams.FIRST)
     load_checkpoint(loaded, file)
@@ -159,7 +159,7 @@ def test_floating_numbers_become_those_of_the_model(model, file, dtype):
         assert_same_bits(tensor, model.state_dict()[name].to(dtype).float())
 
 
-def test_whole_numbers_stay_whole(file):
+def test_integers_stay_integers(file):
     layer, filled = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     layer.num_batches_tracked += 7
     torch.save(layer.state_dict(), file)
@@ -167,7 +167,7 @@ def test_whole_numbers_stay_whole(file):
     assert filled.num_batches_tracked == 7
 
 
-def test_heads_are_taken_where_the_model_has_them(model, file):
+def test_heads_are_loaded_if_the_model_has_them(model, file):
     modules = checkpoint_files.training(model)
     torch.save({"teacher": modules.state_dict()}, file)
     loaded = checkpoint_files.training(other(CASE).build(upstreams.FIRST), seed=1)
@@ -176,7 +176,7 @@ def test_heads_are_taken_where_the_model_has_them(model, file):
 
 
 @pytest.mark.parametrize("wrapper", sorted(WRAPPERS))
-def test_a_name_is_plain_wherever_a_wrapper_stands_in_it(wrapper):
+def test_wrappers_are_removed_anywhere_in_a_name(wrapper):
     """A part of a longer word is none of them."""
     assert (
         plain(f"{wrapper}.blocks.1.7.{wrapper}.norm1.{wrapper}.weight") == "blocks.7.norm1.weight"
@@ -188,9 +188,7 @@ def test_a_name_is_plain_wherever_a_wrapper_stands_in_it(wrapper):
 
 
 @given(case=model_cases(), data=st.data())
-def test_a_parameter_that_is_missing_left_over_or_of_another_shape_is_named(
-    models, file, case, data
-):
+def test_missing_unexpected_and_misshapen_parameters_are_named(models, file, case, data):
     model = case.build(models)
     state = dict(model.state_dict())
     # A mask token may be missing, see test_other_checkpoints.
@@ -220,7 +218,7 @@ def test_many_differences_are_counted(model, file):
     assert_refused(model, file, message)
 
 
-def test_what_the_file_holds_is_said_where_it_can_be_read(model, file):
+def test_the_error_names_the_architecture_of_the_file(model, file):
     larger = replace(CASE, heads=3).build(upstreams.FIRST)
     torch.save({"teacher": checkpoint_files.training(larger).state_dict()}, file)
     assert_refused(model, file, r"It holds ViT-12x4/2: build that in place of ViT-4x4")
@@ -242,13 +240,13 @@ KINDS = {
 
 @pytest.mark.filterwarnings("ignore:Validating sparse")
 @pytest.mark.parametrize(("tensor", "found"), KINDS.values(), ids=KINDS)
-def test_what_is_no_floating_numbers_is_of_another_kind(model, file, tensor, found):
+def test_tensors_without_floats_are_of_another_kind(model, file, tensor, found):
     torch.save({**model.state_dict(), "cls_token": tensor}, file)
     message = rf"{file} with 1 of another kind: cls_token \({found}\)\.\nBuild the model as it was"
     assert_refused(model, file, message)
 
 
-def test_a_model_that_is_like_the_files_is_not_proposed(model, file):
+def test_a_model_of_the_same_architecture_is_not_proposed(model, file):
     """Where both are described alike, the difference is one that no name tells."""
     state = dict(model.state_dict())
     del state["norm.bias"]
@@ -258,13 +256,13 @@ def test_a_model_that_is_like_the_files_is_not_proposed(model, file):
     )
 
 
-def test_for_a_layer_of_another_kind_the_files_model_is_proposed(model, file):
+def test_the_model_of_the_file_is_proposed_for_another_kind_of_layer(model, file):
     torch.save(model.state_dict(), file)
     message = r"(?s)\d+ left over: .*\.\nIt holds ViT-4x4/2: build that in place of this model\."
     assert_refused(nn.ModuleDict({"norm": nn.Linear(3, 2)}), file, message)
 
 
-def test_models_of_equal_right_are_an_error(model, file):
+def test_several_equal_models_are_an_error(model, file):
     state = model.state_dict()
     torch.save({"model": state, "other": dict(state)}, file)
     message = (
@@ -275,7 +273,7 @@ def test_models_of_equal_right_are_an_error(model, file):
     assert_refused(model, file, r"one in each of a\.teacher, b\.teacher\.")
 
 
-def test_a_token_elsewhere_is_no_model_beside_the_whole_one(model, file):
+def test_a_token_elsewhere_is_no_second_model(model, file):
     lone = {"cls_token": torch.zeros(1, 1, 4)}
     for content in ({"a": lone, "b": model.state_dict()}, {"b": model.state_dict(), "c": lone}):
         torch.save(content, file)
@@ -292,7 +290,7 @@ def test_a_word_where_the_model_is_named_is_left_out(model, file):
     assert_same(loaded, model, CASE)
 
 
-def test_an_incomplete_teacher_is_not_passed_over_for_the_student(model, file):
+def test_an_incomplete_teacher_is_not_replaced_by_the_student(model, file):
     state, teacher = model.state_dict(), dict(model.state_dict())
     for name in ("cls_token", "blocks.3.norm1.weight"):
         del teacher[name]
@@ -315,7 +313,7 @@ def test_chunks_that_count_from_zero_are_an_error(model, file):
     assert_refused(model, file, message)
 
 
-def test_one_name_twice_is_an_error(model, file):
+def test_a_repeated_name_is_an_error(model, file):
     state = model.state_dict()
     torch.save(
         {**{f"module.{k}": v for k, v in state.items()}, "norm.bias": state["norm.bias"]}, file
@@ -324,14 +322,14 @@ def test_one_name_twice_is_an_error(model, file):
 
 
 @pytest.mark.parametrize("key", ["_flat_param", "blocks.0._fsdp_wrapped_module._flat_param"])
-def test_a_shard_by_its_name(model, file, key):
+def test_a_shard_is_recognised_by_its_name(model, file, key):
     torch.save({"model": {f"teacher.backbone._fsdp_wrapped_module.{key}": torch.ones(9)}}, file)
     assert_refused(
         model, file, r"(?s)one process's shard.*FSDP.*teacher_checkpoint\.pth.*FULL_STATE"
     )
 
 
-def test_a_shard_by_its_class(model, file, tmp_path):
+def test_a_shard_is_recognised_by_its_class(model, file, tmp_path):
     """As FSDP saves it, from a process with a group of one; torch loads none with care."""
     code = f"""
 import torch, torch.distributed as dist
@@ -341,7 +339,7 @@ shard = init_from_local_shards([Shard.from_tensor_and_offsets(torch.zeros(8), [0
 torch.save({{"model": {{"teacher.backbone._flat_param": shard}}}}, r"{file}")
 """
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this torch has no gloo: test_a_shard_by_its_name")
+        pytest.skip("this torch has no gloo: test_a_shard_is_recognised_by_its_name")
     result = python("-c", code, cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")
     assert result.returncode == 0, result.stderr
     assert_refused(
@@ -349,13 +347,13 @@ torch.save({{"model": {{"teacher.backbone._flat_param": shard}}}}, r"{file}")
     )
 
 
-def test_code_beside_the_tensors_is_named(model, file):
+def test_code_next_to_tensors_is_named(model, file):
     """Training scripts save their arguments along; which class it is says what to leave out."""
     torch.save({"teacher": model.state_dict(), "args": fractions.Fraction(1, 2)}, file)
     assert_refused(model, file, r"holds an object of fractions\.Fraction, and reading it would run")
 
 
-def test_a_dict_that_holds_itself_has_an_end(model, file):
+def test_a_dict_that_contains_itself_is_read_once(model, file):
     content = {"teacher": dict(model.state_dict()), "epoch": 3}
     content["again"] = content["teacher"]["again"] = content
     torch.save(content, file)
@@ -376,9 +374,7 @@ def test_a_model_without_memory_is_refused(file):
 
 
 @given(case=model_cases(), side=st.integers(1, 9), chunks=st.integers(0, 1))
-def test_positions_are_resized_when_asked_as_upstream_does_in_a_pass(
-    models, file, case, side, chunks
-):
+def test_positions_are_resized_on_request_as_upstream_does(models, file, case, side, chunks):
     """A model for images of this size answers as the one that was saved does for them."""
     model = case.build(models)
     torch.save({"teacher": checkpoint_files.training(model).state_dict()}, file)
@@ -424,7 +420,7 @@ def test_positions_of_a_part_are_resized_too(model, file, caplog):
     assert_same_bits(alone.pos_embed, model.pos_embed)
 
 
-def test_positions_that_fit_are_taken_as_they_are(model, file, caplog):
+def test_positions_that_fit_are_loaded_unchanged(model, file, caplog):
     torch.save(model.state_dict(), file)
     caplog.set_level("INFO", "dinov2_attn")
     load_checkpoint(model, file, interpolate_pos_embed=True)
@@ -448,7 +444,7 @@ def test_positions_of_another_square_that_are_no_numbers(model, file):
         assert_refused(model, file, message, interpolate_pos_embed=asked)
 
 
-def test_what_only_has_the_shape_of_positions_is_none(file):
+def test_another_tensor_of_the_shape_of_positions_is_not_resized(file):
     layer = nn.ParameterDict({"pos": nn.Parameter(torch.ones(1, 17, 4))})
     torch.save({"pos": torch.ones(1, 10, 4)}, file)
     assert_refused(layer, file, "1 of another shape: pos", interpolate_pos_embed=True)
@@ -464,13 +460,13 @@ def test_positions_that_are_no_square_are_of_another_shape(model, file, position
         assert_refused(model, file, message, interpolate_pos_embed=asked)
 
 
-def test_a_file_that_was_read_before_is_not_resized_unasked_either(model, file):
+def test_a_checkpoint_that_was_read_is_not_resized_without_request(model, file):
     torch.save({**model.state_dict(), "pos_embed": torch.zeros(1, 10, 4)}, file)
     with pytest.raises(UnreadableFileError, match="1 of another square of patches"):
         fill(model, read(file))
 
 
-def test_asked_to_resize_all_else_is_as_strict(model, file):
+def test_resizing_changes_no_other_check(model, file):
     state = {**model.state_dict(), "pos_embed": torch.zeros(1, 10, 4)}
     del state["norm.bias"]
     torch.save(state, file)

@@ -211,7 +211,7 @@ def test_dino_v1_of_transformers(tmp_path):
         load_checkpoint(found, tmp_path)
 
 
-def test_a_model_of_other_heads_than_the_config_says_is_refused(tmp_path):
+def test_a_model_of_other_heads_than_the_config_states_is_refused(tmp_path):
     model = transformers.Dinov2Model(of_transformers("Dinov2"))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -367,7 +367,7 @@ def test_tensors_of_shared_memory_are_not_joined(tmp_path):
         infer(read(tmp_path / "w.pth"))
 
 
-def test_an_index_leads_nowhere_else(tmp_path):
+def test_an_index_names_no_file_outside_its_folder(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     for name in ("../w.safetensors", "/w", "..", ""):
         index.write_text(json.dumps({"weight_map": {"a": name}}))

@@ -150,7 +150,7 @@ def test_two_checkpoints_spliced(folder, checkpoints, head, place, end):
 
 
 @given(st.binary(max_size=200), st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x05"]))
-def test_a_checkpoint_that_never_was_one(folder, content, start):
+def test_random_bytes_as_a_checkpoint(folder, content, start):
     assert not load(folder, start + content)
 
 
@@ -279,7 +279,7 @@ def test_a_checkpoint_of_any_content(folder, content, within):
 
 @pytest.mark.parametrize("name", ["_metadata", "keys", "values", "copy", "__len__"])
 @pytest.mark.parametrize("value", [5, {"": 7}, None])
-def test_what_hangs_on_a_state_dict_is_not_asked(folder, name, value):
+def test_attributes_of_a_state_dict_are_ignored(folder, name, value):
     """An OrderedDict has attributes, which unpickling restores in front of its methods."""
     state = collections.OrderedDict(weight=WEIGHT, bias=BIAS)
     setattr(state, name, value)

@@ -43,7 +43,7 @@ def of_shape(embed_dim, depth, ffn, hidden):
 
 
 @pytest.mark.parametrize("shape", PUBLISHED.values(), ids=PUBLISHED)
-def test_of_published_shapes_nothing_is_doubted(shape):
+def test_published_shapes_raise_no_doubt(shape):
     *dimensions, heads = shape
     found = of_shape(*dimensions)
     assert (found.num_heads, found.heads_assumed, doubt(found)) == (heads, False, None)
@@ -59,7 +59,7 @@ def test_of_published_shapes_nothing_is_doubted(shape):
         ((1280, 32, "mlp", 5120), 16),
     ],
 )
-def test_of_other_shapes_they_are_doubted(shape, heads):
+def test_other_shapes_raise_doubt(shape, heads):
     found = of_shape(*shape)
     assert (found.num_heads, found.heads_assumed) == (heads, True)
     assert doubt(found).startswith(f"heads assumed: {heads}. ")
@@ -69,7 +69,10 @@ def test_of_other_shapes_they_are_doubted(shape, heads):
 def test_candidates_divide_the_features():
     assert candidates(320) == "4 (80 features each), 5 (64), 8 (40), 10 (32)"
     assert candidates(96) == "1 (96 features each), 2 (48), 3 (32)"
+    assert candidates(128) == "1 (128 features each), 2 (64), 4 (32)"
     assert candidates(7) == "1 (7 features each), 7 (1)"
+    # 225 has nine divisors, and none of 32 to 128 is a multiple of 8: eight are named.
+    assert candidates(225).endswith("25 (9), 45 (5), 75 (3)")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,7 @@ def height_of(picture):
         return opened.height
 
 
-def test_every_result_says_so(file, folder, caplog):
+def test_every_result_states_that_heads_are_assumed(file, folder, caplog):
     out = str(folder / "out")
     assert main(["heatmap", str(folder / "photo.png"), "-o", out, "--weights", str(file)]) == 0
     assert "heads assumed: 5. " in caplog.text
@@ -112,7 +115,7 @@ def test_every_result_says_so(file, folder, caplog):
     assert about["name"].endswith("heads assumed: 5")
 
 
-def test_upstreams_config_tells(folder):
+def test_heads_come_from_upstreams_config(folder):
     """Two folders below it, as upstream's training writes teacher checkpoints."""
     run = folder / "run" / "eval" / "training_9"
     run.mkdir(parents=True)
@@ -133,7 +136,7 @@ def test_upstreams_config_tells(folder):
     assert infer(read(run / "teacher_checkpoint.pth")).heads_assumed
 
 
-def test_where_64_do_not_divide_they_are_asked_for_with_candidates(folder):
+def test_if_64_does_not_divide_the_error_lists_candidates(folder):
     torch.save(build_like(replace(WIDE, embed_dim=96, num_heads=1)).state_dict(), folder / "x.pth")
     message = r"--num-heads N: 1 \(96 features each\), 2 \(48\), 3 \(32\)"
     with pytest.raises(InvalidInputError, match=message):
@@ -146,7 +149,7 @@ def test_a_key_needs_a_checkpoint(caplog):
     assert "--key together with --weights PATH" in caplog.text
 
 
-def test_a_key_is_the_command_lines_too(file, folder, caplog):
+def test_the_command_line_takes_a_key(file, folder, caplog):
     both = {name: randomise(build_like(WIDE), i).state_dict() for i, name in enumerate("ab")}
     torch.save(both, folder / "both.pth")
     arguments = ["heatmap", str(folder / "photo.png"), "-o", str(folder / "of_b")]

@@ -36,7 +36,7 @@ def test_a_model_is_found_below_any_name(root):
 
 
 @given(before=roots, after=roots, other=roots)
-def test_the_teacher_is_taken_whoever_is_there_too(before, after, other):
+def test_the_teacher_is_chosen_among_others(before, after, other):
     """Even one with less of a model than the student: what it lacks is then an error."""
     root = f"{before}teacher.{after}"
     kept = model_below(root, NAMES[1:])
@@ -45,13 +45,13 @@ def test_the_teacher_is_taken_whoever_is_there_too(before, after, other):
     assert {f"{root}{key}": tensor for key, tensor in backbone.weights.items()} == kept
 
 
-def test_of_two_teachers_the_one_with_more_of_a_model_is_taken():
+def test_the_teacher_with_more_parameters_is_chosen():
     tensors = {**model_below("a.teacher.", ANCHORS[:1]), **model_below("b.teacher.", ANCHORS[:2])}
     assert found_in(tensors).root == "b.teacher"
     assert found_in(dict(reversed(tensors.items()))).root == "b.teacher"
 
 
-def test_a_name_that_only_ends_like_a_parameters_is_none():
+def test_a_name_that_only_ends_like_a_parameter_is_ignored():
     backbone = found_in({**model_below("net."), "my_cls_token": torch.ones(1)})
     assert (backbone.root, backbone.left_out) == ("net", ("my_cls_token",))
 
@@ -71,12 +71,12 @@ def test_a_model_with_some_of_upstreams_names_is_found_by_these():
     assert found_in({**tensors, "norm.bias": torch.ones(1)}, names=names).root == "net"
 
 
-def test_where_nothing_is_found_all_is_taken_for_it():
+def test_without_a_model_all_tensors_are_taken():
     backbone = found_in({"some.thing": torch.ones(1)})
     assert (backbone.root, set(backbone.weights), backbone.left_out) == ("", {"some.thing"}, ())
 
 
-def test_two_models_of_equal_right_are_named():
+def test_two_equal_models_are_named():
     tensors = {**model_below(""), **model_below("a.b."), **model_below("c.", ANCHORS[:2])}
     with pytest.raises(
         UnreadableFileError, match=r"x\.pth with one in each of , a\.b\.\nChoose one: --key a\.b"
@@ -95,7 +95,7 @@ def test_wrappers_of_a_parameter_do_not_make_a_second_model():
         found_in(tensors)
 
 
-def test_what_is_left_out_is_named_once_and_as_short_as_it_can_be():
+def test_parts_that_are_left_out_are_named_once_and_shortly():
     tensors = {
         **model_below("model.teacher.backbone."),
         **model_below("model.student.backbone."),
@@ -122,7 +122,7 @@ def test_what_is_left_out_is_named_once_and_as_short_as_it_can_be():
     )
 
 
-def test_a_head_is_taken_where_the_model_has_one_of_its_name():
+def test_a_head_is_loaded_if_the_model_has_one_of_its_name():
     names = [*NAMES, "dino_head.weight"]
     tensors = {**model_below("", names), "dino_head.bias": torch.ones(1)}
     backbone = found_in(tensors, names=names)

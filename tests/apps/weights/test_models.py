@@ -82,7 +82,7 @@ def test_registers_come_with_their_positional_embedding(with_registers):
     assert model.interpolate_offset == 0.0
 
 
-def test_a_revision_without_registers_names_the_way_out():
+def test_a_revision_without_registers_names_the_next_step():
     if upstreams.FIRST.has_registers:
         pytest.skip("the checkout under test has registers")
     with pytest.raises(UnavailableError, match=r"(?s)2023-10-27.*Found one without.*--repo PATH"):
@@ -256,7 +256,7 @@ def test_a_path_without_a_file_is_unreadable(linear, tmp_path, name, found):
 # Published weights
 
 
-def test_published_weights_that_torch_hub_has_already_are_used(linear, tmp_path, monkeypatch):
+def test_weights_in_the_cache_of_torch_hub_are_used(linear, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     file = tmp_path / "hub" / "checkpoints" / "dinov2_vitg14_reg4_pretrain.pth"
     file.parent.mkdir(parents=True)
@@ -266,7 +266,7 @@ def test_published_weights_that_torch_hub_has_already_are_used(linear, tmp_path,
     assert_same_bits(linear.weight, ones["weight"])
 
 
-def test_a_download_that_was_cut_short_says_what_to_remove(linear, tmp_path, monkeypatch):
+def test_the_error_for_a_partial_download_names_the_file_to_remove(linear, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     file = tmp_path / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth"
     file.parent.mkdir(parents=True)
@@ -303,7 +303,7 @@ def server(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", [0, 100])
-def test_a_download_is_kept_once_the_model_is_filled_with_it(linear, tmp_path, server, missing):
+def test_a_download_is_kept_after_the_model_is_filled(linear, tmp_path, server, missing):
     """A line that breaks is an end of file to torch.hub: a cache would keep half a file."""
     ones, buffer = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}, io.BytesIO()
     torch.save(ones, buffer)
@@ -320,7 +320,7 @@ def test_a_download_is_kept_once_the_model_is_filled_with_it(linear, tmp_path, s
         assert [file.read_bytes() for file in cache.iterdir()] == [whole]
 
 
-def test_a_download_is_finished_beside_its_place(linear, tmp_path, server, monkeypatch, caplog):
+def test_a_download_is_written_to_a_temporary_file(linear, tmp_path, server, monkeypatch, caplog):
     """Elsewhere may be another disk, from which nothing is moved in one step."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)

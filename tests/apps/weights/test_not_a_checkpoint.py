@@ -124,7 +124,7 @@ FILES = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("make", "found"), FILES.values(), ids=FILES)
-def test_it_is_named_in_our_words(tmp_path, make, found, request):
+def test_the_kind_of_file_is_named(tmp_path, make, found, request):
     path = tmp_path / request.node.callspec.id
     make(path)
     with pytest.raises(UnreadableFileError, match=found) as caught:
@@ -168,7 +168,7 @@ def test_an_index_without_files(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_distributed_format_and_the_way_out_of_it(tmp_path):
+def test_the_distributed_format_and_its_conversion(tmp_path):
     """The command that is named is run, and what it writes fills a model."""
     dcp = pytest.importorskip("torch.distributed.checkpoint", reason="this torch has none")
     pytest.importorskip("torch.distributed.checkpoint.format_utils", reason="since torch 2.3")

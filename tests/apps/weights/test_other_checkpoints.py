@@ -110,7 +110,7 @@ def test_dino_v1_full(file):
      "decoder.0.weight"],
 )  # fmt: skip
 @pytest.mark.parametrize("before", ["", "module.", "state_dict."])
-def test_a_classifier_is_left_out_and_said(file, name, before, caplog):
+def test_a_classifier_is_left_out_and_logged(file, name, before, caplog):
     caplog.set_level("INFO")
     model = random(SMALL)
     state = {**model.state_dict(), name: torch.ones(3, 3)}
@@ -151,7 +151,7 @@ def test_only_a_mask_token_may_be_missing(file):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_layer_scale_that_one_of_the_two_lacks_is_named(file, there):
+def test_layer_scale_on_one_side_only_is_named(file, there):
     torch.save(random(replace(SMALL, layer_scale=there)).state_dict(), file)
     advice = rf"Build the model with init_values={'1.0' if there else 'None'}"
     with pytest.raises(UnreadableFileError, match=advice):
@@ -166,7 +166,7 @@ def test_layer_scale_that_one_of_the_two_lacks_is_named(file, there):
     [("model", "model_ema"), ("state_dict", "state_dict_ema"), ("student", "teacher"),
      ("model_ema", "teacher"), ("net", "ema"), ("net", "ema_model")],
 )  # fmt: skip
-def test_the_order_in_which_one_is_taken(file, first, taken):
+def test_the_order_of_preference(file, first, taken):
     one, two = random(SMALL, 0), random(SMALL, 1)
     for content in (
         {first: one.state_dict(), taken: two.state_dict()},

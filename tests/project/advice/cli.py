@@ -70,7 +70,7 @@ case(
 )
 case(
     "apps/cli",
-    "Leave the options out: the file tells",
+    "Leave the options out: the file states them",
     lambda lab: lab.heatmap("--patch-size", 4, "--arch", "vit_base", weights=lab.weights),
     lambda lab: lab.heatmap(weights=lab.weights),
 )

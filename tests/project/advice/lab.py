@@ -101,13 +101,13 @@ class Lab:
 
     def typed(self, *arguments):
         """Run the program; raise the error that it tells, if it tells one."""
-        told = _Told()
-        logging.getLogger("dinov2_attn").addHandler(told)
+        logged = _Logged()
+        logging.getLogger("dinov2_attn").addHandler(logged)
         try:
             status = main([str(argument) for argument in arguments])
         finally:
-            logging.getLogger("dinov2_attn").removeHandler(told)
-        for error in told.errors:
+            logging.getLogger("dinov2_attn").removeHandler(logged)
+        for error in logged.errors:
             raise error
         assert status == 0
 
@@ -117,7 +117,7 @@ class Lab:
         self.typed("heatmap", self.image, "-o", self.folder / output, *model, *arguments)
 
 
-class _Told(logging.Handler):
+class _Logged(logging.Handler):
     def __init__(self):
         super().__init__()
         self.errors = []

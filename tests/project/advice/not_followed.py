@@ -34,7 +34,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "proof/verify": ("Name the version to verify",),
     },
     "needs a process without the library, or a program that is not installed": {
-        "_optional": (
+        "_imports": (
             "Install it with `pip install",
             "Install them with `pip install",
         ),

@@ -112,9 +112,9 @@ def _would_fail(kernels: dict[str, str]) -> Iterator[str]:
     lacking = [n for n, problem in kernels.items() if problem and n.startswith("xFormers' kernel")]
     if attention and lacking:
         dtypes = ", ".join(name.rpartition(" ")[2] for name in lacking)
-        yield f"upstream's forward in {dtypes} without install(), whose fallback answers it"
+        yield f"upstream's forward in {dtypes} without install(), which adds a fallback"
     if not (attention and block):
-        yield "upstream's own forward of a list; asked for attention, lists are answered one by one"
+        yield "upstream's own forward of a list; with return_attention its entries run one by one"
     elif kernels.get("xFormers' stochastic depth"):
         yield "lists in training with a drop path above 0 (NoOperatorError); anything else runs"
     for name, problem in kernels.items():
@@ -122,9 +122,9 @@ def _would_fail(kernels: dict[str, str]) -> Iterator[str]:
             yield f"everything in {name.rpartition(' ')[2]}"
     model = sys.modules["dinov2.models.vision_transformer"].DinoVisionTransformer
     if "num_register_tokens" not in inspect.signature(model).parameters:
-        yield "models with registers: this revision of upstream knows none"
+        yield "models with registers: this revision of upstream has none"
     if attention and _version("xformers") == "0.0.18":
-        yield "more than 32,768 tokens: xFormers 0.0.18 answers NaN (it is the one upstream pins)"
+        yield "more than 32,768 tokens: xFormers 0.0.18 returns NaN (it is the one upstream pins)"
 
 
 def _version(name: str) -> str:

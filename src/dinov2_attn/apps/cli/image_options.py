@@ -6,13 +6,15 @@ import argparse
 import logging
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dinov2_attn import _optional
+from dinov2_attn import _imports
 from dinov2_attn.apps.cli.argtypes import numbers, positive, value_range
 from dinov2_attn.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dinov2_attn.apps.viz.images import ImageSize, LoadedImage
 
 log = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ def add_image_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read(model: Any, image: Path, size: ImageSize, args: argparse.Namespace) -> LoadedImage:
+def read(model: nn.Module, image: Path, size: ImageSize, args: argparse.Namespace) -> LoadedImage:
     """Return ``image`` as ``model`` takes it, by the options of ``add_image_size``."""
     from dinov2_attn.apps.viz.images import load_image
 
@@ -80,7 +82,7 @@ def read(model: Any, image: Path, size: ImageSize, args: argparse.Namespace) -> 
     )
 
 
-def check_reading(model: Any, args: argparse.Namespace) -> None:
+def check_reading(model: nn.Module, args: argparse.Namespace) -> None:
     """Raise ``InvalidInputError`` if the mean has other channels; log what is assumed."""
     from dinov2_attn.apps.viz.reading import reading_for
     from dinov2_attn.backbone.backbone import Backbone
@@ -96,7 +98,7 @@ def check_reading(model: Any, args: argparse.Namespace) -> None:
 
 def require_libraries() -> None:
     """Raise ``UnavailableError`` if a library for pictures is missing."""
-    _optional.require("torchvision", "matplotlib", "PIL", "tqdm")
+    _imports.require("torchvision", "matplotlib", "PIL", "tqdm")
 
 
 def example() -> Path:

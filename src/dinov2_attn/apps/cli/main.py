@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        asked = getattr(args, "parser", parser)
-        asked.error(_unknown(unknown, asked))
+        chosen = getattr(args, "parser", parser)
+        chosen.error(_unknown(unknown, chosen))
     if "run" not in args:
         parser.print_help()
         return 0

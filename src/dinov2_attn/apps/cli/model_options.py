@@ -41,7 +41,7 @@ class Loaded:
     @property
     def warning(self) -> str | None:
         """What has to travel with each picture, if anything has."""
-        from dinov2_attn.apps.viz.banner import NO_MEANING
+        from dinov2_attn.apps.viz.text import NO_MEANING
 
         return NO_MEANING if self.random else self.doubt
 
@@ -181,19 +181,19 @@ def _from_file(args: argparse.Namespace) -> Choice:
 
 
 def _require_agreement(args: argparse.Namespace, found: Architecture) -> None:
-    """Raise ``InvalidInputError`` where an option says otherwise than the file."""
+    """Raise ``InvalidInputError`` if an option contradicts the file."""
     arch = None if args.arch is None else PUBLISHED[args.arch][0]
     agree = {
         f"--arch {args.arch}": arch in (None, found.family),
         f"--patch-size {args.patch_size}": args.patch_size in (None, found.patch_size),
         "--registers, which are 4": not args.registers or found.registers == 4,
     }
-    asked = [option for option, agrees in agree.items() if not agrees]
-    if asked:
+    contradicted = [option for option, agrees in agree.items() if not agrees]
+    if contradicted:
         raise InvalidInputError(
-            f"{', '.join(asked)}, as asked",
+            f"{', '.join(contradicted)}, as given",
             f"{args.weights}, which holds {found}",
-            "Leave the options out: the file tells.",
+            "Leave the options out: the file states them.",
         )
 
 

@@ -114,7 +114,7 @@ def write(
         The attention of CLS to each patch in the last of the layers, float32 (heads, h, w).
 
     Raises:
-        OutOfRangeError: If the image has no patch that was asked for.
+        OutOfRangeError: If the image has no such patch.
         UnwritableOutputError: If the folder cannot be written.
 
     """
@@ -173,7 +173,7 @@ def _artifacts(
     loaded: Loaded, image: LoadedImage, called: str, args: argparse.Namespace
 ) -> ArtifactTokens:
     from dinov2_attn.apps.viz.heatmap import run
-    from dinov2_attn.maps.artifacts import artifact_tokens
+    from dinov2_attn.maps.find_artifacts import artifact_tokens
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SuspiciousArtifactsWarning)  # the log reports it
@@ -203,7 +203,7 @@ def _of_token(
     from dinov2_attn.apps.viz.saving import write_film
     from dinov2_attn.apps.viz.style import Style
 
-    # The plain names belong to CLS, whatever else is asked for in this or another run.
+    # The plain names belong to CLS, whatever other tokens this or another run draws.
     suffix = "" if token == "cls" else f"-{file_name(token)}"
     style = Style(args.log, args.interpolation, args.outliers, args.alpha)
     about = {"query": token, "name": loaded.name, "warning": loaded.warning}

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dinov2_attn import _optional
+from dinov2_attn import _imports
 from dinov2_attn.errors import UnreadableFileError
 
 PATH = Path(__file__).with_name("model.safetensors")
@@ -61,7 +61,7 @@ def load_demo_model(vision_transformer: Any = None) -> Any:
 
 def fill(model: Any, path: Path) -> Any:
     """Fill ``model`` with the weights at ``path`` and return it in eval mode, without gradients."""
-    library = _optional.safetensors()
+    library = _imports.safetensors()
     try:
         model.load_state_dict(library.torch.load_file(path))
     except Exception as error:  # the reader can raise anything

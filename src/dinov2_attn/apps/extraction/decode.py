@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,14 @@ from dinov2_attn.apps.viz.reading import IMAGENET, Reading
 from dinov2_attn.errors import Dinov2AttnError, UnreadableFileError, in_one_line
 
 Size = tuple[int, int]
+T = TypeVar("T")
+Outcome_co = TypeVar("Outcome_co", covariant=True)
+
+
+class OfItems(Protocol[Outcome_co]):
+    """Makes something of numbered items, in any process, or gives the reason why not."""
+
+    def __getitem__(self, numbered: tuple[int, Item]) -> Outcome_co | Refused: ...
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,7 @@ class Decoder:
 
     def __getitem__(self, numbered: tuple[int, Item]) -> Picture | Refused:
         """Return the picture of an item, or the reason why it has none."""
-        found: Picture | Refused = or_refused(self._decode, *numbered)
-        return found
+        return or_refused(self._decode, *numbered)
 
     def _decode(self, number: int, item: Item) -> Picture:
         content, path = item.read(), Path(item.path)
@@ -99,8 +106,7 @@ class Measurer:
 
     def __getitem__(self, numbered: tuple[int, Item]) -> Size | Refused:
         """Return height and width in patches, or the reason why there is no picture."""
-        found: Size | Refused = or_refused(self._measure, *numbered)
-        return found
+        return or_refused(self._measure, *numbered)
 
     def _measure(self, _: int, item: Item) -> Size:
         path = Path(item.file if item.place is None else item.path)
@@ -109,7 +115,7 @@ class Measurer:
         return height // self.patch_size, width // self.patch_size
 
 
-def or_refused(decode: Callable[[int, Item], Any], number: int, item: Item) -> Any:
+def or_refused(decode: Callable[[int, Item], T], number: int, item: Item) -> T | Refused:
     """Return the result of ``decode``, or its error as a ``Refused``."""
     try:
         item.check()

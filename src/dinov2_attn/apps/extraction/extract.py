@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict, overload
 
-from dinov2_attn import _optional
+from dinov2_attn import _imports
 from dinov2_attn.backbone.backbone import grafted_backbone
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.typing import Heads, Layers, Model
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dinov2_attn.apps.extraction.job import Summary
     from dinov2_attn.apps.extraction.preview import Preview
     from dinov2_attn.apps.viz.images import ImageSize
+    from dinov2_attn.apps.viz.reading import Numbers, Range
 
 
 # Paths of files, or a dataset of torch's kind: anything with items and a length.
@@ -36,9 +37,9 @@ class ExtractOptions(TypedDict, total=False):
     artifacts: bool
     image_size: ImageSize
     max_pixels: int | None
-    range: Any
-    mean: Any
-    std: Any
+    range: Range
+    mean: Numbers
+    std: Numbers
     batch_size: int | None
     shard_size: int | None
     transform: Callable[[Any], Any] | None
@@ -93,9 +94,9 @@ def extract(
     artifacts: bool = False,
     image_size: ImageSize = None,
     max_pixels: int | None = None,
-    range: Any = None,
-    mean: Any = None,
-    std: Any = None,
+    range: Range = None,
+    mean: Numbers = None,
+    std: Numbers = None,
     batch_size: int | None = None,
     shard_size: int | None = None,
     transform: Callable[[Any], Any] | None = None,
@@ -170,7 +171,7 @@ def extract(
         NotGraftedError: If the model is not grafted.
 
     """
-    _optional.require("torchvision", "PIL", "tqdm", "safetensors", "filelock")
+    _imports.require("torchvision", "PIL", "tqdm", "safetensors", "filelock")
     from dinov2_attn.apps.extraction.job import Job
     from dinov2_attn.apps.extraction.options import at_least, check_options
     from dinov2_attn.apps.extraction.plan import NO_MEANING

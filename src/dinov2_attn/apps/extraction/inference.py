@@ -19,11 +19,12 @@ from dinov2_attn.apps.viz.tokens import resolve
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.modules import weights_from
-from dinov2_attn.maps.artifacts import ArtifactTokens, artifacts_on_the_way
+from dinov2_attn.maps.artifacts import ArtifactTokens
 from dinov2_attn.maps.attention_maps import AttentionMaps, attention_maps
+from dinov2_attn.maps.find_artifacts import artifacts_on_the_way
 from dinov2_attn.maps.resample import resample
 from dinov2_attn.math.selection import positions
-from dinov2_attn.typing import Grid
+from dinov2_attn.typing import Grid, Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class BatchMaps:
 
 
 def attend_batch(
-    model: Any, pictures: list[Picture], options: Options
+    model: Model, pictures: list[Picture], options: Options
 ) -> Iterator[BatchMaps | Refused]:
     """Yield the attention of ``model`` on ``pictures``, which have one size.
 
@@ -71,7 +72,9 @@ def attend_batch(
         yield from attend_batch(model, [picture], options)
 
 
-def _maps_or_refused(model: Any, pictures: list[Picture], options: Options) -> BatchMaps | Refused:
+def _maps_or_refused(
+    model: Model, pictures: list[Picture], options: Options
+) -> BatchMaps | Refused:
     """Return the maps, or the error of the model as one of the first picture.
 
     The exception itself would keep the tensors of the pass in memory.
@@ -94,7 +97,7 @@ def _refused(picture: Picture, error: InvalidInputError) -> Refused:
 
 
 @torch.inference_mode()
-def _attend(model: Any, pictures: list[Picture], options: Options) -> BatchMaps:
+def _attend(model: Model, pictures: list[Picture], options: Options) -> BatchMaps:
     like = next(model.parameters())
     images = _on_device(pictures, like.device, options.reading).to(like.dtype)
     maps, artifacts = _maps(model, images, options)
@@ -125,20 +128,20 @@ def _on_device(pictures: list[Picture], device: torch.device, reading: Reading) 
 
 
 def _maps(
-    model: Any, images: Tensor, options: Options
+    model: Model, images: Tensor, options: Options
 ) -> tuple[AttentionMaps, ArtifactTokens | None]:
     """Return the attention of ``images`` and the artifacts of the options, in one pass."""
     backbone = Backbone(model)
     grid = backbone.grid(images)
     queries = backbone.resolve_names(resolve(options.queries, backbone.prefix, grid))
-    asked: dict[str, Any] = {"queries": queries, "heads": options.heads}
+    choice: dict[str, Any] = {"queries": queries, "heads": options.heads}
     if not options.artifacts:
-        return attention_maps(model, images, options.layers, **asked), None
+        return attention_maps(model, images, options.layers, **choice), None
     weights = {}
 
     def visit(i: int, block: nn.Module, tokens: Tensor) -> None:
         if i in options.layers:
-            weights[i] = weights_from(block, tokens, **asked)
+            weights[i] = weights_from(block, tokens, **choice)
 
     artifacts = artifacts_on_the_way(model, images, visit)
     each = tuple(weights[layer] for layer in options.layers)

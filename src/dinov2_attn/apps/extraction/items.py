@@ -14,7 +14,7 @@ from pathlib import Path
 from dinov2_attn.apps.extraction.layout import ABOUT
 from dinov2_attn.apps.extraction.passed_over import LINKS, Sieve, describe, is_hidden
 from dinov2_attn.apps.viz.decoding import stored_size
-from dinov2_attn.apps.viz.formats import plugin_for
+from dinov2_attn.apps.viz.opening import plugin_for
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 
 # The first bytes of gzip, bzip2, xz, Zstandard and zip.

@@ -25,6 +25,7 @@ from dinov2_attn.apps.extraction.preview import Preview, preview
 from dinov2_attn.apps.extraction.sources import Source, wanted
 from dinov2_attn.apps.extraction.worker import Run, refuse, writing_to
 from dinov2_attn.errors import UnwritableOutputError
+from dinov2_attn.typing import Model
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Summary:
 class Job:
     """The arguments of ``extract``, checked."""
 
-    model: Any
+    model: Model
     source: Source
     folder: Path
     options: Options
@@ -173,7 +174,7 @@ class Job:
         with writing_to(self.folder):
             return shards.merge(self.folder, made.shards)
 
-    def _bar(self, group: Ranks, total: int) -> Any:
+    def _bar(self, group: Ranks, total: int) -> tqdm[Any]:
         label = f"process 1 of {group.world}" if group.world > 1 else None
         hidden = not self.progress or group.rank > 0
         return tqdm(total=total, unit="image", desc=label, disable=hidden)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from dinov2_attn.apps.viz.images import LARGEST_SHORT_SIDE, ImageSize
-from dinov2_attn.apps.viz.reading import IMAGENET, Reading, reading_for
+from dinov2_attn.apps.viz.reading import IMAGENET, Numbers, Reading, reading_for
 from dinov2_attn.apps.viz.tokens import as_texts, check_queries, count
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.selection import whole_number
-from dinov2_attn.typing import Grid, Heads, Layers
+from dinov2_attn.typing import Grid, Heads, Layers, Model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -47,7 +47,7 @@ class Options:
 
 
 def check_options(
-    model: Any,
+    model: Model,
     *,
     layers: Layers,
     queries: Any,
@@ -58,9 +58,9 @@ def check_options(
     max_pixels: int | None,
     batch_size: int | None,
     shard_size: int | None,
-    range: Any = None,
-    mean: Any = None,
-    std: Any = None,
+    range: object = None,
+    mean: Numbers = None,
+    std: Numbers = None,
     **others: Any,
 ) -> Options:
     """Return the options for ``model``; raise ``InvalidInputError`` if one is wrong."""
@@ -96,7 +96,7 @@ def check_options(
     )
 
 
-def rows_of(model: Any, options: Options, grid: Grid) -> int:
+def rows_of(model: Model, options: Options, grid: Grid) -> int:
     """Return how many rows of weights an image of ``grid`` has, in all layers and heads."""
     backbone = Backbone(model)
     rows = count(options.queries, backbone.prefix, grid)
@@ -105,13 +105,13 @@ def rows_of(model: Any, options: Options, grid: Grid) -> int:
     return len(options.layers) * heads * rows
 
 
-def stored_bytes(model: Any, options: Options, grid: Grid) -> int:
+def stored_bytes(model: Model, options: Options, grid: Grid) -> int:
     """Return the bytes that an image of ``grid`` takes in a shard."""
     columns = Backbone(model).prefix + math.prod(options.grid or grid)
     return rows_of(model, options, grid) * columns * torch.finfo(DTYPES[options.dtype]).bits // 8
 
 
-def _bytes_of_one(model: Any, options: Options) -> tuple[int, int]:
+def _bytes_of_one(model: Model, options: Options) -> tuple[int, int]:
     """Return the bytes of the weights of a largest image, and the bytes stored of it."""
     size = options.image_size or LARGEST_SHORT_SIDE
     sides = (size, size) if isinstance(size, int) else size

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 
-from dinov2_attn.apps.viz.formats import plugin_for, readable_suffixes
+from dinov2_attn.apps.viz.opening import plugin_for, readable_suffixes
 
 # How many suffixes are listed. Some folders of data have one for each part.
 NAMED = 10

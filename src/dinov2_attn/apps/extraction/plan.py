@@ -15,6 +15,7 @@ from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.contract import name_of
+from dinov2_attn.typing import Model
 
 FORMAT = 1
 NO_MEANING = "random weights: these maps carry no meaning"
@@ -54,7 +55,7 @@ class Plan:
 
 
 def plan(
-    model: Any,
+    model: Model,
     items: Sequence[Item],
     options: Options,
     name: str | None,
@@ -84,7 +85,7 @@ def plan(
     return Plan(items, options.shard_size, about, passed_over)
 
 
-def differences(mine: Any, theirs: Any, where: str = "") -> list[str]:
+def differences(mine: object, theirs: object, where: str = "") -> list[str]:
     """Return one line for each difference between the contents of two plans."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
         keys = list(dict.fromkeys([*theirs, *mine]))
@@ -93,7 +94,7 @@ def differences(mine: Any, theirs: Any, where: str = "") -> list[str]:
     return [] if mine == theirs else [f"{where}: {json.dumps(theirs)}, now {json.dumps(mine)}"]
 
 
-def weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(model: Model) -> str:
     """Return a sha256 of all weights, by name, dtype, shape and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -103,7 +104,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _code(model: Any) -> str | None:
+def _code(model: Model) -> str | None:
     """Return the recognised revision of the model: revisions interpolate positions differently."""
     module = type(model).__module__
     recognised = dinov2_attn.status().recognised.items()

@@ -10,14 +10,16 @@ from itertools import tee
 from pathlib import Path
 from typing import Any
 
-from dinov2_attn.apps.extraction.decode import Refused
+from tqdm import tqdm
+
+from dinov2_attn.apps.extraction.decode import OfItems, Refused, Size
 from dinov2_attn.apps.extraction.options import Options, stored_bytes
 from dinov2_attn.apps.extraction.passed_over import describe
 from dinov2_attn.apps.extraction.plan import Plan
 from dinov2_attn.apps.extraction.worker import decoded
 from dinov2_attn.apps.viz.tokens import resolve
 from dinov2_attn.errors import OutOfRangeError, in_one_line
-from dinov2_attn.typing import Grid
+from dinov2_attn.typing import Grid, Model
 
 # How many unreadable images are listed.
 NAMED = 20
@@ -65,14 +67,14 @@ class Preview:
 
 
 def preview(
-    model: Any,
+    model: Model,
     made: Plan,
     options: Options,
-    measurer: Any,
+    measurer: OfItems[Size],
     folder: Path,
     done: list[int],
     workers: int,
-    new_bar: Callable[[int], Any],
+    new_bar: Callable[[int], tqdm[Any]],
 ) -> Preview:
     """Return what a run of the plan ``made`` would do; ``done`` are its finished shards."""
     rest = made.others(done)

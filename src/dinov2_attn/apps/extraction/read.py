@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from dinov2_attn import _optional
+from dinov2_attn import _imports
 from dinov2_attn.apps.extraction import layout
 from dinov2_attn.errors import OutOfRangeError, UnreadableFileError
 
@@ -98,7 +98,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         if name not in self._open:
             while len(self._open) >= MOST_OPEN:
                 self._open.pop(next(iter(self._open)))
-            self._open[name] = _optional.safetensors().safe_open(self._folder / name, "pt")
+            self._open[name] = _imports.safetensors().safe_open(self._folder / name, "pt")
         return self._open[name]
 
     def _wrong(self, found: str) -> UnreadableFileError:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2_attn import _optional
+from dinov2_attn import _imports
 from dinov2_attn._files import UNFINISHED, atomic_file
 from dinov2_attn.apps.extraction.decode import Refused
 from dinov2_attn.apps.extraction.inference import BatchMaps
@@ -72,7 +72,7 @@ def _is_finished(folder: Path, shard: int) -> bool:
         return False
     try:
         expected = {name for line in _lines(index) if "shard" in line for name in names(line)}
-        with _optional.safetensors().safe_open(tensors, "pt") as file:
+        with _imports.safetensors().safe_open(tensors, "pt") as file:
             return set(file.keys()) == expected
     except Exception:  # a shard that cannot be read is written again
         return False
@@ -91,7 +91,7 @@ def write(folder: Path, shard: int, batches: list[BatchMaps], refused: list[Refu
     lines.sort(key=lambda entry: int(entry["number"]))
     # No metadata: safetensors writes several entries in a random order.
     with atomic_file(path) as unfinished:
-        unfinished.write_bytes(_optional.safetensors().torch.save(tensors))
+        unfinished.write_bytes(_imports.safetensors().torch.save(tensors))
     _write(index, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
     return path.stat().st_size + index.stat().st_size
 

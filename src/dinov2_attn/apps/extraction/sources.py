@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from dinov2_attn.apps.extraction.decode import Decoder, Measurer
+from dinov2_attn.apps.extraction.decode import Decoder, Measurer, OfItems, Picture, Size
 from dinov2_attn.apps.extraction.given import (
     ByDecoding,
     FileReader,
@@ -28,6 +28,7 @@ from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.apps.extraction.passed_over import Sieve
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.typing import Model
 
 Transform = Callable[[Any], Any] | None
 
@@ -42,9 +43,9 @@ class Source(Protocol):
 
     def check(self, items: Sequence[Item], wanted: Wanted) -> None: ...
 
-    def decoder(self, wanted: Wanted) -> Any: ...
+    def decoder(self, wanted: Wanted) -> OfItems[Picture]: ...
 
-    def measurer(self, wanted: Wanted) -> Any: ...
+    def measurer(self, wanted: Wanted) -> OfItems[Size]: ...
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,22 @@ class Files:
     def check(self, items: Sequence[Item], wanted: Wanted) -> None:
         """Raise ``InvalidInputError`` if the transform makes no pictures."""
         if self.own is not None:
-            check_first(self.decoder(wanted), items)
+            check_first(self._with_transform(wanted), items)
 
-    def decoder(self, wanted: Wanted) -> Any:
+    def decoder(self, wanted: Wanted) -> OfItems[Picture]:
         """Return the decoder of numbered items."""
         if self.own is None:
             return Decoder(wanted.patch_size, wanted.image_size, wanted.max_pixels, wanted.reading)
-        return GivenDecoder(FileReader(wanted.reading, wanted.max_pixels), self.own, wanted)
+        return self._with_transform(wanted)
 
-    def measurer(self, wanted: Wanted) -> Any:
+    def measurer(self, wanted: Wanted) -> OfItems[Size]:
         """Return what measures numbered items: by their headers, if there is no transform."""
         if self.own is None:
             return Measurer(wanted.patch_size, wanted.image_size, wanted.max_pixels)
-        return ByDecoding(self.decoder(wanted))
+        return ByDecoding(self._with_transform(wanted))
+
+    def _with_transform(self, wanted: Wanted) -> GivenDecoder:
+        return GivenDecoder(FileReader(wanted.reading, wanted.max_pixels), self.own, wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,27 +106,27 @@ class Given:
         """Raise ``InvalidInputError`` if there are no pictures."""
         check_first(self.decoder(wanted), items)
 
-    def decoder(self, wanted: Wanted) -> Any:
+    def decoder(self, wanted: Wanted) -> GivenDecoder:
         """Return the decoder of numbered items."""
         stays = isinstance(self.dataset, list | tuple)  # a list in memory is not copied to workers
         return GivenDecoder(self._read, self.own, wanted, stays)
 
-    def measurer(self, wanted: Wanted) -> Any:
+    def measurer(self, wanted: Wanted) -> ByDecoding:
         """Return what measures numbered items, by decoding them."""
         return ByDecoding(self.decoder(wanted))
 
-    def _read(self, number: int, _: Item) -> tuple[Any, None]:
+    def _read(self, number: int, _: Item) -> tuple[object, None]:
         return self.dataset[number], None
 
 
-def wanted(model: Any, options: Options) -> Wanted:
+def wanted(model: Model, options: Options) -> Wanted:
     """Return the form of pictures that ``model`` takes."""
     return Wanted(
         Backbone(model).patch_size[0], options.reading, options.image_size, options.max_pixels
     )
 
 
-def source_of(source: Any, transform: Transform) -> Source:
+def source_of(source: object, transform: Transform) -> Source:
     """Return the source of ``extract``; raise ``InvalidInputError`` if it is none."""
     if transform is not None and not callable(transform):
         raise InvalidInputError("transform as a function", repr(transform), "Leave it out.")
@@ -137,15 +141,15 @@ def source_of(source: Any, transform: Transform) -> Source:
     return Given(source, transform)
 
 
-def _of_list(source: Sequence[Any], transform: Transform) -> Source:
-    paths = [isinstance(one, str | Path) for one in source]
-    if all(paths):
-        return Files(source, transform)
-    if any(paths):
-        other = source[paths.index(False)]
+def _of_list(source: Sequence[object], transform: Transform) -> Source:
+    paths = [one for one in source if isinstance(one, str | Path)]
+    if len(paths) == len(source):
+        return Files(paths, transform)
+    if paths:
+        other = next(i for i, one in enumerate(source) if not isinstance(one, str | Path))
         raise InvalidInputError(
             "paths, or pictures",
-            f"a list with both, a {type(other).__name__} at {paths.index(False)}",
+            f"a list with both, a {type(source[other]).__name__} at {other}",
             "Open the images of the paths: PIL.Image.open(path).",
         )
     return Given(source, transform)
@@ -209,13 +213,13 @@ def _files_of(dataset: Any) -> list[str] | None:
     return [_below(root, Path(first)) for first in firsts]
 
 
-def _below(root: Any, path: Path) -> str:
+def _below(root: object, path: Path) -> str:
     if isinstance(root, str | Path) and path.is_relative_to(root):
         return path.relative_to(root).as_posix()
     return os.fspath(path)
 
 
-def fingerprint(*transforms: Any) -> str | None:
+def fingerprint(*transforms: object) -> str | None:
     """Return a text that identifies ``transforms``: their ``repr``, and the code of functions.
 
     It is the same in every process, and ``None`` without transforms.
@@ -223,7 +227,7 @@ def fingerprint(*transforms: Any) -> str | None:
     return "; ".join(_identified(one) for one in transforms if one is not None) or None
 
 
-def _identified(transform: Any) -> str:
+def _identified(transform: object) -> str:
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(transform))
     code = getattr(transform, "__code__", None)
     if isinstance(code, CodeType):
@@ -231,6 +235,6 @@ def _identified(transform: Any) -> str:
     return text
 
 
-def _parts(code: CodeType) -> list[Any]:
+def _parts(code: CodeType) -> list[object]:
     consts = [_parts(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
     return [code.co_code.hex(), code.co_names, consts]

@@ -10,24 +10,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from dinov2_attn.apps.extraction import shards
-from dinov2_attn.apps.extraction.decode import Picture, Refused
+from dinov2_attn.apps.extraction.decode import OfItems, Picture, Refused, T
 from dinov2_attn.apps.extraction.inference import BatchMaps, attend_batch
 from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.apps.extraction.plan import Plan
-from dinov2_attn.apps.viz.ranges import warn
+from dinov2_attn.apps.viz.reading import warn
 from dinov2_attn.errors import (
     Dinov2AttnError,
     UnavailableError,
     UnreadableFileError,
     UnwritableOutputError,
 )
+from dinov2_attn.typing import Model
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +78,14 @@ class Run:
     ``decoder`` makes pictures of items, and ``bar`` is the tqdm that counts images.
     """
 
-    model: Any
+    model: Model
     plan: Plan
     options: Options
-    decoder: Any
+    decoder: OfItems[Picture]
     folder: Path
     workers: int
     strict: bool
-    bar: Any
+    bar: tqdm[Any]
     doubts: list[str] = field(default_factory=list)
 
     def __call__(self, own: Sequence[int]) -> int:
@@ -167,15 +169,15 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def decoded(
-    decoder: Any, numbered: Iterable[tuple[int, Item]], count: int, workers: int
-) -> Generator[Any, None, None]:
+    decoder: OfItems[T], numbered: Iterable[tuple[int, Item]], count: int, workers: int
+) -> Generator[T | Refused, None, None]:
     """Yield the pictures of ``count`` items in their order, decoded by up to ``workers``."""
     workers = min(workers, count // WORTH_A_WORKER)
     if workers and not can_be_sent(decoder):
         log.info("images are decoded in this process: its dataset or transform cannot be pickled")
         workers = 0
     loader: DataLoader[Any] = DataLoader(
-        decoder,
+        cast("Dataset[Any]", decoder),  # it has items, which is all that is needed
         sampler=numbered,
         batch_size=None,
         num_workers=workers,
@@ -197,7 +199,7 @@ def decoded(
         ) from error
 
 
-def can_be_sent(decoder: Any) -> bool:
+def can_be_sent(decoder: object) -> bool:
     """Return whether ``decoder`` can be sent to a new process."""
     if getattr(decoder, "stays", False):
         return False

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dinov2_attn.apps.viz.opening import read_tiff
-from dinov2_attn.apps.viz.ranges import Raw, full_range
+from dinov2_attn.apps.viz.reading import Raw, full_range
 from dinov2_attn.errors import UnreadableFileError
 
 # Tags of TIFF.

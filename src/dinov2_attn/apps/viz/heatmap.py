@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from dinov2_attn._files import atomic_folder
-from dinov2_attn.apps.viz.banner import with_banner
 from dinov2_attn.apps.viz.colours import Grid, Pixels, blend, tint, top_mass_mask, upsample, viridis
 from dinov2_attn.apps.viz.images import LoadedImage
 from dinov2_attn.apps.viz.inference import inference_on
+from dinov2_attn.apps.viz.text import with_banner
 from dinov2_attn.maps.attention_maps import AttentionMaps, attention_maps
 from dinov2_attn.typing import Layers, Queries
 

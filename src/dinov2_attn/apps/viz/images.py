@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from dinov2_attn.apps.viz.channels import shown
-from dinov2_attn.apps.viz.decoding import decode
+from dinov2_attn.apps.viz.decoding import decode, shown
 from dinov2_attn.apps.viz.opening import MOST_PIXELS
-from dinov2_attn.apps.viz.ranges import warn
-from dinov2_attn.apps.viz.reading import IMAGENET, Reading, reading_for
+from dinov2_attn.apps.viz.reading import IMAGENET, Numbers, Range, Reading, reading_for, warn
 from dinov2_attn.backbone.backbone import backbone_in
 from dinov2_attn.errors import InvalidInputError
 
@@ -82,9 +80,9 @@ def load_image(
     max_pixels: int | None = None,
     *,
     channels: int | None = None,
-    range: Any = None,
-    mean: Any = None,
-    std: Any = None,
+    range: Range = None,
+    mean: Numbers = None,
+    std: Numbers = None,
 ) -> LoadedImage:
     """Load an image, resize it, crop it to whole patches and normalise it.
 
@@ -195,7 +193,7 @@ def _geometry(model_or_patch_size: Any) -> tuple[tuple[int, int], int]:
     return (int(sides[0]), int(sides[1])), 3
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) > 0
 
 

@@ -35,7 +35,7 @@ def picture_of(result: object) -> bytes | None:
             warnings.simplefilter("ignore")
             figure = _figure(result)
             return None if figure is None else _png(figure)
-    except Exception:  # whatever keeps a result from being drawn, a notebook shows its table
+    except Exception:  # a notebook shows the table of a result that cannot be drawn
         return None
 
 
@@ -82,7 +82,7 @@ def _of_artifacts(artifacts: ArtifactTokens) -> Figure:
     return figure
 
 
-def _alone(values: Any, title: str) -> Figure:
+def _alone(values: object, title: str) -> Figure:
     """Return a figure of one map ``(h, w)`` with its colour bar."""
     from matplotlib.figure import Figure
 
@@ -96,5 +96,5 @@ def _alone(values: Any, title: str) -> Figure:
     return figure
 
 
-def _numbers(values: Any) -> Any:
+def _numbers(values: object) -> Any:
     return values.detach().cpu().float().numpy() if hasattr(values, "detach") else values

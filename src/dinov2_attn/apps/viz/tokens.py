@@ -134,7 +134,7 @@ def check_queries(texts: Iterable[str], registers: int) -> None:
         if query == "registers" and not registers:
             raise InvalidInputError(
                 "queries that the model has",
-                "registers asked of a model without",
+                "registers of a model without registers",
                 "Ask for cls, patches or all.",
             )
         if isinstance(query, str) and query.startswith("register:"):
@@ -191,7 +191,7 @@ def _range(query: Any, prefix: int, grid: tuple[int, int]) -> range:
     return range(length)[words[query] if isinstance(query, str) else query]
 
 
-def _as_text(query: Any) -> str:
+def _as_text(query: object) -> str:
     if isinstance(query, str):
         text = query
     elif isinstance(query, tuple | list):
@@ -236,7 +236,7 @@ def _pair(place: Any) -> tuple[int, int]:
     return row, column
 
 
-def _patch(place: Any, grid: tuple[int, int]) -> int:
+def _patch(place: object, grid: tuple[int, int]) -> int:
     row, column = _pair(place)
     if not (0 <= row < grid[0] and 0 <= column < grid[1]):
         raise OutOfRangeError(

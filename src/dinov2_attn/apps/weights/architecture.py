@@ -191,16 +191,16 @@ def _expect(holds: bool, otherwise: str) -> None:
 
 
 def heads_of(
-    checkpoint: Checkpoint, architecture: Architecture, asked: int | None = None
+    checkpoint: Checkpoint, architecture: Architecture, given: int | None = None
 ) -> Architecture:
     """Return ``architecture`` with its number of heads, and whether that is an assumption."""
     embed_dim = architecture.embed_dim
     source, stated = _stated_heads(checkpoint, architecture)
-    if asked is not None and stated is not None and asked != stated:
+    if given is not None and stated is not None and given != stated:
         raise InvalidInputError(
-            f"{asked} heads, as requested", f"{source} with {stated}", "Leave out --num-heads."
+            f"{given} heads, as requested", f"{source} with {stated}", "Leave out --num-heads."
         )
-    heads = asked or stated
+    heads = given or stated
     assumed = heads is None and not _is_published(architecture)
     if heads is None:
         heads = _KNOWN.get((embed_dim, architecture.depth), embed_dim // HEAD_DIM)

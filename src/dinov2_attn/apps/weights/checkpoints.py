@@ -26,7 +26,7 @@ _FLOATING = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 def load_checkpoint(
     model: nn.Module,
-    path: str | Path | Mapping[str, Any],
+    path: str | Path | Mapping[str, object],
     *,
     key: str | None = None,
     interpolate_pos_embed: bool = False,

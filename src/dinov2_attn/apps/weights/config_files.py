@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dinov2_attn.apps.weights.files import read_json
 from dinov2_attn.errors import UnreadableFileError
@@ -67,7 +66,7 @@ def find_config(file: Path) -> ModelConfig | None:
     return None
 
 
-def _of_json(config: Mapping[str, Any], source: str) -> ModelConfig | None:
+def _of_json(config: Mapping[str, object], source: str) -> ModelConfig | None:
     inner = config.get("backbone_config")
     if isinstance(inner, dict) and "hidden_size" in inner:
         config = inner
@@ -76,7 +75,7 @@ def _of_json(config: Mapping[str, Any], source: str) -> ModelConfig | None:
     return _of_timm(config, source) if isinstance(config.get("architecture"), str) else None
 
 
-def _of_transformers(config: Mapping[str, Any], source: str) -> ModelConfig:
+def _of_transformers(config: Mapping[str, object], source: str) -> ModelConfig:
     eps, activation = config.get("layer_norm_eps"), config.get("hidden_act")
     kind = str(config.get("model_type", ""))
     return ModelConfig(
@@ -91,10 +90,10 @@ def _of_transformers(config: Mapping[str, Any], source: str) -> ModelConfig:
     )
 
 
-def _of_timm(config: Mapping[str, Any], source: str) -> ModelConfig:
+def _of_timm(config: Mapping[str, object], source: str) -> ModelConfig:
     given = config.get("model_args")
-    options: Mapping[str, Any] = given if isinstance(given, dict) else {}
-    name = config["architecture"].partition(".")[0]
+    options: Mapping[str, object] = given if isinstance(given, dict) else {}
+    name = str(config["architecture"]).partition(".")[0]
     short = re.split(r"_patch\d", name)[0]
     embed_dim, depth, heads = _TIMM.get(name) or _TIMM.get(short) or (None, None, None)
     no_embed_class = options.get("no_embed_class")
@@ -129,7 +128,7 @@ def _of_yaml(path: Path) -> ModelConfig | None:
     return ModelConfig(str(path), embed_dim, depth, heads, interpolation=interpolation)
 
 
-def _positive(config: Mapping[str, Any], key: str, source: str) -> int | None:
+def _positive(config: Mapping[str, object], key: str, source: str) -> int | None:
     value = config.get(key)
     if value is None:
         return None

@@ -9,7 +9,7 @@ import shlex
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dinov2_attn.errors import UnreadableFileError
 
@@ -98,7 +98,7 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> object:
     """Return the content of a JSON file; ``None`` if it is not JSON or larger than 64 MiB."""
     try:
         if path.is_file() and path.stat().st_size < 2**26:

@@ -151,14 +151,14 @@ def _choose(checkpoint: Checkpoint, roots: Mapping[str, int]) -> str:
 
 def _named(checkpoint: Checkpoint, roots: Mapping[str, int], key: str) -> str:
     """Return the root ``key``, or else the only one below it, or the only one that contains it."""
-    asked = plain(f"{key}.").removesuffix(".")
+    wanted = plain(f"{key}.").removesuffix(".")
     whole = {root: root.removesuffix(".") for root in roots}
-    below = [root for root in roots if asked and root.startswith(f"{asked}.")]
-    parts = [root for root in roots if asked in whole[root].split(".")]
+    below = [root for root in roots if wanted and root.startswith(f"{wanted}.")]
+    parts = [root for root in roots if wanted in whole[root].split(".")]
     best = next(
         (
             found
-            for found in ([r for r in roots if whole[r] == asked], below, parts)
+            for found in ([r for r in roots if whole[r] == wanted], below, parts)
             if len(found) == 1
         ),
         None,

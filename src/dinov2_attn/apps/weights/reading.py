@@ -14,7 +14,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from dinov2_attn import _optional
+from dinov2_attn import _imports
 from dinov2_attn._compat import records_of_archive
 from dinov2_attn.apps.weights.config_files import ModelConfig, find_config
 from dinov2_attn.apps.weights.files import (
@@ -148,7 +148,7 @@ _CODE = re.compile(r"[Uu]nsupported (?:class|global:?(?: GLOBAL)?|GLOBAL) ([\w.]
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
-    library = _optional.safetensors()
+    library = _imports.safetensors()
     try:
         with library.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
