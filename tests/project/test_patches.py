@@ -68,10 +68,14 @@ def assert_same(pristine, patched, folder):
     assert grafts.keys() == patch.keys()
     for name, expected in grafts.items():
         is_upstreams = "/dict.features" in name or not expected.is_floating_point()
-        check = (
-            assert_same_bits if is_upstreams else assert_close
-        )  # weights come from two implementations
-        check(patch[name], expected, name)
+        if is_upstreams:
+            assert_same_bits(patch[name], expected, name)
+            continue
+        # The gradients of weights and of features meet before the projection in one of two
+        # implementations, and behind it in the other. Autocast rounds them there.
+        is_rounded = name.startswith("autocast") and "gradients" in name
+        dtype = torch.bfloat16 if is_rounded else None
+        assert_close(patch[name], expected, name, dtype=dtype)
 
 
 def answers(tree, way, folder):

@@ -12,7 +12,7 @@ from dinov2_attn.backbone.attentions import attention_modules
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.backbone.validation import check_batch, check_list, layers_to_take
-from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, NotGraftedError
+from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.math.selection import resolve_names, to_index
 from dinov2_attn.typing import Grid, Layers, Queries
 
@@ -125,23 +125,21 @@ class Backbone:
     def attentions(self) -> dict[nn.Module, int]:
         """Return the attention modules of all blocks, with the numbers of their blocks.
 
-        Raises:
-            IncompatibleUpstreamError: if blocks share one.
-
+        One that stands in several blocks has the number of the last of them.
         """
-        found = [
+        return dict(self._attentions())
+
+    @property
+    def shares_attention(self) -> bool:
+        """Whether an attention module stands in several blocks."""
+        return len(self.attentions()) < len(self._attentions())
+
+    def _attentions(self) -> list[tuple[nn.Module, int]]:
+        return [
             (module, layer)
             for layer, block in enumerate(self.blocks)
             for module in attention_modules(block).values()
         ]
-        modules = dict(found)
-        if len(modules) != len(found):
-            raise IncompatibleUpstreamError(
-                "an attention module of its own in each block",
-                f"{len(modules)} modules in {len(found)} places",
-                "Weights of shared modules cannot be told apart.",
-            )
-        return modules
 
     def _batch(self, images: Any, masks: Any) -> tuple[Any, Any]:
         groups = check_batch(self, images, masks)

@@ -9,7 +9,7 @@ all samples, also for those that it drops.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dinov2_attn._compat import is_compiled, is_compiling, is_traced, is_transformed
+from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.projection import draws_nothing
 from dinov2_attn.grafting.channel import ACTIVE, unpacked
 from dinov2_attn.typing import Forward
@@ -37,16 +38,16 @@ class _State(threading.local):
 ASKED = _State()
 
 
-def must_ask(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
-    """Return whether the weights of a pass of ``model`` have to be asked for, block by block.
+def must_ask(backbone: Backbone) -> bool:
+    """Return whether the weights of a pass have to be asked for, block by block.
 
-    A block that stands in several places is asked in each of them.
+    An attention module that stands in several blocks is asked in each of them.
     """
-    if is_transformed() or is_traced() or len(set(blocks)) < len(blocks):
+    if is_transformed() or is_traced() or backbone.shares_attention:
         return True
-    if any(block.training and getattr(block, "sample_drop_ratio", 0) for block in blocks):
+    if any(block.training and getattr(block, "sample_drop_ratio", 0) for block in backbone.blocks):
         return True
-    return any(map(is_compiled, model.modules()))
+    return any(map(is_compiled, backbone.model.modules()))
 
 
 def request(module: nn.Module, *args: Any, **keywords: Any) -> Any:

@@ -174,7 +174,7 @@ def _walk(
     The last one is asked, because of it only norm and projection have to run. The weights of the
     others are those of their own kernel calls.
     """
-    if len(wanted) < 2 or must_ask(backbone.model, backbone.blocks):
+    if len(wanted) < 2 or must_ask(backbone):
         return tuple(
             weights_from(block, given, **selection)
             for i, block, given in backbone.walk(tokens, _end(wanted))
@@ -235,7 +235,7 @@ def _one_pass(
     if masks is not None:  # an override may take images only
         kwargs["masks"] = masks
     backbone = Backbone(model)
-    if must_ask(model, backbone.blocks):
+    if must_ask(backbone):
         with attentions_of_pass(**selection) as asked:
             output = original(model, x, **kwargs)
         attentions = asked.all()

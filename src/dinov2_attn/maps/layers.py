@@ -14,7 +14,7 @@ from dinov2_attn.backbone.attentions import attention_modules, image_entrances
 from dinov2_attn.backbone.backbone import Backbone, transformers_in
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.validation import layers_to_take
-from dinov2_attn.errors import InvalidInputError, OutOfRangeError
+from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, OutOfRangeError
 from dinov2_attn.typing import Layer, RecordedLayers
 
 
@@ -61,6 +61,12 @@ def recorded_in(model: object, layers: RecordedLayers) -> Recorded:
     called: dict[nn.Module, Layer]
     if backbone is not None and not _has_paths(layers):
         called = dict(backbone.attentions())
+        if backbone.shares_attention:
+            raise IncompatibleUpstreamError(
+                "an attention module of its own in each block",
+                f"{len(called)} modules in more blocks",
+                "Weights of shared modules cannot be told apart.",
+            )
     else:
         called = {module: path for path, module in attention_modules(model).items()}
     if not called:

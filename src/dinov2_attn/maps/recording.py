@@ -91,6 +91,21 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
         return self._one("prefix").prefix
 
     @property
+    def suffix(self) -> int:
+        """The ``suffix`` of the one pass."""
+        return self._one("suffix").suffix
+
+    @property
+    def per_cell(self) -> int:
+        """The ``per_cell`` of the one pass."""
+        return self._one("per_cell").per_cell
+
+    @property
+    def planes(self) -> bool:
+        """The ``planes`` of the one pass."""
+        return self._one("planes").planes
+
+    @property
     def queries(self) -> tuple[int, ...] | None:
         """The ``queries`` of the one pass."""
         return self._one("queries").queries

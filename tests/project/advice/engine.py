@@ -197,7 +197,7 @@ class HandingOn(Around):
 
 
 def around(lab, wrapper):
-    lab.model.blocks[-1] = wrapper(lab.model.blocks[-1])
+    lab.model.blocks[-1] = wrapper(lab.block)
     return lab.model.get_self_attention(lab.x)
 
 
@@ -238,6 +238,41 @@ case(
     "Call dinov2_attn.install(model) with the live model",
     lambda lab: asked(lab, of_ones_own(lab)),
     installed(asked),
+)
+
+
+def listing(lab):
+    """Give the model a forward_features that returns a list, and return the model."""
+    if type(lab.model).__name__ == "Listing":
+        return lab.model
+    cls = type(lab.model)
+
+    def forward_features(self, x, masks=None):
+        return [cls.forward_features(self, x, masks)["x_prenorm"]]
+
+    def forward(self, x):
+        return self.forward_features(x)
+
+    own = {"forward_features": forward_features, "forward": forward}
+    lab.model.__class__ = type("Listing", (cls,), own)
+    return lab.model
+
+
+def asked_for_features(lab):
+    with dinov2_attn.install(model := listing(lab)):
+        return model.forward_features(lab.x, return_attention=True)
+
+
+def asked_otherwise(lab):
+    with dinov2_attn.install(model := listing(lab)):
+        return model(lab.x, return_attention=True), model.get_self_attention(lab.x)
+
+
+case(
+    "grafting",
+    "Call model(x, return_attention=True) or model.get_self_attention",
+    asked_for_features,
+    asked_otherwise,
 )
 
 

@@ -71,7 +71,6 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "apps/cli": ("Name another.",),
     },
     "the remedy is other code of the user's: there is no call or option that helps": {
-        "grafting": ("This class is not supported",),
         "backbone": (
             "so nothing was grafted",
             "so nothing was grafted",
@@ -79,11 +78,13 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "so nothing was grafted",
             "so nothing was grafted",
             "This copy was patched by hand",
-            "Weights of shared modules cannot be told apart",
         ),
     },
-    "whether a hook is seen differs from torch to torch: test_record_compiled asks": {
-        "grafting": ("Where qkv itself was compiled",),
+    "this is a reason that status() shows, and no error": {
+        "grafting": ("Its weights are taken at its kernel",),
+    },
+    "two attention modules are needed: there is no call that makes them": {
+        "maps": ("Weights of shared modules cannot be told apart",),
     },
     "needs a copy that upstream has renamed": {"grafting": ("Upstream moved",)},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import dinov2_attn
 from dinov2_attn import artifact_tokens, attention_maps, record, rollout
+from dinov2_attn.backbone.backbone import backbone_in
 from dinov2_attn.kernels.call import fused_call
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from tests.support import upstreams
@@ -86,6 +88,15 @@ case(
 )
 case(
     "maps",
+    "Pass positions, or say prefix= too",
+    lambda lab: recorded(*from_tokens(lab), queries="patches"),
+    lambda lab: (
+        recorded(*from_tokens(lab), queries=[1, 2]),
+        recorded(*from_tokens(lab), queries="patches", prefix=1),
+    ),
+)
+case(
+    "maps",
     "Leave it out to prove each layer in its first pass",
     lambda lab: recorded(lab.model, lambda: lab.model(lab.x), check="sometimes"),
     lambda lab: (
@@ -93,6 +104,12 @@ case(
         recorded(lab.model, lambda: lab.model(lab.x), check="every"),
     ),
 )
+
+
+def from_tokens(lab):
+    """Return a model of tokens, which have no grid, and what runs it."""
+    model = nn.Sequential(lab.block)
+    return model, lambda: model(lab.tokens)
 
 
 class FromOutside(nn.Module):
@@ -231,6 +248,12 @@ case(
     lambda lab: recorded(
         lab.model, lambda: lab.model(lab.x), reduce=lambda _, weights: weights.mean(-2)
     ).patch_maps(),
+)
+case(
+    "backbone",
+    "Pass the vision transformer itself",
+    lambda lab: backbone_in(nn.ModuleList([lab.model, copy.deepcopy(lab.model)])),
+    lambda lab: backbone_in(lab.model),
 )
 case(
     "backbone",
