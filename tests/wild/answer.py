@@ -8,15 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 import dinov2_attn
-from dinov2_attn.backbone.attentions import attention_modules
+from dinov2_attn.maps.layers import recorded_in
 
 
 def answer(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, list[Tensor]]:
     """Run ``model`` once and return the weights of each attention module by its path."""
-    with dinov2_attn.record(model, list(attention_modules(model)), check="every") as recording:
+    with dinov2_attn.record(model, check="every") as recording:
         run(model)
+    paths = {module: path for path, module in model.named_modules()}
+    layers = {layer: paths[module] for module, layer in recorded_in(model, None).wanted.items()}
     weights: dict[str, list[Tensor]] = {}
     for maps in recording:
-        for path, of_layer in zip(maps.layers, maps.weights, strict=True):
-            weights.setdefault(str(path), []).append(of_layer)
+        for layer, of_layer in zip(maps.layers, maps.weights, strict=True):
+            weights.setdefault(layers[layer], []).append(of_layer)
     return weights

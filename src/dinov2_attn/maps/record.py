@@ -175,13 +175,15 @@ class _Recorder:
         self._images: list[Tensor] = []
         self._kept: dict[Layer, list[_Batch]] = {}
         self._last: Layer | None = None
-        self._whole, self._broken, self._returned = 0, 0, 0
+        self._whole, self._broken, self._seen = 0, 0, 0
         # Of the current pass: whether images were seen, and whether no layer ran again too early.
         self._begun, self._clean = False, True
         self.recording: Recording[Any] = Recording()
 
     def begin(self, entrance: nn.Module, images: Tensor) -> None:
         """Note the ``images`` of a pass; batches of a list come one by one."""
+        if entrance in self.modules.entrances:
+            self._seen += 1
         if self.modules.backbone is None:
             if entrance is self.modules.whole or not self._images:
                 self._images = [images]
@@ -217,7 +219,7 @@ class _Recorder:
     def left(self, module: nn.Module) -> None:
         """End the pass of a model whose layers are those that ran."""
         if module is self.modules.whole:
-            self._returned += 1
+            self._seen += 1
             if self._kept and not self.modules.is_chosen:
                 self._end_layers()
 
@@ -339,10 +341,10 @@ class _Recorder:
     def _not_recorded(self) -> NotRecordedError:
         layers = list(dict.fromkeys(self.modules.wanted.values()))
         calls = self._course.calls(layers)
-        if self._returned and not (calls or self._whole or self._broken):
+        if self._seen and not (calls or self._whole or self._broken):
             return NotRecordedError(
                 f"the forward of each attention module to run in a pass: {_some(layers)}",
-                f"{self._returned} passes of {name_of(type(self.modules.whole))} in which none ran",
+                f"a pass of {name_of(type(self.modules.whole))} in which none ran",
                 "Their kernel is called from outside of their forward, where it cannot be seen: "
                 "by the model itself, by forward_list in training, or in a compiled graph. Try "
                 "model.eval(), or an eager model.",
