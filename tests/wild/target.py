@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -34,7 +35,13 @@ class Installed:
     """A library that the environment of the tests has itself (extra ``test``)."""
 
     project: str
-    revision: str = "installed"
+
+    @property
+    def revision(self) -> str:
+        try:
+            return version(self.project)
+        except PackageNotFoundError:
+            return "not installed"
 
 
 @dataclass(frozen=True)
