@@ -99,6 +99,12 @@ def ours(model: Any, images: torch.Tensor) -> dict[str, Call]:
         "last block, CLS row": lambda: model.get_last_self_attention(images, queries="cls"),
         "last block, full": lambda: model.get_last_self_attention(images),
         "every block, CLS row, record": partial(record, queries="cls"),
+        "every block, CLS row, record, proved in every pass": partial(
+            record, queries="cls", check="every"
+        ),
+        "every block, CLS row, return_attention=True": lambda: model(
+            images, return_attention=True, queries="cls"
+        ),
         "every block, full, record, every matrix kept": record,
         "every block, full, record, streamed to the head mean": head_mean,
         'every block, full, record, heads="mean"': partial(record, heads="mean"),
