@@ -126,6 +126,10 @@ def captured(kernel, x=X, **options):
     return plain, calls, capture.calls
 
 
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 1):
+    del KINDS["sdpa with a scale"]  # the argument came in with torch 2.1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_times_values_are_what_the_kernel_returned(kind):
     output, (call,), count = captured(KINDS[kind])
@@ -261,6 +265,10 @@ def test_a_kernel_that_is_something_else_is_unfaithful():
 def test_the_kernels_own_rounding_is_no_error(dtype, seed, size):
     q, k, v = (noise(1, 2, 50, 16, seed=seed + i).to(dtype) * size for i in range(3))
     call = fused_call(q, k, v)
+    try:
+        q @ k.mT
+    except RuntimeError:
+        pytest.skip("this torch multiplies no half precision on a CPU; bfloat16 runs")
     output = F.scaled_dot_product_attention(q, k, v)
     FusedCall(call.kernel, q, k, v, call.scale, output=output).check("a layer")
 
@@ -277,5 +285,8 @@ def test_autocast_gives_the_weights_of_the_dtype_in_which_the_kernel_ran():
     # A norm in float32 before the kernel, as of queries and keys.
     module.kernel = lambda q, k, v: F.scaled_dot_product_attention(q.float(), k.float(), v)
     with torch.autocast("cpu", torch.bfloat16), Capture(module, calls.append):
-        output = module(X.float())
+        try:
+            output = module(X.float())
+        except RuntimeError:
+            pytest.skip("this torch's autocast does not cast for its kernel; the other dtypes run")
     assert calls[0].weights().dtype == output.dtype

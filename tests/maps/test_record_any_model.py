@@ -28,6 +28,10 @@ def sharp(model):
 
 def of_transformers(name, attention):
     transformers = pytest.importorskip("transformers", reason="record of timm's models runs")
+    try:
+        getattr(transformers, name)
+    except ImportError:
+        pytest.skip("this transformers takes no such torch; record of timm's models runs")
     config = getattr(transformers, name.replace("Model", "Config"))(
         hidden_size=32,
         num_hidden_layers=3,
@@ -175,7 +179,7 @@ class FromOutside(nn.Module):
 @pytest.mark.parametrize("inside", [0, 2])
 def test_a_kernel_that_is_called_from_outside_its_module_is_an_error(inside):
     model, x = FromOutside(inside), noise(1, 3, 8, seed=0).float()
-    words = "Found 1 that did not: blocks.2" if inside else "Run the model inside"
+    words = "Found 1 that did not: blocks.2" if inside else "in which none ran"
     with pytest.raises(NotRecordedError, match=words), record(model):
         model(x)
     if inside:
