@@ -86,6 +86,14 @@ case(
 )
 case(
     "apps/viz",
+    "Try 'robust' or (0, 8)",
+    lambda lab: viz.Style(limits="all"),
+    lambda lab: [
+        drawn(lab, lab.maps(), style=viz.Style(limits=limits)) for limits in ("robust", (0, 8))
+    ],
+)
+case(
+    "apps/viz",
     "Rename it",
     lambda lab: viz.save(drawn(lab, lab.maps()), lab.folder / "map.bmp"),
     lambda lab: viz.save(drawn(lab, lab.maps()), lab.folder / "map.png"),

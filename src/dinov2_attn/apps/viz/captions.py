@@ -1,20 +1,26 @@
-"""The captions of pictures: model, layer, head, query, prefix mass, outliers."""
+"""The captions of pictures, in sentences: which attention, which colours, which marks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.colors import LogNorm, Normalize
 
+from dinov2_attn.apps.viz.bars import share, times
 from dinov2_attn.apps.viz.colours import Mask
-from dinov2_attn.apps.viz.rows import AttentionRow, Head
-from dinov2_attn.apps.viz.style import DECADES, Style
+from dinov2_attn.apps.viz.rows import AttentionRow, Head, Values
+from dinov2_attn.apps.viz.style import Style
 from dinov2_attn.apps.viz.text import percent
 from dinov2_attn.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from dinov2_attn.maps.artifacts import ArtifactTokens
+
+# The share of attention on CLS and the registers below which nothing is said of it.
+NOTABLE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,37 +56,40 @@ def outlying_in(
     return Outlying(mask, int(artifacts.layer[sample]), float(artifacts.threshold[sample]))
 
 
-def sentences(
-    row: AttentionRow,
-    layer: int,
-    head: Head | None,
-    style: Style,
-    outlying: Outlying | None = None,
-    name: str | None = None,
-) -> list[str]:
-    """Return the caption of one layer's picture. ``head`` is ``None`` if it shows each head."""
-    return [
-        subject(name, f"layer {layer}", _heads(head), f"query {row.name}"),
-        prefix_sentence(row, layer, "mean" if head is None else head),
-        *outlier_note(row, layer, style, outlying, "mean" if head is None else head),
-    ]
+def subject(row: AttentionRow, where: str, name: str | None) -> str:
+    """Return what a picture shows: the attention of which token, where, and in which model."""
+    model = f" Model: {name}." if name else ""
+    return f"Attention of {_token(row)}, {where}.{model}"
 
 
-def subject(*parts: str | None) -> str:
-    """Return what a picture shows, in one line."""
-    return " · ".join(filter(None, parts))
+def in_layer(layer: int, head: Head | None = None) -> str:
+    """Return the words for a layer and a head. ``None`` is each head and their mean."""
+    what = "mean of heads" if head == "mean" else f"head {head}"
+    if head is None:
+        what = "each head and their mean"
+    return f"in layer {layer} (counted from 0): {what}"
 
 
-def prefix_sentence(row: AttentionRow, layer: int, head: Head) -> str:
-    """Return the share of attention on CLS and the registers, which a map does not show."""
+def _token(row: AttentionRow) -> str:
+    if row.patch is not None:
+        return f"{row.name} (row, column; framed in white)"
+    if row.query == 0:
+        return "CLS, the token that stands for the whole image"
+    return f"{row.name}, a token without a place in the image"
+
+
+def prefix_sentence(row: AttentionRow, layer: int, head: Head) -> list[str]:
+    """Return what CLS and the registers get, which no map shows, if it is notable."""
+    held = row.prefix_mass(layer, head)
+    if not held > NOTABLE:
+        return []
     mean = ", mean of heads" if head == "mean" else ""
-    share = percent(row.prefix_mass(layer, head))
-    return f"{_prefix_hold(row)} {share} of the attention{mean}."
-
-
-def mass_note(row: AttentionRow, place: str, mean: str = "") -> str:
-    """Return what the numbers at the maps are."""
-    return f"{place}: the share of attention on {prefix_names(row)}{mean}."
+    verb = "gets" if row.prefix == 1 else "get"
+    no_patch = "It is no patch" if row.prefix == 1 else "They are no patches"
+    return [
+        f"{prefix_names(row)} {verb} {percent(held)} of the attention{mean}. "
+        f"{no_patch}: no map shows it."
+    ]
 
 
 def prefix_names(row: AttentionRow) -> str:
@@ -90,49 +99,93 @@ def prefix_names(row: AttentionRow) -> str:
     return f"CLS and {registers} register{plural}" if registers else "CLS"
 
 
-def outlier_note(
+def shown(row: AttentionRow, layer: int, head: Head) -> str:
+    """Return the share of attention that a map shows, in brackets, if much of it is elsewhere."""
+    held = row.prefix_mass(layer, head)
+    return f"({100 * (1 - held):.0f} %)" if held > NOTABLE else ""
+
+
+def shown_note(notes: Sequence[str], row: AttentionRow) -> list[str]:
+    """Return what the ``notes`` of ``shown`` are, if there are any."""
+    if not any(notes):
+        return []
+    return [
+        f"In brackets: the share of attention that is on patches, if below "
+        f"{100 * (1 - NOTABLE):.0f} %. The rest is on {prefix_names(row)}."
+    ]
+
+
+def colour_sentence(row: AttentionRow, norms: Sequence[Normalize], values: Values) -> str:
+    """Return where the colours of maps ``(count, h, w)`` begin and end, on one scale."""
+    low, high = norms[0].vmin or 0.0, norms[0].vmax or 0.0
+    begin = times(low) if low else "0"
+    word = "Logarithmic colours" if isinstance(norms[0], LogNorm) else "Colours"
+    return (
+        f"{word} run from {begin} to {times(high)} uniform attention. {unit(row)}"
+        f"{_above(norms, values)}"
+    )
+
+
+def own_colours(
+    row: AttentionRow, norms: Sequence[Normalize], values: Values, each: str, end: str
+) -> str:
+    """Return where the colours of ``each`` end, which do not share a scale."""
+    log = isinstance(norms[0], LogNorm)
+    colours = "logarithmic colours, up" if log else "colours, from 0"
+    return f"Each {each} has its own {colours} to {end}. {unit(row)}{_above(norms, values)}"
+
+
+def unit(row: AttentionRow) -> str:
+    """Return what one is in the unit of pictures."""
+    each = share(1 / row.tokens)
+    return f"1× is what each of the {row.tokens} tokens gets if all get alike, {each}."
+
+
+def _above(norms: Sequence[Normalize], values: Values) -> str:
+    """Return how many patches of maps ``(count, h, w)`` lie above the limits of their colours."""
+    ends = np.array([norm.vmax for norm in norms])[:, np.newaxis, np.newaxis]
+    above = values[(values > ends) & np.isfinite(values)]
+    if not above.size:
+        return ""
+    lie = "patch lies" if above.size == 1 else "patches lie"
+    highest = (
+        f"at {times(above.max())}" if above.size == 1 else f"the highest at {times(above.max())}"
+    )
+    return f" {above.size} of {values.size} {lie} above the last colour, {highest}."
+
+
+def artifact_sentence(
     row: AttentionRow,
     layer: int | None,
     style: Style,
     outlying: Outlying | None,
     head: Head = "mean",
 ) -> list[str]:
-    """Return how outliers are drawn, and whether the scale is logarithmic."""
-    notes = [_outliers(row, layer, style, outlying, head)]
-    if style.log:
-        notes.append(f"Logarithmic colours, {DECADES} decades at most.")
-    return notes
-
-
-def _outliers(
-    row: AttentionRow, layer: int | None, style: Style, outlying: Outlying | None, head: Head
-) -> str:
+    """Return how many artifact tokens there are, how they are drawn and what they get."""
     if outlying is None:
-        return "Outliers: not searched for."
+        return []
     count = int(outlying.mask.sum())
-    rule = f"norm after layer {outlying.layer} above {outlying.threshold:.4g}"
     if not count:
-        return f"Outliers: none (no {rule})."
-    done = {
-        "mark": "marked by red squares",
-        "clip": "excluded from the limits of the colours",
-        "mask": "masked in grey",
-        "none": "shown like all others",
-    }[style.outliers]
-    plural = "es" if count > 1 else ""
-    held = ""
-    if layer is not None:
-        share = np.nansum(row.map(layer, head)[outlying.mask])
-        mean = ", mean of heads" if head == "mean" else ""
-        held = f", holding {percent(share)} of the attention{mean}"
-    return f"Outliers: {count} patch{plural} {done} ({rule}){held}."
+        return ["No artifact tokens found."]
+    drawn = {"mask": "grey", "none": "not marked"}.get(style.outliers, "red frames")
+    one = count == 1
+    return [
+        f"{count} artifact token{'' if one else 's'} ({drawn}): "
+        f"{'a patch' if one else 'patches'} that the model uses as memory, with a norm above "
+        f"{outlying.threshold:.4g} after layer {outlying.layer}."
+        f"{_held(row, layer, head, outlying.mask)}{_spared(style, outlying.mask)}"
+    ]
 
 
-def _prefix_hold(row: AttentionRow) -> str:
-    return f"{prefix_names(row)} hold{'s' * (row.prefix == 1)}"
+def _held(row: AttentionRow, layer: int | None, head: Head, mask: Mask) -> str:
+    if layer is None:
+        return ""
+    held = np.nansum(row.map(layer, head)[mask])
+    mean = ", mean of heads" if head == "mean" else ""
+    return (
+        f" {'It gets' if mask.sum() == 1 else 'They get'} {percent(held)} of the attention{mean}."
+    )
 
 
-def _heads(head: Head | None) -> str:
-    if head is None:
-        return "each head"
-    return "mean of heads" if head == "mean" else f"head {head}"
+def _spared(style: Style, mask: Mask) -> str:
+    return " The limits of the colours ignore them." if style.spares and not mask.all() else ""

@@ -88,6 +88,15 @@ class AttentionRow:
         """Return the attention to patches as a map ``(h, w)``."""
         return self.row(layer, head)[self.prefix :].reshape(self.grid)
 
+    @property
+    def tokens(self) -> int:
+        """The number N of tokens. Uniform attention gives 1/N to each of them."""
+        return int(self.rows.shape[-1])
+
+    def times(self, layer: int | None, head: Head) -> Values:
+        """Return the ``map`` in multiples of uniform attention, the unit of pictures."""
+        return self.map(layer, head) * self.tokens
+
     def prefix_mass(self, layer: int | None, head: Head) -> float:
         """Return the sum of the attention to CLS and the registers."""
         return float(self.row(layer, head)[: self.prefix].sum())

@@ -1,0 +1,83 @@
+"""The limits of colours: which number gets the last one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LogNorm, Normalize
+
+from dinov2_attn.apps.viz.colours import Mask
+from dinov2_attn.apps.viz.rows import Values
+from dinov2_attn.apps.viz.style import Style
+
+# The range of a logarithmic scale. Attention can be zero.
+DECADES = 4
+# The share of patches that may lie above robust limits. In a small grid this is less than a
+# patch, so up to three may, and a blob of four is always within the limits.
+ABOVE = 0.005
+ABOVE_SMALL, FEW = 0.02, 3
+# How many times the limit the highest patch must be to lie above it.
+STANDS_OUT = 2.0
+# Patches that hold more of the attention than this are what the maps show, however few.
+MOST = 2 / 3
+
+
+def scale(values: Values, style: Style, outlying: Mask | None = None) -> Normalize:
+    """Return matplotlib's scale for maps ``(…, h, w)`` that share it.
+
+    Args:
+        values: The maps, in multiples of uniform attention. Numbers that are not finite are
+            ignored.
+        style: The limits, and whether the scale is logarithmic.
+        outlying: The artifact tokens ``(h, w)``. ``style`` says whether they count.
+
+    """
+    counted = values.reshape(-1, *values.shape[-2:])
+    if style.spares and outlying is not None and not outlying.all():
+        counted = counted[:, ~outlying]
+    counted = counted.reshape(len(counted), -1)
+    if isinstance(style.limits, tuple | list):
+        low, high = style.limits
+    else:
+        low, high = 0.0, _highest(counted, robust=style.limits == "robust")
+    return _log(low, high, counted) if style.log else Normalize(low, high or 1.0)
+
+
+def scales(values: Values, style: Style, outlying: Mask | None = None) -> list[Normalize]:
+    """Return the scale of each of the maps ``(count, h, w)``, one for all if they share it."""
+    if style.limits == "each":
+        return [scale(one, style, outlying) for one in values]
+    return [scale(values, style, outlying)] * len(values)
+
+
+def extend(norm: Any, values: Values) -> str:
+    """Return at which ends ``values`` exceed the scale: neither, min, max or both."""
+    finite = values[np.isfinite(values)]
+    below, above = (finite < norm.vmin).any(), (finite > norm.vmax).any()
+    return ("both" if above else "min") if below else ("max" if above else "neither")
+
+
+def _highest(maps: Values, robust: bool) -> float:
+    """Return the number of the last colour for maps ``(count, patches)``."""
+    finite = np.sort(maps[np.isfinite(maps)])
+    if not finite.size:
+        return 0.0
+    highest = float(finite[-1])
+    count, patches = maps.shape
+    above = int(count * max(ABOVE * patches, min(FEW, ABOVE_SMALL * patches)))
+    if not robust or above >= finite.size:
+        return highest
+    usual = float(finite[-1 - above])
+    stand_out = 0 < usual * STANDS_OUT < highest
+    few = finite[finite > usual].sum() <= MOST * finite.sum()
+    return usual if stand_out and few else highest
+
+
+def _log(low: float, high: float, values: Values) -> Normalize:
+    positive = values[values > 0]
+    high = high or 1.0
+    least = float(positive.min()) if positive.size else high
+    low = max(low or least, high / 10**DECADES)
+    # A constant map gets the lowest colour.
+    return LogNorm(low, high if high > low else 10 * low, clip=True)
