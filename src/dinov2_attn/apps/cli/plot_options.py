@@ -145,7 +145,7 @@ def check(args: argparse.Namespace, loaded: Loaded) -> None:
     """Raise what is wrong for every image: no such register or layer, nothing to write an MP4."""
     from dinov2_attn.backbone.backbone import Backbone
 
-    check_queries(args.queries or (), _prefix(loaded) - 1)
+    check_queries(args.queries or (), prefix_of(loaded) - 1)
     _tokens(args, loaded)
     Backbone(loaded.model).layers(_layers(args))
     if args.animate:
@@ -179,11 +179,13 @@ def write(
     patch_size = loaded.model.patch_size
     height, width = (side // patch_size for side in image.picture.shape[:2])
     tokens = _tokens(args, loaded)
-    positions = [position_of(token, _prefix(loaded), (height, width)) for token in tokens]
+    positions = [position_of(token, prefix_of(loaded), (height, width)) for token in tokens]
     # CLS comes first, for DINO v1's files.
     rows = list(dict.fromkeys([0, *positions]))
     maps = heatmap.maps_of(loaded.model, image, _layers(args), rows, args.device)
-    artifacts = None if args.outliers == "none" else _artifacts(loaded, image, called, args)
+    artifacts = (
+        None if args.outliers == "none" else artifacts_in(loaded, image, called, args.device)
+    )
     last = heatmap.last_cls_maps(maps)
     heatmap.write(
         folder,
@@ -213,7 +215,7 @@ def _tokens(args: argparse.Namespace, loaded: Loaded) -> list[Token]:
     for text in args.queries or ["cls"]:
         query = read_query(text)
         if query == "registers":
-            tokens += [f"register:{number}" for number in range(1, _prefix(loaded))]
+            tokens += [f"register:{number}" for number in range(1, prefix_of(loaded))]
         elif isinstance(query, slice) or query in WORDS:
             raise InvalidInputError(
                 "tokens that have pictures of their own",
@@ -225,23 +227,23 @@ def _tokens(args: argparse.Namespace, loaded: Loaded) -> list[Token]:
     return list(dict.fromkeys(tokens))
 
 
-def _artifacts(
-    loaded: Loaded, image: LoadedImage, called: str, args: argparse.Namespace
-) -> ArtifactTokens:
+def artifacts_in(loaded: Loaded, image: LoadedImage, called: str, device: str) -> ArtifactTokens:
+    """Return the artifact tokens of an image, and report them in the log."""
     from dinov2_attn.apps.viz.heatmap import run
     from dinov2_attn.maps.artifacts import artifact_tokens
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SuspiciousArtifactsWarning)  # the log reports it
         found: ArtifactTokens = run(
-            lambda images: artifact_tokens(loaded.model, images), image, args.device
+            lambda images: artifact_tokens(loaded.model, images), image, device
         )
     if found.mask.any():
         log.info("%s: %s", called, found.describe()[0])
     return found
 
 
-def _prefix(loaded: Loaded) -> int:
+def prefix_of(loaded: Loaded) -> int:
+    """Return the number of tokens before the patches."""
     from dinov2_attn.backbone.backbone import Backbone
 
     return Backbone(loaded.model).prefix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ class Bar:
     Attributes:
         norm: The scale, in multiples of uniform attention.
         colours: The colour map.
-        tokens: The number N of tokens: uniform attention is 1/N.
+        tokens: The number N of tokens: uniform attention is 1/N. ``None`` if images differ.
         beyond: At which ends colours stand for more: neither, min, max or both.
         ends: What stands at both ends in place of numbers, if scales differ.
 
@@ -40,14 +41,27 @@ class Bar:
 
     norm: Normalize
     colours: Colormap
-    tokens: int
+    tokens: int | None
     beyond: str = "neither"
     ends: tuple[str, str] | None = None
 
-    def draw(
-        self, figure: Figure, ax: Axes, points: float, orientation: Orientation = "vertical"
+    def draw(self, figure: Figure, ax: Axes, points: float) -> None:
+        """Draw the bar upright into ``ax``, with shares, in letters of ``points``."""
+        self._draw(figure, ax, points, "vertical", LABEL)
+
+    def draw_flat(self, figure: Figure, ax: Axes, points: float) -> None:
+        """Draw the bar from left to right into ``ax``, in letters of ``points``."""
+        share_of_one = "× uniform" if self.tokens is None else f"1× = {share(1 / self.tokens)}"
+        self._draw(figure, ax, points, "horizontal", f"attention ({share_of_one})")
+        if self.ends is not None:
+            ax.set_xlabel("")
+            low, high = ax.get_xticklabels()
+            low.set_horizontalalignment("left")
+            high.set_horizontalalignment("right")
+
+    def _draw(
+        self, figure: Figure, ax: Axes, points: float, orientation: Orientation, label: str
     ) -> None:
-        """Draw the bar into ``ax``, in letters of ``points``."""
         vertical = orientation == "vertical"
         box, (width, height) = ax.get_position(), figure.get_size_inches()
         width, height = box.width * width, box.height * height
@@ -61,23 +75,26 @@ class Bar:
         )
         ax.minorticks_off()
         room = int(long * POINTS_PER_INCH / points / ROOM[orientation])
-        places, labels = self._labels(min(max(2, room), MOST), vertical)
+        places, labels = self._labels(min(max(2, room), MOST), shares=vertical)
         bar.set_ticks(places, labels=labels)
         ax.tick_params(labelsize=points, labelfontfamily=FONT, length=2.5, pad=2)
-        bar.set_label(LABEL, fontsize=points, family=FONT)
+        bar.set_label(label, fontsize=points, family=FONT, labelpad=4 if vertical else 1)
+        bar.outline.set_linewidth(0.5)
 
-    def _labels(self, most: int, vertical: bool) -> tuple[list[float], list[str]]:
+    def _labels(self, most: int, shares: bool) -> tuple[list[float], list[str]]:
         if self.ends is not None:
             return list(self.norm.inverse(np.array([0.0, 1.0]))), list(self.ends)
         places = ticks(self.norm, most)
-        between = "  " if vertical else "\n"
-        return places, [
-            f"{times(v)}{between}{share(v / self.tokens)}" if v else "0" for v in places
-        ]
+        beside = [f"  {share(v / self.tokens)}" if self.tokens and shares else "" for v in places]
+        labels = [times(v) + part if v else "0" for v, part in zip(places, beside, strict=True)]
+        return places, labels
 
 
-def bar_of(scale: Normalize, values: Values, style: Style, tokens: int) -> Bar:
-    """Return the bar of ``values``, in multiples of uniform attention, on one ``scale``."""
+def bar_of(
+    scale: Normalize, maps: Sequence[Values] | Values, style: Style, tokens: int | None
+) -> Bar:
+    """Return the bar of ``maps``, in multiples of uniform attention, on one ``scale``."""
+    values = np.concatenate([one.ravel() for one in maps])
     return Bar(scale, style.colour_map(), tokens, extend(scale, values))
 
 

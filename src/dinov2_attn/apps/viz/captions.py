@@ -115,43 +115,64 @@ def shown_note(notes: Sequence[str], row: AttentionRow) -> list[str]:
     ]
 
 
-def colour_sentence(row: AttentionRow, norms: Sequence[Normalize], values: Values) -> str:
-    """Return where the colours of maps ``(count, h, w)`` begin and end, on one scale."""
+def colour_sentence(
+    tokens: Sequence[int], norms: Sequence[Normalize], maps: Sequence[Values] | Values
+) -> str:
+    """Return where the colours of ``maps`` begin and end, on one scale.
+
+    Args:
+        tokens: The numbers of tokens of the images.
+        norms: The scale of each map.
+        maps: The maps, each ``(h, w)``.
+
+    """
     low, high = norms[0].vmin or 0.0, norms[0].vmax or 0.0
     begin = times(low) if low else "0"
     word = "Logarithmic colours" if isinstance(norms[0], LogNorm) else "Colours"
     return (
-        f"{word} run from {begin} to {times(high)} uniform attention. {unit(row)}"
-        f"{_above(norms, values)}"
+        f"{word} run from {begin} to {times(high)} uniform attention. {unit(tokens)}"
+        f"{_above(norms, maps)}"
     )
 
 
 def own_colours(
-    row: AttentionRow, norms: Sequence[Normalize], values: Values, each: str, end: str
+    tokens: Sequence[int],
+    norms: Sequence[Normalize],
+    maps: Sequence[Values] | Values,
+    each: str,
+    end: str,
 ) -> str:
     """Return where the colours of ``each`` end, which do not share a scale."""
     log = isinstance(norms[0], LogNorm)
     colours = "logarithmic colours, up" if log else "colours, from 0"
-    return f"Each {each} has its own {colours} to {end}. {unit(row)}{_above(norms, values)}"
+    return f"Each {each} has its own {colours} to {end}. {unit(tokens)}{_above(norms, maps)}"
 
 
-def unit(row: AttentionRow) -> str:
-    """Return what one is in the unit of pictures."""
-    each = share(1 / row.tokens)
-    return f"1× is what each of the {row.tokens} tokens gets if all get alike, {each}."
+def unit(tokens: Sequence[int]) -> str:
+    """Return what one is in the unit of pictures, for images of so many tokens."""
+    least, most = min(tokens), max(tokens)
+    if least == most:
+        each = share(1 / least)
+        return f"1× is what each of the {least} tokens gets if all get alike, {each}."
+    each = f"{share(1 / most)} to {share(1 / least)}"
+    return f"1× is what each of {least} to {most} tokens gets if all get alike, {each}."
 
 
-def _above(norms: Sequence[Normalize], values: Values) -> str:
-    """Return how many patches of maps ``(count, h, w)`` lie above the limits of their colours."""
-    ends = np.array([norm.vmax for norm in norms])[:, np.newaxis, np.newaxis]
-    above = values[(values > ends) & np.isfinite(values)]
+def _above(norms: Sequence[Normalize], maps: Sequence[Values] | Values) -> str:
+    """Return how many patches of ``maps`` lie above the limits of their colours."""
+    numbers = [
+        values[(values > norm.vmax) & np.isfinite(values)]
+        for norm, values in zip(norms, maps, strict=True)
+    ]
+    above = np.concatenate(numbers)
     if not above.size:
         return ""
+    total = sum(values.size for values in maps)
     lie = "patch lies" if above.size == 1 else "patches lie"
-    highest = (
-        f"at {times(above.max())}" if above.size == 1 else f"the highest at {times(above.max())}"
-    )
-    return f" {above.size} of {values.size} {lie} above the last colour, {highest}."
+    highest = f"at {times(above.max())}"
+    if above.size > 1:
+        highest = f"the highest {highest}"
+    return f" {above.size} of {total} {lie} above the last colour, {highest}."
 
 
 def artifact_sentence(
@@ -189,3 +210,56 @@ def _held(row: AttentionRow, layer: int | None, head: Head, mask: Mask) -> str:
 
 def _spared(style: Style, mask: Mask) -> str:
     return " The limits of the colours ignore them." if style.spares and not mask.all() else ""
+
+
+def figure_caption(
+    rows: Sequence[AttentionRow],
+    artifacts: Sequence[Outlying | None],
+    layer: int,
+    columns: Sequence[str],
+    norms: Sequence[Normalize],
+    maps: Sequence[Values],
+    style: Style,
+    name: str | None,
+    names: Sequence[str],
+) -> str:
+    """Return the caption of a figure for papers, in one paragraph.
+
+    Args:
+        rows: The attention of each image.
+        artifacts: The artifact tokens of each image.
+        layer: The number of the block.
+        columns: What each column shows.
+        norms: The scale of each map.
+        maps: All maps.
+        style: How they are drawn.
+        name: The name of the model.
+        names: The names of the images.
+
+    """
+    tokens = [row.tokens for row in rows]
+    said = [subject(rows[0], f"in layer {layer} (counted from 0)", name)]
+    if names:
+        said.append(f"Rows: {', '.join(names)}.")
+    said.append(f"Columns: {', '.join(columns)}.".replace("mean", "mean of heads"))
+    if style.limits == "each":
+        said.append(own_colours(tokens, norms, maps, "map", "its highest patch"))
+    else:
+        said.append(colour_sentence(tokens, norms, maps))
+    held = [row.prefix_mass(layer, "mean") for row in rows]
+    if max(held) > NOTABLE:
+        shares = ", ".join(map(percent, held))
+        said.append(f"On {prefix_names(rows[0])}, which no map shows: {shares} of the attention.")
+    return " ".join([*said, *_artifacts_of_all(artifacts, style)])
+
+
+def _artifacts_of_all(artifacts: Sequence[Outlying | None], style: Style) -> list[str]:
+    """Return how many artifact tokens the images have, if any."""
+    found = [each.mask for each in artifacts if each is not None]
+    count = int(sum(mask.sum() for mask in found))
+    if not count:
+        return []
+    drawn = {"mask": "Grey", "none": "Not marked"}.get(style.outliers, "Red frames")
+    tokens = "artifact token, a patch" if count == 1 else "artifact tokens, patches"
+    spared = " The limits of the colours ignore them." if style.spares else ""
+    return [f"{drawn}: {count} {tokens} that the model uses as memory.{spared}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,15 +34,19 @@ def scale(values: Values, style: Style, outlying: Mask | None = None) -> Normali
         outlying: The artifact tokens ``(h, w)``. ``style`` says whether they count.
 
     """
-    counted = values.reshape(-1, *values.shape[-2:])
-    if style.spares and outlying is not None and not outlying.all():
-        counted = counted[:, ~outlying]
-    counted = counted.reshape(len(counted), -1)
+    return scale_together([(values, outlying)], style)
+
+
+def scale_together(images: Sequence[tuple[Values, Mask | None]], style: Style) -> Normalize:
+    """Return one scale for the maps of several images, each with its artifact tokens."""
+    counted = [_counted(values, style, outlying) for values, outlying in images]
     if isinstance(style.limits, tuple | list):
         low, high = style.limits
     else:
         low, high = 0.0, _highest(counted, robust=style.limits == "robust")
-    return _log(low, high, counted) if style.log else Normalize(low, high or 1.0)
+    if style.log:
+        return _log(low, high, np.concatenate([maps.ravel() for maps in counted]))
+    return Normalize(low, high or 1.0)
 
 
 def scales(values: Values, style: Style, outlying: Mask | None = None) -> list[Normalize]:
@@ -58,20 +63,34 @@ def extend(norm: Any, values: Values) -> str:
     return ("both" if above else "min") if below else ("max" if above else "neither")
 
 
-def _highest(maps: Values, robust: bool) -> float:
-    """Return the number of the last colour for maps ``(count, patches)``."""
-    finite = np.sort(maps[np.isfinite(maps)])
+def _counted(values: Values, style: Style, outlying: Mask | None) -> Values:
+    """Return the patches of maps ``(…, h, w)`` that may set limits, ``(count, patches)``."""
+    maps = values.reshape(-1, *values.shape[-2:])
+    if style.spares and outlying is not None and not outlying.all():
+        return maps[:, ~outlying]
+    return maps.reshape(len(maps), -1)
+
+
+def _highest(images: Sequence[Values], robust: bool) -> float:
+    """Return the number of the last colour for maps, each ``(count, patches)``."""
+    every = np.concatenate([maps.ravel() for maps in images])
+    finite = np.sort(every[np.isfinite(every)])
     if not finite.size:
         return 0.0
     highest = float(finite[-1])
-    count, patches = maps.shape
-    above = int(count * max(ABOVE * patches, min(FEW, ABOVE_SMALL * patches)))
+    above = int(sum(map(_may_be_above, images)))
     if not robust or above >= finite.size:
         return highest
     usual = float(finite[-1 - above])
     stand_out = 0 < usual * STANDS_OUT < highest
     few = finite[finite > usual].sum() <= MOST * finite.sum()
     return usual if stand_out and few else highest
+
+
+def _may_be_above(maps: Values) -> float:
+    """Return how many patches of maps ``(count, patches)`` may lie above robust limits."""
+    count, patches = maps.shape
+    return float(count * max(ABOVE * patches, min(FEW, ABOVE_SMALL * patches)))
 
 
 def _log(low: float, high: float, values: Values) -> Normalize:

@@ -104,7 +104,7 @@ def plot(
     norm = scale(values, style, _mask(outlying))
     caption = [
         subject(row, in_layer(layer, head), name),
-        colour_sentence(row, [norm], values[np.newaxis]),
+        colour_sentence([row.tokens], [norm], [values]),
         *prefix_sentence(row, layer, head),
         *artifact_sentence(row, layer, style, outlying, head),
     ]
@@ -121,7 +121,7 @@ def plot(
         pixels = as_pixels(image)
         mosaic.picture((0, 0), greyed(pixels) if style.background == "grey" else pixels)
     alpha = 1.0 if image is None else style.alpha
-    _map(mosaic, (0, 0), values, norm, style, outlying, alpha)
+    draw_map(mosaic, (0, 0), values, norm, style, outlying, alpha)
     mosaic.query((0, 0), row.patch)
     mosaic.finish()
     return ax
@@ -185,10 +185,10 @@ def plot_heads(
     if image is not None:
         _image(mosaic, places[0], image, row, style, outlying)
     for i, (place, head) in enumerate(zip(places[images:], heads, strict=True)):
-        _map(mosaic, place, values[i], norms[i], style, outlying)
+        draw_map(mosaic, place, values[i], norms[i], style, outlying)
         mosaic.query(place, row.patch)
         note = notes[i] if one else f"· {times(norms[i].vmax or 0)}"
-        mosaic.title(place, f"{_head_name(head)} {note}".strip(), SMALL)
+        mosaic.title(place, f"{head_name(head)} {note}".strip(), SMALL)
     mosaic.finish()
     return figure
 
@@ -236,10 +236,10 @@ def plot_layers(
         mosaic.label(i, "\n".join(filter(None, lines)), SMALL)
         for column, head in enumerate(heads):
             place = i, column
-            _map(mosaic, place, values[i, column], norms[i][column], style, outlying)
+            draw_map(mosaic, place, values[i, column], norms[i][column], style, outlying)
             mosaic.query(place, row.patch)
             if i == 0:
-                mosaic.title(place, _head_name(head), SMALL)
+                mosaic.title(place, head_name(head), SMALL)
     mosaic.finish()
     return figure
 
@@ -291,7 +291,7 @@ def plot_masks(
         mosaic.picture(place, dimmed(as_pixels(image), kept))
         mosaic.contour(place, kept)
         mosaic.query(place, row.patch)
-        mosaic.title(place, f"{_head_name(head)} · {percent(kept.mean())}", SMALL)
+        mosaic.title(place, f"{head_name(head)} · {percent(kept.mean())}", SMALL)
     mosaic.finish()
     return figure
 
@@ -326,10 +326,10 @@ def _colours(
     """Return the sentence on the colours of the maps ``(count, h, w)``."""
     if style.limits == "each":
         named = "" if layers else ", named above it"
-        return own_colours(row, norms, values, "map", f"its highest patch{named}")
+        return own_colours([row.tokens], norms, values, "map", f"its highest patch{named}")
     if style.limits == "robust" and layers:
-        return own_colours(row, norms, values, "layer", "the number beside it")
-    return colour_sentence(row, norms, values)
+        return own_colours([row.tokens], norms, values, "layer", "the number beside it")
+    return colour_sentence([row.tokens], norms, values)
 
 
 def _bar(
@@ -347,7 +347,8 @@ def _bar(
     return bar_of(norms[0], values, style, row.tokens)
 
 
-def _head_name(head: Head) -> str:
+def head_name(head: Head) -> str:
+    """Return the title of a map."""
     return "mean" if head == "mean" else f"head {head}"
 
 
@@ -355,7 +356,7 @@ def _mask(outlying: Outlying | None) -> Mask | None:
     return None if outlying is None else outlying.mask
 
 
-def _map(
+def draw_map(
     mosaic: Mosaic,
     place: tuple[int, int],
     values: Values,

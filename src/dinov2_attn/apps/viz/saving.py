@@ -24,7 +24,7 @@ SECONDS = 0.8  # of each layer
 FORMATS = ("png", "svg", "pdf")
 
 
-def save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path, *, dpi: int = DPI) -> None:
     """Write a figure as PNG, SVG or PDF.
 
     Text in an SVG or PDF stays text. The same figure gives the same bytes.
@@ -32,14 +32,15 @@ def save(figure: Figure, path: str | Path) -> None:
     Args:
         figure: What ``plot_heads`` returned, or ``plot(…).figure``.
         path: The file. Its suffix, ``.png``, ``.svg`` or ``.pdf``, chooses the format.
+        dpi: Pixels per inch, also of the images in an SVG or PDF.
 
     Raises:
         InvalidInputError: for another suffix.
         UnwritableOutputError: if the file cannot be written.
 
     """
-    with _written(Path(path)):
-        write_figure(figure, Path(path))
+    with written(Path(path)):
+        write_figure(figure, Path(path), dpi)
 
 
 def animate(maps: Drawable, path: str | Path, *, seconds: float = SECONDS, **options: Any) -> None:
@@ -61,7 +62,7 @@ def animate(maps: Drawable, path: str | Path, *, seconds: float = SECONDS, **opt
         UnwritableOutputError: if the file cannot be written.
 
     """
-    with _written(Path(path)):
+    with written(Path(path)):
         write_film(maps, Path(path), seconds, **options)
 
 
@@ -124,7 +125,8 @@ def _frames(figures: Iterable[Figure]) -> list[Pixels]:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[None]:
+def written(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` of writing ``path`` into one of ours."""
     try:
         yield
     except OSError as error:
