@@ -106,8 +106,8 @@ def add_colours(group: Options, outliers: str = "mark", chosen: str = "robust") 
         choices=("mark", "clip", "mask", "none"),
         default=outliers,
         help="How to treat artifact tokens. mark: frame them. clip: frame them, and exclude them "
-        "from all limits of the colours. mask: cover them in grey. none: do not search for them. "
-        f"Default: {outliers}.",
+        "from all limits of the colours. mask: cover them in grey as well. none: do not search for "
+        f"them. Default: {outliers}.",
     )
     group.add_argument(
         "--interpolation",

@@ -85,10 +85,10 @@ def prefix_sentence(row: AttentionRow, layer: int, head: Head) -> list[str]:
         return []
     mean = ", mean of heads" if head == "mean" else ""
     verb = "gets" if row.prefix == 1 else "get"
-    no_patch = "It is no patch" if row.prefix == 1 else "They are no patches"
+    no_patch = "It is not a patch" if row.prefix == 1 else "They are not patches"
     return [
         f"{prefix_names(row)} {verb} {percent(held)} of the attention{mean}. "
-        f"{no_patch}: no map shows it."
+        f"{no_patch}, so maps leave this out."
     ]
 
 
@@ -153,9 +153,9 @@ def unit(tokens: Sequence[int]) -> str:
     least, most = min(tokens), max(tokens)
     if least == most:
         each = share(1 / least)
-        return f"1× is what each of the {least} tokens gets if all get alike, {each}."
+        return f"1× is what each of the {least} tokens gets if all get the same, {each}."
     each = f"{share(1 / most)} to {share(1 / least)}"
-    return f"1× is what each of {least} to {most} tokens gets if all get alike, {each}."
+    return f"1× is what each of {least} to {most} tokens gets if all get the same, {each}."
 
 
 def _above(norms: Sequence[Normalize], maps: Sequence[Values] | Values) -> str:
@@ -188,7 +188,7 @@ def artifact_sentence(
     count = int(outlying.mask.sum())
     if not count:
         return ["No artifact tokens found."]
-    drawn = {"mask": "grey", "none": "not marked"}.get(style.outliers, "red frames")
+    drawn = {"mask": "grey in red frames", "none": "not marked"}.get(style.outliers, "red frames")
     one = count == 1
     return [
         f"{count} artifact token{'' if one else 's'} ({drawn}): "
@@ -249,7 +249,7 @@ def figure_caption(
     held = [row.prefix_mass(layer, "mean") for row in rows]
     if max(held) > NOTABLE:
         shares = ", ".join(map(percent, held))
-        said.append(f"On {prefix_names(rows[0])}, which no map shows: {shares} of the attention.")
+        said.append(f"On {prefix_names(rows[0])}, which maps leave out: {shares} of the attention.")
     return " ".join([*said, *_artifacts_of_all(artifacts, style)])
 
 
@@ -259,7 +259,7 @@ def _artifacts_of_all(artifacts: Sequence[Outlying | None], style: Style) -> lis
     count = int(sum(mask.sum() for mask in found))
     if not count:
         return []
-    drawn = {"mask": "Grey", "none": "Not marked"}.get(style.outliers, "Red frames")
+    drawn = {"mask": "Grey in red frames", "none": "Not marked"}.get(style.outliers, "Red frames")
     tokens = "artifact token, a patch" if count == 1 else "artifact tokens, patches"
     spared = " The limits of the colours ignore them." if style.spares else ""
     return [f"{drawn}: {count} {tokens} that the model uses as memory.{spared}"]

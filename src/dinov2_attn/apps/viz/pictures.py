@@ -369,7 +369,7 @@ def draw_map(
     mosaic.map(place, style.without_outliers(values, _mask(outlying)), norm, alpha)
     if outlying is not None and style.outliers == "mask":
         mosaic.cover(place, outlying.mask, GREY)
-    if outlying is not None and style.marks:
+    if outlying is not None and style.outliers != "none":
         mosaic.outlines(place, outlying.mask)
 
 

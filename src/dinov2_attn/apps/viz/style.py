@@ -32,8 +32,8 @@ class Style:
         log: Whether the scale is logarithmic, with four decades at most.
         interpolation: Between patches: ``"nearest"`` (none) or ``"bilinear"``.
         outliers: How artifact tokens are drawn: ``"mark"`` (framed), ``"clip"`` (framed, and
-            excluded from the limits of the colours whatever ``limits`` is), ``"mask"`` (grey, and
-            excluded) or ``"none"`` (like all others).
+            excluded from the limits of the colours whatever ``limits`` is), ``"mask"`` (framed,
+            grey and excluded) or ``"none"`` (like all others).
         alpha: The opacity of a map over an image, in (0, 1].
         limits: Where the colours begin and end. ``"robust"``: from 0 to the highest patch, or to
             the 99.5th percentile if the highest is far above it (and the patches above it do not
@@ -80,11 +80,6 @@ class Style:
         """Whether artifact tokens are excluded from the limits of the colours."""
         ours = self.limits in ("robust", "each")
         return self.outliers in ("clip", "mask") or (self.outliers == "mark" and ours)
-
-    @property
-    def marks(self) -> bool:
-        """Whether artifact tokens are framed on maps."""
-        return self.outliers in ("mark", "clip")
 
     def without_outliers(self, values: Values, outlying: Mask | None) -> Values:
         """Return a map ``(h, w)`` with masked outliers at the minimum of the others.
