@@ -42,6 +42,7 @@ def scale_together(images: Sequence[tuple[Values, Mask | None]], style: Style) -
     counted = [_counted(values, style, outlying) for values, outlying in images]
     if isinstance(style.limits, tuple | list):
         low, high = style.limits
+        low = low or (high / 10**DECADES if style.log else 0.0)
     else:
         low, high = 0.0, _highest(counted, robust=style.limits == "robust")
     if style.log:
