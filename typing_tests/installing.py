@@ -43,6 +43,11 @@ def draw(maps: AttentionMaps, recording: Recording, ax: Axes) -> None:
     assert_type(viz.plot_heads(maps), Figure)
     assert_type(viz.plot_layers(recording, query=(0, 1)), Figure)
     assert_type(viz.plot_masks(maps, 0.6, image=np.zeros((4, 6, 3))), Figure)
+    paper = viz.figure([maps], [np.zeros((4, 6, 3))], columns=["photo", "mean", 0])
+    assert_type(paper, viz.PaperFigure)
+    assert_type(paper.caption, str)
+    viz.Style(limits="each", cmap="inferno")
+    viz.Style(limits=(0, 8))
     viz.save(viz.plot_heads(maps), "heads.png")
 
 

@@ -17,6 +17,7 @@ from dinov2_attn._imports import lazily, require
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.explorer.explore import explore
+    from dinov2_attn.apps.viz.figure import PaperFigure, figure
     from dinov2_attn.apps.viz.images import LoadedImage, load_image
     from dinov2_attn.apps.viz.pictures import plot, plot_heads, plot_layers, plot_masks
     from dinov2_attn.apps.viz.saving import animate, save
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoadedImage",
+    "PaperFigure",
     "Style",
     "animate",
     "explore",
+    "figure",
     "load_image",
     "plot",
     "plot_heads",
@@ -37,9 +40,11 @@ __all__ = [
 
 _MODULES = {
     "LoadedImage": "dinov2_attn.apps.viz.images",
+    "PaperFigure": "dinov2_attn.apps.viz.figure",
     "Style": "dinov2_attn.apps.viz.style",
     "animate": "dinov2_attn.apps.viz.saving",
     "explore": "dinov2_attn.apps.explorer.explore",
+    "figure": "dinov2_attn.apps.viz.figure",
     "load_image": "dinov2_attn.apps.viz.images",
     "picture_of": "dinov2_attn.apps.viz.notebook",
     "plot": "dinov2_attn.apps.viz.pictures",

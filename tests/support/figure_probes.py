@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dinov2_attn import ArtifactTokens, AttentionMaps
-from dinov2_attn.apps.viz.saving import pixels_of
+from dinov2_attn.apps.viz.saving import DPI, pixels_of
 
 
 def maps_on(grid, *, heads=3, layers=2, registers=0, queries=(0,), seed=0, batch=1):
@@ -45,9 +45,9 @@ def viridis(values, low, high, *, log=False):
 class Drawn:
     """The pixels of a figure, found by the place in its mosaic that they should have."""
 
-    def __init__(self, figure, ax=None):
+    def __init__(self, figure, ax=None, dpi=DPI):
         self.figure, self.ax = figure, ax or figure.axes[0]
-        self.pixels = pixels_of(figure).astype(int)
+        self.pixels = pixels_of(figure, dpi).astype(int)
 
     @property
     def cells(self):

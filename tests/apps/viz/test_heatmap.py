@@ -14,7 +14,7 @@ from PIL import Image
 
 import dinov2_attn
 from dinov2_attn._files import atomic_folder
-from dinov2_attn.apps.viz.colours import tint, top_mass_mask, upsample, viridis
+from dinov2_attn.apps.viz.colours import top_mass_mask, upsample, viridis
 from dinov2_attn.apps.viz.heatmap import cls_maps, draw, write
 from dinov2_attn.apps.viz.images import LoadedImage, load_image
 from dinov2_attn.apps.viz.text import LEAST_WIDTH, NO_MEANING, with_banner
@@ -154,12 +154,6 @@ def test_a_cell_covers_exactly_its_patch():
     assert_same_bits(pixels[14:28, 14:28], np.full((14, 14), 4))
 
 
-def test_a_stain_changes_marked_pixels_only():
-    picture = np.full((1, 2, 3), 100, np.uint8)
-    tinted = tint(picture, np.array([[True, False]]))
-    assert tinted.tolist() == [[[177, 50, 50], [100, 100, 100]]]
-
-
 # Pictures and their files
 
 
@@ -194,10 +188,24 @@ def test_the_files_have_dino_v1s_names_and_the_images_size(tmp_path, photograph,
     assert_same_bits(pixels(tmp_path / "img.png"), photograph.picture)
 
 
-def test_the_overlay_is_half_photograph_half_map(photograph, maps):
+def test_the_overlay_is_half_grey_photograph_half_map(photograph, maps):
     pictures = draw(photograph, maps, 14)
-    expected = (photograph.picture / 2 + pictures["attn-mean"] / 2).astype(np.uint8)
-    assert_same_bits(pictures["overlay-mean"], expected)
+    grey = (photograph.picture @ (0.2126, 0.7152, 0.0722))[..., None]
+    expected = grey / 2 + pictures["attn-mean"] / 2
+    assert np.abs(pictures["overlay-mean"] - expected).max() <= 1
+
+
+def test_a_mask_keeps_the_colours_of_its_patches_only(photograph, maps):
+    picture = np.random.default_rng(0).integers(0, 256, (28, 42, 3), dtype=np.uint8)
+    pictures = draw(LoadedImage(photograph.tensor, picture), maps, 14, 0.6)
+    for head, grid in enumerate(maps):
+        kept = upsample(top_mass_mask(grid, 0.6), 14)
+        mask = pictures[f"mask_th0.6_head{head}"]
+        assert_same_bits(mask[kept], picture[kept])
+        assert not np.ptp(mask[~kept], axis=1).any()  # grey
+        assert (
+            np.abs(mask[~kept][:, 0] - 0.4 * (picture[~kept] @ (0.2126, 0.7152, 0.0722))).max() <= 1
+        )
 
 
 def test_every_picture_of_a_map_carries_the_warning(tmp_path, photograph, maps):

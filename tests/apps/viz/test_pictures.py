@@ -41,7 +41,8 @@ from tests.support.strategies import ModelCase
 from tests.support.tolerances import assert_close, assert_same_bits
 
 GRID = (3, 5)
-RED, WHITE = (230, 13, 13), (255, 255, 255)
+RED, WHITE = (148, 0, 0), (255, 255, 255)
+SHARED = viz.Style(limits="shared")
 grids = st.tuples(st.integers(1, 6), st.integers(1, 6))
 EVERY = {"heads": viz.plot_heads, "layers": viz.plot_layers}
 
@@ -62,22 +63,31 @@ def test_each_patch_has_the_colour_of_its_value_on_the_one_scale_of_all_heads(
 ):
     assume(grid != (1, 1))
     maps = maps_on(grid, registers=registers, seed=seed)
-    drawn = Drawn(viz.plot_heads(maps, style=viz.Style(log=log)))
+    drawn = Drawn(viz.plot_heads(maps, style=viz.Style(log=log, limits="shared")))
     values = drawn_values(maps)
-    low, high = values.min(), values.max()
-    expected = viridis(values, max(low, high / 1e4) if log else low, high, log=log)
+    high = values.max()
+    expected = viridis(values, max(values.min(), high / 1e4) if log else 0, high, log=log)
     assert len(drawn.cells) == 4
     for cell in range(4):
         assert np.abs(drawn.middles(cell, grid) - expected[cell]).max() <= 3
 
 
-def test_the_colour_bar_names_the_limits():
+def test_the_colour_bar_counts_from_zero_in_round_multiples_of_uniform_attention():
     maps = maps_on(GRID)
-    values = drawn_values(maps)
-    figure = viz.plot_heads(maps)
+    figure = viz.plot_heads(maps, style=SHARED)
+    highest = 16 * drawn_values(maps).max()
     labels = [label.get_text() for label in figure.axes[1].get_yticklabels()]
-    assert labels[0] == f"{100 * values.min():.3g} %"
-    assert labels[-1] == f"{100 * values.max():.3g} %"
+    places = figure.axes[1].get_yticks()
+    assert labels[0] == "0"
+    assert len(labels) >= 3
+    assert places[-1] <= highest < places[-1] + places[1] + 1e-9
+    for place, label in zip(places[1:], labels[1:], strict=True):
+        multiple, share = label.split("×  ")
+        assert float(multiple) == pytest.approx(place)
+        assert f"{float(multiple):.1g}" in (f"{place:.1g}", multiple)
+        assert float(share.removesuffix(" %")) == pytest.approx(100 * place / 16, rel=0.06)
+    assert figure.axes[1].get_ylim() == pytest.approx((0, highest))
+    assert figure.axes[1].get_ylabel() == "attention (× uniform)"
     bar = Drawn(figure).pixels
     box = figure.axes[1].get_window_extent()
     x = int((box.x0 + box.x1) / 2)
@@ -86,20 +96,16 @@ def test_the_colour_bar_names_the_limits():
     assert np.abs(bar[bottom, x] - viridis(0.0, 0, 1)).max() < 8
 
 
-@pytest.mark.parametrize("log", [False, True])
-def test_a_limit_next_to_nothing_is_nought_on_a_linear_bar(log):
-    maps = maps_on(GRID)
-    maps.weights[-1][..., 3] = 1e-12
-    bar = viz.plot_heads(maps, style=viz.Style(log=log)).axes[1]
-    least = bar.get_yticklabels()[0].get_text()
-    assert (least == "0 %") is not log
-
-
-def test_layers_by_heads_have_one_scale_and_their_place():
+@pytest.mark.parametrize("limits", ["shared", "robust", "each"])
+def test_layers_by_heads_have_their_scale_and_their_place(limits):
     maps = maps_on(GRID, layers=4, registers=2)
-    drawn = Drawn(viz.plot_layers(maps))
+    for layer, weights in enumerate(maps.weights):
+        weights.div_(1 + layer)
+    drawn = Drawn(viz.plot_layers(maps, style=viz.Style(limits=limits)))
     values = np.stack([drawn_values(maps, layer) for layer in range(4)])
-    expected = viridis(values, values.min(), values.max()).reshape(16, *GRID, 3)
+    axes = {"shared": (0, 1, 2, 3), "robust": (1, 2, 3), "each": (2, 3)}[limits]
+    high = values.max(axis=axes, keepdims=True)
+    expected = viridis(values, 0, high).reshape(16, *GRID, 3)
     for cell in range(16):
         assert np.abs(drawn.middles(cell, GRID) - expected[cell]).max() <= 3
     # One layer to a row, below one another.
@@ -107,8 +113,10 @@ def test_layers_by_heads_have_one_scale_and_their_place():
     assert (len(xs), len(ys)) == (4, 4)
     assert drawn.cells == [(x, y) for y in ys for x in xs]
     words = words_of(drawn.figure)
-    for layer, mass in enumerate(maps.prefix_mass()):
-        assert f"layer {layer}\n{100 * float(mass[0, :, 0].mean()):.1f} %" in words
+    for layer in range(4):
+        limit = f"\nto {18 * high.flat[layer]:.2g}×" if limits == "robust" else ""
+        assert any(word.startswith(f"layer {layer}{limit}") for word in words)
+    assert ("Each layer has its own colours" in caption_of(drawn.figure)) is (limits == "robust")
 
 
 def test_one_map_alone_is_scaled_by_itself():
@@ -116,25 +124,26 @@ def test_one_map_alone_is_scaled_by_itself():
     ax = viz.plot(maps, layer=1, head=2)
     values = maps.patch_maps()[1][0, 2, 0].numpy()
     drawn = Drawn(ax.figure)
-    assert np.abs(drawn.middles(0, GRID) - viridis(values, values.min(), values.max())).max() <= 3
+    assert np.abs(drawn.middles(0, GRID) - viridis(values, 0, values.max())).max() <= 3
+    assert_close(ax.images[0].get_array().data, 16 * values)
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_a_constant_map_has_the_lowest_colour(log):
+def test_a_constant_map_has_one_of_the_end_colours(log):
     maps = maps_on((1, 1), heads=1)
     drawn = Drawn(viz.plot(maps, style=viz.Style(log=log)).figure)
-    assert np.abs(drawn.at(0, 0, 0) - viridis(0.0, 0, 1)).max() <= 2
+    assert np.abs(drawn.at(0, 0, 0) - viridis(0.0 if log else 1.0, 0, 1)).max() <= 2
 
 
 def test_a_logarithmic_scale_has_four_decades():
     maps = maps_on((2, 3), heads=1, layers=1)
     maps.weights[0][..., 3] = 1e-30
     bar = viz.plot(maps, style=viz.Style(log=True)).figure.axes[1]
-    high = float(maps.patch_maps()[0].max())
+    high = 7 * float(maps.patch_maps()[0].max())
     assert bar.get_ylim() == pytest.approx((high / 1e4, high))
 
 
-def test_nought_and_nan_do_no_harm():
+def test_zero_and_nan_do_no_harm():
     maps = maps_on((2, 3), heads=1, layers=1)
     maps.weights[0][..., 2], maps.weights[0][..., 4] = 0, math.nan
     for log in (False, True):
@@ -150,11 +159,15 @@ def test_nought_and_nan_do_no_harm():
 def test_an_overlay_is_so_much_of_the_map_over_the_photograph(alpha, grid):
     assume(grid != (1, 1))
     maps, photograph = maps_on(grid), photograph_on(grid)
-    ax = viz.plot(maps, image=photograph, style=viz.Style(alpha=alpha))
     values = drawn_values(maps)[0]
-    colours = viridis(values, values.min(), values.max())
-    expected = alpha * colours + (1 - alpha) * photograph[7::14, 7::14]
-    assert np.abs(Drawn(ax.figure).middles(0, grid) - expected).max() <= 4
+    colours = viridis(values, 0, values.max())
+    cells = photograph[7::14, 7::14]
+    grey = (cells @ (0.2126, 0.7152, 0.0722))[..., None]
+    for background, below in (("grey", grey), ("colour", cells)):
+        style = viz.Style(alpha=alpha, background=background)
+        ax = viz.plot(maps, image=photograph, style=style)
+        expected = alpha * colours + (1 - alpha) * below
+        assert np.abs(Drawn(ax.figure).middles(0, grid) - expected).max() <= 4
 
 
 def test_between_patches_a_bilinear_map_is_between_their_values():
@@ -164,7 +177,7 @@ def test_between_patches_a_bilinear_map_is_between_their_values():
     values = maps.patch_maps()[-1][0, 0, 0].numpy()
     for share in (0.0, 0.25, 0.5, 0.9):
         value = (1 - share) * values[0, 0] + share * values[0, 1]
-        expected = viridis(value, values.min(), values.max())
+        expected = viridis(value, 0, values.max())
         assert np.abs(drawn.at(0, 0, share) - expected).max() <= 8
     steps = Drawn(viz.plot(maps).figure)
     assert_same_bits(steps.at(0, 0, 0.25), steps.at(0, 0, 0))
@@ -172,16 +185,31 @@ def test_between_patches_a_bilinear_map_is_between_their_values():
 
 @settings(max_examples=10)
 @given(grid=grids, share=st.floats(0.1, 1))
-def test_masks_stain_the_patches_that_keep_the_mass(grid, share):
+def test_masks_dim_all_but_the_patches_that_keep_the_mass(grid, share):
     maps, photograph = maps_on(grid), photograph_on(grid)
     drawn = Drawn(viz.plot_masks(maps, share, image=photograph))
     plain = photograph[7::14, 7::14].astype(int)
     assert np.abs(drawn.middles(0, grid) - plain).max() <= 2
+    dark = 0.4 * (plain @ (0.2126, 0.7152, 0.0722))[..., None]
     for cell, values in enumerate(drawn_values(maps), start=1):
         kept = top_mass_mask(values, share)
-        expected = np.where(kept[..., None], (plain + np.array((255, 0, 0))) / 2, plain)
+        expected = np.where(kept[..., None], plain, dark)
         assert np.abs(drawn.middles(cell, grid) - expected).max() <= 3
         assert any(text.endswith(f"· {100 * kept.mean():.1f} %") for text in words_of(drawn.figure))
+
+
+def test_a_line_separates_what_a_mask_keeps():
+    grid = (4, 6)
+    maps = maps_on(grid, heads=1, layers=1)
+    maps.weights[0][..., :] = 1e-9
+    maps.weights[0][..., 1 + 7 : 1 + 10] = 0.3  # row 1, columns 1 to 3
+    dark = np.zeros((56, 84, 3), np.uint8)
+    drawn = Drawn(viz.plot_masks(maps, 0.9, image=dark))
+    border = [(0.5, 1), (0.5, 2), (0.5, 3), (1.5, 2), (1, 0.5), (1, 3.5)]
+    for place in border:
+        assert (drawn.near(1, *place).min(axis=1) > 200).any(), place
+    for place in ((1, 1.5), (1, 2.5), (2.5, 2), (1, 4.5)):
+        assert (drawn.near(1, *place).max(axis=1) < 30).all(), place
 
 
 # Marks
@@ -198,7 +226,7 @@ def test_the_query_is_framed_where_it_is(grid, data):
     maps = maps_on(grid, registers=registers, queries=(0, position))
     ax = viz.plot(maps, query=(row, column))
     assert Drawn(ax.figure).frames(0, grid, WHITE) == {(row, column)}
-    assert f"query patch ({row}, {column})" in caption_of(ax.figure)
+    assert f"Attention of patch ({row}, {column})" in caption_of(ax.figure)
     heads = Drawn(viz.plot_heads(maps, query=(row, column), image=photograph_on(grid) // 2))
     for cell in range(5):
         assert heads.frames(cell, grid, WHITE) == {(row, column)}
@@ -207,7 +235,7 @@ def test_the_query_is_framed_where_it_is(grid, data):
 
 @pytest.mark.parametrize("grid", [(3, 5), (5, 2)])
 @pytest.mark.parametrize("draw", EVERY.values(), ids=EVERY)
-def test_outliers_are_framed_in_red_and_nothing_else_is(draw, grid):
+def test_artifacts_are_framed_in_red_and_nothing_else_is(draw, grid):
     places = {(0, grid[1] - 1), (2, 0)}
     drawn = Drawn(draw(maps_on(grid), artifacts=artifacts_at(grid, *places)))
     for cell in range(len(drawn.cells)):
@@ -226,53 +254,65 @@ def planted():
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
 @pytest.mark.parametrize("draw", EVERY.values(), ids=EVERY)
-@pytest.mark.parametrize("outliers", ["clip", "mask"])
-def test_clipped_and_masked_outliers_leave_the_scale_to_the_others(draw, outliers, interpolation):
+@pytest.mark.parametrize(
+    ("outliers", "limits"),
+    [("mark", "robust"), ("clip", "robust"), ("clip", "shared"), ("mask", "shared")],
+)
+def test_artifacts_leave_the_scale_to_the_others(draw, outliers, limits, interpolation):
     maps, artifacts = planted()
-    style = viz.Style(outliers=outliers, interpolation=interpolation)
+    style = viz.Style(outliers=outliers, interpolation=interpolation, limits=limits)
     drawn = Drawn(draw(maps, artifacts=artifacts, style=style))
     layers = range(len(maps.layers)) if draw is viz.plot_layers else [-1]
-    values = np.concatenate([drawn_values(maps, layer) for layer in layers])
+    values = np.stack([drawn_values(maps, layer) for layer in layers])
     others = np.ones(GRID, dtype=bool)
     others[1, 3] = False
-    expected = viridis(values, values[:, others].min(), values[:, others].max())
-    expected[:, 1, 3] = np.multiply(GREY[:3], 255) if outliers == "mask" else viridis(1.0, 0, 1)
-    for cell, colours in enumerate(expected):
+    axes = (1, 2) if limits == "robust" else (0, 1, 2)
+    high = values[..., others].max(axis=axes, keepdims=True)[..., None]
+    expected = viridis(values, 0, high)
+    expected[..., 1, 3, :] = np.multiply(GREY[:3], 255) if outliers == "mask" else viridis(1, 0, 1)
+    for cell, colours in enumerate(expected.reshape(-1, *GRID, 3)):
         # In a bilinear map the pixel of a middle is not quite its middle.
         tolerance = 3 if interpolation == "nearest" else 25
         assert np.abs(drawn.middles(cell, GRID) - colours).max() <= tolerance
-        assert not drawn.frames(cell, GRID, RED)
+        assert drawn.frames(cell, GRID, RED) == {(1, 3)}
     if outliers == "mask":  # all of the patch and nothing beyond it
-        grey = expected[0, 1, 3]
-        for row, column in ((0.55, 2.55), (1.45, 3.45)):
+        grey = expected[0, 0, 1, 3]
+        for row, column in ((0.62, 2.62), (1.38, 3.38)):
             assert np.abs(drawn.at(0, row, column) - grey).max() <= 2
         for row, column in ((0.4, 3), (1.6, 3), (1, 2.4), (1, 3.6)):
             assert np.abs(drawn.at(0, row, column) - grey).max() > 20
         if interpolation == "bilinear":  # what was masked does not shine into its neighbour
-            low = values[:, others].min()
-            mixed = viridis(0.6 * values[0, 1, 2] + 0.4 * low, low, values[:, others].max())
+            low = values[0, 0][others].min()
+            mixed = viridis(0.6 * values[0, 0, 1, 2] + 0.4 * low, 0, high[0, 0])
             assert np.abs(drawn.at(0, 1, 2.4) - mixed).max() <= 25
-    elif interpolation == "nearest":
-        bar = drawn.figure.axes[1]
-        assert bar.get_ylim()[1] == pytest.approx(values[:, others].max())
+    elif limits == "shared":
+        assert drawn.figure.axes[1].get_ylim()[1] == pytest.approx(16 * high.flat[0])
 
 
-def test_outliers_may_be_shown_like_all_others():
+@pytest.mark.parametrize("outliers", ["mark", "clip", "mask"])
+def test_artifacts_are_framed_on_the_image_too(outliers):
+    maps, artifacts = planted()
+    style, image = viz.Style(outliers=outliers), photograph_on(GRID)
+    drawn = Drawn(viz.plot_heads(maps, image=image, artifacts=artifacts, style=style))
+    assert drawn.frames(0, GRID, RED) == {(1, 3)}
+
+
+def test_artifacts_may_be_shown_like_all_others():
     maps, artifacts = planted()
     style = viz.Style(outliers="none")
     ours = Drawn(viz.plot_heads(maps, artifacts=artifacts, style=style))
     plain = Drawn(viz.plot_heads(maps))
     for cell in range(4):
         assert_same_bits(ours.middles(cell, GRID), plain.middles(cell, GRID))
-    assert "1 patch shown like all others" in caption_of(ours.figure)
+    assert "1 artifact token (not marked)" in caption_of(ours.figure)
 
 
-def test_where_every_patch_is_an_outlier_all_are_scaled():
+def test_where_every_patch_is_an_artifact_all_are_scaled():
     maps = maps_on((1, 2))
     artifacts = artifacts_at((1, 2), (0, 0), (0, 1))
     drawn = Drawn(viz.plot(maps, artifacts=artifacts, style=viz.Style(outliers="clip")).figure)
     values = drawn_values(maps)[0]
-    expected = viridis(values, values.min(), values.max())
+    expected = viridis(values, 0, values.max())
     assert np.abs(drawn.middles(0, (1, 2)) - expected).max() <= 3
 
 
@@ -315,39 +355,75 @@ def test_a_caption_holds_the_numbers_of_the_reference(models, query):
     )
     caption = caption_of(figure)
     name = name_token(position, prefix, CASE.grid)
-    assert caption.startswith(f"some model · layer 1 · each head · query {name}")
+    assert caption.startswith(f"Attention of {name}")
+    assert "in layer 1 (counted from 0): each head and their mean. Model: some model." in caption
     assert f"{100 * float(held.mean()):.1f} % of the attention, mean of heads" in caption
-    assert f"norm after layer 1 above {float(artifacts.threshold[1]):.4g}" in caption
-    of_outliers = row.mean(0)[prefix:][outlying].sum()
-    assert f"holding {100 * float(of_outliers):.1f} % of the attention" in caption
-    assert f"{int(outlying.sum())} patch" in caption
+    assert f"norm above {float(artifacts.threshold[1]):.4g} after layer 1" in caption
+    of_artifacts = row.mean(0)[prefix:][outlying].sum()
+    assert f"get {100 * float(of_artifacts):.1f} % of the attention, mean of heads" in caption
+    assert f"{int(outlying.sum())} artifact token" in caption
+    assert f"each of the {row.shape[-1]} tokens gets if all get the same, " in caption
     words = words_of(figure)
     for head in range(3):
-        assert f"head {head} · {100 * float(held[head]):.1f} %" in words
+        assert f"head {head} ({100 - 100 * float(held[head]):.0f} %)" in words
     single = caption_of(viz.plot(maps, layer=1, query=query, sample=1, head=2).figure)
-    assert single.startswith(f"layer 1 · head 2 · query {name}")
+    assert single.startswith(f"Attention of {name}")
+    assert "in layer 1 (counted from 0): head 2. Colours run from 0 to" in single
     assert f"{100 * float(held[2]):.1f} % of the attention." in single
-    registers = "CLS and 2 registers hold" if models.has_registers else "CLS holds"
+    registers = "CLS and 2 registers get" if models.has_registers else "CLS gets"
     assert registers in single
+
+
+def test_nothing_is_said_of_tokens_that_get_next_to_nothing():
+    maps = maps_on(GRID, registers=2)
+    for weights in maps.weights:
+        weights[..., :3] = 1e-3
+    for figure in (viz.plot(maps).figure, viz.plot_heads(maps), viz.plot_layers(maps)):
+        words = " ".join(words_of(figure)).replace("Attention of CLS", "")
+        assert "CLS" not in words
+        assert "register" not in words
+        assert "artifact" not in words
+        assert "(9" not in words
 
 
 @pytest.mark.parametrize(
     ("style", "words"),
     [
-        ({}, "Outliers: 2 patches marked by red squares (norm after layer 7 above 151.2)"),
-        ({"outliers": "clip"}, "2 patches excluded from the limits of the colours"),
-        ({"outliers": "mask"}, "2 patches masked in grey"),
-        ({"log": True}, "Logarithmic colours, 4 decades at most."),
+        ({}, "2 artifact tokens (red frames): patches that the model uses as memory, with a norm "
+         "above 151.2 after layer 7."),
+        ({}, "The limits of the colours ignore them."),
+        ({"outliers": "clip", "limits": "shared"}, "The limits of the colours ignore them."),
+        ({"outliers": "mask"}, "2 artifact tokens (grey in red frames)"),
     ],
-)
-def test_a_caption_says_what_became_of_outliers(style, words):
+)  # fmt: skip
+def test_a_caption_says_what_became_of_artifacts(style, words):
     artifacts = artifacts_at(GRID, (0, 0), (2, 4))
     maps = maps_on(GRID)
     for draw in EVERY.values():
         assert words in caption_of(draw(maps, artifacts=artifacts, style=viz.Style(**style)))
-        assert "Outliers: not searched for." in caption_of(draw(maps))
+        assert "artifact" not in caption_of(draw(maps))
         none = caption_of(draw(maps, artifacts=artifacts_at(GRID)))
-        assert "Outliers: none (no norm after layer 7 above 151.2)" in none
+        assert "No artifact tokens found." in none
+
+
+@pytest.mark.parametrize("limits", ["robust", "shared", (0, 1.5)])
+def test_a_caption_says_where_the_colours_end_and_what_lies_above(limits):
+    maps = maps_on((10, 10), heads=1, layers=1)
+    values = 101 * maps.patch_maps()[0][0, 0, 0]
+    maps.weights[0][..., 50] = 60 / 101
+    caption = caption_of(viz.plot(maps, style=viz.Style(limits=limits)).figure)
+    values.flatten()[49] = 60
+    above = {"robust": 2, "shared": 0, (0, 1.5): int((values > 1.5).sum())}[limits]
+    end = {"robust": values.flatten().sort().values[-3], "shared": 60, (0, 1.5): 1.5}[limits]
+    assert f"Colours run from 0 to {float(end):.2g}× uniform attention." in caption
+    said = f"{above} of 100 patches lie above the last colour, the highest at 60×."
+    assert (said in caption) is bool(above)
+    assert ("above the last" in caption) is bool(above)
+
+
+def test_a_caption_says_that_colours_are_logarithmic():
+    caption = caption_of(viz.plot(maps_on(GRID), style=viz.Style(log=True)).figure)
+    assert "Logarithmic colours run from 0." in caption
 
 
 @pytest.mark.parametrize(
@@ -405,7 +481,7 @@ def test_titles_do_not_run_into_each_other(grid, heads):
 @pytest.mark.parametrize("heads", [3, 6, 12, 16, 24])
 def test_the_heads_of_a_square_image_make_a_picture_of_a_screens_shape(heads):
     width, height = viz.plot_heads(maps_on((16, 16), heads=heads)).get_size_inches()
-    assert 0.7 < width / height < 1.8
+    assert 0.7 < width / height < 1.9
 
 
 # On an Axes of somebody's own
@@ -422,13 +498,13 @@ def test_an_axes_of_ones_own_is_drawn_on_and_nothing_else_changes():
     assert len(figure.axes) == 2
     assert not left.images
     assert not left.get_title()
-    assert "query patch (1, 2)" in " ".join(right.get_title().split())
+    assert "Attention of patch (1, 2)" in " ".join(right.get_title().split())
     assert NO_MEANING in " ".join(right.get_title().split())
     assert Drawn(figure, right).frames(0, GRID, WHITE) == {(1, 2)}
     assert dict(matplotlib.rcParams) == settings_before
     bar = figure.colorbar(right.images[1])
     values = maps.patch_maps()[-1][0, :, 1].mean(0)
-    assert (bar.vmin, bar.vmax) == pytest.approx((float(values.min()), float(values.max())))
+    assert (bar.vmin, bar.vmax) == pytest.approx((0, 16 * float(values.max())))
 
 
 def test_pyplot_is_never_imported(tmp_path):
@@ -513,6 +589,13 @@ def test_what_cannot_be_drawn_is_an_error_with_the_numbers_in_it(options, error,
         ({"interpolation": "bicubic"}, "'nearest', 'bilinear'.\nFound 'bicubic'"),
         ({"alpha": 0}, r"alpha as a number in \(0, 1\]\.\nFound 0"),
         ({"alpha": math.nan}, "Found nan"),
+        ({"cmap": "jet"}, "'cividis', 'gray'.\nFound 'jet'"),
+        ({"background": "gray"}, "'grey', 'colour'.\nFound 'gray'"),
+        ({"limits": "all"}, r"'robust', 'shared', 'each', or \(low, high\).*\nFound 'all'"),
+        ({"limits": (1, 1)}, r"Found \(1, 1\)"),
+        ({"limits": (-1, 1)}, r"Found \(-1, 1\)"),
+        ({"limits": (0, math.inf)}, "Found"),
+        ({"limits": (0, 1, 2)}, "Found"),
     ],
 )
 def test_a_style_of_no_sense_is_an_error(options, message):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dinov2_attn import viz
 from dinov2_attn.apps.cli.main import main
+from dinov2_attn.apps.viz.films import palette_for
 from dinov2_attn.apps.viz.reading import DEVIATION, MEAN
 from dinov2_attn.apps.viz.saving import FRAME_DPI, pixels_of
 from dinov2_attn.apps.viz.text import NO_MEANING
@@ -27,7 +28,7 @@ from dinov2_attn.errors import (
 from dinov2_attn.proof.conformance.synthetic_models import HEAD
 from tests.support import upstreams
 from tests.support.bright_patch import photograph_of
-from tests.support.figure_probes import artifacts_at, caption_of, maps_on, photograph_on
+from tests.support.figure_probes import Drawn, artifacts_at, caption_of, maps_on, photograph_on
 from tests.support.tolerances import assert_close
 
 pytest_plugins = ["tests.support.cli_fixtures"]  # fixtures: imported, image, weights
@@ -74,7 +75,7 @@ def test_an_svg_holds_the_caption_as_words(tmp_path, draw):
     figure = draw(maps_on(GRID), artifacts=artifacts_at(GRID, (1, 1)), **options)
     viz.save(figure, tmp_path / "a.svg")
     assert caption_of(figure) in words_in(tmp_path / "a.svg")
-    assert "Outliers: 1 patch marked" in words_in(tmp_path / "a.svg")
+    assert "1 artifact token (red frames)" in words_in(tmp_path / "a.svg")
     assert NO_MEANING in words_in(tmp_path / "a.svg")
     viz.save(
         draw(maps_on(GRID), artifacts=artifacts_at(GRID, (1, 1)), **options), tmp_path / "b.svg"
@@ -84,9 +85,9 @@ def test_an_svg_holds_the_caption_as_words(tmp_path, draw):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a", "png", ".png"])
 def test_other_endings_are_refused(tmp_path, name):
-    with pytest.raises(InvalidInputError, match=r"ends in \.png or \.svg"):
+    with pytest.raises(InvalidInputError, match=r"ends in \.png, \.svg or \.pdf"):
         viz.save(viz.plot(maps_on((1, 1))).figure, tmp_path / name)
-    with pytest.raises(InvalidInputError, match=r"ends in \.gif or \.mp4"):
+    with pytest.raises(InvalidInputError, match=r"ends in \.gif, \.webp or \.mp4"):
         viz.animate(maps_on((1, 1)), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -101,11 +102,12 @@ def test_a_place_that_is_none_is_an_error(tmp_path):
 # Films
 
 
-def test_a_gif_has_a_frame_for_each_layer_on_one_scale(tmp_path):
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_a_film_has_a_frame_for_each_layer_on_one_scale(tmp_path, kind):
     maps = maps_on(GRID, layers=5)
     options = {"image": photograph_on(GRID), "warning": NO_MEANING}
-    viz.animate(maps, tmp_path / "a.gif", seconds=0.5, **options)
-    frames = frames_of(tmp_path / "a.gif")
+    viz.animate(maps, tmp_path / f"a.{kind}", seconds=0.5, **options)
+    frames = frames_of(tmp_path / f"a.{kind}")
     assert len(frames) == 5
     for layer, (frame, duration) in enumerate(frames):
         figure = viz.plot_heads(maps, layer=layer, together=True, **options)
@@ -113,12 +115,55 @@ def test_a_gif_has_a_frame_for_each_layer_on_one_scale(tmp_path):
         assert f"layer {layer} " in caption_of(figure)
         assert duration == 500
         height, width = expected.shape[:2]
-        # A palette of 256 colours is near and not the same.
-        assert np.abs(frame[:height, :width] - expected).mean() < 3
+        difference = np.abs(frame[-height:, :width] - expected)
+        # Letters and photographs of a GIF are near and not the same.
+        assert difference.mean() < 3 if kind == "gif" else difference.max() == 0
         others = {figure.axes[1].get_ylim() for figure in (figure, _frame(maps, 0, options))}
         assert len(others) == 1
     for (a, _), (b, _) in itertools.pairwise(frames):
         assert np.abs(a - b).max() > 50
+
+
+@pytest.mark.parametrize("cmap", ["viridis", "inferno", "gray"])
+def test_the_colours_of_maps_in_a_gif_are_those_of_the_colour_map(tmp_path, cmap):
+    """Also next to a photograph of more colours than a palette has."""
+    grid = (16, 16)
+    maps = maps_on(grid, layers=3, heads=2)
+    ramp = torch.linspace(0, 1, 256, dtype=torch.float64).reshape(grid)
+    for layer, weights in enumerate(maps.weights):
+        weights[..., 1:] = ramp.roll(layer, 0).flatten()
+    image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    options = {"image": image, "style": viz.Style(cmap=cmap)}
+    viz.animate(maps, tmp_path / "a.gif", **options)
+    palettes = set()
+    with Image.open(tmp_path / "a.gif") as film:
+        palettes.add(tuple(film.getpalette()))
+    assert len(palettes) == 1
+    for layer, (frame, _) in enumerate(frames_of(tmp_path / "a.gif")):
+        drawn = Drawn(_frame(maps, layer, options), dpi=FRAME_DPI)
+        for cell in (1, 2, 3):
+            exact = drawn.middles(cell, grid)
+            drawn.pixels, kept = frame[-len(drawn.pixels) :], drawn.pixels
+            assert np.abs(drawn.middles(cell, grid) - exact).max() <= 2
+            drawn.pixels = kept
+
+
+@pytest.mark.parametrize("cmap", ["viridis", "inferno", "magma", "plasma", "cividis", "gray"])
+def test_a_palette_has_every_colour_of_the_map_and_some_of_the_rest(cmap):
+    colours = viz.Style(cmap=cmap).colour_map()
+    every = colours(np.arange(256), bytes=True)[None, :, :3]
+    noise = np.random.default_rng(0).integers(0, 256, (64, 256, 3), dtype=np.uint8)
+    palette = palette_for([every, noise], colours).astype(int)
+    assert palette.shape == (256, 3)
+    assert np.abs(every[0][:, None].astype(int) - palette).max(axis=2).min(axis=1).max() <= 2
+    flat = noise.reshape(-1, 3).astype(int)
+    assert np.abs(flat[:, None] - palette).max(axis=2).min(axis=1).mean() < 30
+
+
+def test_frames_of_the_colour_map_alone_need_no_other_colours():
+    colours = viz.Style().colour_map()
+    every = colours(np.arange(256), bytes=True)[None, :, :3]
+    assert palette_for([every], colours).shape == (256, 3)
 
 
 def _frame(maps, layer, options):
@@ -160,13 +205,14 @@ def test_an_mp4_has_the_frames(tmp_path):
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     raw = subprocess.run(command, capture_output=True, check=True).stdout
     expected = [pixels_of(_frame(maps, layer, {}), FRAME_DPI).astype(int) for layer in range(3)]
-    height, width = (side + side % 2 for side in expected[0].shape[:2])
+    tallest = max(expected, key=len)
+    height, width = (side + side % 2 for side in tallest.shape[:2])
     frames = np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3).astype(int)
     assert len(frames) in range(13, 18)  # 1.5 seconds of ten
     for layer in range(3):
         shown = frames[min(5 * layer + 2, len(frames) - 1)]
         rows, columns = expected[layer].shape[:2]
-        assert np.abs(shown[:rows, :columns] - expected[layer]).mean() < 6
+        assert np.abs(shown[-rows:, :columns] - expected[layer]).mean() < 6
 
 
 # The program
@@ -211,7 +257,7 @@ def test_a_patch_is_drawn_by_its_position_too(image, tmp_path):
     assert heatmap(image, "-o", tmp_path, *options) == 0
     for stem in ("heads", "overlay"):
         words = [words_in(tmp_path / f"{stem}-{name}.svg") for name in ("2-3", "position18")]
-        assert "query patch (2, 3)" in words[0]
+        assert "Attention of patch (2, 3)" in words[0]
         assert words[0] == words[1]
 
 
@@ -253,11 +299,26 @@ def test_captions_say_what_the_program_was_told(image, weights, tmp_path):
     assert heatmap(image, "-o", tmp_path, "--weights", weights, *options) == 0
     for name in ("heads-2-3", "overlay-2-3", "layers-2-3"):
         words = words_in(tmp_path / f"{name}.svg")
-        assert "query patch (2, 3)" in words
-        assert "Logarithmic colours" in words
-        assert "Outliers: not searched for." in words
-        assert "ViT-S/14" in words
+        assert "Attention of patch (2, 3)" in words
+        assert "ogarithmic colours" in words
+        assert "artifact" not in words
+        assert "Model: ViT-S/14" in words
         assert NO_MEANING not in words
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ("shared", "Colours run from 0 to"),
+        ("each", "Each map has its own colours, from 0 to its highest patch"),
+        ("0.5,2", "Colours run from 0.5× to 2× uniform attention"),
+    ],
+)
+def test_limits_are_those_of_the_command(image, weights, tmp_path, limits, words):
+    options = ["--format", "svg", "--overview", "--limits", limits, "--cmap", "inferno"]
+    assert heatmap(image, "-o", tmp_path, "--weights", weights, *options) == 0
+    for name in ("heads", "layers"):
+        assert words in words_in(tmp_path / f"{name}.svg")
 
 
 @pytest.fixture(scope="module")
@@ -282,12 +343,13 @@ def test_artifacts_are_said_in_the_log_and_in_the_caption(image, long_tokens, tm
     assert heatmap(image, "-o", tmp_path / "a", *options, "mark") == 0
     assert f"{image}: 1 of 28 patches with a norm above 0.25 after block 4: (1, 5)" in caplog.text
     words = words_in(tmp_path / "a" / "heads.svg")
-    assert "Outliers: 1 patch marked by red squares (norm after layer 4 above 0.25)" in words
-    # Everybody looks everywhere alike here: at one token of 29.
-    assert f"holding {100 / 29:.1f} % of the attention" in words
-    assert f"CLS holds {100 / 29:.1f} %" in words
+    assert "1 artifact token (red frames): a patch that the model uses as memory" in words
+    assert "with a norm above 0.25 after layer 4. It gets" in words
+    # Every token looks everywhere alike here: at one token of 29.
+    assert f"It gets {100 / 29:.1f} % of the attention" in words
+    assert "Colours run from 0 to 1× uniform attention" in words
     assert heatmap(image, "-o", tmp_path / "b", *options, "clip") == 0
-    assert "excluded from the limits of the colours" in words_in(tmp_path / "b" / "overlay.svg")
+    assert "The limits of the colours ignore" in words_in(tmp_path / "b" / "overlay.svg")
     arrays = [np.load(tmp_path / name / "attention.npy") for name in ("a", "b")]
     assert_close(*arrays)
 
@@ -318,7 +380,7 @@ def test_a_query_outside_of_an_image_fails_that_image_only(image, weights, tmp_p
     ("options", "message"),
     [
         (["--queries", "register:1"], "Expected a model with registers.\nFound register 1"),
-        (["--queries", "cls", "registers"], "Found registers of a model without registers"),
+        (["--queries", "cls", "registers"], "Found registers asked of a model without"),
         (["--queries", "patches"], "Found --queries patches, which stands for many"),
         (["--queries", "cls", "all"], "Found --queries all, which stands for many"),
         (["--queries", "#1:3"], "Found --queries #1:3, which stands for many"),
@@ -345,6 +407,12 @@ def test_what_no_image_can_mend_is_said_before_the_first(
         (["--interpolation", "bicubic"], "invalid choice"),
         (["--format", "jpg"], "invalid choice"),
         (["--animate", "webm"], "invalid choice"),
+        (["--cmap", "jet"], "invalid choice: 'jet'"),
+        (["--background", "red"], "invalid choice"),
+        (["--limits", "all"], "expected robust, shared, each, or LOW,HIGH"),
+        (["--limits", "8"], "found '8'. Try 0,8"),
+        (["--limits", "8,0"], "LOW from 0 on and below HIGH"),
+        (["--limits", "0,inf"], "found '0,inf'"),
     ],
 )
 def test_a_bad_option_is_explained(options, message, tmp_path, capsys):

@@ -43,6 +43,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "Install it with `pip install",
             "pip install tifffile",
             "Install it (apt install ffmpeg",
+            "Run `pip install --upgrade pillow`, or write a GIF",
             "or install an ffmpeg with H.264",
         ),
     },

@@ -86,6 +86,48 @@ case(
 )
 case(
     "apps/viz",
+    "Try 'robust' or (0, 8)",
+    lambda lab: viz.Style(limits="all"),
+    lambda lab: [
+        drawn(lab, lab.maps(), style=viz.Style(limits=limits)) for limits in ("robust", (0, 8))
+    ],
+)
+
+
+def paper(lab, maps=None, images=None, **options):
+    maps = maps or [lab.maps(), lab.maps()]
+    return viz.figure(maps, images or [lab.photograph, lab.photograph], **options)
+
+
+case(
+    "apps/viz",
+    "Ask for fewer columns, or for another width such as 3.25 or 6.75",
+    lambda lab: paper(lab, columns=["photo", "mean", 0, 1] * 3),
+    lambda lab: [
+        paper(lab, columns=["photo", "mean", 0, 1]),
+        paper(lab, columns=["photo", "mean", 0, 1] * 3, width=6.75),
+    ],
+)
+case(
+    "apps/viz",
+    "Add 'mean' or the number of a head",
+    lambda lab: paper(lab, columns=["photo"]),
+    lambda lab: [paper(lab, columns=["photo", column]) for column in ("mean", 0)],
+)
+case(
+    "apps/viz",
+    "Name each image, or none of them",
+    lambda lab: paper(lab, names=["a"]),
+    lambda lab: [paper(lab, names=["a", "b"]), paper(lab)],
+)
+case(
+    "apps/viz",
+    "Pass a list of images, one for each of a list of maps or of the batch",
+    lambda lab: paper(lab, images=lab.photograph),
+    lambda lab: [paper(lab), paper(lab, maps=lab.maps())],
+)
+case(
+    "apps/viz",
     "Rename it",
     lambda lab: viz.save(drawn(lab, lab.maps()), lab.folder / "map.bmp"),
     lambda lab: viz.save(drawn(lab, lab.maps()), lab.folder / "map.png"),

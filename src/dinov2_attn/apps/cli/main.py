@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from dinov2_attn import __version__
-from dinov2_attn.apps.cli import demo, doctor, explore, extract, heatmap, verify
+from dinov2_attn.apps.cli import demo, doctor, explore, extract, figure, heatmap, verify
 from dinov2_attn.errors import Dinov2AttnError, SuspiciousRangeWarning
 
 PROGRAM = "dinov2-attn"
-COMMANDS = (demo, heatmap, explore, extract, verify, doctor)
+COMMANDS = (demo, heatmap, figure, explore, extract, verify, doctor)
 
 # Options by names that one may look for: other commands or tools call them so.
 OTHER_NAMES = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.cli.argtypes import add_layers, add_queries, share
+from dinov2_attn.apps.cli.argtypes import Options, add_layers, add_queries, numbers, share
 from dinov2_attn.apps.cli.model_options import Loaded
 from dinov2_attn.apps.viz.tokens import (
     WORDS,
@@ -26,6 +27,7 @@ from dinov2_attn.typing import Layers
 if TYPE_CHECKING:
     from dinov2_attn.apps.viz.colours import Grid
     from dinov2_attn.apps.viz.images import LoadedImage
+    from dinov2_attn.apps.viz.style import Style
     from dinov2_attn.maps.artifacts import ArtifactTokens
     from dinov2_attn.maps.attention_maps import AttentionMaps
 
@@ -47,29 +49,18 @@ def add_options(parser: argparse.ArgumentParser, outliers: str = "mark") -> None
     )
     group.add_argument(
         "--animate",
-        choices=("gif", "mp4"),
-        help="Write a film over the layers as well. An mp4 needs ffmpeg.",
+        choices=("gif", "webp", "mp4"),
+        help="Write a film over the layers as well. A webp has the most exact colours. An mp4 "
+        "needs ffmpeg.",
     )
     group.add_argument(
         "--threshold",
         type=share,
         metavar="T",
-        help="Mark the patches that hold this share of the attention, above 0 and up to 1.",
+        help="Draw the image as well with all dimmed but the fewest patches that hold this share "
+        "of the attention, above 0 and up to 1.",
     )
-    group.add_argument(
-        "--outliers",
-        choices=("mark", "clip", "mask", "none"),
-        default=outliers,
-        help="How to treat artifact tokens: mark them, exclude them from the limits of the "
-        f"colours, mask them in grey, or do not search for them. Default: {outliers}.",
-    )
-    group.add_argument("--log", action="store_true", help="Use logarithmic colours.")
-    group.add_argument(
-        "--interpolation",
-        choices=("nearest", "bilinear"),
-        default="nearest",
-        help="How patches are enlarged to pixels. Default: nearest.",
-    )
+    add_colours(group, outliers)
     group.add_argument(
         "--alpha",
         type=share,
@@ -78,22 +69,87 @@ def add_options(parser: argparse.ArgumentParser, outliers: str = "mark") -> None
         help="The opacity of the map over the image, above 0 and up to 1. Default: 0.5.",
     )
     group.add_argument(
+        "--background",
+        choices=("grey", "colour"),
+        default="grey",
+        help="How the image is drawn below a map. Default: grey.",
+    )
+    group.add_argument(
         "--format",
-        choices=("png", "svg"),
+        choices=("png", "svg", "pdf"),
         default="png",
         help="The format of the figures. Default: png.",
     )
+
+
+def add_colours(group: Options, outliers: str = "mark", chosen: str = "robust") -> None:
+    """Add the options of colours to ``group``, with defaults of ``--outliers`` and ``--limits``."""
+    group.add_argument(
+        "--limits",
+        type=limits,
+        default=chosen,
+        metavar="{robust,shared,each,LOW,HIGH}",
+        help="Where the colours end. robust: at the highest patch, or at the 99.5th percentile if "
+        "the highest is far above it. shared: at the highest patch of all maps. each: at the "
+        "highest patch of each map. LOW,HIGH: from LOW to HIGH times uniform attention, such as "
+        f"0,8. Default: {chosen}.",
+    )
+    group.add_argument(
+        "--cmap",
+        choices=("viridis", "inferno", "magma", "plasma", "cividis", "gray"),
+        default="viridis",
+        help="The colour map. Default: viridis.",
+    )
+    group.add_argument("--log", action="store_true", help="Use logarithmic colours.")
+    group.add_argument(
+        "--outliers",
+        choices=("mark", "clip", "mask", "none"),
+        default=outliers,
+        help="How to treat artifact tokens. mark: frame them. clip: frame them, and exclude them "
+        "from all limits of the colours. mask: cover them in grey as well. none: do not search for "
+        f"them. Default: {outliers}.",
+    )
+    group.add_argument(
+        "--interpolation",
+        choices=("nearest", "bilinear"),
+        default="nearest",
+        help="How patches are enlarged to pixels. Default: nearest.",
+    )
+
+
+def limits(text: str) -> str | tuple[float, float]:
+    """Read robust, shared, each or LOW,HIGH."""
+    if text in ("robust", "shared", "each"):
+        return text
+    try:
+        ends = numbers(text)
+    except ArgumentTypeError:
+        ends = []
+    if len(ends) != 2 or not 0 <= ends[0] < ends[1]:
+        raise ArgumentTypeError(
+            "expected robust, shared, each, or LOW,HIGH with LOW from 0 on and below HIGH; "
+            f"found {text!r}. Try 0,8."
+        )
+    return ends[0], ends[1]
+
+
+def style_of(args: argparse.Namespace) -> Style:
+    """Return the style that the options of ``add_colours`` describe, and those of overlays."""
+    from dinov2_attn.apps.viz.style import Style
+
+    names = ("log", "interpolation", "outliers", "limits", "cmap", "alpha", "background")
+    return Style(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def check(args: argparse.Namespace, loaded: Loaded) -> None:
     """Raise what is wrong for every image: no such register or layer, nothing to write an MP4."""
     from dinov2_attn.backbone.backbone import Backbone
 
-    check_queries(args.queries or (), _prefix(loaded) - 1)
+    check_queries(args.queries or (), prefix_of(loaded) - 1)
     _tokens(args, loaded)
     Backbone(loaded.model).layers(_layers(args))
     if args.animate:
-        from dinov2_attn.apps.viz.saving import writer_of
+        from dinov2_attn.apps.viz.films import writer_of
 
         writer_of(args.animate)
 
@@ -123,11 +179,13 @@ def write(
     patch_size = loaded.model.patch_size
     height, width = (side // patch_size for side in image.picture.shape[:2])
     tokens = _tokens(args, loaded)
-    positions = [position_of(token, _prefix(loaded), (height, width)) for token in tokens]
+    positions = [position_of(token, prefix_of(loaded), (height, width)) for token in tokens]
     # CLS comes first, for DINO v1's files.
     rows = list(dict.fromkeys([0, *positions]))
     maps = heatmap.maps_of(loaded.model, image, _layers(args), rows, args.device)
-    artifacts = None if args.outliers == "none" else _artifacts(loaded, image, called, args)
+    artifacts = (
+        None if args.outliers == "none" else artifacts_in(loaded, image, called, args.device)
+    )
     last = heatmap.last_cls_maps(maps)
     heatmap.write(
         folder,
@@ -157,7 +215,7 @@ def _tokens(args: argparse.Namespace, loaded: Loaded) -> list[Token]:
     for text in args.queries or ["cls"]:
         query = read_query(text)
         if query == "registers":
-            tokens += [f"register:{number}" for number in range(1, _prefix(loaded))]
+            tokens += [f"register:{number}" for number in range(1, prefix_of(loaded))]
         elif isinstance(query, slice) or query in WORDS:
             raise InvalidInputError(
                 "tokens that have pictures of their own",
@@ -169,23 +227,23 @@ def _tokens(args: argparse.Namespace, loaded: Loaded) -> list[Token]:
     return list(dict.fromkeys(tokens))
 
 
-def _artifacts(
-    loaded: Loaded, image: LoadedImage, called: str, args: argparse.Namespace
-) -> ArtifactTokens:
+def artifacts_in(loaded: Loaded, image: LoadedImage, called: str, device: str) -> ArtifactTokens:
+    """Return the artifact tokens of an image, and report them in the log."""
     from dinov2_attn.apps.viz.heatmap import run
     from dinov2_attn.maps.find_artifacts import artifact_tokens
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SuspiciousArtifactsWarning)  # the log reports it
         found: ArtifactTokens = run(
-            lambda images: artifact_tokens(loaded.model, images), image, args.device
+            lambda images: artifact_tokens(loaded.model, images), image, device
         )
     if found.mask.any():
         log.info("%s: %s", called, found.describe()[0])
     return found
 
 
-def _prefix(loaded: Loaded) -> int:
+def prefix_of(loaded: Loaded) -> int:
+    """Return the number of tokens before the patches."""
     from dinov2_attn.backbone.backbone import Backbone
 
     return Backbone(loaded.model).prefix
@@ -201,11 +259,10 @@ def _of_token(
 ) -> Iterator[tuple[str, Writer]]:
     from dinov2_attn.apps.viz.pictures import plot_heads, plot_layers, plot_masks
     from dinov2_attn.apps.viz.saving import write_film
-    from dinov2_attn.apps.viz.style import Style
 
     # The plain names belong to CLS, whatever other tokens this or another run draws.
     suffix = "" if token == "cls" else f"-{file_name(token)}"
-    style = Style(args.log, args.interpolation, args.outliers, args.alpha)
+    style = style_of(args)
     about = {"query": token, "name": loaded.name, "warning": loaded.warning}
     whole = {**about, "artifacts": artifacts, "style": style}
     picture = {"image": image.picture}

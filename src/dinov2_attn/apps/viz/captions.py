@@ -1,21 +1,27 @@
-"""The captions of pictures: model, layer, head, query, prefix mass, outliers."""
+"""The captions of pictures, in sentences: which attention, which colours, which marks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.colors import LogNorm, Normalize
 
+from dinov2_attn.apps.viz.bars import share, times
 from dinov2_attn.apps.viz.colours import Mask
-from dinov2_attn.apps.viz.rows import AttentionRow, Head
-from dinov2_attn.apps.viz.style import DECADES, Style
+from dinov2_attn.apps.viz.rows import AttentionRow, Head, Values
+from dinov2_attn.apps.viz.style import Style
 from dinov2_attn.apps.viz.text import percent
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.typing import Layer
 
 if TYPE_CHECKING:
     from dinov2_attn.maps.artifacts import ArtifactTokens
+
+# The share of attention on CLS and the registers below which nothing is said of it.
+NOTABLE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,37 +57,40 @@ def outlying_in(
     return Outlying(mask, int(artifacts.layer[sample]), float(artifacts.threshold[sample]))
 
 
-def sentences(
-    row: AttentionRow,
-    layer: Layer,
-    head: Head | None,
-    style: Style,
-    outlying: Outlying | None = None,
-    name: str | None = None,
-) -> list[str]:
-    """Return the caption of one layer's picture. ``head`` is ``None`` if it shows each head."""
-    return [
-        subject(name, f"layer {layer}", _heads(head), f"query {row.name}"),
-        prefix_sentence(row, layer, "mean" if head is None else head),
-        *outlier_note(row, layer, style, outlying, "mean" if head is None else head),
-    ]
+def subject(row: AttentionRow, where: str, name: str | None) -> str:
+    """Return what a picture shows: the attention of which token, where, and in which model."""
+    model = f" Model: {name}." if name else ""
+    return f"Attention of {_token(row)}, {where}.{model}"
 
 
-def subject(*parts: str | None) -> str:
-    """Return what a picture shows, in one line."""
-    return " · ".join(filter(None, parts))
+def in_layer(layer: Layer, head: Head | None = None) -> str:
+    """Return the words for a layer and a head. ``None`` is each head and their mean."""
+    what = "mean of heads" if head == "mean" else f"head {head}"
+    if head is None:
+        what = "each head and their mean"
+    return f"in layer {layer} (counted from 0): {what}"
 
 
-def prefix_sentence(row: AttentionRow, layer: Layer, head: Head) -> str:
-    """Return the share of attention on CLS and the registers, which a map does not show."""
+def _token(row: AttentionRow) -> str:
+    if row.patch is not None:
+        return f"{row.name} (row, column; framed in white)"
+    if row.query == 0:
+        return "CLS, the token that stands for the whole image"
+    return f"{row.name}, a token without a place in the image"
+
+
+def prefix_sentence(row: AttentionRow, layer: Layer, head: Head) -> list[str]:
+    """Return what CLS and the registers get, which no map shows, if it is notable."""
+    held = row.prefix_mass(layer, head)
+    if not held > NOTABLE:
+        return []
     mean = ", mean of heads" if head == "mean" else ""
-    share = percent(row.prefix_mass(layer, head))
-    return f"{_prefix_hold(row)} {share} of the attention{mean}."
-
-
-def mass_note(row: AttentionRow, place: str, mean: str = "") -> str:
-    """Return what the numbers at the maps are."""
-    return f"{place}: the share of attention on {prefix_names(row)}{mean}."
+    verb = "gets" if row.prefix == 1 else "get"
+    no_patch = "It is not a patch" if row.prefix == 1 else "They are not patches"
+    return [
+        f"{prefix_names(row)} {verb} {percent(held)} of the attention{mean}. "
+        f"{no_patch}, so maps leave this out."
+    ]
 
 
 def prefix_names(row: AttentionRow) -> str:
@@ -91,49 +100,167 @@ def prefix_names(row: AttentionRow) -> str:
     return f"CLS and {registers} register{plural}" if registers else "CLS"
 
 
-def outlier_note(
+def shown(row: AttentionRow, layer: Layer, head: Head) -> str:
+    """Return the share of attention that a map shows, in brackets, if much of it is elsewhere."""
+    held = row.prefix_mass(layer, head)
+    return f"({100 * (1 - held):.0f} %)" if held > NOTABLE else ""
+
+
+def shown_note(notes: Sequence[str], row: AttentionRow) -> list[str]:
+    """Return what the ``notes`` of ``shown`` are, if there are any."""
+    if not any(notes):
+        return []
+    return [
+        f"In brackets: the share of attention that is on patches, if below "
+        f"{100 * (1 - NOTABLE):.0f} %. The rest is on {prefix_names(row)}."
+    ]
+
+
+def colour_sentence(
+    tokens: Sequence[int], norms: Sequence[Normalize], maps: Sequence[Values] | Values
+) -> str:
+    """Return where the colours of ``maps`` begin and end, on one scale.
+
+    Args:
+        tokens: The numbers of tokens of the images.
+        norms: The scale of each map.
+        maps: The maps, each ``(h, w)``.
+
+    """
+    low, high = norms[0].vmin or 0.0, norms[0].vmax or 0.0
+    begin = times(low) if low else "0"
+    word = "Logarithmic colours" if isinstance(norms[0], LogNorm) else "Colours"
+    return (
+        f"{word} run from {begin} to {times(high)} uniform attention. {unit(tokens)}"
+        f"{_above(norms, maps)}"
+    )
+
+
+def own_colours(
+    tokens: Sequence[int],
+    norms: Sequence[Normalize],
+    maps: Sequence[Values] | Values,
+    each: str,
+    end: str,
+) -> str:
+    """Return where the colours of ``each`` end, which do not share a scale."""
+    log = isinstance(norms[0], LogNorm)
+    colours = "logarithmic colours, up" if log else "colours, from 0"
+    return f"Each {each} has its own {colours} to {end}. {unit(tokens)}{_above(norms, maps)}"
+
+
+def unit(tokens: Sequence[int]) -> str:
+    """Return what one is in the unit of pictures, for images of so many tokens."""
+    least, most = min(tokens), max(tokens)
+    if least == most:
+        each = share(1 / least)
+        return f"1× is what each of the {least} tokens gets if all get the same, {each}."
+    each = f"{share(1 / most)} to {share(1 / least)}"
+    return f"1× is what each of {least} to {most} tokens gets if all get the same, {each}."
+
+
+def _above(norms: Sequence[Normalize], maps: Sequence[Values] | Values) -> str:
+    """Return how many patches of ``maps`` lie above the limits of their colours."""
+    numbers = [
+        values[(values > norm.vmax) & np.isfinite(values)]
+        for norm, values in zip(norms, maps, strict=True)
+    ]
+    above = np.concatenate(numbers)
+    if not above.size:
+        return ""
+    total = sum(values.size for values in maps)
+    lie = "patch lies" if above.size == 1 else "patches lie"
+    highest = f"at {times(above.max())}"
+    if above.size > 1:
+        highest = f"the highest {highest}"
+    return f" {above.size} of {total} {lie} above the last colour, {highest}."
+
+
+def artifact_sentence(
     row: AttentionRow,
     layer: Layer | None,
     style: Style,
     outlying: Outlying | None,
     head: Head = "mean",
 ) -> list[str]:
-    """Return how outliers are drawn, and whether the scale is logarithmic."""
-    notes = [_outliers(row, layer, style, outlying, head)]
-    if style.log:
-        notes.append(f"Logarithmic colours, {DECADES} decades at most.")
-    return notes
-
-
-def _outliers(
-    row: AttentionRow, layer: Layer | None, style: Style, outlying: Outlying | None, head: Head
-) -> str:
+    """Return how many artifact tokens there are, how they are drawn and what they get."""
     if outlying is None:
-        return "Outliers: not searched for."
+        return []
     count = int(outlying.mask.sum())
-    rule = f"norm after layer {outlying.layer} above {outlying.threshold:.4g}"
     if not count:
-        return f"Outliers: none (no {rule})."
-    done = {
-        "mark": "marked by red squares",
-        "clip": "excluded from the limits of the colours",
-        "mask": "masked in grey",
-        "none": "shown like all others",
-    }[style.outliers]
-    plural = "es" if count > 1 else ""
-    held = ""
-    if layer is not None:
-        share = np.nansum(row.map(layer, head)[outlying.mask])
-        mean = ", mean of heads" if head == "mean" else ""
-        held = f", holding {percent(share)} of the attention{mean}"
-    return f"Outliers: {count} patch{plural} {done} ({rule}){held}."
+        return ["No artifact tokens found."]
+    drawn = {"mask": "grey in red frames", "none": "not marked"}.get(style.outliers, "red frames")
+    one = count == 1
+    return [
+        f"{count} artifact token{'' if one else 's'} ({drawn}): "
+        f"{'a patch' if one else 'patches'} that the model uses as memory, with a norm above "
+        f"{outlying.threshold:.4g} after layer {outlying.layer}."
+        f"{_held(row, layer, head, outlying.mask)}{_spared(style, outlying.mask)}"
+    ]
 
 
-def _prefix_hold(row: AttentionRow) -> str:
-    return f"{prefix_names(row)} hold{'s' * (row.prefix == 1)}"
+def _held(row: AttentionRow, layer: Layer | None, head: Head, mask: Mask) -> str:
+    if layer is None:
+        return ""
+    held = np.nansum(row.map(layer, head)[mask])
+    mean = ", mean of heads" if head == "mean" else ""
+    return (
+        f" {'It gets' if mask.sum() == 1 else 'They get'} {percent(held)} of the attention{mean}."
+    )
 
 
-def _heads(head: Head | None) -> str:
-    if head is None:
-        return "each head"
-    return "mean of heads" if head == "mean" else f"head {head}"
+def _spared(style: Style, mask: Mask) -> str:
+    return " The limits of the colours ignore them." if style.spares and not mask.all() else ""
+
+
+def figure_caption(
+    rows: Sequence[AttentionRow],
+    artifacts: Sequence[Outlying | None],
+    layer: Layer,
+    columns: Sequence[str],
+    norms: Sequence[Normalize],
+    maps: Sequence[Values],
+    style: Style,
+    name: str | None,
+    names: Sequence[str],
+) -> str:
+    """Return the caption of a figure for papers, in one paragraph.
+
+    Args:
+        rows: The attention of each image.
+        artifacts: The artifact tokens of each image.
+        layer: The number of the block.
+        columns: What each column shows.
+        norms: The scale of each map.
+        maps: All maps.
+        style: How they are drawn.
+        name: The name of the model.
+        names: The names of the images.
+
+    """
+    tokens = [row.tokens for row in rows]
+    said = [subject(rows[0], f"in layer {layer} (counted from 0)", name)]
+    if names:
+        said.append(f"Rows: {', '.join(names)}.")
+    said.append(f"Columns: {', '.join(columns)}.".replace("mean", "mean of heads"))
+    if style.limits == "each":
+        said.append(own_colours(tokens, norms, maps, "map", "its highest patch"))
+    else:
+        said.append(colour_sentence(tokens, norms, maps))
+    held = [row.prefix_mass(layer, "mean") for row in rows]
+    if max(held) > NOTABLE:
+        shares = ", ".join(map(percent, held))
+        said.append(f"On {prefix_names(rows[0])}, which maps leave out: {shares} of the attention.")
+    return " ".join([*said, *_artifacts_of_all(artifacts, style)])
+
+
+def _artifacts_of_all(artifacts: Sequence[Outlying | None], style: Style) -> list[str]:
+    """Return how many artifact tokens the images have, if any."""
+    found = [each.mask for each in artifacts if each is not None]
+    count = int(sum(mask.sum() for mask in found))
+    if not count:
+        return []
+    drawn = {"mask": "Grey in red frames", "none": "Not marked"}.get(style.outliers, "Red frames")
+    tokens = "artifact token, a patch" if count == 1 else "artifact tokens, patches"
+    spared = " The limits of the colours ignore them." if style.spares else ""
+    return [f"{drawn}: {count} {tokens} that the model uses as memory.{spared}"]

@@ -13,8 +13,6 @@ Mask = npt.NDArray[np.bool_]
 Pixels = npt.NDArray[np.uint8]
 Cell = TypeVar("Cell", bound=np.generic)
 
-RED: Pixels = np.array((255, 0, 0), dtype=np.uint8)
-
 
 def viridis(grid: Grid) -> Pixels:
     """Colour a grid ``(h, w)`` from its minimum to its maximum: uint8 ``(h, w, 3)``.
@@ -47,10 +45,5 @@ def upsample(cells: npt.NDArray[Cell], patch_size: int) -> npt.NDArray[Cell]:
 
 
 def blend(below: Pixels, above: Pixels) -> Pixels:
-    """Blend two pictures, or a picture and a colour, half and half."""
+    """Blend two pictures half and half."""
     return (below / 2 + above / 2).astype(np.uint8)
-
-
-def tint(picture: Pixels, mask: Mask) -> Pixels:
-    """Blend red into the pixels ``(H, W, 3)`` that the mask ``(H, W)`` marks."""
-    return np.where(mask[..., np.newaxis], blend(picture, RED), picture)

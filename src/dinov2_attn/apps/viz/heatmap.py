@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from dinov2_attn._files import atomic_folder
-from dinov2_attn.apps.viz.colours import Grid, Pixels, blend, tint, top_mass_mask, upsample, viridis
+from dinov2_attn.apps.viz.colours import Grid, Pixels, blend, top_mass_mask, upsample, viridis
 from dinov2_attn.apps.viz.images import LoadedImage
 from dinov2_attn.apps.viz.inference import inference_on
+from dinov2_attn.apps.viz.pixels import dimmed, greyed
 from dinov2_attn.apps.viz.text import with_banner
 from dinov2_attn.maps.attention_maps import AttentionMaps, attention_maps
 from dinov2_attn.typing import Layers, Queries
@@ -79,18 +80,18 @@ def draw(
 
     Returns:
         uint8 ``(H, W, 3)`` by name: ``attn-head{j}`` and ``attn-mean`` in viridis, each from its
-        own minimum to its own maximum; ``overlay-mean``, blended half and half with the image;
-        and with a ``threshold`` ``mask_th{t}_head{j}``, with the patches in red that hold this
-        share of the head's mass.
+        own minimum to its own maximum; ``overlay-mean``, blended half and half with the image in
+        grey; and with a ``threshold`` ``mask_th{t}_head{j}``, which dims the image but for the
+        patches that hold this share of the head's mass.
 
     """
     mean = upsample(viridis(maps.mean(axis=0)), patch_size)
-    pictures = {"attn-mean": mean, "overlay-mean": blend(image.picture, mean)}
+    pictures = {"attn-mean": mean, "overlay-mean": blend(greyed(image.picture), mean)}
     for head, grid in enumerate(maps):
         pictures[f"attn-head{head}"] = upsample(viridis(grid), patch_size)
         if threshold is not None:
-            mask = upsample(top_mass_mask(grid, threshold), patch_size)
-            pictures[f"mask_th{threshold}_head{head}"] = tint(image.picture, mask)
+            kept = top_mass_mask(grid, threshold)
+            pictures[f"mask_th{threshold}_head{head}"] = dimmed(image.picture, kept)
     return pictures
 
 

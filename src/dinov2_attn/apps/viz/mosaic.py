@@ -9,14 +9,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
-from matplotlib.patheffects import withStroke
 
 from dinov2_attn.apps.viz.colours import Mask
 from dinov2_attn.apps.viz.rows import Values
-from dinov2_attn.apps.viz.style import Style, colour_map
+from dinov2_attn.apps.viz.style import Style
 from dinov2_attn.apps.viz.text import FONT
 
-RED = (0.9, 0.05, 0.05)
+# Marks have two strokes, so that one of them stands out from any colour below: white has a
+# contrast of 3 : 1 with all that is darker than a third, this red with all that is brighter.
+RED = (0.58, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ class Mosaic:
     def map(
         self, place: tuple[int, int], values: Values, norm: Normalize, alpha: float = 1.0
     ) -> None:
-        """Draw values ``(h, w)`` in viridis. NaN and infinity are black."""
+        """Draw values ``(h, w)`` in the colours of the style. NaN and infinity are black."""
         self._ax.imshow(
             np.ma.masked_invalid(values),
-            cmap=colour_map(),
+            cmap=self._style.colour_map(),
             norm=norm,
             alpha=alpha,
             interpolation=self._style.interpolation,
@@ -88,16 +89,21 @@ class Mosaic:
         self._ax.imshow(overlay, interpolation="nearest", extent=self._extent(place))
 
     def outlines(self, place: tuple[int, int], patches: Mask) -> None:
-        """Frame in red the patches that ``patches`` ``(h, w)`` marks."""
-        squares = [self._square(place, *patch) for patch in np.argwhere(patches)]
-        if squares:
-            self._lines(squares, RED, self._thick)
+        """Frame in red on white the patches that ``patches`` ``(h, w)`` marks."""
+        self._lines(
+            [self._square(place, *patch) for patch in np.argwhere(patches)], RED, "white", 1.25
+        )
+
+    def contour(self, place: tuple[int, int], patches: Mask) -> None:
+        """Draw a line, white on black, around the patches that ``patches`` ``(h, w)`` marks."""
+        x, y = self._cells.corner(*place)
+        sides = [[(x + a, y + b), (x + c, y + d)] for a, b, c, d in _borders(patches)]
+        self._lines(sides, "white", "black")
 
     def query(self, place: tuple[int, int], patch: tuple[int, int] | None) -> None:
         """Frame the patch of the query in white on black."""
-        if patch is not None:
-            lines = self._lines([self._square(place, *patch)], "white", 1.5 * self._thick)
-            lines.set_path_effects([withStroke(linewidth=3 * self._thick, foreground="black")])
+        squares = [] if patch is None else [self._square(place, *patch)]
+        self._lines(squares, "white", "black", 1.5)
 
     def title(self, place: tuple[int, int], text: str, points: float) -> None:
         """Write ``text`` above a cell, aligned to its left edge."""
@@ -132,12 +138,21 @@ class Mosaic:
             (left, top),
         ]
 
-    def _lines(self, squares: list[Any], colour: Any, width: float) -> Any:
-        lines = LineCollection(
-            squares, colors=[colour], linewidths=width, capstyle="projecting", clip_on=False
-        )
-        self._ax.add_collection(lines, autolim=False)
-        return lines
+    def _lines(self, lines: list[Any], inner: Any, outer: Any, times: float = 1.0) -> None:
+        """Draw lines of the colour ``inner`` with edges of the colour ``outer``."""
+        width = times * self._thick
+        # All edges are drawn first: where lines meet, no edge covers another line.
+        for colour, points in ((outer, 2.2 * width), (inner, width)):
+            drawn = LineCollection(
+                lines,
+                colors=[colour],
+                linewidths=points,
+                capstyle="projecting",
+                clip_on=False,
+                zorder=3,
+            )
+            if lines:
+                self._ax.add_collection(drawn, autolim=False)
 
     def _annotate(
         self,
@@ -158,3 +173,14 @@ class Mosaic:
             parse_math=False,
             **alignment,
         )
+
+
+def _borders(patches: Mask) -> list[tuple[int, int, int, int]]:
+    """Return the sides between marked and other patches, each as x, y, x, y of its ends."""
+    padded = np.pad(patches, 1).astype(np.int8)
+    across = np.argwhere(np.diff(padded, axis=0)[:, 1:-1])
+    along = np.argwhere(np.diff(padded, axis=1)[1:-1])
+    return [
+        *((int(x), int(y), int(x) + 1, int(y)) for y, x in across),
+        *((int(x), int(y), int(x), int(y) + 1) for y, x in along),
+    ]

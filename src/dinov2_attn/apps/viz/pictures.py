@@ -9,22 +9,27 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from matplotlib.figure import Figure
 
+from dinov2_attn.apps.viz.bars import Bar, bar_of, bar_without_numbers, times
 from dinov2_attn.apps.viz.captions import (
     Outlying,
-    mass_note,
-    outlier_note,
+    artifact_sentence,
+    colour_sentence,
+    in_layer,
     outlying_in,
+    own_colours,
     prefix_sentence,
-    sentences,
+    shown,
+    shown_note,
     subject,
 )
 from dinov2_attn.apps.viz.colours import Mask, top_mass_mask
 from dinov2_attn.apps.viz.layout import SMALL, grid_sheet, line_width, single_sheet, table_sheet
+from dinov2_attn.apps.viz.limits import scale, scales
 from dinov2_attn.apps.viz.mosaic import Cells, Mosaic
-from dinov2_attn.apps.viz.pixels import as_pixels
+from dinov2_attn.apps.viz.pixels import as_pixels, dimmed, greyed
 from dinov2_attn.apps.viz.rows import AttentionRow, Drawable, Head, Values, select_row
-from dinov2_attn.apps.viz.sheet import POINTS, draw_bar
-from dinov2_attn.apps.viz.style import GREY, Style, extend
+from dinov2_attn.apps.viz.sheet import BAR_POINTS, POINTS
+from dinov2_attn.apps.viz.style import GREY, Style
 from dinov2_attn.apps.viz.text import FONT, percent, wrap
 from dinov2_attn.apps.viz.tokens import Token
 from dinov2_attn.typing import Layer
@@ -39,7 +44,6 @@ if TYPE_CHECKING:
     from dinov2_attn.maps.artifacts import ArtifactTokens
 
 PLAIN = Style()
-RED_TINT = (1.0, 0.0, 0.0, 0.5)
 # An image: what load_image returns, an image of Pillow, or an array with the channels last.
 Picture: TypeAlias = "LoadedImage | npt.ArrayLike | PIL.Image.Image"
 
@@ -64,6 +68,8 @@ def plot(
     >>> viz.plot(maps, layer=11, head=3, image=image).figure.savefig("head3.png")
     >>> viz.plot(maps, ax, style=viz.Style(log=True, interpolation="bilinear"))
 
+    Colours stand for multiples of uniform attention: 1 is the N-th part, of N tokens.
+
     The patch (row, column) is centred at x = column, y = row. For a colour bar of your own, take
     the map: ``ax.images[0]``, or ``ax.images[1]`` over an image. pyplot is not used.
 
@@ -80,7 +86,7 @@ def plot(
             array ``(H, W, 3)`` or ``(H, W)``, integers of 0…255 or floats of 0…1.
         artifacts: What ``artifact_tokens`` found in the same batch. ``style`` says how to draw
             them.
-        style: Contrast, interpolation, outliers, alpha.
+        style: Contrast, limits, colours, interpolation, outliers, alpha.
         name: What the caption calls the model.
         warning: A sentence that stays with the picture.
 
@@ -95,22 +101,28 @@ def plot(
     row = select_row(maps, query, sample)
     outlying = outlying_in(artifacts, row, sample)
     layer = row.layers[row.layer(layer)]
-    values = row.map(layer, head)
-    norm = style.norm(values, _mask(outlying))
-    caption = sentences(row, layer, head, style, outlying, name)
+    values = row.times(layer, head)
+    norm = scale(values, style, _mask(outlying))
+    caption = [
+        subject(row, in_layer(layer, head), name),
+        colour_sentence([row.tokens], [norm], [values]),
+        *prefix_sentence(row, layer, head),
+        *artifact_sentence(row, layer, style, outlying, head),
+    ]
     if ax is None:
         sheet = single_sheet(row.grid)
         figure, ax, bar = sheet.figure(caption, warning)
-        draw_bar(figure, bar, norm, extend(norm, values))
+        bar_of(norm, values, style, row.tokens).draw(figure, bar, BAR_POINTS)
         thick = line_width(sheet.patch)
     else:
         _title(ax, [*caption, *([warning] if warning else [])])
         thick = 1.5
     mosaic = Mosaic(ax, Cells(row.grid), style, thick)
     if image is not None:
-        mosaic.picture((0, 0), as_pixels(image))
+        pixels = as_pixels(image)
+        mosaic.picture((0, 0), greyed(pixels) if style.background == "grey" else pixels)
     alpha = 1.0 if image is None else style.alpha
-    _map(mosaic, (0, 0), values, norm, style, outlying, alpha)
+    draw_map(mosaic, (0, 0), values, norm, style, outlying, alpha)
     mosaic.query((0, 0), row.patch)
     mosaic.finish()
     return ax
@@ -129,9 +141,10 @@ def plot_heads(
     warning: str | None = None,
     together: bool = False,
 ) -> Figure:
-    """Draw every head of a layer and their mean, all on one scale.
+    """Draw every head of a layer and their mean.
 
-    The title of each map holds the share of attention on CLS and the registers.
+    All have one scale, unless ``style.limits`` is ``"each"``. The title of a map says how much of
+    the attention is on patches, if much of it is not.
 
     Args:
         maps: As in ``plot``.
@@ -153,24 +166,30 @@ def plot_heads(
     outlying = outlying_in(artifacts, row, sample)
     layer = row.layers[row.layer(layer)]
     heads = _heads(row)
-    scaled = [_of(row, heads, number) for number in (row.layers if together else [layer])]
-    norm = style.norm(np.concatenate(scaled), _mask(outlying))
+    values = _of(row, heads, layer)
+    every = _of_all(row, heads).reshape(-1, *row.grid) if together else values
+    one = style.limits != "each"
+    norms = scales(every, style, _mask(outlying)) if one else scales(values, style, _mask(outlying))
+    notes = [shown(row, layer, head) for head in heads]
     images = 0 if image is None else 1
     sheet, places = grid_sheet(row.grid, images + len(heads))
     caption = [
-        *sentences(row, layer, None, style, outlying, name),
-        mass_note(row, "Above each map"),
+        subject(row, in_layer(layer), name),
+        _colours(row, norms[: len(heads)], values, style),
+        *prefix_sentence(row, layer, "mean"),
+        *artifact_sentence(row, layer, style, outlying),
+        *(shown_note(notes, row) if one else []),
     ]
     figure, ax, bar = sheet.figure(caption, warning)
-    draw_bar(figure, bar, norm, extend(norm, np.concatenate(scaled)))
+    _bar(norms, every, style, row).draw(figure, bar, BAR_POINTS)
     mosaic = Mosaic(ax, sheet.cells, style, line_width(sheet.patch))
     if image is not None:
         _image(mosaic, places[0], image, row, style, outlying)
-    for place, head in zip(places[images:], heads, strict=True):
-        _map(mosaic, place, row.map(layer, head), norm, style, outlying)
+    for i, (place, head) in enumerate(zip(places[images:], heads, strict=True)):
+        draw_map(mosaic, place, values[i], norms[i], style, outlying)
         mosaic.query(place, row.patch)
-        mass = percent(row.prefix_mass(layer, head))
-        mosaic.title(place, f"{_head_name(head)} · {mass}", SMALL)
+        note = notes[i] if one else f"· {times(norms[i].vmax or 0)}"
+        mosaic.title(place, f"{head_name(head)} {note}".strip(), SMALL)
     mosaic.finish()
     return figure
 
@@ -185,10 +204,11 @@ def plot_layers(
     name: str | None = None,
     warning: str | None = None,
 ) -> Figure:
-    """Draw all layers of ``maps`` (rows) by heads (columns), all on one scale.
+    """Draw all layers of ``maps`` (rows) by heads (columns).
 
-    The first column is the mean of heads. The label of each layer holds the share of attention on
-    CLS and the registers, mean of heads. Arguments are those of ``plot``.
+    The first column is the mean of heads. Each layer has a scale of its own, which its label
+    names, if ``style.limits`` is ``"robust"``. The label also says how much of the attention is
+    on patches, mean of heads, if much of it is not. Arguments are those of ``plot``.
 
     Returns:
         The figure.
@@ -197,25 +217,30 @@ def plot_layers(
     row = select_row(maps, query, sample)
     outlying = outlying_in(artifacts, row, sample)
     heads = _heads(row)
-    values = np.stack([_of(row, heads, layer) for layer in row.layers])
-    norm = style.norm(values, _mask(outlying))
+    values = _of_all(row, heads)
+    norms = _norms_of_layers(values, style, _mask(outlying))
+    notes = [shown(row, layer, "mean") for layer in row.layers]
     sheet = table_sheet(row.grid, len(row.layers), len(heads))
+    flat = values.reshape(-1, *row.grid)
     caption = [
-        subject(name, "each layer by each head", f"query {row.name}"),
-        mass_note(row, "Left of each layer", ", mean of heads"),
-        *outlier_note(row, None, style, outlying),
+        subject(row, "in each layer (rows, counted from 0) and head (columns)", name),
+        _colours(row, [norm for layer in norms for norm in layer], flat, style, layers=True),
+        *artifact_sentence(row, None, style, outlying),
+        *shown_note(notes, row),
     ]
     figure, ax, bar = sheet.figure(caption, warning)
-    draw_bar(figure, bar, norm, extend(norm, values))
+    _bar(norms[0], flat, style, row, layers=True).draw(figure, bar, BAR_POINTS)
     mosaic = Mosaic(ax, sheet.cells, style, line_width(sheet.patch))
     for i, layer in enumerate(row.layers):
-        mosaic.label(i, f"layer {layer}\n{percent(row.prefix_mass(layer, 'mean'))}", SMALL)
+        limit = f"to {times(norms[i][0].vmax or 0)}" if style.limits == "robust" else ""
+        lines = (f"layer {layer}", limit, notes[i])
+        mosaic.label(i, "\n".join(filter(None, lines)), SMALL)
         for column, head in enumerate(heads):
             place = i, column
-            _map(mosaic, place, values[i, column], norm, style, outlying)
+            draw_map(mosaic, place, values[i, column], norms[i][column], style, outlying)
             mosaic.query(place, row.patch)
             if i == 0:
-                mosaic.title(place, _head_name(head), SMALL)
+                mosaic.title(place, head_name(head), SMALL)
     mosaic.finish()
     return figure
 
@@ -231,14 +256,14 @@ def plot_masks(
     name: str | None = None,
     warning: str | None = None,
 ) -> Figure:
-    """Tint the patches of the ``image`` that hold a ``share`` of each head's mass.
+    """Dim the ``image`` but for the patches that hold a ``share`` of each head's mass.
 
     As in DINO v1, only mass on patches counts: CLS and the registers are left out.
 
     Args:
         maps: As in ``plot``.
         share: The share of the mass, in (0, 1].
-        image: The image to tint, also drawn as the first cell.
+        image: The image to dim, also drawn as the first cell.
         layer: As in ``plot``.
         query: As in ``plot``.
         sample: As in ``plot``.
@@ -254,20 +279,20 @@ def plot_masks(
     heads = _heads(row)
     sheet, places = grid_sheet(row.grid, 1 + len(heads))
     caption = [
-        subject(name, f"layer {layer}", "each head", f"query {row.name}"),
-        prefix_sentence(row, layer, "mean"),
-        f"Red: the fewest patches with {percent(share)} of the attention to patches. "
-        "Above each map: their share of all patches.",
+        subject(row, in_layer(layer), name),
+        f"Bright and outlined: the fewest patches that hold {percent(share)} of the attention to "
+        "patches. Above each map: their share of all patches.",
+        *prefix_sentence(row, layer, "mean"),
     ]
     figure, ax, _ = replace(sheet, bar=False).figure(caption, warning)
     mosaic = Mosaic(ax, sheet.cells, PLAIN, line_width(sheet.patch))
     _image(mosaic, places[0], image, row, PLAIN, None)
     for place, head in zip(places[1:], heads, strict=True):
         kept = top_mass_mask(row.map(layer, head), share)
-        mosaic.picture(place, as_pixels(image))
-        mosaic.cover(place, kept, RED_TINT)
+        mosaic.picture(place, dimmed(as_pixels(image), kept))
+        mosaic.contour(place, kept)
         mosaic.query(place, row.patch)
-        mosaic.title(place, f"{_head_name(head)} · {percent(kept.mean())}", SMALL)
+        mosaic.title(place, f"{head_name(head)} · {percent(kept.mean())}", SMALL)
     mosaic.finish()
     return figure
 
@@ -277,10 +302,54 @@ def _heads(row: AttentionRow) -> tuple[Head, ...]:
 
 
 def _of(row: AttentionRow, heads: Sequence[Head], layer: Layer) -> Values:
-    return np.stack([row.map(layer, head) for head in heads])
+    return np.stack([row.times(layer, head) for head in heads])
 
 
-def _head_name(head: Head) -> str:
+def _of_all(row: AttentionRow, heads: Sequence[Head]) -> Values:
+    return np.stack([_of(row, heads, layer) for layer in row.layers])
+
+
+def _norms_of_layers(values: Values, style: Style, mask: Mask | None) -> list[list[Normalize]]:
+    """Return the scale of each map of ``(layers, heads, h, w)``."""
+    if style.limits in ("robust", "each"):
+        return [scales(layer, style, mask) for layer in values]
+    return [[scale(values, style, mask)] * len(layer) for layer in values]
+
+
+def _colours(
+    row: AttentionRow,
+    norms: Sequence[Normalize],
+    values: Values,
+    style: Style,
+    *,
+    layers: bool = False,
+) -> str:
+    """Return the sentence on the colours of the maps ``(count, h, w)``."""
+    if style.limits == "each":
+        named = "" if layers else ", named above it"
+        return own_colours([row.tokens], norms, values, "map", f"its highest patch{named}")
+    if style.limits == "robust" and layers:
+        return own_colours([row.tokens], norms, values, "layer", "the number beside it")
+    return colour_sentence([row.tokens], norms, values)
+
+
+def _bar(
+    norms: Sequence[Normalize],
+    values: Values,
+    style: Style,
+    row: AttentionRow,
+    *,
+    layers: bool = False,
+) -> Bar:
+    if style.limits == "each":
+        return bar_without_numbers(norms[0], style, "highest\nof each\nmap")
+    if style.limits == "robust" and layers:
+        return bar_without_numbers(norms[0], style, "number\nbeside\nthe layer")
+    return bar_of(norms[0], values, style, row.tokens)
+
+
+def head_name(head: Head) -> str:
+    """Return the title of a map."""
     return "mean" if head == "mean" else f"head {head}"
 
 
@@ -288,7 +357,7 @@ def _mask(outlying: Outlying | None) -> Mask | None:
     return None if outlying is None else outlying.mask
 
 
-def _map(
+def draw_map(
     mosaic: Mosaic,
     place: tuple[int, int],
     values: Values,
@@ -301,7 +370,7 @@ def _map(
     mosaic.map(place, style.without_outliers(values, _mask(outlying)), norm, alpha)
     if outlying is not None and style.outliers == "mask":
         mosaic.cover(place, outlying.mask, GREY)
-    if outlying is not None and style.outliers == "mark":
+    if outlying is not None and style.outliers != "none":
         mosaic.outlines(place, outlying.mask)
 
 
@@ -314,7 +383,7 @@ def _image(
     outlying: Outlying | None,
 ) -> None:
     mosaic.picture(place, as_pixels(image))
-    if outlying is not None and style.outliers == "mark":
+    if outlying is not None and style.outliers != "none":
         mosaic.outlines(place, outlying.mask)
     mosaic.query(place, row.patch)
     mosaic.title(place, "image", SMALL)

@@ -1,4 +1,4 @@
-"""Check arrays that are given as images, so that none is shown with wrong colours."""
+"""Arrays that are given as images: checked, made grey, or dimmed outside of a mask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dinov2_attn.apps.viz.colours import Mask
 from dinov2_attn.errors import InvalidInputError
+
+# The brightness of red, green and blue (Rec. 709).
+BRIGHTNESS = (0.2126, 0.7152, 0.0722)
+# How bright a dimmed pixel stays.
+DIM = 0.4
 
 
 def as_pixels(image: Any) -> npt.NDArray[Any]:
@@ -39,6 +45,29 @@ def as_pixels(image: Any) -> npt.NDArray[Any]:
     elif pixels.dtype.itemsize < 4:
         pixels = pixels.astype(np.float32)
     return pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
+
+
+def greyed(pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return pixels ``(H, W, 3)`` or ``(H, W, 4)`` without colour, with their brightness."""
+    grey = (pixels[..., :3] @ BRIGHTNESS)[..., np.newaxis]
+    if pixels.dtype.kind in "iu":
+        grey = grey.round()
+    alike: npt.NDArray[Any] = np.concatenate([grey.repeat(3, axis=2), pixels[..., 3:]], axis=2)
+    return alike.astype(pixels.dtype)
+
+
+def dimmed(pixels: npt.NDArray[Any], kept: Mask) -> npt.NDArray[Any]:
+    """Return pixels ``(H, W, 3)`` or ``(H, W, 4)``, grey and dark where not ``kept``.
+
+    ``kept`` ``(h, w)`` marks patches. The image is divided into so many.
+    """
+    height, width = pixels.shape[:2]
+    rows = np.arange(height) * kept.shape[0] // height
+    columns = np.arange(width) * kept.shape[1] // width
+    dark = greyed(pixels)
+    dark[..., :3] = (DIM * dark[..., :3]).astype(dark.dtype)
+    shown: npt.NDArray[Any] = np.where(kept[rows][:, columns, np.newaxis], pixels, dark)
+    return shown
 
 
 def _check_values(pixels: npt.NDArray[Any], kind: str) -> None:

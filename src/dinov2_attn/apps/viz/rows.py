@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -87,11 +88,22 @@ class AttentionRow:
 
     def map(self, layer: Layer | None, head: Head) -> Values:
         """Return the attention to patches as a map ``(h, w)``."""
-        return self.row(layer, head)[self.prefix :].reshape(self.grid)
+        height, width = self.grid
+        return self.row(layer, head)[self.prefix :][: height * width].reshape(self.grid)
+
+    @property
+    def tokens(self) -> int:
+        """The number N of tokens. Uniform attention gives 1/N to each of them."""
+        return int(self.rows.shape[-1])
+
+    def times(self, layer: Layer | None, head: Head) -> Values:
+        """Return the ``map`` in multiples of uniform attention, the unit of pictures."""
+        return self.map(layer, head) * self.tokens
 
     def prefix_mass(self, layer: Layer | None, head: Head) -> float:
-        """Return the sum of the attention to CLS and the registers."""
-        return float(self.row(layer, head)[: self.prefix].sum())
+        """Return the sum of the attention to CLS and the registers, before patches or behind."""
+        row = self.row(layer, head)
+        return float(row[: self.prefix].sum() + row[self.prefix + math.prod(self.grid) :].sum())
 
 
 def select_row(maps: Any, query: Token = "cls", sample: int = 0) -> AttentionRow:

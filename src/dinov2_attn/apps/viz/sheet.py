@@ -5,25 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dinov2_attn.apps.viz.mosaic import Cells
-from dinov2_attn.apps.viz.style import colour_map
 from dinov2_attn.apps.viz.text import FONT, POINTS_PER_INCH, wrap
 
 POINTS = 9.0  # of captions
 LINE = 1.3 * POINTS / POINTS_PER_INCH
 MARGIN = 0.15
 BAR = 0.15  # of the colour bar
-BAR_LABELS = 0.75
+BAR_LABELS = 1.05
+BAR_POINTS = 7.0
 LEAST_WIDTH = 3.6  # a narrower caption has a word or two on a line
-LEAST_BAR = 0.9
+LEAST_BAR = 1.2  # the length of its label
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,26 +70,6 @@ class Sheet:
             top = total - strip + MARGIN / 2
             _write(figure, red, (MARGIN, top), color="white", weight="bold")
         return figure, ax, bar
-
-
-def draw_bar(figure: Figure, bar: Axes, norm: Normalize, beyond: str) -> None:
-    """Draw the colour bar of ``norm`` into the Axes ``bar``. Labels show the limits at its ends."""
-    ticks = np.linspace(0, 1, 5)
-    values = norm.inverse(ticks)
-    colours = ScalarMappable(norm, colour_map())
-    # The pointed ends are as long as the bar is wide.
-    height = bar.get_position().height * figure.get_size_inches()[1]
-    figure.colorbar(colours, cax=bar, extend=beyond, extendfrac=BAR / height)
-    bar.minorticks_off()
-    # On a linear scale the smallest of thousands of weights looks like zero.
-    zero = 0 if isinstance(norm, LogNorm) else values[-1] / 1e4
-    bar.set_yticks(values, [_in_percent(value if value > zero else 0) for value in values])
-    bar.tick_params(labelsize=POINTS - 2, labelfontfamily=FONT)
-
-
-def _in_percent(value: float) -> str:
-    small = 0 < value < 1e-5
-    return f"{100 * value:.0e} %" if small else f"{100 * value:.3g} %"
 
 
 def _write(figure: Figure, lines: list[str], at: tuple[float, float], **font: Any) -> None:

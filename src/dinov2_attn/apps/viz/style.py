@@ -1,13 +1,14 @@
-"""How numbers become colours: contrast, limits, outliers."""
+"""How maps are drawn: contrast, limits, colours, artifact tokens, the image below."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.colors import Colormap
 
 from dinov2_attn.apps.viz.colours import Mask
 from dinov2_attn.apps.viz.rows import Values
@@ -15,10 +16,12 @@ from dinov2_attn.errors import InvalidInputError
 
 Outliers = Literal["mark", "clip", "mask", "none"]
 Interpolation = Literal["nearest", "bilinear"]
+Background = Literal["grey", "colour"]
+Cmap = Literal["viridis", "inferno", "magma", "plasma", "cividis", "gray"]
+LimitsWord = Literal["robust", "shared", "each"]
+Limits: TypeAlias = "LimitsWord | tuple[float, float]"
 
 GREY = (0.6, 0.6, 0.6, 1.0)
-# The range of a logarithmic scale. Attention can be zero.
-DECADES = 4
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,18 @@ class Style:
     Attributes:
         log: Whether the scale is logarithmic, with four decades at most.
         interpolation: Between patches: ``"nearest"`` (none) or ``"bilinear"``.
-        outliers: How artifact tokens are drawn: ``"mark"`` (a red square), ``"clip"`` (excluded
-            from the limits of the colours), ``"mask"`` (grey, and excluded) or ``"none"``.
+        outliers: How artifact tokens are drawn: ``"mark"`` (framed), ``"clip"`` (framed, and
+            excluded from the limits of the colours whatever ``limits`` is), ``"mask"`` (framed,
+            grey and excluded) or ``"none"`` (like all others).
         alpha: The opacity of a map over an image, in (0, 1].
+        limits: Where the colours begin and end. ``"robust"``: from 0 to the highest patch, or to
+            the 99.5th percentile if the highest is far above it (and the patches above it do not
+            hold most of the attention). ``"each"``: from 0 to the highest patch of each map. In
+            both, artifact tokens that are marked do not count.
+            ``"shared"``: from 0 to the highest patch of all maps. Or two numbers, in multiples of
+            uniform attention.
+        cmap: The colour map, by its name in matplotlib. All of them grow steadily brighter.
+        background: Whether an image below a map is ``"grey"`` or in ``"colour"``.
 
     Raises:
         InvalidInputError: for any other value.
@@ -41,9 +53,12 @@ class Style:
     interpolation: Interpolation = "nearest"
     outliers: Outliers = "mark"
     alpha: float = 0.5
+    limits: Limits = "robust"
+    cmap: Cmap = "viridis"
+    background: Background = "grey"
 
     def __post_init__(self) -> None:
-        for name, kind in (("interpolation", Interpolation), ("outliers", Outliers)):
+        for name, kind in _WORDS.items():
             if getattr(self, name) not in get_args(kind):
                 raise InvalidInputError(
                     f"{name} as one of {', '.join(map(repr, get_args(kind)))}",
@@ -52,28 +67,19 @@ class Style:
                 )
         if not (isinstance(self.alpha, int | float) and 0 < self.alpha <= 1):
             raise InvalidInputError("alpha as a number in (0, 1]", repr(self.alpha), "Try 0.5.")
+        if not _is_range(self.limits) and self.limits not in get_args(LimitsWord):
+            raise InvalidInputError(
+                f"limits as one of {', '.join(map(repr, get_args(LimitsWord)))}, or (low, high) "
+                "with 0 ≤ low < high",
+                repr(self.limits),
+                "Try 'robust' or (0, 8): 1 is uniform attention.",
+            )
 
     @property
     def spares(self) -> bool:
-        """Whether outliers are excluded from the limits of the colours."""
-        return self.outliers in ("clip", "mask")
-
-    def norm(self, values: Values, outlying: Mask | None = None) -> Normalize:
-        """Return matplotlib's scale for maps ``(…, h, w)``, from their minimum to their maximum.
-
-        ``outlying`` ``(h, w)`` marks the artifacts. Numbers that are not finite are ignored.
-        """
-        if self.spares and outlying is not None and not outlying.all():
-            values = values[..., ~outlying]
-        values = values[np.isfinite(values)]
-        if self.log:
-            values = values[values > 0]
-        low, high = (values.min(), values.max()) if values.size else (0.1, 1.0)
-        if self.log:
-            low = max(low, high / 10**DECADES)
-            # A constant map gets the lowest colour.
-            return LogNorm(low, high if high > low else 10 * low, clip=True)
-        return Normalize(low, high if high > low else 2 * low or 1.0)
+        """Whether artifact tokens are excluded from the limits of the colours."""
+        ours = self.limits in ("robust", "each")
+        return self.outliers in ("clip", "mask") or (self.outliers == "mark" and ours)
 
     def without_outliers(self, values: Values, outlying: Mask | None) -> Values:
         """Return a map ``(h, w)`` with masked outliers at the minimum of the others.
@@ -84,14 +90,24 @@ class Style:
             return values
         return np.where(outlying, np.nanmin(values[~outlying]), values)
 
+    def colour_map(self) -> Colormap:
+        """Return the colour map, with black for NaN."""
+        return colour_map(self.cmap)
 
-def colour_map() -> Colormap:
-    """Return viridis, with black for NaN."""
-    return matplotlib.colormaps["viridis"].with_extremes(bad="black")
+
+_WORDS: dict[str, Any] = {
+    "interpolation": Interpolation,
+    "outliers": Outliers,
+    "cmap": Cmap,
+    "background": Background,
+}
 
 
-def extend(norm: Any, values: Values) -> str:
-    """Return at which ends ``values`` exceed the scale: neither, min, max or both."""
-    finite = values[np.isfinite(values)]
-    below, above = (finite < norm.vmin).any(), (finite > norm.vmax).any()
-    return ("both" if above else "min") if below else ("max" if above else "neither")
+def colour_map(name: str = "viridis") -> Colormap:
+    """Return a colour map of matplotlib, with black for NaN."""
+    return matplotlib.colormaps[name].with_extremes(bad="black")
+
+
+def _is_range(limits: Any) -> bool:
+    numbers = isinstance(limits, tuple | list) and all(isinstance(n, int | float) for n in limits)
+    return numbers and len(limits) == 2 and 0 <= limits[0] < limits[1] < math.inf
