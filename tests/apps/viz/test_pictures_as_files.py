@@ -380,7 +380,7 @@ def test_a_query_outside_of_an_image_fails_that_image_only(image, weights, tmp_p
     ("options", "message"),
     [
         (["--queries", "register:1"], "Expected a model with registers.\nFound register 1"),
-        (["--queries", "cls", "registers"], "Found registers asked of a model without"),
+        (["--queries", "cls", "registers"], "Found registers of a model without"),
         (["--queries", "patches"], "Found --queries patches, which stands for many"),
         (["--queries", "cls", "all"], "Found --queries all, which stands for many"),
         (["--queries", "#1:3"], "Found --queries #1:3, which stands for many"),
