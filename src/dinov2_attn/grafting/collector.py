@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.grafting.channel import prove_once, unrecorded
 from dinov2_attn.grafting.recording import recording
 from dinov2_attn.kernels.call import KernelCall
-from dinov2_attn.kernels.capture import StopPassError, check_calls
+from dinov2_attn.kernels.capture import StopPassError, wrong_calls
 
 
 class Collector:
@@ -24,6 +26,10 @@ class Collector:
         last: The number of kernel calls after which the pass stops, or None to run it to its end.
         selection: ``queries`` and ``heads``.
 
+    Attributes:
+        weights: The weights of each call.
+        calls: The number of calls of each module.
+
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class Collector:
         self._last = last
         self._selection = selection
         self.weights: list[Any] = []
+        self.calls: Counter[nn.Module] = Counter()
 
     @property
     def stops(self) -> bool:
@@ -51,17 +58,29 @@ class Collector:
 
     def take(self, attention: nn.Module, call: KernelCall) -> None:
         """Keep the weights."""
+        self.calls[attention] += 1
         prove_once(attention, call, name_of(type(attention)))
         self.weights.append(call.weights(**self._selection))
+
+
+# Attention modules that were seen to call their kernel once in a whole pass.
+_CALLED_ONCE: WeakSet[nn.Module] = WeakSet()
 
 
 def collect(
     run: Callable[[], object], modules: Collection[nn.Module], last: int, **selection: Any
 ) -> list[Any]:
-    """Run until ``modules`` have called ``last`` kernels, and return their weights in order."""
-    collector = Collector(modules, last, **selection)
+    """Run until ``modules`` have called ``last`` kernels, and return their weights in order.
+
+    The first pass of a module runs to its end. So a module that calls its kernel twice is found,
+    and the output of the kernel is there to prove its weights.
+    """
+    known = all(module in _CALLED_ONCE for module in modules)
+    collector = Collector(modules, last if known else None, **selection)
     with unrecorded(), recording(collector, modules), suppress(StopPassError):
         run()
+    if len(collector.weights) == last == len(collector.calls) == len(modules):
+        _CALLED_ONCE.update(modules)
     return collector.weights
 
 
@@ -77,8 +96,10 @@ def weights_at_kernel(
         selection: ``queries`` and ``heads``.
 
     """
-    found = collect(run, set(attention_modules(module).values()), calls or 1, **selection)
-    if calls is None or (len(found) == 1 and isinstance(found[0], list)):
-        check_calls(len(found), name_of(type(module)))
+    expected = 1 if calls is None else calls
+    found = collect(run, set(attention_modules(module).values()), expected, **selection)
+    if calls is not None and len(found) == 1 and isinstance(found[0], list):  # nested
         return found[0]
-    return found
+    if len(found) != expected:
+        raise wrong_calls(len(found), name_of(type(module)))
+    return found[0] if calls is None else found

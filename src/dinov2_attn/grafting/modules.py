@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from dinov2_attn._compat import is_compiling
 from dinov2_attn.backbone.backbone import MARK, accepts
 from dinov2_attn.backbone.contract import argument_names, name_of
 from dinov2_attn.backbone.projection import Piece
@@ -27,6 +28,7 @@ from dinov2_attn.grafting.asked import ASKED, publish, request
 from dinov2_attn.grafting.channel import ACTIVE, STATE, run_captured
 from dinov2_attn.grafting.collector import weights_at_kernel
 from dinov2_attn.grafting.compute import check_tokens, module_weights, queries_and_keys
+from dinov2_attn.grafting.ways import runs_itself
 from dinov2_attn.kernels.xformers import Kernel, check_stochastic_depth
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.typing import Forward, Heads, Queries
@@ -99,9 +101,14 @@ def graft_block(original: Forward, role: Role) -> Forward:
     """
     names = argument_names(original)
     norm, attention = BLOCK_CHILDREN[role]
+    at_kernel = graft_block_at_kernel(original)
 
     def weights_of(self: nn.Module, *args: Any, **kw: Any) -> Any:
         asked = kw.pop("asked", True)
+        if not is_compiling() and runs_itself(
+            self
+        ):  # its attention may have a return_attn of its own
+            return at_kernel(self, *args, return_attention=True, **kw)
         selection = {name: kw.pop(name) for name in ("queries", "heads") if name in kw}
         tokens = _only_tokens(_by_name(names, args, kw))
         if isinstance(tokens, list):

@@ -32,6 +32,12 @@ _PRODUCTS = {"matmul", "__matmul__", "bmm", "linalg_matmul", "einsum", "baddbmm"
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "nheads", "n_head")
 
 
+SEEN_KERNELS = (
+    "scaled_dot_product_attention, xFormers' function, or a softmax that is multiplied with the "
+    "values"
+)
+
+
 class StopPassError(BaseException):
     """Ends a forward pass whose rest nobody needs. No code of a model should catch it."""
 
@@ -195,11 +201,14 @@ def heads_of(module: nn.Module) -> int | None:
 
 def check_calls(calls: int, module: str) -> None:
     """Raise ``NotRecordedError`` unless an attention module called one kernel once."""
-    if calls == 1:
-        return
-    raise NotRecordedError(
-        f"{module} to call one kernel once in a pass: scaled_dot_product_attention, xFormers' "
-        "function, or a softmax that is multiplied with the values",
+    if calls != 1:
+        raise wrong_calls(calls, module)
+
+
+def wrong_calls(calls: int, module: str) -> NotRecordedError:
+    """Return the error for a module that called its kernel ``calls`` times in a pass."""
+    return NotRecordedError(
+        f"{module} to call one kernel once in a pass: {SEEN_KERNELS}",
         f"{calls} calls" if calls else "none that can be seen",
         "Leave this module out with layers=[...]. Weights made by exp and a sum, by "
         "flex_attention, or inside a custom or compiled operator cannot be seen.",
