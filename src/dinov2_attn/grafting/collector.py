@@ -15,7 +15,7 @@ from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.grafting.channel import prove_once, unrecorded
 from dinov2_attn.grafting.recording import recording
 from dinov2_attn.kernels.call import KernelCall
-from dinov2_attn.kernels.capture import StopPassError, wrong_calls
+from dinov2_attn.kernels.capture import StopPassError, check_calls
 
 
 class Collector:
@@ -84,22 +84,18 @@ def collect(
     return collector.weights
 
 
-def weights_at_kernel(
-    run: Callable[[], object], module: nn.Module, calls: int | None, **selection: Any
-) -> Any:
+def weights_at_kernel(run: Callable[[], object], module: nn.Module, **selection: Any) -> Any:
     """Return the weights of the attention in ``module``, from its kernel's own call.
 
     Args:
-        run: Runs ``module``.
+        run: Runs ``module`` once.
         module: An attention module, or one that contains one.
-        calls: The number of tensors of a list, each of which has a call. None for a tensor.
         selection: ``queries`` and ``heads``.
 
+    Raises:
+        NotRecordedError: If there was not one call of a kernel.
+
     """
-    expected = 1 if calls is None else calls
-    found = collect(run, set(attention_modules(module).values()), expected, **selection)
-    if calls is not None and len(found) == 1 and isinstance(found[0], list):  # nested
-        return found[0]
-    if len(found) != expected:
-        raise wrong_calls(len(found), name_of(type(module)))
-    return found[0] if calls is None else found
+    found = collect(run, set(attention_modules(module).values()), 1, **selection)
+    check_calls(len(found), name_of(type(module)))
+    return found[0]

@@ -54,9 +54,7 @@ def graft_attention(original: Forward, kernel: Kernel | None) -> Forward:
         if kernel is None:
             selection = {name: kwargs.pop(name, None) for name in ("queries", "heads")}
             check_heads(selection["heads"])
-            return weights_at_kernel(
-                partial(forward, self, *args, **kwargs), self, None, **selection
-            )
+            return weights_at_kernel(partial(forward, self, *args, **kwargs), self, **selection)
         return module_weights(self, kernel, **_by_name(names, args, kwargs))
 
     @functools.wraps(original, updated=())
@@ -75,7 +73,8 @@ def graft_attention(original: Forward, kernel: Kernel | None) -> Forward:
 def graft_block_at_kernel(original: Forward) -> Forward:
     """Give a block's ``forward`` a ``return_attention``, taken at the kernel of its own pass.
 
-    It serves blocks of any signature. The pass ends where the weights are known.
+    It serves blocks of any signature. The pass ends where the weights are known. A list is
+    answered tensor by tensor; other lists of its length are one value for each.
     """
 
     @functools.wraps(original, updated=())
@@ -85,11 +84,27 @@ def graft_block_at_kernel(original: Forward) -> Forward:
         selection = {name: kwargs.pop(name, None) for name in ("queries", "heads")}
         check_heads(selection["heads"])
         tokens = next(iter((*args, *kwargs.values())), None)
-        calls = len(tokens) if isinstance(tokens, list) else None
-        run = partial(original, self, *args, **kwargs)
-        return publish(weights_at_kernel(run, self, calls, **selection))
+        if not isinstance(tokens, list):
+            return publish(weights_of(self, args, kwargs, selection))
+        each = [
+            weights_of(
+                self,
+                tuple(_element(value, i, len(tokens)) for value in args),
+                {name: _element(value, i, len(tokens)) for name, value in kwargs.items()},
+                selection,
+            )
+            for i in range(len(tokens))
+        ]
+        return publish(each)
+
+    def weights_of(self: nn.Module, args: Any, kwargs: Any, selection: Any) -> Any:
+        return weights_at_kernel(partial(original, self, *args, **kwargs), self, **selection)
 
     return extend_signature(original, forward, "return_attention")
+
+
+def _element(value: Any, i: int, length: int) -> Any:
+    return value[i] if isinstance(value, list | tuple) and len(value) == length else value
 
 
 def graft_block(original: Forward, role: Role) -> Forward:

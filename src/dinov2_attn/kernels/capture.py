@@ -201,13 +201,9 @@ def heads_of(module: nn.Module) -> int | None:
 
 def check_calls(calls: int, module: str) -> None:
     """Raise ``NotRecordedError`` unless an attention module called one kernel once."""
-    if calls != 1:
-        raise wrong_calls(calls, module)
-
-
-def wrong_calls(calls: int, module: str) -> NotRecordedError:
-    """Return the error for a module that called its kernel ``calls`` times in a pass."""
-    return NotRecordedError(
+    if calls == 1:
+        return
+    raise NotRecordedError(
         f"{module} to call one kernel once in a pass: {SEEN_KERNELS}",
         f"{calls} calls" if calls else "none that can be seen",
         "Leave this module out with layers=[...]. Weights made by exp and a sum, by "
