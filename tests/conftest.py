@@ -10,6 +10,7 @@ import torch
 from hypothesis import Phase, settings
 
 import dinov2_attn
+from dinov2_attn.history import eras
 from tests.support import upstreams
 from tests.support import xformers_visibility as xformers
 from tests.support.markers import markers_of
@@ -92,6 +93,13 @@ def first():
     dinov2_attn.uninstall()
     yield upstreams.FIRST
     dinov2_attn.uninstall()
+
+
+@pytest.fixture
+def first_is_newest(monkeypatch):
+    """The table of eras as it was when PyPI's commit was the newest: drift is judged by that."""
+    oldest = eras.table()[:1]
+    monkeypatch.setattr(eras, "table", lambda: oldest)
 
 
 @pytest.fixture

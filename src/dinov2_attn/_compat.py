@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -130,9 +129,3 @@ def records_of_archive(path: Path) -> list[str]:
     """Return the names in a zip file, as PyTorch's own reader finds them."""
     # Every version. Python's zipfile can be made to see other names in the same file.
     return list(torch._C.PyTorchFileReader(str(path)).get_all_records())
-
-
-def is_initializing(module: ModuleType) -> bool:
-    """Return whether the import of ``module`` has not ended."""
-    # Every CPython: its import system asks the same. Odd entries of sys.modules have no spec.
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))

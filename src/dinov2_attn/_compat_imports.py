@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 _bootstrap: Any = importlib._bootstrap
@@ -17,3 +18,9 @@ def wait_for_imports(wanted: Callable[[str], bool]) -> None:
     """
     for name in filter(wanted, getattr(_bootstrap, "_module_locks", {}).copy()):
         _bootstrap._lock_unlock_module(name)
+
+
+def is_initializing(module: ModuleType) -> bool:
+    """Return whether the import of ``module`` has not ended."""
+    # Every CPython: its import system asks the same. Odd entries of sys.modules have no spec.
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 
 import pytest
+from torch import nn
 
 import dinov2_attn
 from dinov2_attn.errors import IncompatibleUpstreamError, PatchedOnTopError, UpstreamDriftWarning
@@ -20,11 +22,11 @@ from tests.support.dinov2_package import (
     load,
     passing_on,
     small_model,
-    wrong_attention,
+    without_kernel,
 )
 from tests.support.strategies import noise
 
-pytestmark = pytest.mark.usefixtures("first")
+pytestmark = pytest.mark.usefixtures("first", "first_is_newest")
 
 
 def test_what_somebody_patched_on_top_is_not_undone():
@@ -163,39 +165,58 @@ def test_what_somebody_has_undone_is_set_anew_for_all_who_need_it():
     assert block.forward is upstream
 
 
-def test_a_failure_takes_off_what_was_grafted_before():
-    """Half of a package that answers and half that does not would be worse than none."""
+def test_a_class_that_is_left_out_takes_nothing_off():
+    """The rest of the package goes on answering."""
     dinov2_attn.install()
     module = upstreams.FIRST.module(ATTENTION)
-    module.Wrong = wrong_attention(module.Attention)
+    module.Wrong = without_kernel(module.Attention)
+    forward = module.Wrong.forward
     try:
-        with pytest.raises(IncompatibleUpstreamError):
-            dinov2_attn.install()
-        assert dinov2_attn.status().grafted == ()
-        assert not is_grafted(module.Attention)
-        assert dinov2_attn.status().recognised["dinov2"].startswith("refused: expected")
+        dinov2_attn.install()
+        assert list(dinov2_attn.status().left_out) == [f"{ATTENTION}.Wrong"]
+        assert module.Wrong.forward is forward
+        assert is_grafted(module.Attention)
+        assert asks(load())
     finally:
         del module.Wrong
+
+
+@contextlib.contextmanager
+def attention_replaced():
+    """Attention classes without a kernel in the place of upstream's, as after a reload."""
+    module = upstreams.FIRST.module(ATTENTION)
+    before = {cls.__name__: cls for cls in upstreams.FIRST.attentions}
+    for name in before:
+        setattr(module, name, without_kernel(nn.Module))
+    try:
+        yield module
+    finally:
+        for name, cls in before.items():
+            setattr(module, name, cls)
+
+
+def test_a_failure_takes_off_what_was_grafted_before():
+    """Half of a package that answers and half that does not would be worse than none."""
+    dinov2_attn.install(ATTENTION)
+    attention = upstreams.FIRST.cls("Attention")
+    with attention_replaced():
+        with pytest.raises(IncompatibleUpstreamError):
+            dinov2_attn.install(ATTENTION)
+        assert dinov2_attn.status().grafted == ()
+        assert not is_grafted(attention)
+        assert dinov2_attn.status().recognised[ATTENTION].startswith("refused: expected")
 
 
 def test_a_failure_under_somebody_elses_patch_is_the_error_that_is_raised():
     """A reload brings code that is refused, while another graft cannot be undone."""
-    dinov2_attn.install()
-    block, attention = upstreams.FIRST.cls("Block"), upstreams.FIRST.cls("Attention")
-    ours = block.forward
-    block.forward = lambda self, x: ours(self, x)
-
-    class Wrong(attention):
-        def forward(self, x):
-            return super().forward(x.flip(1))
-
-    Wrong.__module__ = ATTENTION
-    module = upstreams.FIRST.module(ATTENTION)
-    module.Wrong = Wrong
+    dinov2_attn.install(ATTENTION)
+    attention = upstreams.FIRST.cls("Attention")
+    ours = attention.forward
+    attention.forward = lambda self, x: ours(self, x)
     try:
-        with pytest.raises(IncompatibleUpstreamError):
-            dinov2_attn.install()
-        assert not is_grafted(Wrong)
+        with attention_replaced() as module:
+            with pytest.raises(IncompatibleUpstreamError):
+                dinov2_attn.install(ATTENTION)
+            assert not is_grafted(module.Attention)
     finally:
-        del module.Wrong
-        block.forward = ours
+        attention.forward = ours

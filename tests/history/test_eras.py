@@ -127,6 +127,10 @@ SCRIPT = """
     sys.path.insert(0, sys.argv[1])
     sys.modules["xformers"] = None
     import dinov2_attn
+    from dinov2_attn.history import eras
+
+    if sys.argv[4]:  # the table as it was when this commit was the newest
+        eras.table = lambda oldest=eras.table()[:1]: oldest
 
     def load():
         import dinov2.models.vision_transformer as module
@@ -177,10 +181,14 @@ def change(copy, path, pattern, replacement):
     (copy / path).write_text(changed)
 
 
-def run(copy, steps="install import", action="always"):
-    """Return what came of it, what was recognised, and the warnings of drift."""
+def run(copy, steps="install import", action="always", newest=True):
+    """Return what came of it, what was recognised, and the warnings of drift.
+
+    With ``newest``, the copy is judged as if its commit were the newest that is known.
+    """
     environment = {"PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": ""}
-    result = python("-c", textwrap.dedent(SCRIPT), copy, steps, action, cwd=copy, **environment)
+    arguments = [copy, steps, action, "newest" if newest else ""]
+    result = python("-c", textwrap.dedent(SCRIPT), *arguments, cwd=copy, **environment)
     assert result.returncode == 0, result.stderr
     outcome, recognised, *warned = result.stdout.split("\n")
     return outcome, recognised, list(filter(None, warned))
@@ -237,7 +245,7 @@ def test_comments_docstrings_and_format_are_no_drift(copy):
     signature = r"def forward\(self, x: Tensor\) -> Tensor:"
     change(copy, ATTENTION, signature, '\\g<0>\n        """New."""\n        # New.\n')
     change(copy, BLOCK, r"return (self\.forward_nested\(\w+\))", r"return (\n\1\n)")
-    assert run(copy) == (WORKS, FIRST, [])
+    assert run(copy, newest=False) == (WORKS, FIRST, [])
 
 
 def test_a_method_that_is_gone_is_drift(copy):
@@ -247,6 +255,14 @@ def test_a_method_that_is_gone_is_drift(copy):
     outcome, _, warned = run(copy)
     assert outcome == WORKS
     assert " but for MemEffAttention.forward (gone). " in "".join(warned)
+
+
+def test_a_fork_of_an_old_revision_is_recognised_and_not_warned_of(copy):
+    """NeCo, SimDINO and others call their package dinov2 too."""
+    rename_a_local(copy)
+    outcome, recognised, warned = run(copy, newest=False)
+    assert (outcome, warned) == (WORKS, [])
+    assert " but for Attention.forward, verified by contract" in recognised
 
 
 @pytest.mark.parametrize("steps", ["install import", "import model"])

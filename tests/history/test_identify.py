@@ -21,6 +21,8 @@ from tests.support import upstreams
 
 FIRST = upstreams.FIRST
 
+pytestmark = pytest.mark.usefixtures("first_is_newest")
+
 
 def classes():
     """All that is recognised of upstream; its newest eras have a causal block too."""
@@ -55,7 +57,7 @@ def test_code_that_is_known_is_not_warned_of(first):
 
 def test_what_changed_is_named_and_how_to_report_it(first, drifted):
     (said,) = warned(drifted)
-    assert " but for Attention.forward. Contract" in said
+    assert " but for Attention.forward. Weights" in said
     folder = Path(FIRST.module("dinov2").__file__).parent.parent
     assert said.endswith(f"dinov2-attn verify {shlex.quote(str(folder))} --update")
 
@@ -73,6 +75,19 @@ def test_forks_and_code_without_source_are_not_warned_of(first, drifted, monkeyp
     hidden = types.FunctionType(eval("lambda self, x: x").__code__, drifted[0].__init__.__globals__)
     monkeypatch.setattr(FIRST.cls("MemEffAttention"), "forward", hidden)
     assert warned(drifted) == []
+
+
+def test_a_package_of_upstreams_name_that_is_nearest_to_old_code_is_a_fork(drifted, monkeypatch):
+    """What only the latest revisions have, a new one keeps; forks have what many have."""
+    monkeypatch.undo()
+    module = FIRST.module(FIRST.attention)
+    monkeypatch.setattr(module.Attention, "forward", module.Attention.__init__)
+    assert warned(classes()) == []
+    newest = eras.table()[-1]
+    parts = frozenset(i for i in newest.code if not i[0].startswith("DinoVisionTransformer."))
+    assert eras.are_latest(eras.agreeing(parts))
+    common = parts & eras.table()[-2].code
+    assert not eras.are_latest(eras.agreeing(common))
 
 
 def test_what_a_package_lacks_is_gone_and_a_live_model_may_lack_it(first):

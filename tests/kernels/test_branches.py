@@ -219,5 +219,9 @@ def test_the_kernel_is_at_home_where_a_forward_calls_it(memory_efficient, monkey
     assert kernel_namespace(forward) is vars(module)
     assert kernel_namespace(PINNED.cls("Attention").forward) is None
     assert kernel_namespace(PINNED.cls("NestedTensorBlock").forward) is None  # asks, does not call
-    monkeypatch.delattr(module, FLAG)
-    assert kernel_namespace(forward) is None
+    monkeypatch.delattr(module, FLAG)  # a class that does not ask
+    assert kernel_namespace(forward) is vars(module)
+    ops = types.ModuleType("xformers.ops")
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.delattr(module, KERNEL)
+    assert kernel_namespace(forward) is vars(ops)  # as `xops.memory_efficient_attention`

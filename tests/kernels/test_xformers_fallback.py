@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import dinov2_attn
 from dinov2_attn.errors import KernelFallbackWarning, PatchedOnTopError
 from dinov2_attn.kernels.xformers import graft_kernel
-from tests.support import upstreams, xformers_visibility
+from tests.support import reference, upstreams, xformers_visibility
 from tests.support.strategies import noise, seeds
 from tests.support.tolerances import are_close, assert_close, assert_same_bits
 from tests.support.xformers_visibility import quiet
@@ -308,3 +309,40 @@ def test_a_reload_is_grafted_again(pristine):
     assert not hasattr(inspect.unwrap(vars(attention)[NAME]), "__wrapped__")
     dinov2_attn.uninstall()
     assert not hasattr(vars(attention)[NAME], "__wrapped__")
+
+
+@quiet
+def test_it_reaches_every_method_that_calls_the_kernel_by_its_module():
+    """Without a flag, from a helper, as ``xops.memory_efficient_attention``."""
+    with xformers_visibility.visible():
+        import xformers.ops as xops
+
+        class Attention(nn.Module):
+            def __init__(self, dim, num_heads=8, qkv_bias=False):
+                super().__init__()
+                self.num_heads = num_heads
+                self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
+
+            def compute_attention(self, x):
+                q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).unbind(2)
+                return xops.memory_efficient_attention(k, q, v)
+
+            def forward(self, x):
+                return self.proj(self.compute_attention(x).flatten(2))
+
+        kernel = xops.memory_efficient_attention
+        module, tokens = Attention(12, num_heads=2), noise(2, 5, 12, seed=0)
+        with dinov2_attn.install(module):
+            assert module(tokens).shape == tokens.shape
+            weights = module(tokens, return_attn=True)
+            key, query, _ = reference.projections(module, tokens)
+            scores = np.einsum("bhqd,bhkd->bhqk", query, key) / np.sqrt(6)
+            powers = np.exp(scores)
+            assert_close(
+                weights,
+                torch.from_numpy(powers / powers.sum(-1, keepdims=True)),
+                dtype=weights.dtype,
+            )
+        assert xops.memory_efficient_attention is kernel
+        with dinov2_attn.install(module, fallback=False), pytest.raises(NotImplementedError):
+            module(tokens)

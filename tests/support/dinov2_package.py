@@ -8,6 +8,8 @@ import inspect
 import threading
 import warnings
 
+from torch import nn
+
 from dinov2_attn.grafting.targets import UPSTREAM_MODULES
 from tests.support import upstreams
 from tests.support.strategies import noise
@@ -51,14 +53,19 @@ def asks(module):
     return small_model(module).get_last_self_attention(noise(1, 3, 4, 4, seed=0)).shape[-1] == 5
 
 
-def wrong_attention(base):
-    """Return an attention class that attends to something else."""
+def without_kernel(base):
+    """Return an attention class that calls no kernel, over upstream's or over PyTorch's module."""
 
-    class Wrong(base):
-        def forward(self, x):
-            return super().forward(x.flip(1))
+    def __init__(self, dim, num_heads=8, qkv_bias=False):
+        super(Wrong, self).__init__(*(() if base is nn.Module else (dim, num_heads)))
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
 
-    Wrong.__module__ = base.__module__
+    def forward(self, x):
+        return self.proj(self.qkv(x).chunk(3, -1)[2])
+
+    module = ATTENTION if base is nn.Module else base.__module__
+    Wrong = type("Wrong", (base,), {"__init__": __init__, "forward": forward, "__module__": module})
     return Wrong
 
 

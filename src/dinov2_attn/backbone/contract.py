@@ -26,7 +26,7 @@ _READS = {"qkv", "proj", "num_heads", "scale", "attn_drop", "proj_drop", "dim", 
 # What PyTorch itself keeps on the instance of any module.
 _EVERY_MODULE = frozenset(vars(nn.Module()))
 
-# The argument that a graft adds. Code that has it already was patched by hand.
+# The argument that a graft adds. Code that has it already keeps its own.
 _OURS = {
     Role.ATTENTION: "return_attn",
     Role.BLOCK: "return_attention",
@@ -44,20 +44,20 @@ def check_arguments(cls: type, role: Role, method: str) -> None:
     """Raise ``IncompatibleUpstreamError`` unless ``cls.method`` takes what grafts pass on."""
     names = argument_names(vars(cls)[method])
     if _OURS[role] in names:
-        raise _patched_by_hand(cls, f"{method} with an argument {_OURS[role]}")
+        raise _has_its_own(cls, f"{method} with an argument {_OURS[role]}")
     allowed = _ARGUMENTS.get(role)
     if allowed is not None and (unknown := [name for name in names if name not in allowed]):
         raise IncompatibleUpstreamError(
             f"{name_of(cls)}.{method} to take no more than {', '.join(sorted(allowed))}",
             f"the argument {', '.join(unknown)}",
-            "What it does to the attention is not known here, so nothing was grafted.",
+            "What it does to the attention is unknown, so its weights are taken at its kernel.",
         )
 
 
 def check_methods(cls: type, ours: Mapping[str, object]) -> None:
     """Raise ``IncompatibleUpstreamError`` if ``cls`` has a method that ``ours`` would hide."""
     if taken := [name for name, method in ours.items() if getattr(cls, name, method) is not method]:
-        raise _patched_by_hand(cls, f"{', '.join(taken)} already there")
+        raise _has_its_own(cls, f"{', '.join(taken)} already there")
 
 
 def check_reads(module: nn.Module, run: Callable[[], object]) -> None:
@@ -72,8 +72,8 @@ def check_reads(module: nn.Module, run: Callable[[], object]) -> None:
             f"{name_of(cls)} to compute softmax(q kᵀ · scale) of its "
             f"own projection, reading {', '.join(sorted(_READS))} only",
             f"that its forward also reads {', '.join(unknown)}",
-            "A norm, a rotation or a mask between projection and kernel is not supported, "
-            "so nothing was grafted.",
+            "There may be a norm, a rotation or a mask between projection and kernel, "
+            "so its weights are taken at its kernel.",
         )
 
 
@@ -101,11 +101,11 @@ def name_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _patched_by_hand(cls: type, found: str) -> IncompatibleUpstreamError:
+def _has_its_own(cls: type, found: str) -> IncompatibleUpstreamError:
     return IncompatibleUpstreamError(
         f"{name_of(cls)} as upstream wrote it",
         found,
-        "This copy was patched by hand: take the patch out, or use it without this package.",
+        "This copy has its own, which stays. record(model) gives the weights that its kernel used.",
     )
 
 

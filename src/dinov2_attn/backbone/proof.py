@@ -22,7 +22,9 @@ from dinov2_attn.backbone.projection import project
 from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import IncompatibleUpstreamError
 from dinov2_attn.kernels.branches import branches
-from dinov2_attn.kernels.xformers import Kernel, is_gated
+from dinov2_attn.kernels.call import KernelCall
+from dinov2_attn.kernels.capture import SEEN_KERNELS, Capture
+from dinov2_attn.kernels.xformers import Kernel, flag_of, is_gated
 from dinov2_attn.math.attention import attention_weights
 from dinov2_attn.typing import Forward
 
@@ -59,6 +61,8 @@ def measure_kernel(cls: type, forward: Forward) -> Kernel:
     """Measure whether each branch of ``forward`` uses ``module.scale``, by changing it."""
     module, x = _build(cls, dim=_DIM, num_heads=_HEADS), _tokens()
     runs = branches(forward)
+    if not hasattr(module, "scale"):
+        return Kernel(forward, dict.fromkeys(runs, False))
     before = {flag: run(module, x) for flag, run in runs.items()}
     module.scale *= 1.5
     return Kernel(
@@ -87,6 +91,33 @@ def prove_attention(cls: type, forward: Forward, grafted: Forward, kernel: Kerne
         _require_equal(
             cls, "causal attention", _features(module, x, causal), forward(module, x, True)
         )
+
+
+def prove_at_kernel(cls: type, forward: Forward) -> None:
+    """Prove that an attention class calls one kernel once, and what that kernel makes.
+
+    A class that cannot be built or run small is proved in the first pass of each module.
+    """
+    calls: list[KernelCall] = []
+    try:
+        module = _build(cls, dim=_DIM, num_heads=_HEADS)
+        with Capture(module, calls.append) as capture:
+            branches(forward)[flag_of(forward)](module, _tokens())
+    except Exception:  # foreign code may raise anything
+        return
+    if capture.calls != 1:
+        raise no_kernel(cls, f"{capture.calls} calls" if capture.calls else "none in a pass")
+    calls[0].check(name_of(cls))
+
+
+def no_kernel(cls: type, found: str) -> IncompatibleUpstreamError:
+    """Return the error for an attention class that does not call one kernel once."""
+    return IncompatibleUpstreamError(
+        f"{name_of(cls)} to call one kernel once in a pass: {SEEN_KERNELS}",
+        found,
+        "Weights made by exp and a sum, by flex_attention, or inside a custom operator cannot be "
+        "seen. This class keeps its own code.",
+    )
 
 
 def prove_block(
@@ -182,7 +213,8 @@ def _require_equal(cls: type, what: str, ours: Tensor, theirs: Tensor) -> None:
     raise IncompatibleUpstreamError(
         f"{what} to equal what {name_of(cls)} itself computes, within {_TOLERANCE:g} in float64",
         gap,
-        "Its attention is not softmax(q kᵀ · scale) of its own projection, so nothing was grafted.",
+        "Its attention is not softmax(q kᵀ · scale) of its own projection, so its weights are "
+        "taken at its kernel.",
     )
 
 
@@ -191,7 +223,7 @@ def _one_call_each(cls: type, calls: list[tuple[Any, ...]], expected: int) -> No
         raise IncompatibleUpstreamError(
             f"{name_of(cls)} to call its attention {expected} times in one pass",
             f"{len(calls)} calls",
-            "Its forward pass is not upstream's, so nothing was grafted.",
+            "Its forward pass is not upstream's, so its weights are taken at its kernel.",
         )
 
 
@@ -201,5 +233,5 @@ def _layout_fits(cls: type, model: Any, tokens: int) -> None:
         raise IncompatibleUpstreamError(
             f"{name_of(cls)} to lay out 1 CLS + {backbone.registers} registers + {patches} patches",
             f"{tokens} tokens",
-            "The rows of its attention cannot be named, so nothing was grafted.",
+            "Rows may be other tokens, so its weights are taken at its kernel.",
         )

@@ -26,7 +26,7 @@ class Role(Enum):
 
 
 REQUIRED_ATTRIBUTES = {
-    Role.ATTENTION: {"qkv", "proj", "num_heads", "scale"},
+    Role.ATTENTION: {"qkv", "proj", "num_heads"},
     Role.BLOCK: {"norm1", "attn"},
     Role.CAUSAL_BLOCK: {"attention_norm", "attention", "is_causal"},
     Role.TRANSFORMER: {"blocks", "prepare_tokens_with_masks"},
@@ -85,6 +85,15 @@ def classes_behind(model: nn.Module) -> Iterator[tuple[type, Role]]:
             if (role := role_of_module(module)) is not None:
                 found.update(dict.fromkeys(_own_bases(type(module)), role))
     yield from in_order(found.items())
+
+
+def running_attention(model: nn.Module) -> set[type]:
+    """Return the classes whose ``forward`` the attention modules of ``model`` run."""
+    return {
+        next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+        for module in model.modules()
+        if role_of_module(module) is Role.ATTENTION
+    }
 
 
 def in_order(classes: Iterable[tuple[type, Role]]) -> list[tuple[type, Role]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -30,20 +30,54 @@ if TYPE_CHECKING:
 _PACKAGES: dict[str, Package] = {}
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """The classes of a target that go by their kernel or are left out, with the reasons."""
+
+    at_kernel: dict[str, str]
+    left_out: dict[str, str]
+
+
+_OUTCOMES: dict[Hashable, _Outcome] = {}
+
+
 def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
     with LOCK:
         # Another thread may have uninstalled it while this one waited.
         if _PACKAGES.get(package.name) is not package or not package.imported():
             return
-        from dinov2_attn.grafting.transaction import graft_classes
-
         try:
-            classes = package.classes(arrived)
-            graft_classes(REGISTRY, package.name, classes, fallback=package.fallback)
+            classes = list(package.classes(arrived))
+            if classes or package.is_complete(arrived):
+                _graft(package.name, classes, package.fallback)
             package.failure = None
         except Exception as error:  # status() reports it again
             package.failure = error
             raise
+
+
+def _graft(
+    target: Hashable,
+    classes: list[tuple[type, Role]],
+    fallback: bool,
+    running: Collection[type] | None = None,
+) -> None:
+    from dinov2_attn.backbone.contract import name_of
+    from dinov2_attn.grafting.transaction import graft_classes
+    from dinov2_attn.grafting.ways import classes_at_kernel
+
+    if not classes:
+        raise IncompatibleUpstreamError(
+            "attention modules with qkv, proj and num_heads, as DINOv2's have",
+            f"none in {target}",
+            "record(model) needs no install: it finds the attention of any model.",
+        )
+    _OUTCOMES.pop(target, None)
+    left_out = graft_classes(REGISTRY, target, classes, fallback=fallback, running=running)
+    at_kernel = classes_at_kernel(cls for cls, _ in classes if cls not in left_out)
+    _OUTCOMES[target] = _Outcome(
+        *({name_of(cls): why for cls, why in found.items()} for found in (at_kernel, left_out))
+    )
 
 
 def _arrived(module: ModuleType) -> None:
@@ -70,6 +104,7 @@ def _remove(target: Hashable) -> None:
         REGISTRY.release(target)
         if isinstance(target, str):
             _PACKAGES.pop(target, None)
+        _OUTCOMES.pop(target, None)
         _await_imports()
 
 
@@ -95,6 +130,9 @@ class Status:
         covered: Grafts with another patch on top.
         pending: Modules that will be grafted when they are imported.
         recognised: For each target, how its code was recognised, or why it was not.
+        at_kernel: The classes whose weights are taken at their kernel, each with the reason. Those
+            of all others are computed from their projection.
+        left_out: The classes that were not grafted, each with the reason.
 
     """
 
@@ -102,12 +140,16 @@ class Status:
     covered: tuple[str, ...]
     pending: tuple[str, ...]
     recognised: dict[str, str] = field(hash=False)
+    at_kernel: dict[str, str] = field(hash=False, default_factory=dict)
+    left_out: dict[str, str] = field(hash=False, default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"grafted: {name}" for name in self.grafted]
         lines += [f"patched on top by other code: {name}" for name in self.covered]
         lines += [f"pending, until imported: {name}" for name in self.pending]
         lines += [f"{target}: {how}" for target, how in self.recognised.items()]
+        lines += [f"weights at the kernel: {name}: {why}" for name, why in self.at_kernel.items()]
+        lines += [f"left out: {name}: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines) or "nothing installed"
 
 
@@ -139,7 +181,9 @@ class Handle:
 def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> Handle:
     """Graft ``return_attention`` onto DINOv2's own classes, in place and reversibly.
 
-    Every class is proved on a small instance in float64 first. Modules that are imported are
+    Every class is proved on a small instance in float64 first. The weights of a class whose
+    attention is not softmax(q kᵀ · scale) of its own projection are taken at its kernel. A class
+    without a kernel is left out, see ``status``. Modules that are imported are
     grafted now, all others at every import and reload. A second call changes nothing. No random
     number is drawn.
 
@@ -156,9 +200,8 @@ def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> 
         The handle that undoes the installation.
 
     Raises:
-        IncompatibleUpstreamError: If the attention of a class is not softmax(q kᵀ · scale) of its
-            own projection. Then nothing is grafted. If a package is not imported yet, its import
-            raises it.
+        IncompatibleUpstreamError: If no attention class calls a kernel that can be seen. Then
+            nothing is grafted. If a package is not imported yet, its import raises it.
         InvalidInputError: If ``target`` is anything else.
 
     """
@@ -187,6 +230,7 @@ def uninstall() -> None:
     with LOCK:
         REGISTRY.release_all()
         _PACKAGES.clear()
+        _OUTCOMES.clear()
         _await_imports()
 
 
@@ -209,7 +253,13 @@ def status() -> Status:
                 name for p in _PACKAGES.values() for name in p.pending(p.name in targets)
             ),
             recognised={**recognised, **failed},
+            at_kernel=_merged(outcome.at_kernel for outcome in _OUTCOMES.values()),
+            left_out=_merged(outcome.left_out for outcome in _OUTCOMES.values()),
         )
+
+
+def _merged(reasons: Iterable[dict[str, str]]) -> dict[str, str]:
+    return {name: why for some in reasons for name, why in some.items()}
 
 
 def _unused(label: str, taken: Mapping[str, str]) -> str:
@@ -219,12 +269,14 @@ def _unused(label: str, taken: Mapping[str, str]) -> str:
 
 
 def _recognise(target: Hashable) -> str:
+    from dinov2_attn.grafting.ways import classes_at_kernel
     from dinov2_attn.history.identify import recognise
 
-    owners = [graft.owner for graft in REGISTRY if target in graft.targets]
-    return recognise(
-        REGISTRY.original, list(dict.fromkeys(o for o in owners if isinstance(o, type)))
-    )
+    grafts = [graft for graft in REGISTRY if target in graft.targets]
+    owners = dict.fromkeys(graft.owner for graft in grafts if isinstance(graft.owner, type))
+    at_kernel = classes_at_kernel(owners)
+    proved = [cls for cls in owners if cls not in at_kernel]
+    return recognise(REGISTRY.original, proved) or "weights are taken at the kernel"
 
 
 def _install_package(package: Package, fallback: bool) -> Handle:
@@ -247,21 +299,21 @@ def _install_package(package: Package, fallback: bool) -> Handle:
 
 def _install_model(model: nn.Module, fallback: bool) -> Handle:
     from dinov2_attn.backbone.contract import name_of
-    from dinov2_attn.backbone.structure import classes_behind
-    from dinov2_attn.grafting.transaction import graft_classes
+    from dinov2_attn.backbone.structure import classes_behind, running_attention
 
     classes = list(classes_behind(model))
     if not classes:
         raise IncompatibleUpstreamError(
-            "a model with attention modules (qkv, proj, num_heads, scale) inside",
+            "a model with attention modules (qkv, proj, num_heads) inside",
             f"none in {name_of(type(model))}",
-            "Pass DINOv2 itself or a model that contains it.",
+            "Pass DINOv2 itself or a model that contains it. record(model) needs no install: it "
+            "finds the attention of any model.",
         )
     label = f"model with {name_of(classes[-1][0])}"
     target = LiveModel(label, frozenset(cls for cls, _ in classes))
     with LOCK:
         before = [graft for graft in REGISTRY if target in graft.targets]
-        graft_classes(REGISTRY, target, classes, fallback=fallback)
+        _graft(target, classes, fallback, running_attention(model))
     if not before:
         return Handle(target, partial(_remove, target))
     former = any(graft.is_kernel for graft in before)
@@ -275,10 +327,8 @@ def _switch_package(package: Package, fallback: bool) -> None:
 
 
 def _switch_model(target: LiveModel, classes: list[tuple[type, Role]], fallback: bool) -> None:
-    from dinov2_attn.grafting.transaction import graft_classes
-
     with LOCK:
         if any(
             target in graft.targets for graft in REGISTRY
         ):  # it may have been uninstalled meanwhile
-            graft_classes(REGISTRY, target, classes, fallback=fallback)
+            _graft(target, classes, fallback)

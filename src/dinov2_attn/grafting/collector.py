@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
+from dinov2_attn.backbone.attentions import attention_modules
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.grafting.channel import prove_once, unrecorded
 from dinov2_attn.grafting.recording import recording
@@ -23,6 +26,10 @@ class Collector:
         last: The number of kernel calls after which the pass stops, or None to run it to its end.
         selection: ``queries`` and ``heads``.
 
+    Attributes:
+        weights: The weights of each call.
+        calls: The number of calls of each module.
+
     """
 
     def __init__(
@@ -32,6 +39,7 @@ class Collector:
         self._last = last
         self._selection = selection
         self.weights: list[Any] = []
+        self.calls: Counter[nn.Module] = Counter()
 
     @property
     def stops(self) -> bool:
@@ -50,39 +58,52 @@ class Collector:
 
     def take(self, attention: nn.Module, call: KernelCall) -> None:
         """Keep the weights."""
+        self.calls[attention] += 1
         prove_once(attention, call, name_of(type(attention)))
         self.weights.append(call.weights(**self._selection))
+
+
+# Attention modules that were seen to call their kernel once in a whole pass.
+_CALLED_ONCE: WeakSet[nn.Module] = WeakSet()
 
 
 def collect(
     run: Callable[[], object], modules: Collection[nn.Module], last: int, **selection: Any
 ) -> list[Any]:
-    """Run until ``modules`` have called ``last`` kernels, and return their weights in order."""
-    collector = Collector(modules, last, **selection)
+    """Run until ``modules`` have called ``last`` kernels, and return their weights in order.
+
+    The first pass of a module runs to its end. So a module that calls its kernel twice is found,
+    and the output of the kernel is there to prove its weights.
+    """
+    known = all(module in _CALLED_ONCE for module in modules)
+    collector = Collector(modules, last if known else None, **selection)
     with unrecorded(), recording(collector, modules), suppress(StopPassError):
         run()
+    if len(collector.weights) == last == len(collector.calls) == len(modules):
+        _CALLED_ONCE.update(modules)
     return collector.weights
 
 
 def weights_at_kernel(
     run: Callable[[], object],
     module: nn.Module,
-    attentions: Collection[nn.Module],
-    calls: int | None = None,
+    attentions: Collection[nn.Module] | None = None,
     **selection: Any,
 ) -> Any:
-    """Return the weights of the one attention in ``module``, from its kernel's own call.
+    """Return the weights of the attention in ``module``, from its kernel's own call.
 
     Args:
-        run: Runs ``module``.
+        run: Runs ``module`` once.
         module: An attention module, or one that contains one.
-        attentions: The attention module itself.
-        calls: The number of tensors of a list, each of which has a call. None for a tensor.
+        attentions: The attention module itself, where it is known.
         selection: ``queries`` and ``heads``.
 
+    Raises:
+        NotRecordedError: If there was not one call of a kernel.
+
     """
-    found = collect(run, attentions, calls or 1, **selection)
-    if calls is None or (len(found) == 1 and isinstance(found[0], list)):
-        check_calls(len(found), name_of(type(module)))
-        return found[0]
-    return found
+    if attentions is None:
+        attentions = set(attention_modules(module).values())
+    found = collect(run, attentions, 1, **selection)
+    check_calls(len(found), name_of(type(module)))
+    return found[0]

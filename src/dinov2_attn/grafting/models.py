@@ -256,5 +256,6 @@ def _check_count(attentions: Sequence[Any], blocks: int) -> None:
         f"the attention of {blocks} blocks from one forward pass",
         f"that of {len(attentions)}",
         "Call dinov2_attn.install(model) with the live model, and do so before compiling it. "
-        "If its forward runs some of the blocks only, use record(model, [0, ...]) with those.",
+        "record(model) gives those of each attention module; if its forward runs some of the "
+        "blocks only, use record(model, [0, ...]) with those.",
     )

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dinov2_attn.backbone.attentions import attention_modules
+from dinov2_attn._compat import is_compiling
 from dinov2_attn.backbone.backbone import MARK, accepts
 from dinov2_attn.backbone.contract import argument_names, name_of
 from dinov2_attn.backbone.projection import Piece
@@ -28,6 +28,7 @@ from dinov2_attn.grafting.asked import ASKED, publish, request
 from dinov2_attn.grafting.channel import ACTIVE, STATE, run_captured
 from dinov2_attn.grafting.collector import weights_at_kernel
 from dinov2_attn.grafting.compute import check_tokens, module_weights, queries_and_keys
+from dinov2_attn.grafting.ways import runs_itself
 from dinov2_attn.kernels.xformers import Kernel, check_stochastic_depth
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.typing import Forward, Heads, Queries
@@ -53,9 +54,8 @@ def graft_attention(original: Forward, kernel: Kernel | None) -> Forward:
         if kernel is None:
             selection = {name: kwargs.pop(name, None) for name in ("queries", "heads")}
             check_heads(selection["heads"])
-            return weights_at_kernel(
-                partial(forward, self, *args, **kwargs), self, [self], **selection
-            )
+            run = partial(forward, self, *args, **kwargs)
+            return weights_at_kernel(run, self, [self], **selection)
         return module_weights(self, kernel, **_by_name(names, args, kwargs))
 
     @functools.wraps(original, updated=())
@@ -74,7 +74,8 @@ def graft_attention(original: Forward, kernel: Kernel | None) -> Forward:
 def graft_block_at_kernel(original: Forward) -> Forward:
     """Give a block's ``forward`` a ``return_attention``, taken at the kernel of its own pass.
 
-    It serves blocks of any signature. The pass ends where the weights are known.
+    It serves blocks of any signature. The pass ends where the weights are known. A list is
+    answered tensor by tensor; other lists of its length are one value for each.
     """
 
     @functools.wraps(original, updated=())
@@ -84,12 +85,27 @@ def graft_block_at_kernel(original: Forward) -> Forward:
         selection = {name: kwargs.pop(name, None) for name in ("queries", "heads")}
         check_heads(selection["heads"])
         tokens = next(iter((*args, *kwargs.values())), None)
-        calls = len(tokens) if isinstance(tokens, list) else None
-        run = partial(original, self, *args, **kwargs)
-        attentions = list(attention_modules(self).values())
-        return publish(weights_at_kernel(run, self, attentions, calls, **selection))
+        if not isinstance(tokens, list):
+            return publish(weights_of(self, args, kwargs, selection))
+        each = [
+            weights_of(
+                self,
+                tuple(_element(value, i, len(tokens)) for value in args),
+                {name: _element(value, i, len(tokens)) for name, value in kwargs.items()},
+                selection,
+            )
+            for i in range(len(tokens))
+        ]
+        return publish(each)
+
+    def weights_of(self: nn.Module, args: Any, kwargs: Any, selection: Any) -> Any:
+        return weights_at_kernel(partial(original, self, *args, **kwargs), self, **selection)
 
     return extend_signature(original, forward, "return_attention")
+
+
+def _element(value: Any, i: int, length: int) -> Any:
+    return value[i] if isinstance(value, list | tuple) and len(value) == length else value
 
 
 def graft_block(original: Forward, role: Role) -> Forward:
@@ -101,9 +117,14 @@ def graft_block(original: Forward, role: Role) -> Forward:
     """
     names = argument_names(original)
     norm, attention = BLOCK_CHILDREN[role]
+    at_kernel = graft_block_at_kernel(original)
 
     def weights_of(self: nn.Module, *args: Any, **kw: Any) -> Any:
         asked = kw.pop("asked", True)
+        if not is_compiling() and runs_itself(
+            self
+        ):  # its attention may have a return_attn of its own
+            return at_kernel(self, *args, return_attention=True, **kw)
         selection = {name: kw.pop(name) for name in ("queries", "heads") if name in kw}
         tokens = _only_tokens(_by_name(names, args, kw))
         if isinstance(tokens, list):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pkgutil
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dinov2_attn._compat_imports import is_initializing
 from dinov2_attn.errors import IncompatibleUpstreamError
 
 if TYPE_CHECKING:
@@ -50,6 +53,14 @@ class Package:
             return [name for name in self.modules if name not in sys.modules]
         return [] if grafted else [self.name]
 
+    def is_complete(self, arrived: ModuleType | None = None) -> bool:
+        """Return whether no module that could hold classes to graft remains to be imported."""
+        modules = self.imported()
+        if self.modules or self.name not in modules:
+            return False
+        begun = any(m is not arrived and is_initializing(m) for m in modules.values())
+        return not (begun or any(map(_may_come, modules.values())))
+
     def imported(self) -> dict[str, ModuleType]:
         """Return by name what has been imported, or is being imported."""
         # A copy, made at once: other threads import meanwhile.
@@ -59,7 +70,6 @@ class Package:
     def classes(self, arrived: ModuleType | None = None) -> Iterator[tuple[type, Role]]:
         """Yield the classes to graft in every complete module, ``arrived`` included."""
         # Not above: nothing here imports torch before upstream has.
-        from dinov2_attn._compat import is_initializing
         from dinov2_attn.backbone.structure import classes_in
 
         for name, module in self.imported().items():
@@ -69,6 +79,36 @@ class Package:
                 if needed is not None and needed not in {role.name for role in found.values()}:
                     raise _missing(needed, name)
                 yield from found.items()
+
+
+# In the source of every module that defines an attention class: `self.qkv = …`.
+_PROJECTION = re.compile(r"\.qkv\b")
+
+
+def _may_come(module: ModuleType) -> bool:
+    """Return whether a module below the package ``module``, not imported yet, may have attention.
+
+    Packages below that are imported are asked themselves.
+    """
+    return _may_come_below(module.__name__, getattr(module, "__path__", ()))
+
+
+def _may_come_below(package: str, places: Iterable[str]) -> bool:
+    return any(
+        _may_attend(finder, name)
+        for finder, name, _ in pkgutil.iter_modules(list(places), f"{package}.")
+        if name not in sys.modules
+    )
+
+
+def _may_attend(finder: Any, module: str) -> bool:
+    """Return whether the source of ``module``, or below it, has a projection or is hidden."""
+    spec = finder.find_spec(module, None)
+    get_source = getattr(spec and spec.loader, "get_source", lambda _: None)
+    source = get_source(module)
+    if source is None or _PROJECTION.search(source):
+        return True
+    return _may_come_below(module, spec.submodule_search_locations or ())
 
 
 def _missing(role: str, module: str) -> IncompatibleUpstreamError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -15,6 +16,7 @@ from dinov2_attn.errors import (
     Dinov2AttnError,
     IncompatibleUpstreamError,
     PatchedOnTopError,
+    UnfaithfulError,
     in_one_line,
 )
 from dinov2_attn.grafting.channel import graft_captured
@@ -83,6 +85,7 @@ def graft_classes(
     classes: Iterable[tuple[type, Role]],
     *,
     fallback: bool,
+    running: Collection[type] | None = None,
 ) -> dict[type, str]:
     """Graft ``classes`` for ``target``.
 
@@ -95,6 +98,7 @@ def graft_classes(
         target: What they are for: the name of a package, or a live model.
         classes: Each class with its role.
         fallback: Whether to graft the kernels of xFormers that the classes call as well.
+        running: The attention classes of which one must be left. None for any of ``classes``.
 
     A class whose attention is proved to be softmax(q kᵀ · scale) of its own projection goes by
     that. Every other class goes by its kernel. One that calls no kernel is left out.
@@ -114,9 +118,10 @@ def graft_classes(
             for cls, role in found:
                 try:
                     _graft(transaction, cls, role, options.get(role, {}))
-                except IncompatibleUpstreamError as error:
+                except (IncompatibleUpstreamError, UnfaithfulError) as error:
                     refused[cls] = error
-        _check_refused(found, refused)
+        attentions = {cls for cls, role in found if role is Role.ATTENTION}
+        _check_refused(attentions if running is None else running, refused)
         if fallback:
             _graft_kernels(transaction, [cls for cls, _ in found])
         else:
@@ -126,11 +131,10 @@ def graft_classes(
     return {cls: in_one_line(error) for cls, error in refused.items()}
 
 
-def _check_refused(found: list[tuple[type, Role]], refused: Mapping[type, Dinov2AttnError]) -> None:
-    """Raise the first error if no attention class is left."""
-    attentions = [cls for cls, role in found if role is Role.ATTENTION]
-    if refused and not set(attentions) - set(refused):
-        raise next(iter(refused.values()))
+def _check_refused(needed: Collection[type], refused: Mapping[type, Dinov2AttnError]) -> None:
+    """Raise the last error if none of the classes ``needed`` is left."""
+    if refused and not set(needed) - set(refused):
+        raise list(refused.values())[-1]
 
 
 def constructor_options(classes: list[tuple[type, Role]]) -> dict[Role, dict[str, Any]]:
@@ -186,12 +190,16 @@ def _graft_at_kernel(
 ) -> None:
     """Graft ``cls`` for weights that its own pass gives to its kernel. Its own names stay."""
     if role is Role.ATTENTION and not names_a_kernel(cls):
-        raise reason
-    go_by_kernel(cls, in_one_line(reason))
+        raise proof.no_kernel(cls, "none in its code") from reason
+    why = f"expected {reason.expected}; found {reason.found}"
     if role is Role.TRANSFORMER:
+        go_by_kernel(cls, why)
         _graft_free_names(transaction, cls)
         return
     original: Any = transaction.registry.original(cls, "forward")
+    if role is Role.ATTENTION:
+        proof.prove_at_kernel(cls, original)
+    go_by_kernel(cls, why)
     taken = contract.keyword_of(role) in contract.argument_names(original)
     if role is Role.ATTENTION:
         graft = graft_captured(original) if taken else graft_attention(original, None)
@@ -245,6 +253,7 @@ def _graft_transformer(
 
 def _graft_kernels(transaction: Transaction, classes: list[type]) -> None:
     for cls in classes:
-        home = kernel_namespace(vars(cls).get("forward", cls))
-        if home is not None and not transaction.claim(home, KERNEL):
-            transaction.set(home, KERNEL, graft_kernel(home[KERNEL]))
+        for method in filter(inspect.isfunction, vars(cls).values()):
+            home = kernel_namespace(method)
+            if home is not None and not transaction.claim(home, KERNEL):
+                transaction.set(home, KERNEL, graft_kernel(home[KERNEL]))

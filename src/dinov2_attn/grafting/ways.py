@@ -6,6 +6,7 @@ are proved to compute nothing else between projection and kernel. All others go 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -27,6 +28,11 @@ def go_by_projection(cls: type) -> None:
 def reason_for_kernel(cls: type) -> str | None:
     """Return why the weights of ``cls`` are taken at the kernel, None if they are not."""
     return next((_AT_KERNEL[base] for base in cls.__mro__ if base in _AT_KERNEL), None)
+
+
+def classes_at_kernel(classes: Iterable[type]) -> dict[type, str]:
+    """Return those of ``classes`` whose weights are taken at the kernel, with the reasons."""
+    return {cls: _AT_KERNEL[cls] for cls in classes if cls in _AT_KERNEL}
 
 
 def runs_itself(model: nn.Module) -> bool:

@@ -101,6 +101,19 @@ def shared_with_nearest(code: Code) -> Code:
     return max((code & era.code for era in table()), key=len)
 
 
+def are_latest(eras: Iterable[Era]) -> bool:
+    """Return whether all of ``eras`` have the attention and the blocks of the newest one.
+
+    A new revision of upstream is nearest to these. A fork is nearest to older ones, or shares only
+    what many have.
+    """
+    relied_on = {
+        name for part in (ATTENTION, BLOCKS) for f in RELIED_ON[part].values() for name in f
+    }
+    latest = frozenset(item for item in table()[-1].code if item[0] in relied_on)
+    return all(latest <= era.code for era in eras)
+
+
 def span(eras: Iterable[Era]) -> str:
     """Return a range as text: ``12592a9 … 7764ea0 (2025-06-11 … 2026-06-03)``."""
     places = sorted(table().index(era) for era in eras)

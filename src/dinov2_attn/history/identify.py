@@ -68,8 +68,9 @@ def recognise(original: Original, classes: Iterable[type]) -> str:
 def warn_of_drift(original: Original, target: Hashable, classes: Iterable[type]) -> None:
     """Warn if upstream's own package holds code that no revision known here does.
 
-    Forks are never warned of. A package is judged when all of it is imported, so that one warning
-    names every change.
+    Forks are not warned of: other packages, and packages of the same name that do not keep what
+    only the latest code of upstream has. A package is judged when all of it is imported, so that
+    one warning names every change.
     """
     own = [cls for cls in classes if _package(cls.__module__) == UPSTREAM]
     seen = {section: _look(original, section, own) for section in RELIED_ON}
@@ -78,12 +79,14 @@ def warn_of_drift(original: Original, target: Hashable, classes: Iterable[type])
     if (whole and not all(seen.values())) or any(s.digest is None for s in found):
         return
     shared = eras.shared_with_nearest(_code(found))
+    if not eras.are_latest(eras.agreeing(shared)):
+        return
     changed = [*_unmatched(shared, found), *(_missing(shared, found) if whole else ())]
     if changed:
         warnings.warn(
             f"{UPSTREAM} is no revision of upstream that is known here. It is as in "
-            f"{eras.span(eras.agreeing(shared))} but for {', '.join(changed)}. Contract and "
-            "behaviour hold, so it works. "
+            f"{eras.span(eras.agreeing(shared))} but for {', '.join(changed)}. Weights are "
+            "still proved, so it works. "
             f"To report it: dinov2-attn verify {_checkout()} --update",
             UpstreamDriftWarning,
             stacklevel=2,

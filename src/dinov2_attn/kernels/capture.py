@@ -32,6 +32,12 @@ _PRODUCTS = {"matmul", "__matmul__", "bmm", "linalg_matmul", "einsum", "baddbmm"
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "nheads", "n_head")
 
 
+SEEN_KERNELS = (
+    "scaled_dot_product_attention, xFormers' function, or a softmax that is multiplied with the "
+    "values"
+)
+
+
 class StopPassError(BaseException):
     """Ends a forward pass whose rest nobody needs. No code of a model should catch it."""
 
@@ -198,8 +204,7 @@ def check_calls(calls: int, module: str) -> None:
     if calls == 1:
         return
     raise NotRecordedError(
-        f"{module} to call one kernel once in a pass: scaled_dot_product_attention, xFormers' "
-        "function, or a softmax that is multiplied with the values",
+        f"{module} to call one kernel once in a pass: {SEEN_KERNELS}",
         f"{calls} calls" if calls else "none that can be seen",
         "Leave this module out with layers=[...]. Weights made by exp and a sum, by "
         "flex_attention, or inside a custom or compiled operator cannot be seen.",

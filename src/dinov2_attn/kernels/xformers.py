@@ -106,11 +106,17 @@ class Kernel:
 
 
 def kernel_namespace(forward: Forward) -> dict[str, Any] | None:
-    """Return the globals where ``forward`` finds xFormers' kernel, ``None`` if it uses none."""
+    """Return the globals where ``forward`` finds xFormers' kernel, ``None`` if it uses none.
+
+    They are those of its own module, or of xFormers' if it asks that by its name.
+    """
     forward = inspect.unwrap(forward)
-    if is_gated(forward) and KERNEL in forward.__code__.co_names and KERNEL in forward.__globals__:
+    if not isinstance(forward, FunctionType) or KERNEL not in forward.__code__.co_names:
+        return None
+    if KERNEL in forward.__globals__:
         return forward.__globals__
-    return None
+    ops = sys.modules.get("xformers.ops")
+    return None if is_gated(forward) else getattr(ops, "__dict__", None)
 
 
 def runs_nested(block: nn.Module) -> bool:

@@ -204,6 +204,7 @@ def test_code_that_install_refuses_is_an_error(checkout, tmp_path):
         f"""
         import sys
         sys.path.append({str(tmp_path / "altered")!r})
+        sys.modules["xformers"] = None  # its branch is as it was
         import dinov2_attn
         from dinov2_attn.apps.weights.source import obtain
         dinov2_attn.install()

@@ -73,12 +73,13 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "the remedy is other code of the user's: there is no call or option that helps": {
         "backbone": (
-            "so nothing was grafted",
-            "so nothing was grafted",
-            "so nothing was grafted",
-            "so nothing was grafted",
-            "so nothing was grafted",
-            "This copy was patched by hand",
+            "so its weights are taken at its kernel",
+            "so its weights are taken at its kernel",
+            "so its weights are taken at its kernel",
+            "so its weights are taken at its kernel",
+            "so its weights are taken at its kernel",
+            "This class keeps its own code",
+            "This copy has its own, which stays",
         ),
     },
     "this is a reason that status() shows, and no error": {

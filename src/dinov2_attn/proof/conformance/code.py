@@ -26,6 +26,7 @@ class Code:
         opened: The modules that found xFormers.
         passed_over: The modules that could not be imported, with the reason.
         notes: Lines for the head of the report.
+        left_out: The classes that ``install`` leaves out, with the reasons.
 
     """
 
@@ -35,6 +36,7 @@ class Code:
     opened: list[ModuleType] = field(default_factory=list, repr=False)
     passed_over: dict[str, str] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list, repr=False)
+    left_out: dict[str, str] = field(default_factory=dict, repr=False)
 
     def classes(self, part: Role) -> list[type]:
         """Return the classes that are ``part``, bases first."""
@@ -65,7 +67,7 @@ class Code:
         if not self.classes(Role.ATTENTION):
             looked = ", ".join(module.__name__ for module in self.modules) or "no module"
             return (
-                f"expected a class with qkv, proj, num_heads and scale, as DINOv2's attention "
+                f"expected a class with qkv, proj and num_heads, as DINOv2's attention "
                 f"has; found that {self.lacks('such class')}. Looked at: {looked}. "
                 "Choose another package with --package NAME."
             )

@@ -1,7 +1,7 @@
 """Attention from its definition, in float64, row by row, without code of the package.
 
 Only the projection is the module's own, so that queries and keys are exactly those of the kernel,
-rounding included.
+rounding included. Where a class does not attend to its projection, they are caught at the kernel.
 """
 
 from __future__ import annotations
@@ -11,6 +11,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dinov2_attn.grafting.ways import reason_for_kernel
+from dinov2_attn.proof.verify.kernel_call import KernelCall, caught
+
+
+def is_at_kernel(module: Any) -> bool:
+    """Return whether the plugin takes the weights of ``module`` at its kernel."""
+    return reason_for_kernel(type(module)) is not None
+
+
+def kernel_call(module: Any, *args: Any, **kwargs: Any) -> KernelCall:
+    """Return what the kernel of ``module`` is given in one pass, caught without the plugin."""
+    _, calls = caught(module, lambda: module(*args, **kwargs))
+    found = [call for several in calls.values() for call in several]
+    assert len(found) == 1, f"expected one kernel call in a pass; found {len(found)}"
+    return found[0]
+
+
+def true_weights(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Return the weights of a pass: caught at the kernel, or from the projection."""
+    if is_at_kernel(module):
+        return kernel_call(module, *args, **kwargs).weights
+    tokens, *causal = args
+    is_causal = kwargs.pop("is_causal", any(flag is True for flag in causal))
+    bias, scale = kwargs.pop("attn_bias", None), scale_of(module, tokens)
+    return weights(module, tokens, causal=is_causal, bias=bias, scale=scale)
 
 
 def projections(module: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

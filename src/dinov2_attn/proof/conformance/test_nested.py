@@ -70,7 +70,7 @@ def test_a_nested_block_runs_and_answers_as_one_by_one(nested: Code, block_class
     assert len(features) == len(weights) == len(TOKENS), "expected an answer for each element"
     for i, tokens in enumerate(TOKENS):
         assert_close(features[i], block(tokens), f"nested features, element {i} = alone")
-        expected = reference.weights(block.attn, block.norm1(tokens))
+        expected = reference.true_weights(block.attn, block.norm1(tokens))
         assert_close(weights[i], expected, f"nested weights, element {i}")
 
 
@@ -84,7 +84,11 @@ def test_a_block_diagonal_bias_gives_a_list(nested: Code, block_class: Any) -> N
     output = bias.split(block.attn(together, attn_bias=bias))
     assert isinstance(weights, list)
     for i, tokens in enumerate(TOKENS):
-        assert_close(weights[i], reference.weights(block.attn, tokens), f"weights of segment {i}")
+        assert_close(
+            weights[i], reference.true_weights(block.attn, tokens), f"weights of segment {i}"
+        )
+        if reference.is_at_kernel(block.attn):
+            continue
         made = reference.features(block.attn, tokens, weights[i])
         size = reference.size_of_terms(block.attn, tokens)
         assert_close(made, output[i], f"proj(weights @ v) = features of segment {i}", size=size)
