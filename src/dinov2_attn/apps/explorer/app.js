@@ -160,7 +160,10 @@ function show() {
   describe(layer, line, limits);
   compare(line);
   remember();
-  if (!performance.getEntriesByName("shown").length) performance.mark("shown");
+  if (!performance.getEntriesByName("shown").length) {
+    performance.mark("shown");
+    fitWindow();
+  }
 }
 
 function cannotRead(error) {
@@ -291,25 +294,37 @@ const RATIO = image.getAttribute("width") / image.getAttribute("height");
 
 /** Make the pictures as high as the window leaves room for, and the heads as large as fits. */
 function fitWindow() {
-  const root = document.documentElement.style;
-  const stage = $("photo").getBoundingClientRect().height;
-  const rest = $("readout").getBoundingClientRect().bottom + scrollY - stage;
-  root.setProperty("--tall", `${Math.max(innerHeight - rest - 8, 0.4 * innerHeight, 128)}px`);
-  const box = $("heads").getBoundingClientRect();
   const narrow = getComputedStyle($("side")).gridColumnStart !== "auto";
-  const room = narrow ? Infinity : $("figures").getBoundingClientRect().bottom - box.top;
-  $("heads").style.setProperty("--across", tilesAcross(box.width, room));
+  for (let again = 0; again < 2; again++) fitPictures(); // texts wrap in other widths
+  const box = $("heads").getBoundingClientRect();
+  const end = Math.max(lowest(), innerHeight - scrollY - below());
+  const across = tilesAcross(box.width, narrow ? Infinity : Math.max(end - box.top, 72));
+  $("heads").style.setProperty("--across", across);
 }
 
-/** The number of tiles in a row with which they are largest. */
+function fitPictures() {
+  const stage = $("photo").getBoundingClientRect();
+  const rest = stage.top + scrollY + (lowest() - stage.bottom) + below();
+  const tall = Math.max(innerHeight - rest, 0.4 * innerHeight, 128);
+  document.documentElement.style.setProperty("--tall", `${tall}px`);
+}
+
+/** The lower end of what is below the pictures. */
+const lowest = () => Math.max(...[$("steps"), $("cells")].map((it) => it.getBoundingClientRect().bottom));
+
+/** The height of what follows, with its margins. */
+const below = () => $("readout").getBoundingClientRect().height + 20;
+
+/** The fewest tiles in a row with which all rows fit: so they are largest. */
 function tilesAcross(width, height) {
-  const wide = (across) => {
-    const rows = Math.ceil(tiles.length / across);
-    return Math.min(width / across - 14, (height / rows - 32) * RATIO);
-  };
   if (height === Infinity) return clamp(Math.round(width / 90), 1, tiles.length);
-  const choices = tiles.map((_, i) => i + 1);
-  return choices.reduce((best, one) => (wide(one) > wide(best) ? one : best), 1);
+  const fits = (across) => {
+    const rows = Math.ceil(tiles.length / across);
+    return rows * ((width / across - 12) / RATIO + 32) <= height;
+  };
+  let across = 1;
+  while (across < 3 * tiles.length && !fits(across)) across++;
+  return across;
 }
 
 function begin() {
@@ -326,12 +341,9 @@ function begin() {
   const colours = bar.createImageData(256, 1);
   new Uint32Array(colours.data.buffer).set(PALETTE);
   bar.putImageData(colours, 0, 0);
-  recall();
-  fade();
-  show();
-  fitWindow();
-  fitWindow(); // the heights of texts depend on the widths of pictures
+  recall(location.hash);
   addEventListener("resize", fitWindow);
+  addEventListener("hashchange", ({ newURL }) => recall(new URL(newURL).hash));
   loadOthers();
 }
 

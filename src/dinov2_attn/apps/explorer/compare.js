@@ -23,7 +23,6 @@ function setPin(next) {
   $("compare").hidden = !pinned;
   show();
   fitWindow();
-  fitWindow();
 }
 
 function compare(line) {
@@ -55,8 +54,7 @@ async function openPage(file) {
     const page = new DOMParser().parseFromString(await file.text(), "text/html");
     await pinPage(page);
   } catch (error) {
-    $("live").textContent = `${file.name} cannot be compared: ${error.message}`;
-    alert($("live").textContent);
+    alert(`${file.name} cannot be compared: ${error.message}`);
   }
 }
 

@@ -47,18 +47,21 @@ function remember() {
   }, 150);
 }
 
-/** Restore the view that the address describes. What it does not fit is ignored. */
-function recall() {
-  const given = new URLSearchParams(location.hash.slice(1).replaceAll("+", "%2B"));
+/** Show the view that the address describes. What it does not fit is ignored. */
+function recall(hash) {
+  clearTimeout(remembering);
+  const given = new URLSearchParams(hash.slice(1));
   const layer = layers.findIndex((one) => String(one.number) === given.get("layer"));
   if (layer >= 0) view.layer = layer;
   view.head = headOf(given.get("head")) ?? view.head;
   view.kept = tokenOf(given.get("token")) ?? view.kept;
-  view.cursor = tokenOf(given.get("cursor")) ?? view.cursor;
-  if (given.get("direction") === "to") form.elements.column.value = "yes";
-  if (given.get("scale") === "log") form.elements.log.value = "yes";
-  if (LIMITS.includes(given.get("limits"))) form.elements.limits.value = given.get("limits");
+  view.cursor = tokenOf(given.get("cursor"));
+  form.elements.column.value = given.get("direction") === "to" ? "yes" : "no";
+  form.elements.log.value = given.get("scale") === "log" ? "yes" : "no";
+  form.elements.limits.value = LIMITS.includes(given.get("limits")) ? given.get("limits") : LIMITS[0];
   if (/^\d+$/.test(given.get("opacity"))) $("opacity").value = given.get("opacity");
+  fade();
+  show();
   if (given.get("pin")) recallPin(given.get("pin").split(";"));
 }
 
