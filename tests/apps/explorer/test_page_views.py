@@ -345,7 +345,9 @@ def test_another_image_is_compared(chromium, coded):
 
 def test_a_page_of_another_grid_is_refused(chromium, coded):
     open_at(chromium, coded[0] / "one.html")
-    chromium.run("document.getElementById('file').hidden = false; window.alert = (it) => (said = it)")
+    chromium.run(
+        "document.getElementById('file').hidden = false; window.alert = (it) => (said = it)"
+    )
     chromium.driver.find_element("id", "file").send_keys(str(coded[0] / "odd.html"))
     said = "its grid is 9 × 9, and this one's 12 × 9"
     wait_for(chromium, "return (window.said ?? '').includes(arguments[0])", said)

@@ -248,7 +248,8 @@ function tile(head) {
   const made = $("heads").appendChild(document.createElement("button"));
   const small = made.appendChild(document.createElement("canvas"));
   made.type = "button";
-  made.append(head === MEAN ? "mean" : `head ${head}`);
+  made.append(head === MEAN ? "mean" : head);
+  made.setAttribute("aria-label", headName(head));
   [small.width, small.height] = [COLUMNS, ROWS];
   made.addEventListener("click", () => turnHead(head));
   return { head, button: made, sheet: sheet(small) };

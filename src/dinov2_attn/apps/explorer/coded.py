@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.apps.explorer.factors import Factors, QueriesKeys, factors
-from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.apps.explorer.quantise import not_finite
 
 # At coarseness 1: the deviation of the noise of the products, in deviations of the products
 # themselves, and the largest error of a weight, in units of the largest weight of its head.
@@ -155,11 +155,7 @@ def encode(layer: QueriesKeys, found: Sequence[Factors], coarseness: float) -> C
 def layer_factors(layer: QueriesKeys) -> list[Factors]:
     """Return the factors of every head. Raise ``InvalidInputError`` unless all are finite."""
     if not (layer.query.isfinite().all() and layer.key.isfinite().all()):
-        raise InvalidInputError(
-            "weights that are finite numbers",
-            "NaN or infinity",
-            "Run the model in float32, and search its checkpoint for NaN.",
-        )
+        raise not_finite()
     return [factors(q, k, layer.scale) for q, k in zip(layer.query, layer.key, strict=True)]
 
 
