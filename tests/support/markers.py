@@ -17,6 +17,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
     "browser": (
         "apps/explorer/test_page_in_browser.py",
         "apps/explorer/test_page_accessibility.py",
+        "apps/explorer/test_page_views.py",
     ),
     "subprocess": (
         "apps/cli/test_cli.py::test_the_sample_runs_without_other_files",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import zlib
 from html.parser import HTMLParser
 
 import numpy as np
@@ -53,6 +54,12 @@ class Page(HTMLParser):
     def layer(self, number):
         """Return what is kept of a layer: ``{"each": {(head, query): row}, "mean": …}``."""
         (layer,) = [one for one in self.about["layers"] if one["layer"] == number]
+        if layer["coded"]:
+            content = base64.b64decode(self.one("script", id=f"coded-{number}")["text"])
+            each = decoded(content, layer["coded"], self.tokens)
+            return {
+                "each": {(h, q): row for h, rows in enumerate(each) for q, row in enumerate(rows)}
+            }
         kinds = [kind for kind in ("each", "mean") if layer[kind]]
         return {kind: self._rows(f"{kind}-{number}", layer[kind]) for kind in kinds}
 
@@ -65,3 +72,45 @@ class Page(HTMLParser):
         rows = low + (high - low) * (codes / 255.0) ** 3
         places = [(head, query) for head in range(table["heads"]) for query in queries]
         return dict(zip(places, rows, strict=True))
+
+
+def decoded(content, about, tokens):
+    """Return the weights ``(heads, N, N)`` of a layer that is stored as queries and keys."""
+    rest = zlib.decompress(content, -15)
+
+    def take(dtype, *shape):
+        nonlocal rest
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        taken, rest = rest[:size], rest[size:]
+        return np.frombuffer(taken, dtype).reshape(shape)
+
+    heads, rank = about["heads"], about["rank"]
+    factor, log_sums = take("<f4", heads, rank), take("<i4", heads, tokens)
+    order = take("<u2", 2 * heads * rank)
+    planes = take("i1", len(order), tokens).astype(int)
+    wide = order >= 0x8000
+    planes[wide] += 256 * take("i1", wide.sum(), tokens).astype(int)
+    sides = np.empty_like(planes)
+    sides[order & 0x7FFF] = planes
+    query, key = sides.reshape(heads, 2, rank, tokens).swapaxes(0, 1)
+    products = np.einsum("hri,hr,hrj->hij", query, factor.astype(float), key)
+    weights = np.exp(products - log_sums[:, :, None] / 8192)
+    gaps = list(rest)
+    places = [np.cumsum([_varint(gaps) for _ in range(n)], dtype=int) for n in about["corrections"]]
+    steps = np.array(gaps, np.uint8).view("i1")
+    for head, (where, unit) in enumerate(zip(places, about["unit"], strict=True)):
+        weights[head].reshape(-1)[where] += steps[: len(where)] * unit
+        steps = steps[len(where) :]
+    assert not len(steps)
+    return weights
+
+
+def _varint(numbers):
+    """Take one number in LEB128 from the front of a list of bytes."""
+    value = shift = 0
+    while True:
+        byte = numbers.pop(0)
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value

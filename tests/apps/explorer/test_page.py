@@ -230,7 +230,7 @@ def test_vit_small_at_518_keeps_all_heads_of_its_last_layer_and_all_cls_rows(reg
     assert told.endswith(f": {rest} of each head")
 
 
-@pytest.mark.parametrize("max_mb", [0.05, 0.06, 0.08, 0.1])
+@pytest.mark.parametrize("max_mb", [0.085, 0.1, 0.12, 0.13])
 def test_the_page_is_no_larger_than_allowed_and_says_what_is_missing(path, max_mb):
     maps = maps_of(layers=tuple(range(12)), heads=12)
     said = write_page(path, PICTURE, maps, max_mb=max_mb)
@@ -247,7 +247,7 @@ def test_the_page_is_no_larger_than_allowed_and_says_what_is_missing(path, max_m
 def test_heads_give_way_to_their_mean(path):
     heads = 40
     maps = maps_of(layers=(3,), heads=heads)
-    page = written(path, maps, max_mb=0.047)
+    page = written(path, maps, max_mb=0.084)
     kept = page.layer(3)
     assert set(kept) == {"each", "mean"}
     assert_shown(page, 3, "mean", maps.weights[0][0].mean(0, keepdim=True))
@@ -389,7 +389,11 @@ def test_a_model_is_explored_as_its_maps_are_written(model, image, tmp_path, n, 
     write_page(tmp_path / "b.html", PICTURE, maps)
     ours, theirs = Page(tmp_path / "a.html"), Page(tmp_path / "b.html")
     assert [one["layer"] for one in ours.about["layers"]] == list(maps.layers)
-    assert ours.about["layers"] == theirs.about["layers"]
+    if heads:
+        assert ours.about["layers"] == theirs.about["layers"]
+    else:  # as queries and keys, which are smaller
+        assert all(one["coded"] for one in ours.about["layers"])
+        assert ours.error < theirs.error
     for layer, weights in zip(maps.layers, maps.weights, strict=True):
         exact = weights[0] if heads is None else weights
         assert_shown(ours, layer, "mean" if heads else "each", exact.double())
@@ -403,26 +407,21 @@ def test_a_model_is_asked_for_no_more_rows_than_there_is_room_for(model, image, 
         return dinov2_attn.record(model, layers, **options)
 
     monkeypatch.setattr("dinov2_attn.apps.explorer.explore.record", spy)
-    said = explore(model, image, path)
+    said = explore(model, image, path, heads="mean")
     assert said.left_out == ""
     assert {len(queries) for queries in asked.values()} == {Page(path).tokens}
 
-    said = explore(model, image, path, max_mb=said.size / 1e6)  # of which a part is reserved
+    # Not enough: 3000 bytes are reserved for sentences.
+    said = explore(model, image, path, heads="mean", max_mb=(said.size + 1500) / 1e6)
     assert "all other rows" in said.left_out
     page = Page(path)
-    assert 1 <= len([queries for queries in asked.values() if len(queries) < page.tokens]) < 4
+    assert 1 <= len([queries for queries in asked.values() if len(queries) < page.tokens]) <= 4
     with torch.inference_mode():
-        maps = attention_maps(model, image.tensor[None])
+        maps = attention_maps(model, image.tensor[None], heads="mean")
     for layer, weights in zip(maps.layers, maps.weights, strict=True):
-        each = weights[0].double().numpy()
-        heads_of = {"each": each, "mean": each.mean(0, keepdims=True)}
-        for kind, rows in page.layer(layer).items():
-            assert {query for _, query in rows} in (
-                set(asked[layer]),
-                set(range(page.about["prefix"])),
-            )
-            for (head, query), row in rows.items():
-                assert np.abs(row - heads_of[kind][head, query]).max() <= page.error
+        for (_, query), row in page.layer(layer)["mean"].items():
+            assert query in asked[layer]
+            assert np.abs(row - weights[0, query].double().numpy()).max() <= page.error
 
 
 def test_random_weights_are_announced(model, image, path):

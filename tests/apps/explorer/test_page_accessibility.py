@@ -23,6 +23,7 @@ from tests.support.exploring import (
     over,
     photo,
     position,
+    robust,
     weights,
 )
 
@@ -72,9 +73,9 @@ def test_letters_and_digits(page, exact, shown):
     page.press("2", "m", ".", "[", "r")
     page.hover(over(page, (2, 1)))
     assert_reads(page, position((2, 1)), 2, weights(exact, layer=1, head=1))
-    page.press("l", "r", "s", "o")
-    heads = np.stack([weights(shown, 1, head)[2] for head in range(HEADS)])[:, PREFIX:]
-    limits = heads.min(), heads.max()
+    page.press("l", "r", "s", "s", "o")
+    heads = np.stack([weights(shown, 1, head)[2] for head in range(HEADS)])
+    limits = robust(heads, log=True)
     assert_colours(page, weights(shown, 1, 1)[2], log=True, limits=limits)
     assert not page.run("return document.getElementById('outliers').checked")
     page.press("c", ",", "]")
@@ -83,6 +84,7 @@ def test_letters_and_digits(page, exact, shown):
     page.press("9")  # there is no such register
     assert page.text("token") == "CLS"
     page.press("ESCAPE")
+    assert page.text("cursor") == "–"
     page.hover(photo(page, (0, 0)))
     assert page.text("token") == "patch (0, 0)"
     page.run("document.getElementById('letters').checked = false")
@@ -94,7 +96,7 @@ def test_everything_is_reached_by_tab_and_has_a_name(page):
     """In the order of the page; Enter works the buttons, space the boxes."""
     page.run("document.activeElement.blur(); scrollTo(0, 0)")
     seen = []
-    for _ in range(40):
+    for _ in range(60):
         page.press("TAB")
         if page.run("return document.activeElement === document.body"):
             break  # all the way round
@@ -103,7 +105,15 @@ def test_everything_is_reached_by_tab_and_has_a_name(page):
     assert all(names)
     for expected in ("Image.", "CLS", "register 2", "Left", "Attention map.", "Choose the token"):
         assert any(name.startswith(expected) for name in names), expected
-    for expected in ("Layer", "Opacity of the map", "Mean of heads", "Mark outliers", "Keys"):
+    for expected in (
+        "Layer",
+        "Opacity of the map",
+        "Mean of heads",
+        "Mark outliers",
+        "? Keys",
+        "Pin",
+        "head 2",
+    ):
         assert any(name.startswith(expected) for name in names), expected
     assert [name for name, outlined in seen if not outlined] == []
 
@@ -121,7 +131,8 @@ def test_what_changed_is_said_to_screen_readers(page, exact):
     page.press("ARROW_DOWN")
     page.shift("ARROW_DOWN")
     page.hover(over(page, (0, 0)))
-    expected = f"register 1 gives patch (0, 0) {page.text('weight')}"
+    times = page.text("times").removesuffix(" ×")
+    expected = f"register 1 gives patch (0, 0) {times} times uniform, {page.text('weight')}"
     end = time.monotonic() + 10
     while page.text("live") != expected and time.monotonic() < end:
         time.sleep(0.05)

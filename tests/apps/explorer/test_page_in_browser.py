@@ -24,6 +24,7 @@ from tests.support.exploring import (
     over,
     photo,
     position,
+    robust,
     weights,
 )
 from tests.support.figure_probes import maps_on
@@ -39,22 +40,25 @@ def test_the_corners_of_an_image_that_is_not_square(page, exact):
         choose(page, query)
         page.hover(over(page, key))
         assert_reads(page, position(query), position(key), weights(exact))
-        choose(page, query)  # once more: released
-        assert page.run("return document.getElementById('release').hidden")
 
 
-def test_pointing_is_enough_until_a_patch_is_held(page, shown):
+def test_hovering_previews_and_a_click_keeps(page, exact, shown):
+    """On the way to the map the token stays the one that was chosen."""
     page.hover(photo(page, (1, 2)))
     assert page.text("token") == "patch (1, 2)"
     assert_colours(page, weights(shown)[position((1, 2))])
-    page.hover(photo(page, (2, 1)))
-    assert page.text("token") == "patch (2, 1)"
+    assert page.run("return document.getElementById('hint').getBoundingClientRect().width") > 20
+    page.hover(over(page, (1, 2)))
+    assert page.text("token") == "CLS"
+    assert_reads(page, 0, position((1, 2)), weights(exact))
     page.click(photo(page, (2, 1)))
-    page.hover(photo(page, (0, 0)))
     assert page.text("token") == "patch (2, 1)"
-    click(page, "#release")
-    page.hover(photo(page, (0, 0)))
-    assert page.text("token") == "patch (0, 0)"
+    page.hover(photo(page, (2, 4)))
+    assert page.text("token") == "patch (2, 4)"
+    page.hover(over(page, (0, 0)))
+    assert page.text("token") == "patch (2, 1)"
+    assert page.run("return document.getElementById('hint').hidden")
+    assert_reads(page, position((2, 1)), position((0, 0)), weights(exact))
 
 
 @pytest.mark.parametrize("token", range(PREFIX))
@@ -123,13 +127,13 @@ def test_row_and_column(page, exact, shown):
     page.hover(page.middle("#cells button:nth-child(3)"))
     assert_reads(page, 2, position((0, 2)), weights(exact))
     total = weights(exact)[:, position((0, 2))].sum()
-    assert f"receives {total:.3g} in total" in page.text("caption")
+    assert f"receives {total:.3g} in total" in page.text("sentence")
     click(page, option("column", on=False))
     page.hover(over(page, (2, 3)))
     assert page.text("token-role") == "Query"
     assert_reads(page, position((0, 2)), position((2, 3)), weights(exact))
     held = 100 * weights(shown)[position((0, 2)), :PREFIX].sum()
-    assert page.text("caption").endswith(f"CLS and registers hold {held:.1f} %")
+    assert f"CLS and registers hold {held:.1f} %" in page.text("sentence")
 
 
 def test_linear_and_log(page, exact, shown):
@@ -143,15 +147,20 @@ def test_linear_and_log(page, exact, shown):
     assert_colours(page, line)
 
 
-def test_limits_of_the_map_and_shared(page, shown):
+def test_limits_are_robust_of_the_map_or_shared(page, shown):
     choose(page, (2, 2))
+    line = weights(shown)[position((2, 2))]
     heads = np.stack([weights(shown, head=head)[position((2, 2))] for head in range(HEADS)])
-    click(page, option("shared", on=True))
-    limits = heads[:, PREFIX:].min(), heads[:, PREFIX:].max()
-    assert_colours(page, weights(shown)[position((2, 2))], limits=limits)
+    assert_colours(page, line)
+    assert "lie above the colours" in page.text("sentence")
+    click(page, option("limits", on="map"))
+    assert_colours(page, line, limits=(line[PREFIX:].min(), line[PREFIX:].max()))
+    assert "lie above the colours" not in page.text("sentence")
+    click(page, option("limits", on="shared"))
+    assert_colours(page, line, limits=robust(heads))
     click(page, "label:has(#mean)")
-    assert_colours(page, heads[0], limits=limits)
-    click(page, option("shared", on=False))
+    assert_colours(page, heads[0], limits=robust(heads))
+    click(page, option("limits", on="robust"))
     assert_colours(page, heads[0])
 
 

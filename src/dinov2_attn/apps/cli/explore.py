@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
 Write one HTML page that works offline and needs no other file. Point at a patch to see its
-attention, or the attention that it receives, in every layer and head. Weights are stored with
-8 bits. The page and the log say what had to be left out to stay below --max-mb.
+attention, or the attention that it receives, in every layer and head. Queries and keys are
+stored where they are smaller than weights, and the page states the error. The page and the log
+say what had to be left out to stay below --max-mb.
 """
 
 EPILOG = """\

@@ -1,5 +1,4 @@
-
-// Draw the chosen weights.
+// What is shown: the state, the maps and their texts.
 
 const about = JSON.parse(document.getElementById("about").textContent);
 const [ROWS, COLUMNS] = about.grid;
@@ -7,18 +6,18 @@ const PREFIX = about.prefix;
 const TOKENS = PREFIX + ROWS * COLUMNS;
 const VIRIDIS = fromBase64(about.viridis);
 const OUTLIERS = new Set(about.outliers);
-const layers = about.layers.map((layer) => new Layer(layer, TOKENS));
+const layers = about.layers.map((layer) => new Layer(layer, TOKENS, document));
+const LIMITS = ["robust", "map", "shared"];
 
 const $ = (id) => document.getElementById(id);
 const form = $("controls");
 const canvas = $("map").querySelector("canvas");
-const brush = canvas.getContext("2d", { willReadFrequently: true }); // the canvas is read and small: no GPU
-const pixels = brush.createImageData(COLUMNS, ROWS);
-
-const view = { layer: layers.length - 1, head: MEAN, token: about.token, cursor: null, held: false };
-
-const isOn = (name) => form.elements[name].value === "yes";
 const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
+const isOn = (name) => form.elements[name].value === "yes";
+
+// `kept` is the token that was chosen, `preview` the one under the pointer, if there is one.
+const view = { layer: layers.length - 1, head: MEAN, kept: about.token, preview: null, cursor: null };
+const chosen = () => view.preview ?? view.kept;
 
 function nameOf(token) {
   if (token === null) return "–";
@@ -29,94 +28,82 @@ function nameOf(token) {
   return OUTLIERS.has(token) ? `${place}, outlier` : place;
 }
 
+const headName = (head = view.head) => (head === MEAN ? "mean of heads" : `head ${head}`);
+
 function number(weight, digits = 4) {
   if (weight === 0) return "0";
-  return weight < 1e-4 ? weight.toExponential(digits - 1) : weight.toPrecision(digits);
+  return Math.abs(weight) < 1e-4 ? weight.toExponential(digits - 1) : weight.toPrecision(digits);
 }
 
-// Colours
-
-/** The minimum and maximum of the patches; for logarithms the minimum above zero. */
-function limitsOf(lines, log) {
-  let low = Infinity;
-  let high = -Infinity;
-  for (const line of lines) {
-    for (let i = PREFIX; i < line.length; i++) {
-      if (line[i] < low && !(log && line[i] <= 0)) low = line[i];
-      if (line[i] > high) high = line[i];
-    }
-  }
-  return [Math.min(low, high), high];
+/** In units of what each token gets if attention is spread evenly. */
+function times(weight, digits = 3) {
+  const value = weight * TOKENS;
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  return size >= 1000 || size < 0.001 ? value.toExponential(digits - 1) : value.toPrecision(digits);
 }
 
-function shade(weight, [low, high], log) {
-  if (!(high > low) || weight <= low) return 0;
-  const share = log ? Math.log(weight / low) / Math.log(high / low) : (weight - low) / (high - low);
-  return clamp(Math.floor(share * 256), 0, 255);
-}
-
-function paint(line, limits, log) {
-  brush.clearRect(0, 0, COLUMNS, ROWS);
-  if (!line) return;
-  for (let i = 0; i < ROWS * COLUMNS; i++) {
-    const colour = 3 * shade(line[PREFIX + i], limits, log);
-    pixels.data[4 * i] = VIRIDIS[colour];
-    pixels.data[4 * i + 1] = VIRIDIS[colour + 1];
-    pixels.data[4 * i + 2] = VIRIDIS[colour + 2];
-    pixels.data[4 * i + 3] = 255;
-  }
-  brush.putImageData(pixels, 0, 0);
-}
-
-function paintCell(button, weight, limits, log) {
-  const colour = weight === null ? 0 : shade(weight, limits, log);
-  const [red, green, blue] = VIRIDIS.slice(3 * colour, 3 * colour + 3);
-  button.style.background = weight === null ? "" : `rgb(${red} ${green} ${blue})`;
-  button.style.color = weight === null ? "" : colour > 150 ? "black" : "white";
-  button.querySelector("data").value = weight === null ? "" : weight;
-  button.querySelector("data").textContent = weight === null ? "–" : number(weight, 3);
+function put(id, value, text) {
+  $(id).value = value;
+  $(id).textContent = text;
 }
 
 // Texts
 
 function describe(layer, line, limits) {
   const column = isOn("column");
-  const head = view.head === MEAN ? "mean of heads" : `head ${view.head}`;
-  $("direction").textContent = column ? "Attention to this token" : "Attention from this token";
-  $("caption").textContent = `${nameOf(view.token)} · layer ${layer.number}, ${head} · ${held(line)}`;
+  $("direction").textContent = column ? "Who looks at it" : "Where it looks";
+  $("caption").textContent = `${nameOf(chosen())} · layer ${layer.number}, ${headName()}`;
   $("token-role").textContent = column ? "Key" : "Query";
   $("cursor-role").textContent = column ? "Query, under the cursor" : "Key, under the cursor";
-  $("token").textContent = nameOf(view.token);
+  $("token").textContent = nameOf(chosen());
   $("cursor").textContent = nameOf(view.cursor);
   const weight = line && view.cursor !== null ? line[view.cursor] : null;
-  $("weight").value = weight === null ? "" : weight;
-  $("weight").textContent = weight === null ? (line ? "–" : "not kept") : number(weight);
-  $("doubt").value = weight === null ? "" : layer.doubt(view.head, ...pair(column));
-  $("doubt").textContent = weight === null ? "" : `± ${number(Number($("doubt").value), 2)}`;
-  for (const [id, limit] of [["low", 0], ["high", 1]]) {
-    $(id).value = line ? limits[limit] : "";
-    $(id).textContent = line ? number(limits[limit], 3) : "";
-  }
+  const doubt = weight === null ? null : layer.doubt(view.head, ...pair(column), column);
+  put("times", weight === null ? "" : weight * TOKENS, weight === null ? "–" : `${times(weight)} ×`);
+  put("weight", weight ?? "", weight === null ? (line ? "–" : "not kept") : number(weight));
+  put("doubt", doubt ?? "", doubt === null ? "" : `± ${number(doubt, 2)}`);
+  put("low", line ? limits[0] : "", line ? times(limits[0]) : "");
+  put("high", line ? limits[1] : "", line ? times(limits[1]) : "");
+  $("above").hidden = !line || extremesOf([line], false)[1] <= limits[1];
   $("missing").hidden = Boolean(line);
-  const what = column ? "the column" : "the row";
-  $("missing").textContent = line
-    ? ""
-    : `Not kept on this page: ${what} of ${nameOf(view.token)}, ${head}. ` +
-      `Kept of layer ${layer.number}: ${layer.kept}.`;
+  $("missing").textContent = line ? "" : lacking(layer, column);
+  $("sentence").textContent = line ? inOneSentence(line, layer, column, limits) : lacking(layer, column);
   announce(weight, column);
 }
 
-function held(line) {
-  if (!line) return "not kept";
+function lacking(layer, column) {
+  const what = column ? "the column" : "the row";
+  return (
+    `Not kept on this page: ${what} of ${nameOf(chosen())}, ${headName()}. ` +
+    `Kept of layer ${layer.number}: ${layer.kept}.`
+  );
+}
+
+/** The map in words, for those who do not see it, and for those who do. */
+function inOneSentence(line, layer, column, limits) {
+  const patches = line.subarray(PREFIX);
+  const high = patches.indexOf(Math.max(...patches));
   const sum = (part) => part.reduce((total, weight) => total + weight, 0);
-  if (isOn("column")) return `receives ${number(sum(line), 3)} in total (average: 1)`;
-  const holders = PREFIX > 1 ? "CLS and registers hold" : "CLS holds";
-  return `${holders} ${(100 * sum(line.subarray(0, PREFIX))).toFixed(1)} %`;
+  const top = highest(patches, Math.min(5, patches.length));
+  const whole = sum(line);
+  const above = patches.reduce((count, weight) => count + (weight > limits[1]), 0);
+  const share = (part) => `${((100 * sum(part)) / (whole || 1)).toFixed(1)} %`;
+  const holders = PREFIX > 1 ? "CLS and registers" : "CLS";
+  const parts = [
+    `${nameOf(chosen())}, layer ${layer.number}, ${headName()}: highest ` +
+      `${column ? "from" : "at"} ${nameOf(PREFIX + high)} (${times(patches[high])} × uniform)`,
+    `the five highest patches ${column ? "give" : "hold"} ${share(top)}`,
+    `${holders} ${column ? "give" : PREFIX > 1 ? "hold" : "holds"} ${share(line.subarray(0, PREFIX))}`,
+  ];
+  if (column) parts.push(`it receives ${number(whole, 3)} in total (average: 1)`);
+  if (above) parts.push(`${above} of ${patches.length} patches lie above the colours`);
+  return `${parts.join("; ")}.`;
 }
 
 /** The query and the key of the weight that is shown. */
 function pair(column) {
-  return column ? [view.cursor, view.token] : [view.token, view.cursor];
+  return column ? [view.cursor, chosen()] : [chosen(), view.cursor];
 }
 
 let announcing;
@@ -124,12 +111,15 @@ let announcing;
 /** Announce to screen readers after a pause, not at every step of the mouse. */
 function announce(weight, column) {
   const [query, key] = pair(column);
-  let text = `${nameOf(view.token)} chosen`;
-  if (weight !== null) text = `${nameOf(query)} gives ${nameOf(key)} ${number(weight)}`;
-  if ($("missing").textContent) text = $("missing").textContent;
+  let text = $("sentence").textContent;
+  if (weight !== null) {
+    text = `${nameOf(query)} gives ${nameOf(key)} ${times(weight)} times uniform, ${number(weight)}`;
+  }
   clearTimeout(announcing);
   announcing = setTimeout(() => ($("live").textContent = text), 300);
 }
+
+// Maps
 
 function place(mark, token) {
   const patch = token - PREFIX;
@@ -139,36 +129,99 @@ function place(mark, token) {
   mark.setAttribute("y", Math.floor(patch / COLUMNS));
 }
 
+let waiting; // the small maps are drawn once a frame, however often the pointer moves
+
 function show() {
   const layer = layers[view.layer];
-  const column = isOn("column");
-  const log = isOn("log");
-  const line = layer.line(view.head, view.token, column);
-  const shared = line && isOn("shared") ? layer.lines(view.token, column) : [line];
-  const limits = line && limitsOf(shared, log);
-  paint(line, limits, log);
-  cells.forEach((cell, token) => {
-    paintCell(cell, line && line[token], limits, log);
-    cell.setAttribute("aria-pressed", token === view.cursor);
+  controls(layer);
+  if (!layer.ready) {
+    document.body.setAttribute("aria-busy", "true");
+    layer.load().then(show, cannotRead);
+    return;
+  }
+  document.body.removeAttribute("aria-busy");
+  const [token, column, log] = [chosen(), isOn("column"), isOn("log")];
+  const kind = form.elements.limits.value;
+  const line = layer.line(view.head, token, column);
+  const lines = line ? layer.lines(token, column) : [];
+  const together = line && kind === "shared" && limitsOf(lines.length ? lines : [line], kind, log);
+  const limits = together || (line && limitsOf([line], kind, log));
+  paint(mapSheet, line, limits, log);
+  cancelAnimationFrame(waiting);
+  waiting = requestAnimationFrame(() => showHeads(layer, lines, line, together, kind, log));
+  cells.forEach((cell, one) => {
+    paintCell(cell, line && line[one], limits, log);
+    cell.setAttribute("aria-pressed", one === view.cursor);
   });
-  chips.forEach((chip, token) => chip.setAttribute("aria-pressed", token === view.token));
-  for (const mark of tokenMarks) place(mark, view.token);
+  chips.forEach((chip, one) => chip.setAttribute("aria-pressed", one === token));
+  for (const mark of tokenMarks) place(mark, token);
   for (const mark of cursorMarks) place(mark, view.cursor);
   for (const group of outlierMarks) group.toggleAttribute("hidden", !$("outliers").checked);
-  $("release").hidden = !view.held;
-  controls(layer);
   describe(layer, line, limits);
+  compare(line);
+  remember();
+  if (!performance.getEntriesByName("shown").length) {
+    performance.mark("shown");
+    fitWindow();
+  }
+}
+
+function cannotRead(error) {
+  $("missing").hidden = false;
+  $("missing").textContent = `This page needs a newer browser (Chrome 103, Firefox 113, Safari 16.4): ${error}`;
+}
+
+function paintCell(button, weight, limits, log) {
+  const none = weight === null;
+  const colour = none ? 0 : shade(weight, limits, log);
+  const [red, green, blue] = VIRIDIS.subarray(3 * colour, 3 * colour + 3);
+  button.style.background = none ? "" : `rgb(${red} ${green} ${blue})`;
+  button.style.color = none ? "" : colour > 150 ? "black" : "white";
+  const shown = button.querySelector("data");
+  shown.value = none ? "" : weight;
+  shown.textContent = none ? "–" : `${times(weight)} ×`;
+}
+
+/** All heads of the layer, small. */
+function showHeads(layer, lines, line, together, kind, log) {
+  $("side-layer").textContent = layer.number;
+  $("side-scale").textContent =
+    lines.length || !line
+      ? together
+        ? "Click one to show it. One scale for all."
+        : "Click one to show it. Each on its own scale."
+      : "Only the mean of heads is kept for this token.";
+  for (const { head, button, sheet } of tiles) {
+    const own = head === MEAN ? (lines.length ? meanOf(lines) : line) : lines[head];
+    paint(sheet, own ?? null, own && (together || limitsOf([own], kind, log)), log);
+    button.setAttribute("aria-pressed", head === view.head);
+    button.classList.toggle("absent", !own);
+  }
 }
 
 function controls(layer) {
   const lone = view.head === MEAN;
   $("layer").value = view.layer;
   $("layer-value").textContent = layer.number;
-  $("layer").setAttribute("aria-valuetext", `layer ${layer.number}`);
+  $("layer").setAttribute("aria-valuetext", `layer ${layer.number}, kept: ${layer.kept}`);
   $("mean").checked = lone;
   $("head").disabled = lone;
   if (!lone) $("head").value = view.head;
   $("head-value").textContent = lone ? "mean" : view.head;
+  $("head").setAttribute("aria-valuetext", headName());
+  const column = isOn("column");
+  mark($("layers-kept"), layers, (one) => one.has(view.head, chosen(), column));
+  mark($("heads-kept"), headNumbers, (head) => layer.has(head, chosen(), column));
+}
+
+/** Below a slider: which of its steps have a map of this token. Nothing if all have. */
+function mark(strip, steps, has) {
+  const there = steps.map(has);
+  strip.hidden = there.every(Boolean);
+  if (strip.hidden) return;
+  strip.title = "Dark: kept on this page for this token";
+  while (strip.children.length < there.length) strip.append(document.createElement("i"));
+  there.forEach((one, i) => strip.children[i].classList.toggle("there", one));
 }
 
 // Elements that are created once
@@ -191,6 +244,17 @@ function cell(token) {
   return made;
 }
 
+function tile(head) {
+  const made = $("heads").appendChild(document.createElement("button"));
+  const small = made.appendChild(document.createElement("canvas"));
+  made.type = "button";
+  made.append(head === MEAN ? "mean" : head);
+  made.setAttribute("aria-label", headName(head));
+  [small.width, small.height] = [COLUMNS, ROWS];
+  made.addEventListener("click", () => turnHead(head));
+  return { head, button: made, sheet: sheet(small) };
+}
+
 function rectangle(parent, kind) {
   const made = document.createElementNS(parent.namespaceURI, "rect");
   made.setAttribute("class", kind);
@@ -201,29 +265,71 @@ function rectangle(parent, kind) {
 
 function marks(kinds) {
   const sheets = [...document.querySelectorAll(".stage svg")];
-  return sheets.flatMap((sheet) => kinds.map((kind) => rectangle(sheet, kind)));
+  return sheets.flatMap((one) => kinds.map((kind) => rectangle(one, kind)));
 }
 
-function markOutliers(sheet) {
-  const group = sheet.appendChild(document.createElementNS(sheet.namespaceURI, "g"));
-  for (const token of OUTLIERS) place(rectangle(group, "outlier"), token);
+/** Twice for each: a dark line under a light one is seen on every colour. */
+function markOutliers(parent) {
+  const group = parent.appendChild(document.createElementNS(parent.namespaceURI, "g"));
+  for (const token of OUTLIERS) {
+    place(rectangle(group, "under"), token);
+    place(rectangle(group, "outlier"), token);
+  }
   return group;
 }
 
+const headNumbers = [...Array(about.heads).keys()];
 const prefix = [...Array(PREFIX).keys()];
+const mapSheet = sheet(canvas);
 const chips = prefix.map((token) => button($("chips"), token, choose));
 const cells = prefix.map(cell);
+const tiles = [MEAN, ...headNumbers].map(tile);
 const outlierMarks = [...document.querySelectorAll(".stage svg")].map(markOutliers);
 const cursorMarks = marks(["under", "cursor"]);
 const tokenMarks = marks(["under", "token"]);
 
+// Sizes
+
+const image = $("photo").querySelector("img");
+const RATIO = image.getAttribute("width") / image.getAttribute("height");
+
+/** Make the pictures as high as the window leaves room for, and the heads as large as fits. */
+function fitWindow() {
+  const narrow = getComputedStyle($("side")).gridColumnStart !== "auto";
+  for (let again = 0; again < 2; again++) fitPictures(); // texts wrap in other widths
+  const box = $("heads").getBoundingClientRect();
+  const end = Math.max(lowest(), innerHeight - scrollY - below());
+  const across = tilesAcross(box.width, narrow ? Infinity : Math.max(end - box.top, 72));
+  $("heads").style.setProperty("--across", across);
+}
+
+function fitPictures() {
+  const stage = $("photo").getBoundingClientRect();
+  const rest = stage.top + scrollY + (lowest() - stage.bottom) + below();
+  const tall = Math.max(innerHeight - rest, 0.4 * innerHeight, 128);
+  document.documentElement.style.setProperty("--tall", `${tall}px`);
+}
+
+/** The lower end of what is below the pictures. */
+const lowest = () => Math.max(...[$("steps"), $("cells")].map((it) => it.getBoundingClientRect().bottom));
+
+/** The height of what follows, with its margins. */
+const below = () => $("readout").getBoundingClientRect().height + 20;
+
+/** The fewest tiles in a row with which all rows fit: so they are largest. */
+function tilesAcross(width, height) {
+  if (height === Infinity) return clamp(Math.round(width / 90), 1, tiles.length);
+  const fits = (across) => {
+    const rows = Math.ceil(tiles.length / across);
+    return rows * ((width / across - 12) / RATIO + 32) <= height;
+  };
+  let across = 1;
+  while (across < 3 * tiles.length && !fits(across)) across++;
+  return across;
+}
+
 function begin() {
-  const image = $("photo").querySelector("img");
-  const [width, height] = ["width", "height"].map((side) => image.getAttribute(side));
-  const ratio = width / height;
-  document.documentElement.style.setProperty("--ratio", ratio);
-  document.body.classList.toggle("wide", ratio > 2.4);
-  document.body.classList.toggle("tall", ratio < 0.8);
+  document.documentElement.style.setProperty("--ratio", RATIO);
   $("map").querySelector("img").src = image.src;
   $("layer").max = layers.length - 1;
   $("layer").disabled = layers.length < 2;
@@ -234,8 +340,21 @@ function begin() {
   $("outliers-found").textContent = about.outliersFound;
   const bar = $("bar").querySelector("canvas").getContext("2d");
   const colours = bar.createImageData(256, 1);
-  for (let i = 0; i < 256; i++) colours.data.set([...VIRIDIS.slice(3 * i, 3 * i + 3), 255], 4 * i);
+  new Uint32Array(colours.data.buffer).set(PALETTE);
   bar.putImageData(colours, 0, 0);
-  fade();
-  show();
+  recall(location.hash);
+  addEventListener("resize", fitWindow);
+  addEventListener("hashchange", ({ newURL }) => recall(new URL(newURL).hash));
+  loadOthers();
 }
+
+/** Read the other layers while nothing else happens. */
+async function loadOthers() {
+  const idle = globalThis.requestIdleCallback ?? ((then) => setTimeout(then, 50));
+  for (const layer of [...layers].reverse()) {
+    if (layer.ready) continue;
+    await new Promise((then) => idle(then));
+    await layer.load();
+  }
+}
+

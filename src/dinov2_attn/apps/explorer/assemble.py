@@ -23,24 +23,42 @@ from dinov2_attn.apps.explorer.budget import (
     everything,
     left_out,
 )
+from dinov2_attn.apps.explorer.coded import CodedLayer
 from dinov2_attn.apps.explorer.content import Frame
 from dinov2_attn.apps.explorer.quantise import Table
 
-# The tables of a layer: at most one for "each" head and one for their "mean".
-Tables = Mapping[str, Table]
+# The tables of a layer: at most one for "each" head and one for their "mean". A layer that is
+# kept as queries and keys has "coded" in place of them.
+Tables = Mapping[str, Table | CodedLayer]
+
+SCRIPTS = (
+    *("weights.js", "coded.js", "app.js", "colours.js"),
+    *("compare.js", "share.js", "input.js"),
+)
 
 _NUMBERS = """\
 <p>An attention weight, softmax(q kᵀ), is what a query gives to a key. Patches are (row, column),
 counted from 0 at the top left. Nothing is rescaled: a row, with CLS and registers, sums to one.</p>
-<p>Each weight is stored in 8 bits, in cubic steps from the minimum of its row to the maximum. The
-largest error on this page, measured against the weights of the model, is
+<p>Maps and numbers are in units of <b>× uniform</b>: the weight times the number of tokens. 1 is
+what each token gets if attention is spread evenly. The share beside it is the weight itself.</p>
+<p>{how} The largest error of a weight on this page, measured against the weights of the model, is
 <b id="worst">{error}</b>. The number after ± is the error bound of one weight. Numbers are shown
 with four digits; the data elements of the page hold all digits.</p>
 <p>{mean}</p>
-<p>Colours run from the minimum to the maximum of the patches. CLS and registers may lie outside.
-Shared limits cover all heads of the layer, for the chosen token and direction.</p>
 <p>Outliers {outliers} are patches with an unusually large norm. Their weights are not changed.</p>
 {read}<p>Kept: {kept}.{left_out}</p>"""
+
+_AS_WEIGHTS = (
+    "Each weight is stored in 8 bits, in cubic steps from the minimum of its row to the maximum."
+)
+_AS_PRODUCTS = (
+    "Queries and keys are stored as whole numbers, a few bits each, and this page computes every "
+    "weight from them. Weights with the largest errors are corrected one by one."
+)
+_AS_BOTH = (
+    "Layers that are kept whole are stored as queries and keys in whole numbers, a few bits each, "
+    "and this page computes their weights. In other layers each weight is stored in 8 bits."
+)
 
 _COMPUTED = (
     "The mean of heads is computed on this page from these numbers. Its error is not larger."
@@ -51,16 +69,24 @@ _STORED = (
 )
 
 
-def assemble(frame: Frame, kept: Mapping[int, KeptRows], tables: Mapping[int, Tables]) -> bytes:
-    """Return the page, with the ``tables`` of every layer that keeps anything."""
-    script = "".join(map(_file, ("weights.js", "app.js", "input.js")))
+def assemble(
+    frame: Frame,
+    kept: Mapping[int, KeptRows],
+    tables: Mapping[int, Tables],
+    missing: str = "",
+) -> bytes:
+    """Return the page, with the ``tables`` of every layer that keeps anything.
+
+    ``missing`` says what the page leaves out.
+    """
+    script = "".join(map(_file, SCRIPTS))
     style = _file("app.css")
     height, width = frame.picture.shape[:2]
     parts = {
         "policy": _policy(style, script),
         "title": escape(_valid(frame.title)),
         "about": escape(_valid(" · ".join(filter(None, (frame.model, frame.token_counts))))),
-        "warning": _notes(frame, kept),
+        "warning": _notes(frame, missing),
         "image": frame.image_url(),
         "width": str(width),
         "height": str(height),
@@ -97,14 +123,17 @@ def _data(
 
 def _layer(frame: Frame, layer: int, keep: KeptRows, tables: Tables) -> dict[str, object]:
     def table(kind: str) -> dict[str, Any] | None:
-        if kind not in tables:
+        found = tables.get(kind)
+        if found is None:
             return None
-        queries = tables[kind].queries
-        complete = queries == frame.shape.all_tokens
-        return {"queries": None if complete else queries, "heads": len(tables[kind].codes)}
+        if isinstance(found, CodedLayer):
+            return found.description()
+        complete = found.queries == frame.shape.all_tokens
+        return {"queries": None if complete else found.queries, "heads": len(found.codes)}
 
     return {
         "layer": layer,
+        "coded": table("coded"),
         "each": table("each"),
         "mean": table("mean"),
         "kept": describe_layer(keep, frame.shape),
@@ -113,27 +142,37 @@ def _layer(frame: Frame, layer: int, keep: KeptRows, tables: Tables) -> dict[str
 
 def _elements(tables: Mapping[int, Tables]) -> list[str]:
     return [
-        f'<script type="application/octet-stream" id="{kind}-{layer}">'
-        f"{base64.b64encode(table.content()).decode()}</script>"
+        f'<script type="application/octet-stream" id="{kind}-{layer}">{embedded(table)}</script>'
         for layer, by_kind in tables.items()
         for kind, table in by_kind.items()
     ]
 
 
-def _notes(frame: Frame, kept: Mapping[int, KeptRows]) -> str:
+def _notes(frame: Frame, missing: str) -> str:
     notes = []
     if frame.warning is not None:
         notes.append(f'<p class="warning" id="warning">{escape(_valid(frame.warning))}</p>')
-    if lacking := left_out(dict(kept), frame.shape):
-        notes.append(f'<p id="left-out">{escape(what_is_missing(frame, kept, lacking))}</p>')
+    if missing:
+        notes.append(f'<p id="left-out">{escape(missing)}</p>')
     return "\n".join(notes)
 
 
-def what_is_missing(frame: Frame, kept: Mapping[int, KeptRows], lacking: str) -> str:
-    """Return what the page leaves out, why, and what would keep it."""
+def what_is_missing(
+    frame: Frame,
+    kept: Mapping[int, KeptRows],
+    lacking: str,
+    whole: Mapping[int, int] | None = None,
+) -> str:
+    """Return what the page leaves out, why, and what would keep it.
+
+    ``whole`` says how many bytes each layer takes if all of it is kept, by default as weights.
+    """
+    complete = everything(frame.shape)
+    as_weights = dict.fromkeys(kept, cost(complete, frame.shape))
     all_of_it = frame.limit + sum(
-        cost(everything(frame.shape), frame.shape) - cost(keep, frame.shape)
-        for keep in kept.values()
+        (whole or as_weights)[layer] - cost(keep, frame.shape)
+        for layer, keep in kept.items()
+        if keep != complete
     )
     return (
         f"Left out to stay below {frame.limit / 1e6:g} MB: {lacking}. "
@@ -144,9 +183,12 @@ def what_is_missing(frame: Frame, kept: Mapping[int, KeptRows], lacking: str) ->
 def _numbers(frame: Frame, kept: Mapping[int, KeptRows], tables: Mapping[int, Tables]) -> str:
     errors = [table.error for one in tables.values() for table in one.values()]
     lacking = left_out(dict(kept), frame.shape)
+    coded = ["coded" in one for one in tables.values()]
+    stored = any("mean" in one for one in tables.values())
     return _NUMBERS.format(
+        how=_AS_BOTH if len(set(coded)) == 2 else _AS_PRODUCTS if any(coded) else _AS_WEIGHTS,
         error=at_least(max(errors, default=0.0)),
-        mean=_STORED if any("mean" in one for one in tables.values()) else _COMPUTED,
+        mean=_STORED if stored else _COMPUTED,
         outliers=escape(frame.outliers_found),
         read=f"<p>{escape(frame.range_note)}</p>\n" if frame.range_note else "",
         kept=escape(describe(dict(kept), frame.shape)),
@@ -177,6 +219,11 @@ def _policy(style: str, script: str) -> str:
 
 def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def embedded(table: Table | CodedLayer) -> str:
+    """Return the bytes of a table in base64."""
+    return base64.b64encode(table.content()).decode()
 
 
 def embedded_json(data: object) -> str:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, Shape
+from dinov2_attn.apps.explorer.assemble import Tables
+from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, Shape, everything
+from dinov2_attn.apps.explorer.coded import CodedLayer
 from dinov2_attn.apps.explorer.content import Frame, bytes_in
+from dinov2_attn.apps.explorer.factors import queries_and_keys
+from dinov2_attn.apps.explorer.fit import (
+    COARSEST,
+    Candidate,
+    candidate,
+    fit,
+    reserved,
+    size_of,
+    smaller,
+)
 from dinov2_attn.apps.explorer.quantise import Table
-from dinov2_attn.apps.explorer.write import ExplorerPage, page_of, quantise_layer, rows_to_keep
+from dinov2_attn.apps.explorer.write import (
+    ExplorerPage,
+    page_of,
+    quantise_layer,
+    room_for_layers,
+    rows_to_keep,
+)
 from dinov2_attn.apps.viz.images import LoadedImage
 from dinov2_attn.apps.viz.inference import inference_on
 from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
@@ -37,9 +55,10 @@ def explore(
 
     >>> viz.explore(model, viz.load_image("cat.jpg", model), "cat.html")
 
-    The page is the one that ``write_page`` makes of ``attention_maps``. Only one layer is in
-    memory at a time: each is quantised during the pass. Rows that do not fit into the page are
-    not computed. Outliers are marked.
+    Queries and keys are stored in place of weights where they are smaller. The page then
+    computes every weight of every layer. Otherwise, with ``heads="mean"``, and for layers that
+    have no room, the page is the one that ``write_page`` makes of ``attention_maps``: rows that
+    do not fit are left out. Outliers are marked.
 
     Args:
         model: A grafted vision transformer on any device.
@@ -75,9 +94,12 @@ def explore(
             *(image.picture, shape, title, name, warning, outliers, 0, limit),
             range_note=image.range_note(),
         )
-        kept = rows_to_keep(frame, wanted)
-        tables = _tables(model, images, shape, heads, kept)
-    page = page_of(frame, kept, tables)
+        coded, whole = _coded(model, images, frame, wanted, heads)
+        kept = _rows_beside(coded, frame, wanted)
+        tables: dict[int, Tables] = dict(_tables(model, images, shape, heads, kept))
+    kept.update(dict.fromkeys(coded, everything(shape)))
+    tables.update({layer: {"coded": one} for layer, one in coded.items()})
+    page = page_of(frame, kept, dict(sorted(tables.items())), whole)
     if path is not None:
         page.save(path)
     return page
@@ -87,6 +109,49 @@ def _shape(backbone: Backbone, images: Tensor, heads: Heads) -> Shape:
     prefix, (height, width) = backbone.prefix, backbone.grid(images)
     queries = tuple(range(prefix + height * width))
     return Shape(0 if heads else backbone.model.num_heads, queries, prefix, (height, width))
+
+
+def _coded(
+    model: Any, images: Tensor, frame: Frame, layers: list[int], heads: Heads
+) -> tuple[dict[int, CodedLayer], dict[int, int]]:
+    """Return the layers that are kept as queries and keys, and what each layer takes as such."""
+    if heads is not None or not layers:
+        return {}, {}
+    found = _candidates(model, images, layers)
+    if not found or not smaller(found, frame.shape):
+        return {}, {}
+    whole = {layer: int(one.at(COARSEST)) for layer, one in found.items()}
+    room = room_for_layers(frame, layers)
+    for share in (0.98, 0.9, 0.75, 0.5):  # estimates may be too low, of small layers above all
+        chosen = fit(found, frame.shape, int(share * room))
+        if chosen is None:
+            break
+        numbers, coarseness = chosen
+        coded = {layer: found[layer].encode(coarseness) for layer in numbers}
+        if (
+            sum(map(size_of, coded.values())) + reserved(len(layers) - len(coded), frame.shape)
+            <= room
+        ):
+            return coded, whole
+    return {}, whole
+
+
+def _candidates(model: Any, images: Tensor, layers: list[int]) -> dict[int, Candidate]:
+    backbone = Backbone(model)
+    modules = (module for block in backbone.blocks for module in block.modules())
+    # Where a key may be hidden, weights are not the softmax of products alone.
+    if any(getattr(module, "is_causal", False) for module in modules):
+        return {}
+    return {one.layer: candidate(one) for one in queries_and_keys(backbone, images, layers)}
+
+
+def _rows_beside(
+    coded: Mapping[int, CodedLayer], frame: Frame, layers: list[int]
+) -> dict[int, KeptRows]:
+    """Choose the rows of the layers that are not ``coded``."""
+    rest = [layer for layer in layers if layer not in coded]
+    taken = sum(map(size_of, coded.values()))
+    return rows_to_keep(frame, rest, layers, taken) if rest or not coded else {}
 
 
 def _tables(

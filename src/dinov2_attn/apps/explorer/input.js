@@ -8,10 +8,19 @@ function tokenAt(stage, event) {
   return PREFIX + clamp(down, 0, ROWS - 1) * COLUMNS + clamp(across, 0, COLUMNS - 1);
 }
 
-function choose(token, held = true) {
-  if (token === view.token && held === view.held) return;
-  view.token = token;
-  view.held = held;
+/** Keep a token: it stays when the pointer leaves. */
+function choose(token) {
+  $("hint").hidden = true;
+  if (token === view.kept && view.preview === null) return;
+  view.kept = token;
+  view.preview = null;
+  show();
+}
+
+/** Show a token as long as the pointer is on it. */
+function preview(token) {
+  if (token === view.preview) return;
+  view.preview = token;
   show();
 }
 
@@ -22,7 +31,7 @@ function point(token) {
 }
 
 function step(token, [down, across]) {
-  if (token === null) return view.token;
+  if (token === null) return view.kept;
   if (token < PREFIX) return clamp(token + Math.sign(down + across), 0, TOKENS - 1);
   const row = Math.floor((token - PREFIX) / COLUMNS) + down;
   const column = clamp(((token - PREFIX) % COLUMNS) + across, 0, COLUMNS - 1);
@@ -34,21 +43,35 @@ function chooseCursor() {
 }
 
 $("photo").addEventListener("pointermove", (event) => {
-  if (event.pointerType !== "touch" && !view.held) choose(tokenAt($("photo"), event), false);
-});
-$("photo").addEventListener("click", (event) => {
+  if (event.pointerType === "touch") return;
   const token = tokenAt($("photo"), event);
-  choose(token, !(view.held && token === view.token));
+  hint(event, token);
+  preview(token === view.kept ? null : token);
 });
+$("photo").addEventListener("pointerleave", () => {
+  $("hint").hidden = true;
+  preview(null);
+});
+$("photo").addEventListener("click", (event) => choose(tokenAt($("photo"), event)));
+
+/** Say beside the pointer how to keep what it shows. */
+function hint({ clientX, clientY }, token) {
+  const box = $("photo").getBoundingClientRect();
+  const isLeft = clientX - box.left < box.width / 2;
+  $("hint").hidden = token === view.kept;
+  $("hint").style.left = isLeft ? `${clientX - box.left + 16}px` : "auto";
+  $("hint").style.right = isLeft ? "auto" : `${box.right - clientX + 12}px`;
+  $("hint").style.top = `${clientY - box.top + 14}px`;
+}
+
 $("map").addEventListener("pointermove", (event) => {
   if (event.pointerType !== "touch") point(tokenAt($("map"), event));
 });
 $("map").addEventListener("click", (event) => point(tokenAt($("map"), event)));
 $("map").addEventListener("dblclick", (event) => choose(tokenAt($("map"), event)));
-$("release").addEventListener("click", () => choose(view.token, false));
 $("from-here").addEventListener("click", chooseCursor);
 $("steps").addEventListener("click", ({ target }) => {
-  if (target.dataset.key) choose(step(view.token, ARROWS[target.dataset.key]));
+  if (target.dataset.key) choose(step(view.kept, ARROWS[target.dataset.key]));
 });
 
 $("layer").addEventListener("input", ({ target }) => turn("layer", Number(target.value)));
@@ -58,13 +81,34 @@ form.addEventListener("change", show);
 form.addEventListener("submit", (event) => event.preventDefault());
 $("opacity").addEventListener("input", fade);
 
+$("pin").addEventListener("click", pin);
+$("open").addEventListener("click", () => $("file").click());
+$("file").addEventListener("change", ({ target }) => {
+  if (target.files[0]) openPage(target.files[0]);
+  target.value = "";
+});
+$("link").addEventListener("click", copyLink);
+$("png").addEventListener("click", savePicture);
+$("csv").addEventListener("click", saveTable);
+$("keys-button").addEventListener("click", () => $("keys").showModal());
+
 function turn(what, value) {
   view[what] = clamp(value, 0, (what === "layer" ? layers.length : about.heads) - 1);
   show();
 }
 
+function turnHead(head) {
+  view.head = head;
+  show();
+}
+
 function toggleMean() {
-  view.head = $("mean").checked ? MEAN : Number($("head").value);
+  turnHead($("mean").checked ? MEAN : Number($("head").value));
+}
+
+function nextLimits() {
+  const now = LIMITS.indexOf(form.elements.limits.value);
+  form.elements.limits.value = LIMITS[(now + 1) % LIMITS.length];
   show();
 }
 
@@ -87,7 +131,9 @@ const LETTERS = {
   m: () => !$("mean").disabled && $("mean").click(),
   r: () => flip("column"),
   l: () => flip("log"),
-  s: () => flip("shared"),
+  s: nextLimits,
+  p: pin,
+  "?": () => $("keys").showModal(),
   o: () => !$("outliers").disabled && $("outliers").click(),
   "[": () => turn("layer", view.layer - 1),
   "]": () => turn("layer", view.layer + 1),
@@ -96,10 +142,10 @@ const LETTERS = {
 };
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
   const busy = event.target.closest("input, button, summary"); // these elements use the keys themselves
   const letter = $("letters").checked && LETTERS[event.key.toLowerCase()];
-  if (event.key === "Escape") choose(view.token, false);
+  if (event.key === "Escape") point(null);
   else if (event.key in ARROWS && !busy) arrow(event);
   else if (event.key === "Enter" && !busy) chooseCursor();
   else if (letter) letter();
@@ -109,7 +155,7 @@ document.addEventListener("keydown", (event) => {
 function arrow(event) {
   event.preventDefault(); // the page would scroll
   if (event.shiftKey) point(step(view.cursor, ARROWS[event.key]));
-  else choose(step(view.token, ARROWS[event.key]));
+  else choose(step(view.kept, ARROWS[event.key]));
 }
 
 function digit(token) {
@@ -117,4 +163,3 @@ function digit(token) {
 }
 
 begin();
-performance.mark("shown");

@@ -66,16 +66,21 @@ def quantise(weights: Tensor, queries: tuple[int, ...]) -> Table:
     for head in range(shape[0]):  # a whole layer in float64 would double the memory
         exact = weights[head].detach().cpu().double().numpy()
         if not np.isfinite(exact).all():
-            raise InvalidInputError(
-                "weights that are finite numbers",
-                "NaN or infinity",
-                "Run the model in float32, and search its checkpoint for NaN.",
-            )
+            raise not_finite()
         least[head], most[head] = exact.min(-1), exact.max(-1)
         codes[head] = _encode(exact, least[head], most[head])
         seen = _decode(codes[head], least[head], most[head])
         error = max(error, float(np.abs(seen - exact).max(initial=0)))
     return Table(queries, codes, least, most, error)
+
+
+def not_finite() -> InvalidInputError:
+    """Return the error for weights, or what they are made of, that are no numbers."""
+    return InvalidInputError(
+        "weights that are finite numbers",
+        "NaN or infinity",
+        "Run the model in float32, and search its checkpoint for NaN.",
+    )
 
 
 def _encode(

@@ -17,13 +17,13 @@ function fromBase64(text) {
 
 /** Rows of some tokens, of one head or several. Decoded at first use. */
 class Table {
-  constructor(id, { queries, heads }, tokens) {
+  constructor(element, { queries, heads }, tokens) {
     this.heads = heads;
     this.tokens = tokens;
     this.complete = queries === null;
     this.rows = this.complete ? tokens : queries.length;
     this.places = this.complete ? null : new Map(queries.map((query, row) => [query, row]));
-    this.element = document.getElementById(id);
+    this.element = element;
   }
 
   has(query) {
@@ -39,6 +39,15 @@ class Table {
     const row = this.row(head, query);
     const least = this.least[row];
     return least + (this.most[row] - least) * LEVELS[this.codes[row * this.tokens + key]];
+  }
+
+  /** The row of `token`, or its column. */
+  line(head, token, column) {
+    const line = new Float64Array(this.tokens);
+    for (let other = 0; other < line.length; other++) {
+      line[other] = column ? this.weight(head, other, token) : this.weight(head, token, other);
+    }
+    return line;
   }
 
   /** The error bound: half a step to the next level, and the rounding of the row. */
@@ -60,45 +69,62 @@ class Table {
 }
 
 class Layer {
-  constructor({ layer, each, mean, kept }, tokens) {
+  constructor({ layer, coded, each, mean, kept }, tokens, page) {
+    const element = (kind) => page.getElementById(`${kind}-${layer}`);
     this.number = layer;
     this.kept = kept;
-    this.tokens = tokens;
-    this.each = each && new Table(`each-${layer}`, each, tokens);
-    this.mean = mean && new Table(`mean-${layer}`, mean, tokens);
+    this.ready = !coded;
+    this.each = each && new Table(element("each"), each, tokens);
+    if (coded) this.each = new Coded(element("coded"), coded, tokens);
+    this.mean = mean && new Table(element("mean"), mean, tokens);
+    this.cache = { name: "", lines: [] };
   }
 
-  /** The row of `token` in a head or their mean, or its column. */
+  /** Read the numbers, if that takes time. Nothing else may be asked before. */
+  async load() {
+    this.loading ??= this.each.read();
+    await this.loading;
+    this.ready = true;
+  }
+
+  /** Whether the row or column of `token` is there, in a head or the mean of heads. */
+  has(head, token, column) {
+    const there = (table) => Boolean(table) && (column ? table.complete : table.has(token));
+    return there(this.each) || (head === MEAN && there(this.mean));
+  }
+
+  /** The row of `token` in a head or their mean, or its column; null if it is not there. */
   line(head, token, column) {
-    const [table, heads] = this.source(head);
-    if (!table || !(column ? table.complete : table.has(token))) return null;
-    const line = new Float64Array(this.tokens);
-    for (const one of heads) {
-      for (let other = 0; other < line.length; other++) {
-        line[other] += column ? table.weight(one, other, token) : table.weight(one, token, other);
-      }
+    if (!this.has(head, token, column)) return null;
+    const lines = this.lines(token, column);
+    if (head !== MEAN) return lines[head];
+    return lines.length ? meanOf(lines) : this.mean.line(0, token, column);
+  }
+
+  /** The lines of all heads, as far as they are kept. The last ones are remembered. */
+  lines(token, column) {
+    const name = `${token} ${column}`;
+    if (this.cache.name !== name) {
+      const heads = this.has(0, token, column) ? [...Array(this.each.heads).keys()] : [];
+      this.cache = { name, lines: heads.map((head) => this.each.line(head, token, column)) };
     }
-    if (heads.length > 1) for (let i = 0; i < line.length; i++) line[i] /= heads.length;
-    return line;
+    return this.cache.lines;
   }
 
   /** The error bound of a weight in a head or their mean. */
-  doubt(head, query, key) {
-    const [table, heads] = this.source(head);
-    const doubts = heads.map((one) => table.doubt(one, query, key));
-    return doubts.reduce((sum, doubt) => sum + doubt, 0) / doubts.length;
-  }
-
-  /** The lines of all heads if they are kept, or else that of the mean. */
-  lines(token, column) {
-    const heads = this.each ? [...Array(this.each.heads).keys()] : [];
-    const lines = heads.map((head) => this.line(head, token, column)).filter((line) => line);
-    return lines.length ? lines : [this.line(MEAN, token, column)];
-  }
-
-  source(head) {
-    if (head !== MEAN) return [this.each, [head]];
-    if (this.mean) return [this.mean, [0]];
-    return [this.each, this.each ? [...Array(this.each.heads).keys()] : []];
+  doubt(head, query, key, column) {
+    const lines = this.lines(column ? key : query, column);
+    if (!lines.length) return this.mean.doubt(0, query, key);
+    const bound = (one) => this.each.doubt(one, query, key, lines[one][column ? query : key]);
+    if (head !== MEAN) return bound(head);
+    return lines.reduce((sum, _, one) => sum + bound(one), 0) / lines.length;
   }
 }
+
+function meanOf(lines) {
+  const mean = new Float64Array(lines[0].length);
+  for (const line of lines) for (let i = 0; i < mean.length; i++) mean[i] += line[i];
+  for (let i = 0; i < mean.length; i++) mean[i] /= lines.length;
+  return mean;
+}
+

@@ -121,12 +121,27 @@ def write_page(
     return page
 
 
-def rows_to_keep(frame: Frame, layers: list[int]) -> dict[int, KeptRows]:
-    """Choose the rows of each of the ``layers`` so that the page stays below its limit."""
+def room_for_layers(frame: Frame, layers: list[int]) -> int:
+    """Return how many bytes of the page ``layers`` may take."""
     bare = len(assemble(frame, {}, {}))
     # An upper bound for the sentences about the layers.
     said = 1000 + 500 * len(layers)
-    return plan(layers, frame.shape, frame.limit - bare - said)
+    return frame.limit - bare - said
+
+
+def rows_to_keep(
+    frame: Frame, layers: list[int], of: list[int] | None = None, taken: int = 0
+) -> dict[int, KeptRows]:
+    """Choose the rows of each of the ``layers`` so that the page stays below its limit.
+
+    Args:
+        frame: The page without weights.
+        layers: The layers to choose rows of.
+        of: All layers of the page, if there are others.
+        taken: The bytes that the others take.
+
+    """
+    return plan(layers, frame.shape, room_for_layers(frame, of or layers) - taken)
 
 
 def quantise_layer(weights: Tensor, queries: tuple[int, ...], rows: KeptRows) -> dict[str, Table]:
@@ -149,12 +164,24 @@ def quantise_layer(weights: Tensor, queries: tuple[int, ...], rows: KeptRows) ->
 
 
 def page_of(
-    frame: Frame, kept: Mapping[int, KeptRows], tables: Mapping[int, Tables]
+    frame: Frame,
+    kept: Mapping[int, KeptRows],
+    tables: Mapping[int, Tables],
+    whole: Mapping[int, int] | None = None,
 ) -> ExplorerPage:
-    """Return the page with these tables."""
+    """Return the page with these tables.
+
+    Args:
+        frame: The page without weights.
+        kept: The rows of each layer that it keeps.
+        tables: Their weights.
+        whole: How many bytes each layer takes if all of it is kept. Default: as weights.
+
+    """
     lacking = left_out(dict(kept), frame.shape)
-    missing = what_is_missing(frame, kept, lacking) if lacking else ""
-    return ExplorerPage(assemble(frame, kept, tables), describe(dict(kept), frame.shape), missing)
+    missing = what_is_missing(frame, kept, lacking, whole) if lacking else ""
+    content = assemble(frame, kept, tables, missing)
+    return ExplorerPage(content, describe(dict(kept), frame.shape), missing)
 
 
 def _rows(weights: Tensor, queries: tuple[int, ...], chosen: tuple[int, ...]) -> Tensor:
