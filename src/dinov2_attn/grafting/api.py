@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from dinov2_attn._compat_imports import wait_for_imports
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.import_hook import Finder
-from dinov2_attn.grafting.registry import LOCK, REGISTRY, RecordingTarget
+from dinov2_attn.grafting.registry import LOCK, REGISTRY, Owner, RecordingTarget
 from dinov2_attn.grafting.targets import UPSTREAM_MODULES, LiveModel, Package
 from dinov2_attn.history.eras import UPSTREAM
 
@@ -95,6 +95,8 @@ class Status:
         covered: Grafts with another patch on top.
         pending: Modules that will be grafted when they are imported.
         recognised: For each target, how its code was recognised, or why it was not.
+        sources: For each grafted class, whether weights come from its projection or from its
+            kernel, and why.
 
     """
 
@@ -102,12 +104,14 @@ class Status:
     covered: tuple[str, ...]
     pending: tuple[str, ...]
     recognised: dict[str, str] = field(hash=False)
+    sources: dict[str, str] = field(hash=False, default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"grafted: {name}" for name in self.grafted]
         lines += [f"patched on top by other code: {name}" for name in self.covered]
         lines += [f"pending, until imported: {name}" for name in self.pending]
         lines += [f"{target}: {how}" for target, how in self.recognised.items()]
+        lines += [f"{cls}: {source}" for cls, source in self.sources.items()]
         return "\n".join(lines) or "nothing installed"
 
 
@@ -209,7 +213,18 @@ def status() -> Status:
                 name for p in _PACKAGES.values() for name in p.pending(p.name in targets)
             ),
             recognised={**recognised, **failed},
+            sources=_sources([graft.owner for graft in grafts]),
         )
+
+
+def _sources(owners: Iterable[Owner]) -> dict[str, str]:
+    """Return for each class among ``owners`` where its weights come from."""
+    classes: dict[type, None] = {owner: None for owner in owners if isinstance(owner, type)}
+    if not classes:
+        return {}
+    from dinov2_attn.grafting.ways import source_of
+
+    return {f"{cls.__module__}.{cls.__qualname__}": source_of(cls) for cls in classes}
 
 
 def _unused(label: str, taken: Mapping[str, str]) -> str:

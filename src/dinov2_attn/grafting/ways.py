@@ -29,6 +29,14 @@ def reason_for_kernel(cls: type) -> str | None:
     return next((_AT_KERNEL[base] for base in cls.__mro__ if base in _AT_KERNEL), None)
 
 
+def source_of(cls: type) -> str:
+    """Return where the weights of a grafted class come from, for people."""
+    reason = reason_for_kernel(cls)
+    if reason is None:
+        return "weights from the projection (proved)"
+    return f"weights at the kernel, because of the projection: {reason}"
+
+
 def runs_itself(model: nn.Module) -> bool:
     """Return whether ``model`` has to run its own pass, because a part goes by the kernel."""
     return bool(_AT_KERNEL) and any(
