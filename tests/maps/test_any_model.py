@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2_attn import attention_maps, record
-from dinov2_attn.errors import InvalidInputError, OutOfRangeError
+import dinov2_attn
+from dinov2_attn import artifact_tokens, attention_maps, record, rollout
+from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, OutOfRangeError
+from dinov2_attn.maps import rollout as module_of_rollout
 from tests.maps.test_record_any_model import (
     IMAGES,
     TRANSFORMERS,
@@ -15,6 +17,7 @@ from tests.maps.test_record_any_model import (
     of_transformers,
     sharp,
 )
+from tests.support import layouts, other_attention
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close, assert_same_bits
 
@@ -102,3 +105,144 @@ def test_several_kinds_of_attention_are_an_error_until_one_is_named():
     assert found.weights[0].shape == (2, 2, 15, 15)
     with pytest.raises(OutOfRangeError):
         attention_maps(model, x, "global_blocks.7")
+
+
+def product_of(maps, heads, residual):
+    """The textbook's product ``(B, N, N)`` in float64 of recorded matrices."""
+    product = torch.eye(maps[0].shape[-1], dtype=torch.float64)
+    for weights in maps:
+        fused = {"mean": weights.mean(1), "min": weights.amin(1), "max": weights.amax(1)}[heads]
+        mixed = residual * torch.eye(weights.shape[-1]) + (1 - residual) * fused.double()
+        product = mixed / mixed.sum(-1, keepdim=True) @ product
+    return product
+
+
+def assert_is_the_product(model, images, layers=None, queries=(0, 3), heads="mean", residual=0.5):
+    with record(model, layers) as recorded:
+        model(images)
+    expected = product_of(recorded.weights, heads, residual)[:, list(queries)]
+    ours = rollout(model, images, layers, queries=queries, heads=heads, residual=residual)
+    assert (ours.weights.double() - expected).abs().max() < (
+        1e-12 if images.dtype == torch.float64 else 1e-6
+    )
+    assert (ours.grid, ours.prefix) == (recorded.grid, recorded.prefix)
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(module_of_rollout, "TILE_BYTES", 500)
+
+
+@pytest.mark.parametrize("heads", ["mean", "min", "max"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("_small_tiles")
+@torch.no_grad()
+def test_a_rollout_is_the_product_of_what_the_kernels_were_given(name, heads):
+    model, images = build(name)
+    assert_is_the_product(model, images, heads=heads)
+    model, images = model.double(), images.double()
+    assert_is_the_product(model, images, heads=heads, residual=0.25)
+    assert_is_the_product(model, images, [0, 2], heads=heads)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@torch.no_grad()
+def test_explicit_code_is_rolled_out_too(name):
+    assert_is_the_product(*build(name, "eager", torch.float64))
+    assert_is_the_product(*build(name, "eager", torch.float64), heads="max", residual=0.0)
+
+
+@pytest.mark.parametrize("install", [True, False])
+@pytest.mark.parametrize("heads", ["mean", "max"])
+@pytest.mark.parametrize("kind", [{}, {"bias": True}, {"causal": True}], ids=str)
+@pytest.mark.usefixtures("_small_tiles")
+@torch.no_grad()
+def test_biases_and_causal_masks_of_the_kernel_count(first, kind, heads, install):
+    model = other_attention.build(first, **kind)
+    images = noise(2, 3, 6, 8, seed=0, dtype=torch.float64)
+    handle = dinov2_attn.install(model) if install else None
+    assert_is_the_product(model, images, heads=heads)
+    assert_is_the_product(model, images, 1, heads=heads, residual=0.0)
+    if handle is not None:
+        handle.uninstall()
+
+
+@torch.no_grad()
+def test_tokens_behind_the_patches_are_rolled_out_and_not_shown(grafted):
+    model = layouts.build(grafted, layouts.registers_behind(grafted, 2), depth=2)
+    dinov2_attn.install(model)
+    images = noise(2, 3, 4, 6, seed=0, dtype=torch.float32)
+    assert_is_the_product(model, images)
+    ours = rollout(model, images, queries="patches")
+    assert (ours.suffix, ours.weights.shape) == (2, (2, 6, 9))
+    assert_same_bits(ours.patch_maps().flatten(2), ours.weights[..., 1:7])
+
+
+# Artifact tokens
+
+
+def norms_and_attention(model, images, outputs, layer):
+    """What artifact_tokens reports, from the outputs of blocks and the recorded matrices."""
+    seen = []
+    hooks = [block.register_forward_hook(lambda _, __, out: seen.append(out)) for block in outputs]
+    with record(model) as recorded:
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    tokens = seen[layer][0] if isinstance(seen[layer], tuple) else seen[layer]
+    patches = slice(recorded.prefix, None)
+    mean = recorded.weights[-1].mean(1)[..., patches]
+    return tokens.norm(dim=-1)[:, patches], mean[:, 0], mean.mean(1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_artifact_tokens_read_the_outputs_of_blocks(name):
+    model, images = build(name, dtype=torch.float64)
+    blocks = next(
+        m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) == 3
+    )
+    for layer in (0, 2):
+        found = artifact_tokens(model, images, layer)
+        expected = norms_and_attention(model, images, blocks, layer)
+        for ours, theirs in zip(
+            (found.norms, found.from_cls, found.from_all), expected, strict=True
+        ):
+            assert_close(ours.flatten(1), theirs)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_artifact_tokens_of_a_kernel_of_its_own_are_those_of_its_blocks(first):
+    model = other_attention.build(first)
+    images = noise(2, 3, 6, 8, seed=0, dtype=torch.float64)
+    with dinov2_attn.install(model):
+        found = artifact_tokens(model, images, 1)
+        expected = norms_and_attention(model, images, model.blocks, 1)
+    for ours, theirs in zip((found.norms, found.from_cls, found.from_all), expected, strict=True):
+        assert_close(ours.flatten(1), theirs)
+
+
+@torch.no_grad()
+def test_blocks_that_do_not_hand_their_tokens_on_are_an_error():
+    model, images = build(TIMM[0])
+    model.blocks.register_forward_pre_hook(lambda *_: None)
+    model.blocks[1].register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    with pytest.raises(IncompatibleUpstreamError, match="another input of block 1"):
+        artifact_tokens(model, images)
+    assert not model.blocks[0]._forward_hooks
+    with pytest.raises(IncompatibleUpstreamError, match="no such list"):
+        artifact_tokens(nn.Sequential(model.patch_embed, model.blocks[0].attn), images)
+
+
+def test_status_says_how_the_weights_of_each_class_are_taken(first):
+    model = other_attention.build(first)
+    with dinov2_attn.install(model):
+        said = dinov2_attn.status().sources
+        lines = str(dinov2_attn.status()).splitlines()
+    (own,) = [how for name, how in said.items() if name.endswith("Normalised")]
+    assert own.startswith("weights at the kernel, because")
+    assert "weights from the projection (proved)" in said.values()
+    assert all(f"{name}: {how}" in lines for name, how in said.items())

@@ -21,7 +21,7 @@ from dinov2_attn.maps.course import Course, advice
 from dinov2_attn.maps.layers import kind_of, recorded_in
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import W
-from dinov2_attn.maps.tokens import Tokens
+from dinov2_attn.maps.tokens import Tokens, named
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.buffers import Preallocated, ReusableBuffer
 from dinov2_attn.math.selection import positions, resolve_names
@@ -371,10 +371,8 @@ class _Recorder:
                 "a model in which no patch grid was found",
                 "Pass positions, or say prefix= too.",
             )
-        elif self._queries == "patches":
-            self._queries = slice(layout.patches.start, layout.patches.stop)
         else:
-            self._queries = [*range(1, layout.prefix), *range(layout.patches.stop, layout.length)]
+            self._queries = named(self._queries, layout)
 
     def _end_pass(self) -> None:
         if self._kept and not self.modules.is_chosen:

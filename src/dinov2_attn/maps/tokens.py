@@ -12,7 +12,8 @@ from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.probe import probe
 from dinov2_attn.grafting.channel import unrecorded
-from dinov2_attn.typing import Grid
+from dinov2_attn.math.selection import resolve_names
+from dinov2_attn.typing import Grid, Queries
 
 
 @dataclass(frozen=True)
@@ -124,3 +125,15 @@ class Tokens:
         grid = (self._size[0] // patch[0], self._size[1] // patch[1])
         layout = Layout(self._backbone.prefix, 0, grid)
         return layout if self._length in (None, layout.length) else None
+
+
+def named(queries: Queries, layout: Layout) -> Queries:
+    """Return ``queries`` with ``"registers"`` and ``"patches"`` as the positions that they mean.
+
+    Tokens behind the patches count as registers.
+    """
+    if isinstance(queries, str) and queries == "patches":
+        return slice(layout.patches.start, layout.patches.stop)
+    if isinstance(queries, str) and queries == "registers":
+        return [*range(1, layout.prefix), *range(layout.patches.stop, layout.length)]
+    return resolve_names(queries, 0)
