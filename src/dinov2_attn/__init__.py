@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from dinov2_attn.apps.weights.checkpoints import load_checkpoint
     from dinov2_attn.grafting.grafted import grafted
     from dinov2_attn.maps.artifacts import ArtifactTokens
-    from dinov2_attn.maps.attention_maps import AttentionMaps, attention_maps
+    from dinov2_attn.maps.attention_maps import AttentionMaps
     from dinov2_attn.maps.find_artifacts import artifact_tokens
+    from dinov2_attn.maps.one_batch import attention_maps
     from dinov2_attn.maps.record import record
     from dinov2_attn.maps.recording import Recording
     from dinov2_attn.maps.rollout import rollout
@@ -62,7 +63,7 @@ __getattr__, __dir__ = lazily(
         "AttentionMaps": "dinov2_attn.maps.attention_maps",
         "Recording": "dinov2_attn.maps.recording",
         "artifact_tokens": "dinov2_attn.maps.find_artifacts",
-        "attention_maps": "dinov2_attn.maps.attention_maps",
+        "attention_maps": "dinov2_attn.maps.one_batch",
         "extract": "dinov2_attn.apps.extraction.extract",
         "grafted": "dinov2_attn.grafting.grafted",
         "load_checkpoint": "dinov2_attn.apps.weights.checkpoints",

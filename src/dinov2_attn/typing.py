@@ -41,6 +41,7 @@ __all__ = [
     "Model",
     "Queries",
     "QueryWord",
+    "Source",
 ]
 
 QueryWord = Literal["cls", "registers", "patches"]
@@ -52,6 +53,8 @@ Layers = SupportsIndex | Sequence[SupportsIndex] | None
 Layer = int | str
 RecordedLayers = Layers | str | Sequence[str] | Sequence[int | str]
 Grid = tuple[int, int]
+# Where weights come from: the call of a kernel, or the proved projection of a class.
+Source = Literal["kernel", "projection"]
 
 Images: TypeAlias = "Tensor | Sequence[Tensor]"
 Masks: TypeAlias = "Tensor | Sequence[Tensor | None] | None"

@@ -15,14 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dinov2_attn
 from dinov2_attn import AttentionMaps, attention_maps, record
 from dinov2_attn.errors import (
     InvalidInputError,
-    NotGraftedError,
     UnreadableFileError,
     UnwritableOutputError,
 )
 from dinov2_attn.math.selection import name_token
+from tests.support import layouts
 from tests.support.recordings import IMAGES, build
 from tests.support.strategies import model_cases, noise
 from tests.support.tolerances import are_close, assert_close, assert_same_bits
@@ -254,11 +255,59 @@ def test_tokens_have_names():
     assert name_token(9, 5, (2, 3)) == "patch (1, 1)"
 
 
-# Last: it takes away the grafts of the tests above
+@pytest.mark.parametrize("count", [1, 3])
+def test_registers_behind_the_patches_are_no_patches(grafted, count):
+    model = layouts.build(grafted, layouts.registers_behind(grafted, count), depth=2)
+    images = noise(2, 3, 4, 6, seed=0, dtype=torch.float32)
+    dinov2_attn.install(model)
+    expected = model.get_self_attention(images)
+    every = attention_maps(model, images)
+    patches = attention_maps(model, images, queries="patches")
+    for maps in (every, patches):
+        assert (maps.grid, maps.prefix, maps.suffix) == ((2, 3), 1, count)
+    assert patches.queries == tuple(range(1, 7))
+    for ours, theirs in zip(every.weights, expected, strict=True):
+        assert_close(ours, theirs)
+    for maps, rows in ((every, slice(None)), (patches, slice(1, 7))):
+        for shown, theirs in zip(maps.patch_maps(), expected, strict=True):
+            assert_close(shown, theirs[:, :, rows, 1:7].unflatten(-1, (2, 3)))
+    assert_close(attention_maps(model, images, 1, queries=-1).weights[0], expected[-1][:, :, -1:])
 
 
-def test_a_model_that_was_not_reached_is_an_error(first):
-    with pytest.raises(NotGraftedError, match="install"):
-        attention_maps(build(first), IMAGES)
-    with pytest.raises(NotGraftedError, match="Found torch.nn.modules.linear.Linear"):
+def test_results_say_where_each_layer_comes_from(grafted, tmp_path):
+    model = build(grafted)
+    kernel, projection = ("kernel",), ("projection",)
+    assert attention_maps(model, IMAGES).sources == kernel * 2 + projection
+    assert attention_maps(model, IMAGES, 1).sources == projection
+    with record(model, 1) as maps:
+        model(IMAGES)
+    assert maps.passes[0].sources == kernel
+    assert repr(maps.passes[0]).endswith("queries=all, sources=kernel)")
+    maps.save(tmp_path / "a.safetensors")
+    assert AttentionMaps.load(tmp_path / "a.safetensors").sources == kernel
+
+
+# Last: they take away the grafts of the tests above
+
+
+@pytest.mark.parametrize("heads", [None, "mean"])
+@pytest.mark.parametrize("queries", [None, "cls", "registers", "patches", [3, -1]])
+def test_a_model_without_grafts_answers_with_what_its_kernel_was_given(first, queries, heads):
+    model, asked = build(first, num_register_tokens=2), {"queries": queries, "heads": heads}
+    masks = torch.arange(6)[None].expand(2, -1) > 3
+    for layers in (None, 1, [0]):
+        found = attention_maps(model, IMAGES, layers, masks, **asked)
+        assert set(found.sources) == {"kernel"}
+        with dinov2_attn.install(model):
+            expected = attention_maps(model, IMAGES, layers, masks, **asked)
+        for name in ("layers", "grid", "prefix", "queries"):
+            assert getattr(found, name) == getattr(expected, name)
+        for ours, theirs in zip(found.weights, expected.weights, strict=True):
+            assert_close(ours, theirs)
+
+
+def test_a_module_without_attention_is_an_error():
+    with pytest.raises(InvalidInputError, match="Found none in torch.nn.modules.linear.Linear"):
         attention_maps(torch.nn.Linear(1, 1), IMAGES)
+    with pytest.raises(InvalidInputError, match="Found str"):
+        attention_maps("dinov2", IMAGES)

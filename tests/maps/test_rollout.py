@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dinov2_attn
 from dinov2_attn.backbone.structure import Role, role_of_module
-from dinov2_attn.errors import InvalidInputError, NotGraftedError
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.modules import Returns, queries_and_keys_from
 from dinov2_attn.maps import rollout as module_of_rollout
 from tests.support import reference, upstreams
@@ -227,7 +227,7 @@ def test_the_tokens_of_the_first_block_are_not_kept(grafted):
     model, kept = PLAIN.build(grafted), []
     model.blocks[0].register_forward_pre_hook(lambda _, args: kept.append(weakref.ref(args[0])))
     alive = []
-    model.blocks[1].register_forward_pre_hook(lambda *_: alive.append(kept[0]() is not None))
+    model.blocks[1].register_forward_pre_hook(lambda *_: alive.append(kept[-1]() is not None))
     dinov2_attn.rollout(model, PLAIN.images)
     assert not any(alive)
     assert alive
@@ -254,10 +254,12 @@ def test_what_cannot_be_is_refused(models, options, expected):
         dinov2_attn.rollout(model, PLAIN.images, **options)
 
 
-def test_a_model_that_install_has_not_reached_is_refused(first):
-    model = PLAIN.build(first)
-    with pytest.raises(NotGraftedError, match=r"(?s)Found .*DinoVisionTransformer.*install"):
-        dinov2_attn.rollout(model, PLAIN.images)
+def test_a_model_that_install_has_not_reached_answers_from_its_own_pass(models):
+    model = PLAIN.build(models).double()
+    expected = textbook(model, PLAIN.images.double(), masks=PLAIN.masks)[:, :1]
+    dinov2_attn.uninstall()
+    ours = dinov2_attn.rollout(model, PLAIN.images.double(), masks=PLAIN.masks)
+    assert_close(ours.weights, expected)
 
 
 @torch.no_grad()

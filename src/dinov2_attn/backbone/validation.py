@@ -48,12 +48,7 @@ def check_batch(model: Shape, images: object, masks: object = None) -> int:
         InvalidInputError: if they are anything else.
 
     """
-    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        raise InvalidInputError(
-            "images as a floating tensor of shape (B, C, H, W), or a list of such tensors",
-            _describe(images),
-            _to_floating(images),
-        )
+    images = check_images(images, dimensions=(4,))
     groups = images.shape[1] if model.is_channel_adaptive else 1
     _check_channels(model.channels, images, groups)
     height, width = model.patch_size
@@ -66,6 +61,22 @@ def check_batch(model: Shape, images: object, masks: object = None) -> int:
     if masks is not None:
         _check_masks(masks, images.shape[0], math.prod(model.grid(images)))
     return groups
+
+
+def check_images(images: object, dimensions: Sequence[int] = (4, 5)) -> Tensor:
+    """Return ``images`` if they are a floating tensor ``(B, C, H, W)``, or of frames of these.
+
+    Raises:
+        InvalidInputError: if they are anything else.
+
+    """
+    if isinstance(images, Tensor) and images.ndim in dimensions and images.is_floating_point():
+        return images
+    raise InvalidInputError(
+        "images as a floating tensor of shape (B, C, H, W), or a list of such tensors",
+        _describe(images),
+        _to_floating(images),
+    )
 
 
 def _check_channels(channels: int, images: Tensor, groups: int) -> None:

@@ -174,13 +174,14 @@ def _walk(
     The last one is asked, because of it only norm and projection have to run. The weights of the
     others are those of their own kernel calls.
     """
-    if len(wanted) < 2 or must_ask(backbone):
+    asked = asked_layers(backbone, wanted)
+    others = [i for i in wanted if i not in asked]
+    if not others:
         return tuple(
             weights_from(block, given, **selection)
             for i, block, given in backbone.walk(tokens, _end(wanted))
             if i in wanted
         )
-    others = wanted[:-1]
     modules = {m: i for m, i in backbone.attentions().items() if i in others}
     collector = Collector(modules, **selection)
     with recording(collector, modules):
@@ -188,6 +189,19 @@ def _walk(
             tokens, final = given, block
     _check_count(collector.weights, len(others))
     return (*collector.weights, weights_from(final, tokens, **selection))
+
+
+def asked_layers(backbone: Backbone, wanted: list[int]) -> list[int]:
+    """Return those of the blocks ``wanted`` whose weights come from their projection."""
+    if runs_itself(backbone.model):
+        return []
+    return wanted if must_ask(backbone) else wanted[-1:]
+
+
+def is_grafted(model: object) -> bool:
+    """Return whether ``model`` has the ``get_self_attention`` of this package, wrapped or not."""
+    method = getattr(model, "get_self_attention", None)
+    return getattr(method, "__func__", None) is get_self_attention
 
 
 def _end(wanted: list[int]) -> int:

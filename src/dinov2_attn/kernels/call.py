@@ -62,6 +62,91 @@ class FusedCall:
         """The number of queries."""
         return self.query.shape[2]
 
+    @property
+    def batch(self) -> int:
+        """The number of samples."""
+        return self.query.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """The number of keys."""
+        return self.key.shape[2]
+
+    @property
+    def heads(self) -> int:
+        """The number of heads of the query."""
+        return self.query.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.query.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.query.device
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether each row does: one that a bias masks completely is zero."""
+        return self.bias is None
+
+    def kept(self) -> FusedCall:
+        """Return the call without values and output, which the weights do not need."""
+        call = self._same_dtype()
+        return replace(call, value=call.key, output=None)
+
+    def at(self, rows: list[int]) -> FusedCall:
+        """Return the call of some queries only. ``tile`` is told their positions."""
+        bias = self._dense_bias
+        if bias is not None and bias.ndim > 1 and bias.shape[-2] != 1:
+            bias = bias[..., rows, :]
+        return replace(self, query=self.query[:, :, rows], bias=bias)
+
+    def wide(self) -> FusedCall:
+        """Return the call in float32 at least."""
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        query, key = self.query.to(dtype), self.key.to(dtype)
+        return replace(self, query=query, key=key, value=key)
+
+    def tile(
+        self, sample: int, heads: slice, lines: slice, positions: Tensor, memory: Tensor
+    ) -> Tensor:
+        """Return some rows of the weights of one sample, ``(heads, lines, N)``, in ``memory``.
+
+        Args:
+            sample: The sample.
+            heads: The heads.
+            lines: The rows among the queries of the call.
+            positions: The positions of these rows in their sequence.
+            memory: A flat tensor of at least that many elements.
+
+        """
+        query = self.query[None, sample, heads, lines]
+        bias = self._dense_bias
+        if bias is not None:
+            whole = (*self.query.shape[:3], self.key.shape[2])
+            bias = bias.expand(whole)[None, sample, heads, lines]
+        shape = (*query.shape[:3], self.columns)
+        return attention_weights(
+            query,
+            self._keys(sample, heads),
+            self.scale,
+            bias=bias,
+            causal_rows=positions if self.is_causal else None,
+            out=memory[: math.prod(shape)].view(shape),
+        )[0]
+
+    def _keys(self, sample: int, heads: slice) -> Tensor:
+        """Return the keys of some heads of a sample. All heads may share one."""
+        if self.key.shape[1] == 1:
+            return self.key[None, sample]
+        each = self.heads // self.key.shape[1]
+        if each == 1:
+            return self.key[None, sample, heads]
+        return self.key[None, sample, [i // each for i in range(self.heads)[heads]]]
+
     def weights(
         self, queries: Queries = None, heads: Heads = None, new: NewResult = new_result
     ) -> Tensor | list[Tensor]:
@@ -206,6 +291,56 @@ class ExplicitCall:
     def rows(self) -> int:
         """The number of queries."""
         return self.matrix.shape[2]
+
+    @property
+    def batch(self) -> int:
+        """The number of samples."""
+        return self.matrix.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """The number of keys."""
+        return self.matrix.shape[3]
+
+    @property
+    def heads(self) -> int:
+        """The number of heads."""
+        return self.matrix.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.matrix.device
+
+    @property
+    def sums_to_one(self) -> bool:
+        """False, because a gate or a mask may have come after the softmax."""
+        return False
+
+    def kept(self) -> ExplicitCall:
+        """Return the call without values and output."""
+        return replace(self, value=self.matrix, output=None)
+
+    def at(self, rows: list[int]) -> ExplicitCall:
+        """Return the call of some queries only."""
+        return replace(self, matrix=self.matrix[:, :, rows])
+
+    def wide(self) -> ExplicitCall:
+        """Return the call as it is. Its rows are converted in ``tile``."""
+        return self
+
+    def tile(
+        self, sample: int, heads: slice, lines: slice, positions: Tensor, memory: Tensor
+    ) -> Tensor:
+        """Return some rows of the weights of one sample, ``(heads, lines, N)``."""
+        del positions, memory
+        rows = self.matrix[sample, heads, lines]
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def weights(
         self, queries: Queries = None, heads: Heads = None, new: NewResult = new_result

@@ -1,20 +1,17 @@
-"""The attention of a model on one batch of images, and how it lies on the patch grid."""
+"""The weights of one batch of images, and how they lie on the patch grid."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, overload
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic
 
 from torch import Tensor
 
-from dinov2_attn.backbone.backbone import grafted_backbone
 from dinov2_attn.backbone.layout import Layout, check_columns, cut_maps
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps import _facts
 from dinov2_attn.maps.result import Array, Result, W, as_array
-from dinov2_attn.math.selection import positions
-from dinov2_attn.typing import Grid, Heads, Images, Layer, Layers, Masks, Model, Queries
+from dinov2_attn.typing import Grid, Layer, Source
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,6 +33,9 @@ class AttentionMaps(Result, Generic[W]):
         suffix: The number of columns behind the patches, such as test-time registers.
         per_cell: The number of tokens of each cell of the grid.
         planes: Where a cell has several tokens: whether one grid follows the other.
+        sources: Where the weights of each layer come from: ``"kernel"`` if they follow from what
+            its kernel was given, ``"projection"`` if they were computed from its projection alone,
+            which is proved. Empty if that is not known.
 
     """
 
@@ -47,6 +47,7 @@ class AttentionMaps(Result, Generic[W]):
         "suffix",
         "per_cell",
         "planes",
+        "sources",
     )
 
     weights: tuple[W, ...]
@@ -57,6 +58,7 @@ class AttentionMaps(Result, Generic[W]):
     suffix: int = 0
     per_cell: int = 1
     planes: bool = False
+    sources: tuple[Source, ...] = ()
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -94,6 +96,19 @@ class AttentionMaps(Result, Generic[W]):
         maps: AttentionMaps[Array] = self._with(as_array)
         return maps
 
+    def placed(self, layout: Layout | None) -> AttentionMaps[W]:
+        """Return the same with what ``layout`` says of the columns; unchanged without one."""
+        if layout is None:
+            return self
+        return replace(
+            self,
+            grid=layout.grid,
+            prefix=layout.prefix,
+            suffix=layout.suffix,
+            per_cell=layout.per_cell,
+            planes=layout.planes,
+        )
+
     def _map(self, weights: Any) -> Any:
         return cut_maps(weights, self._layout_for(weights))
 
@@ -122,6 +137,7 @@ class AttentionMaps(Result, Generic[W]):
             "prefix": f"{self.prefix}",
             **({"suffix": f"{self.suffix}"} if self.suffix else {}),
             "queries": _facts.tokens(self.queries, self.prefix, self.grid),
+            **({"sources": ", ".join(dict.fromkeys(self.sources))} if self.sources else {}),
         }
 
     def _tensors(self) -> dict[str, Any]:
@@ -132,74 +148,3 @@ class AttentionMaps(Result, Generic[W]):
     def _restored(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Any:
         weights = tuple(tensors[f"layer.{layer}"] for layer in about["layers"])
         return cls(weights, **about)  # type: ignore[arg-type]  # a file holds tensors
-
-
-@overload
-def attention_maps(
-    model: Model,
-    images: Tensor,
-    layers: Layers = None,
-    masks: Tensor | None = None,
-    *,
-    queries: Queries = None,
-    heads: Heads = None,
-) -> AttentionMaps: ...
-@overload
-def attention_maps(
-    model: Model,
-    images: Sequence[Tensor],
-    layers: Layers = None,
-    masks: Sequence[Tensor | None] | None = None,
-    *,
-    queries: Queries = None,
-    heads: Heads = None,
-) -> list[AttentionMaps]: ...
-
-
-def attention_maps(
-    model: Any,
-    images: Images,
-    layers: Layers = None,
-    masks: Masks = None,
-    *,
-    queries: Queries = None,
-    heads: Heads = None,
-) -> AttentionMaps | list[AttentionMaps]:
-    """Return the attention of ``model`` on ``images``, with grid and prefix.
-
-    >>> maps = attention_maps(model, images, layers=1, queries="cls")
-    >>> maps.patch_maps()[0]   # (B, heads, 1, h, w)
-    >>> maps.prefix_mass()[0]  # (B, heads, 1)
-
-    Gradients flow when grad is on.
-
-    Args:
-        model: A DINOv2 that ``install`` has reached. For a model that only contains one, use
-            ``record``.
-        images: ``(B, C, H, W)``, or a list of such batches.
-        layers: ``None`` for all blocks, an int for the last so many, or a sequence of blocks.
-        masks: ``None`` or boolean ``(B, h·w)``; for a list, one for each batch.
-        queries: The tokens whose rows are wanted: ``None`` for all, ``"cls"``,
-            ``"registers"``, ``"patches"``, a position, a slice or a sequence of positions.
-        heads: ``None`` for each head, ``"mean"`` for their mean.
-
-    Returns:
-        The maps of the batch; for a list of batches, a list of maps.
-
-    Raises:
-        InvalidInputError: An argument is of the wrong kind or shape.
-        OutOfRangeError: A layer or a query does not exist.
-        NotGraftedError: ``install`` has not reached the model.
-
-    """
-    backbone = grafted_backbone(model)
-    weights = model.get_self_attention(images, layers, masks, queries=queries, heads=heads)
-    spelled, numbers = backbone.resolve_names(queries), tuple(backbone.layers(layers))
-
-    def of_batch(batch: Tensor, own: tuple[Tensor, ...]) -> AttentionMaps:
-        rows = positions(spelled, backbone.length(batch))
-        return AttentionMaps(own, numbers, backbone.grid(batch), backbone.prefix, rows)
-
-    if isinstance(images, Tensor):
-        return of_batch(images, weights)
-    return [of_batch(batch, tuple(layer[i] for layer in weights)) for i, batch in enumerate(images)]

@@ -6,17 +6,24 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
+from dinov2_attn.backbone.backbone import Backbone
+from dinov2_attn.backbone.layout import Layout
+from dinov2_attn.backbone.validation import layers_to_take
 from dinov2_attn.errors import InvalidInputError, SuspiciousArtifactsWarning
 from dinov2_attn.grafting.channel import unrecorded
-from dinov2_attn.grafting.modules import queries_and_keys_from
+from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.maps.artifacts import MOST, ArtifactTokens, median
-from dinov2_attn.maps.rollout import Layer
+from dinov2_attn.maps.calls import calls_of_pass
+from dinov2_attn.maps.chain import blocks_around, norms_of
+from dinov2_attn.maps.layers import recorded_in
+from dinov2_attn.maps.one_batch import batches_of, run_model, walks_as_counted
+from dinov2_attn.maps.rollout import Layer, calls_from
 from dinov2_attn.typing import Images, Masks, Model
 
 # 7.5 median absolute deviations are five standard deviations of a bell curve.
@@ -66,11 +73,13 @@ def artifact_tokens(
     the attention that patches receive in the last block, from CLS and from all tokens.
 
     The cost is one forward pass and one softmax over the last block's matrix, which is not
-    kept: memory is that of the tokens of one block. Nothing is differentiated, no hook is set,
-    and recordings around the call see nothing.
+    kept: memory is that of the tokens of one block. Nothing is differentiated, and recordings
+    around the call see nothing. A model whose blocks cannot be run from outside runs its own pass,
+    with hooks on its blocks that are removed afterwards: each has to be given the tokens that
+    the one before returned.
 
     Args:
-        model: A grafted DINOv2.
+        model: A module whose forward takes images as its first argument.
         images: ``(B, C, H, W)``, or a list of such batches.
         layer: The block after which norms are read. ``None``: for each image the block whose
             largest norm is furthest above its threshold, from a third of the depth to the
@@ -84,9 +93,10 @@ def artifact_tokens(
         The artifact tokens of the batch; for a list of batches, a list of these.
 
     Raises:
-        InvalidInputError: An argument is of the wrong kind or shape.
+        InvalidInputError: An argument is of the wrong kind or shape, or no CLS and no grid of
+            one token a cell are found.
         OutOfRangeError: The layer does not exist.
-        NotGraftedError: The model is not grafted.
+        IncompatibleUpstreamError: The blocks of the model, and so the norms, are not found.
 
     Warns:
         SuspiciousArtifactsWarning: More than 10 % of an image's patches, and more than one,
@@ -96,12 +106,15 @@ def artifact_tokens(
     *Vision Transformers Don't Need Trained Registers*, 2025 (attention follows norms).
 
     """
-    backbone = grafted_backbone(model)
     rule = Rule(deviations, floor)
-    layers = _candidates(backbone, layer)
-    pairs = backbone.batches(images, masks)
+    pairs = batches_of(model, images, masks)
     with unrecorded():
-        found = [_one(backbone, batch, mask, layers, rule) for batch, mask in pairs]
+        if walks_as_counted(model, [batch for batch, _ in pairs]):
+            backbone = Backbone(model)
+            layers = _candidates(backbone.depth, layer)
+            found = [_one(backbone, batch, mask, layers, rule) for batch, mask in pairs]
+        else:
+            found = [_of_pass(model, batch, mask, layer, rule) for batch, mask in pairs]
     _warn(found)
     return found if isinstance(images, list | tuple) else found[0]
 
@@ -111,14 +124,14 @@ Visit = Callable[[int, nn.Module, Tensor], None]
 
 
 @torch.no_grad()
-def artifacts_on_the_way(model: Model, images: Tensor, visit: Visit) -> ArtifactTokens:
+def artifacts_on_the_way(model: Any, images: Tensor, visit: Visit) -> ArtifactTokens:
     """Return ``artifact_tokens`` of ``images``, calling ``visit`` with every block before it runs.
 
     So a second question to the same tokens needs no second pass. There are no warnings.
     """
     backbone = Backbone(model)
     with unrecorded():
-        return _one(backbone, images, None, _candidates(backbone, None), Rule(), visit)
+        return _one(backbone, images, None, _candidates(backbone.depth, None), Rule(), visit)
 
 
 def _pass_by(*_: object) -> None:
@@ -128,7 +141,7 @@ def _pass_by(*_: object) -> None:
 def _one(
     backbone: Backbone,
     images: Tensor,
-    masks: Tensor | None,
+    masks: Any,
     layers: list[int],
     rule: Rule,
     visit: Visit = _pass_by,
@@ -142,9 +155,48 @@ def _one(
             choice.add(i - 1, _norms(tokens[:, prefix:], grid))
     if backbone.depth - 1 in layers:
         choice.add(backbone.depth - 1, _norms(block(tokens)[:, prefix:], grid))
-    from_cls, from_all = (
-        received[:, prefix:].reshape(-1, *grid) for received in _received(block, tokens)
+    received = (_received(call) for _, call in calls_from(block, tokens))
+    both = torch.cat(list(received))
+    return _reported(choice, rule, _on_grid(both, Layout(prefix, 0, grid)))
+
+
+def _of_pass(
+    model: Any, images: Tensor, masks: Any, layer: int | None, rule: Rule
+) -> ArtifactTokens:
+    """Return the artifact tokens of a model that runs its own pass."""
+    modules = recorded_in(model, None)
+    blocks = blocks_around(modules.whole, modules.wanted)
+    layers = _candidates(len(blocks), layer)
+    run = partial(run_model, model, images, masks)
+    with norms_of(modules.whole, blocks) as norms:
+        calls = calls_of_pass(model, None, run, whole=True)
+    layout = calls.layout(images)
+    _check_layout(layout)
+    choice = _Choice(rule, norms.after[0])
+    for i in layers:
+        choice.add(i, _on_grid(norms.after[i], layout))
+    return _reported(choice, rule, _on_grid(_received(calls.take_all()[-1]), layout))
+
+
+def _check_layout(layout: Layout) -> None:
+    if layout.prefix and layout.per_cell == 1:
+        return
+    raise InvalidInputError(
+        "tokens with CLS first and one for each cell of the patch grid",
+        f"{layout.prefix} tokens before the patches, {layout.per_cell} for each cell",
+        "Take norms and maps of such a model one by one: with record(model) as maps.",
     )
+
+
+def _on_grid(columns: Tensor, layout: Layout) -> Tensor:
+    """Return the patches among ``columns (…, N)`` as ``(…, h, w)``."""
+    patches = columns[..., layout.patches.start : layout.patches.stop]
+    return patches.reshape(*patches.shape[:-1], *layout.grid)
+
+
+def _reported(choice: _Choice, rule: Rule, received: Tensor) -> ArtifactTokens:
+    """Return the result; ``received (B, 2, h, w)`` is the attention from CLS and from all."""
+    from_cls, from_all = received.unbind(1)
     return ArtifactTokens(
         mask=rule.outliers(choice.norms),
         norms=choice.norms,
@@ -175,10 +227,10 @@ class _Choice:
         self._excess = torch.maximum(excess, self._excess)
 
 
-def _candidates(backbone: Backbone, layer: int | None) -> list[int]:
+def _candidates(depth: int, layer: int | None) -> list[int]:
     if layer is None:
-        return list(range(backbone.depth // 3, max(backbone.depth - 1, 1)))
-    return backbone.layers([layer])
+        return list(range(depth // 3, max(depth - 1, 1)))
+    return layers_to_take([layer], depth)
 
 
 def _norms(patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -187,21 +239,15 @@ def _norms(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     return norms.reshape(-1, *grid)
 
 
-def _received(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the attention to each token, from CLS and from all tokens, ``(B, N)`` each."""
-    length = tokens.shape[1]
-    positions = torch.arange(length, device=tokens.device)
-    shares = torch.full((2, length), 1 / length, dtype=torch.float32, device=tokens.device)
+def _received(call: KernelCall) -> Tensor:
+    """Return the attention to each token, from CLS and from all tokens, ``(b, 2, N)``."""
+    length, device = call.columns, call.device
+    positions = torch.arange(length, device=device)
+    dtype = torch.promote_types(call.dtype, torch.float32)
+    shares = torch.full((2, length), 1 / length, dtype=dtype, device=device)
     shares[0] = positions == 0
-    pieces = queries_and_keys_from(block, tokens, None)
     # Rows are computed a few at a time; only two sums of the matrix are kept.
-    layer = Layer("mean", residual=0.0)
-    each = [
-        layer.push(shares.expand(len(piece.query), -1, -1), positions, piece, scale)
-        for piece, scale in pieces
-    ]
-    received = torch.cat(each)
-    return received[:, 0], received[:, 1]
+    return Layer("mean", residual=0.0).push(shares.expand(call.batch, -1, -1), positions, call)
 
 
 def _warn(found: list[ArtifactTokens]) -> None:

@@ -25,7 +25,8 @@ class Recorded:
     Blocks of a DINOv2 have numbers. In any other model attention modules go by their paths.
 
     Attributes:
-        wanted: The modules to record, by what they are called.
+        all: The attention modules in the order of definition, with what they are called.
+        wanted: Those to record.
         others: The rest.
         backbone: The one DINOv2, or None for any other model.
         entrances: The modules that are given the images.
@@ -34,6 +35,7 @@ class Recorded:
 
     """
 
+    all: dict[nn.Module, Layer]
     wanted: dict[nn.Module, Layer]
     others: dict[nn.Module, Layer]
     backbone: Backbone | None
@@ -73,6 +75,7 @@ def recorded_in(model: object, layers: RecordedLayers) -> Recorded:
         raise _no_attention(model)
     chosen = _chosen(layers, list(dict.fromkeys(called.values())))
     return Recorded(
+        all=called,
         wanted={module: name for module, name in called.items() if name in chosen},
         others={module: name for module, name in called.items() if name not in chosen},
         backbone=backbone,

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Literal, NamedTuple, overload
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
 from dinov2_attn._compat import raised_by_dynamo
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
-from dinov2_attn.grafting.channel import in_a_graph, prove_once
+from dinov2_attn.grafting.channel import in_a_graph, prove_once, unrecorded
 from dinov2_attn.grafting.recording import recording
 from dinov2_attn.kernels.call import KernelCall
+from dinov2_attn.kernels.capture import StopPassError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.course import Course, advice
 from dinov2_attn.maps.layers import kind_of, recorded_in
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import W
-from dinov2_attn.maps.tokens import Tokens
+from dinov2_attn.maps.tokens import Tokens, named
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.buffers import Preallocated, ReusableBuffer
 from dinov2_attn.math.selection import positions, resolve_names
-from dinov2_attn.typing import Grid, Heads, Layer, Model, Queries, RecordedLayers
+from dinov2_attn.typing import Grid, Heads, Layer, Model, Queries, RecordedLayers, Source
 
 # The first argument is a layer: an int in a DINOv2, a path in any other model.
 Reduce = Callable[[Any, Tensor], W]
@@ -133,6 +135,55 @@ def record(
     recorder.check()
 
 
+# Models that ran their layers once in a pass, so that the next pass may end with the last of them.
+_RAN_ONCE: WeakSet[nn.Module] = WeakSet()
+
+
+def record_one(
+    model: nn.Module,
+    layers: RecordedLayers,
+    run: Callable[[], object],
+    *,
+    queries: Queries = None,
+    heads: Heads = None,
+) -> Recording[Tensor]:
+    """Return the recording of one pass, which ends with the last of ``layers`` where it may.
+
+    The first pass of a model that only contains a DINOv2, or none, runs to its end. It shows
+    whether the layers run once in a pass.
+
+    Args:
+        model: Any module with attention inside.
+        layers: As for ``record``.
+        run: Runs ``model``.
+        queries: The tokens whose rows are wanted.
+        heads: None for each head, ``"mean"`` for their mean.
+
+    Raises:
+        NotRecordedError: If the pass lacks layers.
+
+    """
+    recorder = _Recorder(model, layers, queries, heads, None, "first", None, None)
+    modules = recorder.modules
+    whole, backbone = modules.whole, modules.backbone
+    is_backbone = backbone is not None and backbone.model is whole
+    recorder.may_stop = modules.is_chosen and (is_backbone or whole in _RAN_ONCE)
+    attentions = [*modules.wanted, *modules.others]
+    with (
+        unrecorded(),
+        recording(recorder, attentions, modules.entrances, [whole]),
+        suppress(StopPassError),
+    ):
+        run()
+    recorder.check()
+    if modules.is_chosen and len(recorder.recording) == 1:
+        _RAN_ONCE.add(whole)
+    return recorder.recording
+
+
+_AT_KERNEL: tuple[Source, ...] = ("kernel",)
+
+
 class _Batch(NamedTuple):
     """The weights of a layer for one batch, or what ``reduce`` made of them."""
 
@@ -143,8 +194,6 @@ class _Batch(NamedTuple):
 
 class _Recorder:
     """Assembles layers to passes: one begins with its images and ends with its last layer."""
-
-    stops = False
 
     def __init__(
         self,
@@ -179,6 +228,13 @@ class _Recorder:
         # Of the current pass: whether images were seen, and whether no layer ran again too early.
         self._begun, self._clean = False, True
         self.recording: Recording[Any] = Recording()
+        self.may_stop = False
+
+    @property
+    def stops(self) -> bool:
+        """Whether the next layer is the last one that is needed."""
+        needed = len(set(self.modules.wanted.values()))
+        return self.may_stop and len(self._kept) + 1 == needed
 
     def begin(self, entrance: nn.Module, images: Tensor) -> None:
         """Note the ``images`` of a pass; batches of a list come one by one."""
@@ -296,6 +352,7 @@ class _Recorder:
             prefix,
             positions(self._queries, rows),
             columns - prefix - math.prod(grid) if grid is not None and fits else 0,
+            sources=_AT_KERNEL * len(found),
         )
         first = next(iter(found))
         attention = next(m for m, layer in self.modules.wanted.items() if layer == first)
@@ -303,7 +360,9 @@ class _Recorder:
 
     def _tokens(self, attention: nn.Module, images: Tensor | None, columns: int) -> Tokens:
         modules = self.modules
-        return Tokens(modules.whole, modules.backbone, attention, columns, images)
+        kind = kind_of(modules.wanted[attention])
+        sibling = next(m for m, layer in modules.all.items() if kind_of(layer) == kind)
+        return Tokens(modules.whole, modules.backbone, attention, columns, images, sibling)
 
     def _resolve_names(self, attention: nn.Module, call: KernelCall) -> None:
         """Replace ``"registers"`` and ``"patches"`` by the positions that they mean."""
@@ -319,10 +378,8 @@ class _Recorder:
                 "a model in which no patch grid was found",
                 "Pass positions, or say prefix= too.",
             )
-        elif self._queries == "patches":
-            self._queries = slice(layout.patches.start, layout.patches.stop)
         else:
-            self._queries = [*range(1, layout.prefix), *range(layout.patches.stop, layout.length)]
+            self._queries = named(self._queries, layout)
 
     def _end_pass(self) -> None:
         if self._kept and not self.modules.is_chosen:

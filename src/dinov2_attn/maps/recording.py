@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import SupportsIndex, overload
 
 import torch
 from torch import Tensor
 
-from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.result import Array, Face, W
@@ -36,7 +34,7 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
     def passes(self) -> list[AttentionMaps[W]]:
         """The entries as a plain list. In a long loop, take what you need and clear it."""
         for maps, tokens in self._unplaced:
-            self._passes[self._passes.index(maps)] = _placed(maps, tokens.layout())
+            self._passes[self._passes.index(maps)] = maps.placed(tokens.layout())
         self._unplaced = []
         return self._passes
 
@@ -49,7 +47,7 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
         if tokens is not None and not tokens.is_known:
             self._unplaced.append((maps, tokens))
         elif tokens is not None:
-            maps = _placed(maps, tokens.layout())
+            maps = maps.placed(tokens.layout())
         self._passes.append(maps)
 
     def __len__(self) -> int:
@@ -149,17 +147,3 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
             name: fact if all(other[name] == fact for other in each) else "various"
             for name, fact in (each[0] if each else {}).items()
         }
-
-
-def _placed(maps: AttentionMaps[W], layout: Layout | None) -> AttentionMaps[W]:
-    """Return ``maps`` with what ``layout`` says of their columns."""
-    if layout is None:
-        return maps
-    return replace(
-        maps,
-        grid=layout.grid,
-        prefix=layout.prefix,
-        suffix=layout.suffix,
-        per_cell=layout.per_cell,
-        planes=layout.planes,
-    )

@@ -16,15 +16,19 @@ from typing import Any, ClassVar, Generic, Literal, get_args, overload
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
-from dinov2_attn.backbone.projection import Piece
+from dinov2_attn.backbone.backbone import Backbone
+from dinov2_attn.backbone.layout import Layout, cut_maps
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.modules import queries_and_keys_from
+from dinov2_attn.kernels.call import FusedCall, KernelCall
 from dinov2_attn.maps import _facts
+from dinov2_attn.maps.calls import calls_of_pass
+from dinov2_attn.maps.one_batch import batches_of, run_model, walks_as_counted
 from dinov2_attn.maps.result import Array, Result, W, as_array
-from dinov2_attn.math.attention import attention_weights, chunks
+from dinov2_attn.maps.tokens import named
+from dinov2_attn.math.attention import chunks
 from dinov2_attn.math.selection import positions
-from dinov2_attn.typing import Grid, Images, Layers, Masks, Model, Queries
+from dinov2_attn.typing import Grid, Images, Masks, Model, Queries, RecordedLayers
 
 Fusion = Literal["mean", "min", "max"]
 Tokens = Callable[[], Tensor]
@@ -44,15 +48,28 @@ class Rollout(Result, Generic[W]):
         prefix: ``1 + R``, the number of columns before the patches.
         queries: The positions of the tokens whose rows these are, CLS being 0; ``None`` if
             they are not known.
+        suffix: The number of columns behind the patches.
+        per_cell: The number of tokens of each cell of the grid.
+        planes: Where a cell has several tokens: whether one grid follows the other.
 
     """
 
-    _LAYOUT: ClassVar[tuple[str, ...]] = ("grid", "prefix", "queries")
+    _LAYOUT: ClassVar[tuple[str, ...]] = (
+        "grid",
+        "prefix",
+        "queries",
+        "suffix",
+        "per_cell",
+        "planes",
+    )
 
     weights: W
     grid: Grid
     prefix: int
     queries: tuple[int, ...] | None = None
+    suffix: int = 0
+    per_cell: int = 1
+    planes: bool = False
 
     def patch_maps(self) -> W:
         """Return the patch columns as maps ``(B, Q, h, w)``.
@@ -61,7 +78,8 @@ class Rollout(Result, Generic[W]):
         weights. The sum of a map is one minus the shares of CLS and registers themselves.
         """
         weights: Any = self.weights
-        maps: W = weights[..., self.prefix :].reshape(*weights.shape[:2], *self.grid)
+        layout = Layout(self.prefix, self.suffix, self.grid, self.per_cell, self.planes)
+        maps: W = cut_maps(weights, layout)
         return maps
 
     def numpy(self: Rollout[Tensor]) -> Rollout[Array]:
@@ -75,6 +93,7 @@ class Rollout(Result, Generic[W]):
             "weights": _facts.shapes([self.weights]),
             "grid": _facts.size(self.grid),
             "prefix": f"{self.prefix}",
+            **({"suffix": f"{self.suffix}"} if self.suffix else {}),
             "queries": "unknown"
             if unknown
             else _facts.tokens(self.queries, self.prefix, self.grid),
@@ -85,7 +104,7 @@ class Rollout(Result, Generic[W]):
 def rollout(
     model: Model,
     images: Tensor,
-    layers: Layers = None,
+    layers: RecordedLayers = None,
     *,
     queries: Queries = "cls",
     heads: Fusion = "mean",
@@ -96,7 +115,7 @@ def rollout(
 def rollout(
     model: Model,
     images: Sequence[Tensor],
-    layers: Layers = None,
+    layers: RecordedLayers = None,
     *,
     queries: Queries = "cls",
     heads: Fusion = "mean",
@@ -109,7 +128,7 @@ def rollout(
 def rollout(
     model: Any,
     images: Images,
-    layers: Layers = None,
+    layers: RecordedLayers = None,
     *,
     queries: Queries = "cls",
     heads: Fusion = "mean",
@@ -119,20 +138,22 @@ def rollout(
     """Return the attention rollout of some tokens.
 
     Memory beyond one forward pass is O(N): the tokens of each layer, the queries and keys
-    of one, a few rows of its weights. Time is O(N²) for each layer. Nothing is differentiated.
-    The equivalent code is::
+    of one, a few rows of its weights. A model whose blocks cannot be run from outside runs its own
+    pass: the queries and keys of all layers are kept then, and the matrices that explicit code
+    makes. Biases and causal masks of the pass count. Time is O(N²) for each layer. Nothing is
+    differentiated. The equivalent code is::
 
         product = identity
-        for weights in model.get_self_attention(images, layers):
+        for weights in attention_maps(model, images, layers).weights:
             layer = residual * identity + (1 - residual) * fuse(weights, dim=1)
             product = (layer / layer.sum(-1, keepdim=True)) @ product
         return product[:, queries]
 
     Args:
-        model: A DINOv2 that ``install`` has reached.
+        model: A module whose forward takes images as its first argument.
         images: ``(B, C, H, W)``, or a list of such batches.
-        layers: The blocks to roll out over: ``None`` for all, an int for the last so many, or
-            a sequence of blocks.
+        layers: The layers to roll out over, as in ``attention_maps``: ``None`` for all, an int for
+            the last so many, or a sequence.
         queries: The tokens to start from, as in ``attention_maps``, in the order of the rows.
         heads: How the heads of a layer are fused: ``"mean"``, ``"min"`` or ``"max"``.
         residual: The share, from 0 to 1, of the residual connection around the attention.
@@ -142,28 +163,56 @@ def rollout(
         The rollout of the batch; for a list of batches, a list of rollouts.
 
     Raises:
-        InvalidInputError: An argument is of the wrong kind or shape.
+        InvalidInputError: An argument is of the wrong kind or shape, the layers have tokens of
+            several kinds, or no patch grid is found.
         OutOfRangeError: A layer or a query does not exist.
-        NotGraftedError: ``install`` has not reached the model.
+        NotRecordedError: A layer did not run, or not once.
 
     Sources: Abnar and Zuidema, *Quantifying Attention Flow in Transformers*, 2020. The fusion
     of heads by min and max: Gildenblat, vit-explain.
 
     """
     _check(heads, residual)
-    backbone = grafted_backbone(model)
     layer = Layer(heads, float(residual))
+    pairs = batches_of(model, images, masks)
+    if walks_as_counted(model, [batch for batch, _ in pairs]):
+        found = _of_blocks(Backbone(model), images, masks, layer, layers, queries)
+    else:
+        found = [_of_pass(model, *pair, layer, layers, queries) for pair in pairs]
+    return found if isinstance(images, list | tuple) else found[0]
+
+
+def _of_blocks(
+    backbone: Backbone, images: Any, masks: Any, layer: Layer, layers: Any, queries: Queries
+) -> list[Rollout]:
+    """Return the rollouts of a model whose blocks run one by one, from outside."""
     queries = backbone.resolve_names(queries)
     wanted = backbone.layers(layers)
     if not wanted:
         raise InvalidInputError(
             "at least one block to roll out over", f"layers={layers!r}", "Leave layers out."
         )
-    found = [
+    return [
         _one(backbone, batch, layer, _inputs(backbone, wanted, batch, mask), queries)
         for batch, mask in backbone.batches(images, masks, queries)
     ]
-    return found if isinstance(images, list | tuple) else found[0]
+
+
+def _of_pass(
+    model: Any, images: Tensor, masks: Any, layer: Layer, layers: RecordedLayers, queries: Queries
+) -> Rollout:
+    """Return the rollout of a model that runs its own pass."""
+    found = calls_of_pass(model, layers, partial(run_model, model, images, masks))
+    layout, calls = found.layout(images), found.take_all()
+    rows = positions(named(queries, layout), layout.length)
+    every = torch.arange(layout.length, device=images.device)
+    start = every[list(rows)]
+    shares = torch.eye(len(start), device=images.device).expand(calls[-1].batch, -1, -1)
+    shares = layer.push(shares, start, calls.pop().at(list(rows)))
+    while calls:  # each is released when it is used
+        shares = layer.push(shares, every, calls.pop())
+    place = (layout.suffix, layout.per_cell, layout.planes)
+    return Rollout(shares, layout.grid, layout.prefix, rows, *place)
 
 
 def _check(heads: object, residual: object) -> None:
@@ -214,10 +263,20 @@ def _one(
     # Of the last layer only the rows of the tokens to start from are needed.
     shares = torch.eye(len(start), device=images.device).expand(len(images), -1, -1)
     for block, tokens in reversed(inputs):
-        pieces = queries_and_keys_from(block, tokens(), queries)
-        shares = torch.cat([layer.push(shares[p.samples], start, p, scale) for p, scale in pieces])
+        pieces = calls_from(block, tokens(), queries)
+        shares = torch.cat([layer.push(shares[own], start, call) for own, call in pieces])
         queries, start = None, every
     return Rollout(shares, backbone.grid(images), backbone.prefix, rows)
+
+
+def calls_from(
+    block: nn.Module, tokens: Tensor, queries: Queries = None
+) -> list[tuple[slice, KernelCall]]:
+    """Return samples of the batch, with the calls that ``block`` on ``tokens`` amounts to."""
+    return [
+        (piece.samples, FusedCall("projection", piece.query, piece.key, piece.key, scale))
+        for piece, scale in queries_and_keys_from(block, tokens, queries)
+    ]
 
 
 @dataclass(frozen=True)
@@ -227,35 +286,45 @@ class Layer:
     heads: Fusion
     residual: float
 
-    def push(self, shares: Tensor, positions: Tensor, piece: Piece, scale: float) -> Tensor:
+    def push(self, shares: Tensor, positions: Tensor, call: KernelCall) -> Tensor:
         """Return ``shares (b, S, L) @ A``, ``(b, S, N)``, for the rows ``positions (L,)`` of A."""
-        dtype = torch.promote_types(piece.query.dtype, torch.float32)
-        query, key = piece.query.to(dtype), piece.key.to(dtype)
-        result = shares.new_zeros((*shares.shape[:2], key.shape[2]), dtype=dtype)
-        for out, own, q, k in zip(result, shares.to(dtype), query, key, strict=True):
-            for lines, rows, part in self._fused(q, k, scale):
+        call = call.wide()
+        dtype = torch.promote_types(call.dtype, torch.float32)
+        result = shares.new_zeros((*shares.shape[:2], call.columns), dtype=dtype)
+        for sample, (out, own) in enumerate(zip(result, shares.to(dtype), strict=True)):
+            for lines, rows, part in self._fused(call, sample, positions):
                 some = own[:, lines] * part
-                if self.heads != "mean":  # whose rows, and those of each head, sum to one
+                if not self._goes_by_heads(call):
                     some = some / (self.residual + (1 - self.residual) * rows.sum(-1))
                 out.addmm_(some, rows, alpha=1 - self.residual)
                 out.index_add_(1, positions[lines], some, alpha=self.residual)
         return result
 
+    def _goes_by_heads(self, call: KernelCall) -> bool:
+        """Return whether heads can be added one by one: the rows of each sum to one."""
+        return self.heads == "mean" and call.sums_to_one
+
     def _fused(
-        self, query: Tensor, key: Tensor, scale: float
+        self, call: KernelCall, sample: int, positions: Tensor
     ) -> Iterator[tuple[slice, Tensor, float]]:
         """Yield lines, rows ``(l, N)`` and the part of the fused heads that these are."""
-        mean = self.heads == "mean"
-        count, length = len(query), key.shape[1]
-        together = 1 if mean else count
-        step = max(1, TILE_BYTES // (together * length * key.element_size()))
+        alone = self._goes_by_heads(call)
+        count, length = call.heads, call.columns
+        together = 1 if alone else count
+        dtype = torch.promote_types(call.dtype, torch.float32)
+        step = max(1, TILE_BYTES // (together * length * (torch.finfo(dtype).bits // 8)))
         # One tile for all: fresh memory costs as much as what is written into it.
-        memory = query.new_empty(together * min(step, query.shape[1]) * length)
-        for heads, lines in product(chunks(count, together), chunks(query.shape[1], step)):
-            some, keys = query[None, heads, lines], key[None, heads if len(key) > 1 else slice(1)]
-            out = memory[: some.shape[1] * some.shape[2] * length].view(*some.shape[:3], length)
-            weights = attention_weights(some, keys, scale, out=out)[0]
-            if mean:
+        memory = positions.new_empty(together * min(step, call.rows) * length, dtype=dtype)
+        for heads, lines in product(chunks(count, together), chunks(call.rows, step)):
+            weights = call.tile(sample, heads, lines, positions[lines], memory)
+            if alone:
                 yield lines, weights[0], 1 / count
             else:
-                yield lines, weights.amin(0) if self.heads == "min" else weights.amax(0), 1
+                yield lines, _FUSE[self.heads](weights), 1
+
+
+_FUSE: dict[Fusion, Callable[[Tensor], Tensor]] = {
+    "mean": lambda weights: weights.mean(0),
+    "min": lambda weights: weights.amin(0),
+    "max": lambda weights: weights.amax(0),
+}

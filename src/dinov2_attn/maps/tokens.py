@@ -12,7 +12,8 @@ from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.probe import probe
 from dinov2_attn.grafting.channel import unrecorded
-from dinov2_attn.typing import Grid
+from dinov2_attn.math.selection import resolve_names
+from dinov2_attn.typing import Grid, Queries
 
 
 @dataclass(frozen=True)
@@ -22,20 +23,20 @@ class _Known:
     layout: Layout
     size: Grid
 
-    def at(self, size: Grid, length: int) -> Layout | None:
+    def at(self, size: Grid, length: int | None) -> Layout | None:
         """Return the layout of ``length`` tokens of images of another ``size``, if they fit."""
         old = self.layout
         if any(pixels % cells for pixels, cells in zip(self.size, old.grid, strict=True)):
-            return old if (size, length) == (self.size, old.length) else None
+            return old if size == self.size and length in (None, old.length) else None
         patch = [pixels // cells for pixels, cells in zip(self.size, old.grid, strict=True)]
         grid = (size[0] // patch[0], size[1] // patch[1])
         new = Layout(old.prefix, old.suffix, grid, old.per_cell, old.planes)
-        return new if new.length == length else None
+        return new if length in (None, new.length) else None
 
 
 # The layouts that were probed, by attention module: a model may have several kinds.
 _KNOWN: WeakKeyDictionary[nn.Module, list[_Known]] = WeakKeyDictionary()
-_WITHOUT: WeakKeyDictionary[nn.Module, set[tuple[Grid, int]]] = WeakKeyDictionary()
+_WITHOUT: WeakKeyDictionary[nn.Module, set[tuple[Grid, int | None]]] = WeakKeyDictionary()
 
 
 class Tokens:
@@ -48,8 +49,10 @@ class Tokens:
         model: What takes the images.
         backbone: The DINOv2, if the model is or contains one.
         attention: The module whose tokens these are.
-        length: The number of tokens N.
+        length: The number of tokens N, or None if the pass has not run yet.
         images: The images of the pass, ``(B, C, H, W)``, or None if they are not known.
+        sibling: The first module of the same kind in the model. It is probed where the tokens of
+            ``attention`` itself are too mixed: they keep their places from layer to layer.
 
     """
 
@@ -58,11 +61,13 @@ class Tokens:
         model: nn.Module,
         backbone: Backbone | None,
         attention: nn.Module,
-        length: int,
+        length: int | None,
         images: Tensor | None,
+        sibling: nn.Module | None = None,
     ) -> None:
         self._model = model if backbone is None else backbone.model
         self._backbone, self._attention, self._length = backbone, attention, length
+        self._sibling = sibling
         self._shape = None if images is None else images.shape
         # One image, without its batch: a recording may keep it until it is read.
         self._image = None
@@ -79,14 +84,21 @@ class Tokens:
         if self._shape is None:
             return None
         if not self.is_known and self._image is not None and not is_sharded(self._model):
-            with unrecorded():
-                found = probe(self._model, self._attention, self._image).layout
-            if found is not None and found.length == self._length:
-                known = _Known(found, self._size)
-                _KNOWN.setdefault(self._attention, []).append(known)
-            else:
+            found = self._probed(self._image)
+            if found is None:
                 self._without.add(self._key)
+            else:
+                _KNOWN.setdefault(self._attention, []).append(_Known(found, self._size))
         return self._known() or self._counted()
+
+    def _probed(self, image: Tensor) -> Layout | None:
+        for attention in dict.fromkeys((self._attention, self._sibling)):
+            if attention is not None:
+                with unrecorded():
+                    found = probe(self._model, attention, image).layout
+                if found is not None and self._length in (None, found.length):
+                    return found
+        return None
 
     @property
     def _size(self) -> Grid:
@@ -94,11 +106,11 @@ class Tokens:
         return int(self._shape[-2]), int(self._shape[-1])
 
     @property
-    def _key(self) -> tuple[Grid, int]:
+    def _key(self) -> tuple[Grid, int | None]:
         return self._size, self._length
 
     @property
-    def _without(self) -> set[tuple[Grid, int]]:
+    def _without(self) -> set[tuple[Grid, int | None]]:
         return _WITHOUT.setdefault(self._attention, set())
 
     def _known(self) -> Layout | None:
@@ -112,4 +124,16 @@ class Tokens:
         patch = self._backbone.patch_size
         grid = (self._size[0] // patch[0], self._size[1] // patch[1])
         layout = Layout(self._backbone.prefix, 0, grid)
-        return layout if layout.length == self._length else None
+        return layout if self._length in (None, layout.length) else None
+
+
+def named(queries: Queries, layout: Layout) -> Queries:
+    """Return ``queries`` with ``"registers"`` and ``"patches"`` as the positions that they mean.
+
+    Tokens behind the patches count as registers.
+    """
+    if isinstance(queries, str) and queries == "patches":
+        return slice(layout.patches.start, layout.patches.stop)
+    if isinstance(queries, str) and queries == "registers":
+        return [*range(1, layout.prefix), *range(layout.patches.stop, layout.length)]
+    return resolve_names(queries, 0)

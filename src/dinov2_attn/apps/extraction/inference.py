@@ -20,8 +20,9 @@ from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.modules import weights_from
 from dinov2_attn.maps.artifacts import ArtifactTokens
-from dinov2_attn.maps.attention_maps import AttentionMaps, attention_maps
+from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.find_artifacts import artifacts_on_the_way
+from dinov2_attn.maps.one_batch import attention_maps
 from dinov2_attn.maps.resample import resample
 from dinov2_attn.math.selection import positions
 from dinov2_attn.typing import Grid, Model

@@ -17,7 +17,8 @@ from dinov2_attn.apps.viz.images import LoadedImage
 from dinov2_attn.apps.viz.inference import inference_on
 from dinov2_attn.apps.viz.pixels import dimmed, greyed
 from dinov2_attn.apps.viz.text import with_banner
-from dinov2_attn.maps.attention_maps import AttentionMaps, attention_maps
+from dinov2_attn.maps.attention_maps import AttentionMaps
+from dinov2_attn.maps.one_batch import attention_maps
 from dinov2_attn.typing import Layers, Queries
 
 Device = str | torch.device
