@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dinov2_attn._download import Wheel, fetch_wheel
-from dinov2_attn.proof.verify import findings, kernel_call
+from dinov2_attn.proof.conformance import kernel_call
+from dinov2_attn.proof.verify import findings
 from dinov2_attn.proof.verify.audit import audit
 from dinov2_attn.proof.verify.findings import Audit, Finding
 from dinov2_attn.proof.verify.recipes import RECIPES

@@ -289,6 +289,12 @@ case(
 )
 case(
     "grafting",
+    "record(model) needs no install: it finds the attention of any model",
+    lambda _: dinov2_attn.install("json"),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x)),
+)
+case(
+    "grafting",
     "Pass DINOv2 itself or a model that contains it",
     lambda lab: dinov2_attn.install(lab.block.mlp),
     lambda lab: [

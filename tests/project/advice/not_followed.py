@@ -71,6 +71,12 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "needs a proof, which takes minutes: test_verify writes reports": {
         "apps/cli": ("Name another.",),
     },
+    "of copies with other attention, which test_at_kernel follows": {
+        "grafting": (
+            "Call model(x, return_attention=True) or model.get_self_attention(x)",
+            "Its weights are taken at its kernel",
+        ),
+    },
     "the remedy is other code of the user's: there is no call or option that helps": {
         "backbone": (
             "so its weights are taken at its kernel",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.grafting.ways import reason_for_kernel
-from dinov2_attn.proof.verify.kernel_call import KernelCall, caught
+from dinov2_attn.proof.conformance.kernel_call import KernelCall, caught
 
 
 def is_at_kernel(module: Any) -> bool:

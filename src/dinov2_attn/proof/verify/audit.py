@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov2_attn.proof.conformance.kernel_call import Calls, caught, has_two_branches
 from dinov2_attn.proof.verify.describe import Said, Truth, close, describe
 from dinov2_attn.proof.verify.findings import Finding
-from dinov2_attn.proof.verify.kernel_call import Calls, caught, has_two_branches
 from dinov2_attn.proof.verify.offers import (
     Offer,
     Seen,

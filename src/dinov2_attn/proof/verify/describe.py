@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dinov2_attn.proof.verify.kernel_call import Calls, KernelCall
+from dinov2_attn.proof.conformance.kernel_call import Calls, KernelCall
 from dinov2_attn.proof.verify.offers import path_of
 from dinov2_attn.proof.verify.recipes import (
     RECIPES,

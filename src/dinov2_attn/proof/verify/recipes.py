@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from dinov2_attn.proof.verify.kernel_call import KernelCall, explicit
+from dinov2_attn.proof.conformance.kernel_call import KernelCall, explicit
 
 
 @dataclass(frozen=True)
