@@ -16,6 +16,7 @@ import pytest
 
 import dinov2_attn
 from dinov2_attn import _compat_imports
+from dinov2_attn.errors import IncompatibleUpstreamError
 from tests.support import upstreams
 from tests.support.dinov2_package import ATTENTION, asks, at_once, is_grafted, load
 
@@ -25,8 +26,9 @@ pytestmark = pytest.mark.usefixtures("first")
 def test_odd_entries_among_the_modules_do_no_harm():
     sys.modules["odd"] = types.SimpleNamespace(__name__="odd")
     try:
-        with dinov2_attn.install("odd"):
-            assert dinov2_attn.status().grafted == ()
+        with pytest.raises(IncompatibleUpstreamError, match="Found none in odd"):
+            dinov2_attn.install("odd")
+        assert dinov2_attn.status().grafted == ()
     finally:
         del sys.modules["odd"]
 
@@ -106,7 +108,9 @@ def test_an_installation_does_not_wait_for_an_import_that_is_not_its_own(slow):
     """
     slow.begin()
     try:
-        installing = threading.Thread(target=dinov2_attn.install, args=("json",), daemon=True)
+        installing = threading.Thread(
+            target=dinov2_attn.install, args=("not_imported",), daemon=True
+        )
         installing.start()
         installing.join(5)
         assert not installing.is_alive()
@@ -150,7 +154,7 @@ def test_a_second_installation_leaves_the_finder_where_it_is(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "meta_path", Finders(sys.meta_path))
         dinov2_attn.install()
-        assert dinov2_attn.install("json")
+        assert dinov2_attn.install("not_imported")
     dinov2_attn.uninstall()
 
 
