@@ -16,6 +16,10 @@ def heatmap(lab, *arguments):
     lab.typed("heatmap", *arguments, "-o", lab.folder / "out", "--weights", lab.weights)
 
 
+def figure(lab, *arguments):
+    lab.typed("figure", *arguments, "-o", lab.folder / "a.pdf", "--weights", lab.weights)
+
+
 def explore(lab, *arguments):
     lab.typed("explore", *arguments, "-o", lab.folder / "a.html", "--weights", lab.weights)
 
@@ -27,6 +31,15 @@ case(
     lambda lab: (
         heatmap(lab, lab.image),
         heatmap(lab, "--example", "--image-size", 8),
+    ),
+)
+case(
+    "apps/cli",
+    "Name one, or use --example.",
+    figure,
+    lambda lab: (
+        figure(lab, lab.image),
+        figure(lab, "--example", "--image-size", 8),
     ),
 )
 case(

@@ -96,7 +96,9 @@ case(
 
 def paper(lab, maps=None, images=None, **options):
     maps = maps or [lab.maps(), lab.maps()]
-    return viz.figure(maps, images or [lab.photograph, lab.photograph], **options)
+    if images is None:
+        images = [lab.photograph, lab.photograph]
+    return viz.figure(maps, images, **options)
 
 
 case(
