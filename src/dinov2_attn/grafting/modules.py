@@ -9,6 +9,7 @@ meets behind ``super()``.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping
@@ -74,22 +75,37 @@ def graft_attention(original: Forward, kernel: Kernel | None) -> Forward:
 def graft_block_at_kernel(original: Forward) -> Forward:
     """Give a block's ``forward`` a ``return_attention``, taken at the kernel of its own pass.
 
-    It serves blocks of any signature. The pass ends where the weights are known.
+    It serves blocks of any signature. The pass ends where the weights are known. In training with
+    stochastic depth it runs all samples, also those that the block would drop.
     """
 
-    @functools.wraps(original, updated=())
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.pop("return_attention", False):
-            return original(self, *args, **kwargs)
+    def weights_of(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         selection = {name: kwargs.pop(name, None) for name in ("queries", "heads")}
         check_heads(selection["heads"])
         tokens = next(iter((*args, *kwargs.values())), None)
         calls = len(tokens) if isinstance(tokens, list) else None
-        run = partial(original, self, *args, **kwargs)
+        run = partial(original, _with_all_samples(self), *args, **kwargs)
         attentions = list(attention_modules(self).values())
-        return publish(weights_at_kernel(run, self, attentions, calls, **selection))
+        return weights_at_kernel(run, self, attentions, calls, **selection)
+
+    @functools.wraps(original, updated=())
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.pop("return_attention", False):
+            return publish(weights_of(self, *args, **kwargs))
+        if ACTIVE.on and ASKED.listener is not None:
+            return ASKED.listener(original, weights_of, self, args, kwargs)
+        return original(self, *args, **kwargs)
 
     return extend_signature(original, forward, "return_attention")
+
+
+def _with_all_samples(block: nn.Module) -> nn.Module:
+    """Return ``block``, or where it drops samples a copy with the same children that does not."""
+    if not (block.training and getattr(block, "sample_drop_ratio", 0)):
+        return block
+    whole: Any = copy.copy(block)
+    whole.sample_drop_ratio = 0.0
+    return whole  # type: ignore[no-any-return]
 
 
 def graft_block(original: Forward, role: Role) -> Forward:
