@@ -185,7 +185,9 @@ def test_stochastic_depth_answers_for_all_samples_in_the_very_pass(installed, im
     after = model.forward_features(images, return_attention=True)
     attentions = after.pop("attentions")
     assert_same_bits(tensors_of(after), tensors_of(before))
-    kept = [order[: len(weights)] for order, weights in zip(truth.kept[::2], truth.weights, strict=True)]
+    kept = [
+        order[: len(weights)] for order, weights in zip(truth.kept[::2], truth.weights, strict=True)
+    ]
     for ours, theirs, samples in zip(attentions, truth.weights, kept, strict=True):
         assert len(ours) == len(images) > len(theirs)
         assert_close(ours[samples], theirs, **NEAR)

@@ -20,7 +20,7 @@ from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, in_
 from dinov2_attn.grafting.import_hook import Finder
 from dinov2_attn.grafting.registry import LOCK, REGISTRY, RecordingTarget
 from dinov2_attn.grafting.targets import MODULES, LiveModel, Package
-from dinov2_attn.history.eras import UPSTREAM
+from dinov2_attn.history.projects import UPSTREAM
 
 if TYPE_CHECKING:
     from torch import nn

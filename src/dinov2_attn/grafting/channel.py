@@ -214,8 +214,8 @@ def run_captured(
 ) -> Any:
     """Run ``original`` on an attention ``module``, and give its kernel calls to receivers.
 
-    There is one of them, or one for each tensor of a list. Nothing inside is recorded: the graft of the base class runs for the same module, and a
-    receiver may run models itself.
+    There is one of them, or one for each tensor of a list. Nothing inside is recorded: the graft of
+    the base class runs for the same module, and a receiver may run models itself.
 
     Raises:
         NotRecordedError: If there were not so many ``calls`` of a kernel, or the pass becomes a

@@ -101,7 +101,7 @@ def graft_block_at_kernel(original: Forward) -> Forward:
 
 def _with_all_samples(block: nn.Module) -> nn.Module:
     """Return ``block``, or where it drops samples a copy with the same children that does not."""
-    if not (block.training and getattr(block, "sample_drop_ratio", 0)):
+    if not (block.training and getattr(block, "sample_drop_ratio", None)):
         return block
     whole: Any = copy.copy(block)
     whole.sample_drop_ratio = 0.0
