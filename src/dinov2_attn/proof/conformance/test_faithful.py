@@ -42,7 +42,8 @@ def test_weights_equal_a_reference_that_shares_no_code(
     module, tokens = case.build(attention_class)
     weights = module(tokens, return_attn=True)
     assert weights.dtype == case.dtype
-    expected = reference.weights(module, tokens, scale=reference.scale_of(module, tokens))
+    scale, causal = reference.scale_of(module, tokens), _is_causal(attention_class)
+    expected = reference.weights(module, tokens, scale=scale, causal=causal)
     assert_close(weights, expected, "weights = softmax(q kᵀ · scale)")
 
 
@@ -100,3 +101,9 @@ def test_gradients_flow_through_the_weights(grafted: Code, attention_class: type
     assert torch.autograd.gradcheck(asked, (tokens.requires_grad_(),), fast_mode=True)
     with torch.no_grad():
         assert not asked(tokens).requires_grad
+
+
+def _is_causal(cls: Any) -> bool:
+    """Return whether attention of ``cls`` is causal unless it is asked not to be."""
+    argument = inspect.signature(cls.forward).parameters.get("is_causal")
+    return argument is not None and argument.default is True
