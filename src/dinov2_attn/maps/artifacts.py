@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
+from dinov2_attn.backbone.projection import Piece
 from dinov2_attn.errors import SuspiciousArtifactsWarning
 from dinov2_attn.grafting.channel import unrecorded
 from dinov2_attn.grafting.modules import queries_and_keys_from
+from dinov2_attn.grafting.ways import runs_itself
 from dinov2_attn.maps import _facts
 from dinov2_attn.maps._artifact_text import in_words
 from dinov2_attn.maps.outliers import DEVIATIONS, FLOOR, Rule, median
+from dinov2_attn.maps.own_pass import pieces, scores_of_pass
 from dinov2_attn.maps.result import Array, Result, W, as_array
 from dinov2_attn.maps.rollout import Layer
 from dinov2_attn.typing import Images, Masks, Model
@@ -213,7 +216,8 @@ def artifact_tokens(
     layers = _candidates(backbone, layer)
     pairs = backbone.batches(images, masks)
     with unrecorded():
-        found = [_one(backbone, batch, mask, layers, rule) for batch, mask in pairs]
+        one = _one_of_own_pass if runs_itself(backbone.model) else _one
+        found = [one(backbone, batch, mask, layers, rule) for batch, mask in pairs]
     _warn(found)
     return found if isinstance(images, list | tuple) else found[0]
 
@@ -231,6 +235,13 @@ def artifacts_on_the_way(model: Any, images: Tensor, visit: Visit) -> ArtifactTo
     backbone = Backbone(model)
     with unrecorded():
         return _one(backbone, images, None, _candidates(backbone, None), Rule(), visit)
+
+
+@torch.no_grad()
+def artifacts_of_own_pass(model: Any, images: Tensor) -> ArtifactTokens:
+    """Return ``artifact_tokens`` of a model that has to run its own pass. There are no warnings."""
+    backbone = Backbone(model)
+    return _one_of_own_pass(backbone, images, None, _candidates(backbone, None), Rule())
 
 
 def _pass_by(*_: object) -> None:
@@ -254,9 +265,32 @@ def _one(
             choice.add(i - 1, _norms(tokens[:, prefix:], grid))
     if backbone.depth - 1 in layers:
         choice.add(backbone.depth - 1, _norms(block(tokens)[:, prefix:], grid))
-    from_cls, from_all = (
-        received[:, prefix:].reshape(-1, *grid) for received in _received(block, tokens)
-    )
+    received = _received(queries_and_keys_from(block, tokens, None), tokens)
+    return _found(choice, received, rule, prefix, grid)
+
+
+def _one_of_own_pass(
+    backbone: Backbone, images: Tensor, masks: Any, layers: list[int], rule: Rule
+) -> ArtifactTokens:
+    """Return the same of a model whose blocks cannot be walked over from outside."""
+    grid, prefix, last = backbone.grid(images), backbone.prefix, backbone.depth - 1
+    outputs = dict.fromkeys([*layers, last], images)
+    (scored,) = scores_of_pass(backbone, images, masks, [last], outputs)
+    choice = _Choice(rule, outputs[last])
+    for layer in layers:
+        choice.add(layer, _norms(outputs[layer][:, prefix:], grid))
+    received = _received(pieces(scored, None), outputs[last])
+    return _found(choice, received, rule, prefix, grid)
+
+
+def _found(
+    choice: _Choice,
+    received: tuple[Tensor, Tensor],
+    rule: Rule,
+    prefix: int,
+    grid: tuple[int, int],
+) -> ArtifactTokens:
+    from_cls, from_all = (to[:, prefix:].reshape(-1, *grid) for to in received)
     return ArtifactTokens(
         mask=rule.outliers(choice.norms),
         norms=choice.norms,
@@ -299,18 +333,17 @@ def _norms(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     return norms.reshape(-1, *grid)
 
 
-def _received(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _received(scored: list[tuple[Piece, float]], tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return the attention to each token, from CLS and from all tokens, ``(B, N)`` each."""
     length = tokens.shape[1]
     positions = torch.arange(length, device=tokens.device)
     shares = torch.full((2, length), 1 / length, dtype=torch.float32, device=tokens.device)
     shares[0] = positions == 0
-    pieces = queries_and_keys_from(block, tokens, None)
     # Rows are computed a few at a time; only two sums of the matrix are kept.
     layer = Layer("mean", residual=0.0)
     each = [
         layer.push(shares.expand(len(piece.query), -1, -1), positions, piece, scale)
-        for piece, scale in pieces
+        for piece, scale in scored
     ]
     received = torch.cat(each)
     return received[:, 0], received[:, 1]

@@ -20,14 +20,17 @@ from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
 from dinov2_attn.backbone.projection import Piece
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.modules import queries_and_keys_from
+from dinov2_attn.grafting.ways import runs_itself
 from dinov2_attn.maps import _facts
+from dinov2_attn.maps.own_pass import pieces, scores_of_pass
 from dinov2_attn.maps.result import Array, Result, W, as_array
 from dinov2_attn.math.attention import attention_weights, chunks
 from dinov2_attn.math.selection import positions
 from dinov2_attn.typing import Grid, Images, Layers, Masks, Model, Queries
 
 Fusion = Literal["mean", "min", "max"]
-Tokens = Callable[[], Tensor]
+# Returns pieces of the batch, with queries and keys of these rows, and the scale of each.
+Scores = Callable[[Queries], list[tuple[Piece, float]]]
 
 # Bytes of the rows that exist at a time: few against one layer's matrix, many against a call.
 TILE_BYTES = 2**23
@@ -181,30 +184,33 @@ def _check(heads: object, residual: object) -> None:
         )
 
 
-def _inputs(
-    backbone: Backbone, wanted: list[int], images: Tensor, masks: Any
-) -> list[tuple[nn.Module, Tokens]]:
-    """Return the ``wanted`` blocks, each with a function that returns its input tokens.
+def _inputs(backbone: Backbone, wanted: list[int], images: Tensor, masks: Any) -> list[Scores]:
+    """Return for each of the ``wanted`` blocks a function that returns its queries and keys.
 
     The tokens of the first block are computed again from the images; the others are kept.
     """
+    if runs_itself(backbone.model):
+        scored = scores_of_pass(backbone, images, masks, wanted)
+        return [partial(pieces, one) for one in scored]
     prepare = partial(backbone.tokens, images, masks)
     return [
-        (block, prepare if i == 0 else partial(_same, tokens))
+        partial(_project, block, None if i == 0 else tokens, prepare)
         for i, block, tokens in backbone.walk(prepare(), wanted[-1] + 1)
         if i in wanted
     ]
 
 
-def _same(tokens: Tensor) -> Tensor:
-    return tokens
+def _project(
+    block: nn.Module, tokens: Tensor | None, prepare: Callable[[], Tensor], queries: Queries
+) -> list[tuple[Piece, float]]:
+    return queries_and_keys_from(block, prepare() if tokens is None else tokens, queries)
 
 
 def _one(
     backbone: Backbone,
     images: Tensor,
     layer: Layer,
-    inputs: list[tuple[nn.Module, Tokens]],
+    inputs: list[Scores],
     queries: Queries,
 ) -> Rollout:
     length = backbone.length(images)
@@ -213,9 +219,9 @@ def _one(
     start = every[list(rows)]
     # Of the last layer only the rows of the tokens to start from are needed.
     shares = torch.eye(len(start), device=images.device).expand(len(images), -1, -1)
-    for block, tokens in reversed(inputs):
-        pieces = queries_and_keys_from(block, tokens(), queries)
-        shares = torch.cat([layer.push(shares[p.samples], start, p, scale) for p, scale in pieces])
+    for scores in reversed(inputs):
+        found = scores(queries)
+        shares = torch.cat([layer.push(shares[p.samples], start, p, scale) for p, scale in found])
         queries, start = None, every
     return Rollout(shares, backbone.grid(images), backbone.prefix, rows)
 

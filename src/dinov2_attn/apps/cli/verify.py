@@ -25,6 +25,11 @@ from dinov2_attn.proof.verify.sources import Revision, find
 
 log = logging.getLogger(__name__)
 
+LICENCE = (
+    "the code of %s is under %s (LICENSE.md in %s): it is read and run here, and nothing of it is "
+    "kept"
+)
+
 
 def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand."""
@@ -87,6 +92,9 @@ def _find(args: argparse.Namespace, scratch: Path) -> list[Revision]:
         own = scratch / str(i)
         own.mkdir()
         revisions += find(source, args.package, own)
+    for project in dict.fromkeys(project_named(r.package) for r in revisions):
+        if project.licence:
+            log.warning(LICENCE, project, project.licence, project.address)
     return revisions
 
 

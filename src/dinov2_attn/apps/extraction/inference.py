@@ -19,7 +19,12 @@ from dinov2_attn.apps.viz.tokens import resolve
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.modules import weights_from
-from dinov2_attn.maps.artifacts import ArtifactTokens, artifacts_on_the_way
+from dinov2_attn.grafting.ways import runs_itself
+from dinov2_attn.maps.artifacts import (
+    ArtifactTokens,
+    artifacts_of_own_pass,
+    artifacts_on_the_way,
+)
 from dinov2_attn.maps.attention_maps import AttentionMaps, attention_maps
 from dinov2_attn.maps.resample import resample
 from dinov2_attn.math.selection import positions
@@ -134,6 +139,9 @@ def _maps(
     asked: dict[str, Any] = {"queries": queries, "heads": options.heads}
     if not options.artifacts:
         return attention_maps(model, images, options.layers, **asked), None
+    if runs_itself(model):  # its blocks cannot be visited from outside: two passes
+        artifacts = artifacts_of_own_pass(model, images)
+        return attention_maps(model, images, options.layers, **asked), artifacts
     weights = {}
 
     def visit(i: int, block: nn.Module, tokens: Tensor) -> None:

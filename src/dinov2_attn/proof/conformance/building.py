@@ -113,8 +113,8 @@ class ModelCase:
             **self._of_dinov3,
             **options,
         )
-        if hasattr(model, "rope_embed"):  # DINOv3's buffers are NaN until then
-            model.init_weights()
+        if hasattr(model, "rope_embed"):
+            _fill_buffers(model)
         return randomise(model.double(), self.seed).to(self.dtype)
 
     @property
@@ -152,6 +152,17 @@ class ModelCase:
     def masks(self) -> Tensor:
         """Masks for the images, about half of the patches."""
         return noise(self.batch, self.patches, seed=self.seed + 1) > 0
+
+
+def _fill_buffers(model: Any) -> None:
+    """Fill the buffers of a DINOv3, which are NaN at first.
+
+    Its ``init_weights`` left those out that mask the bias of keys, until commit 2bfe092.
+    """
+    model.init_weights()
+    for module in model.modules():
+        if hasattr(module, "bias_mask"):
+            module.bias_mask.fill_(1).view(3, -1)[1] = 0
 
 
 MODEL_CASES = (

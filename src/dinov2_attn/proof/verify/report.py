@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from xml.etree import ElementTree
@@ -45,7 +46,8 @@ def era_of(digests: dict[str, str], project: Project = DINOV2) -> str:
         return ABSENT
     code = frozenset(digests.items())
     found = [era for era in eras.table(project) if era.code == code]
-    return eras.span(found, project).partition(" (")[0] if found else "new"
+    # Without the dates.
+    return re.sub(r" \([^)]*\)", "", eras.span(found, project)) if found else "new"
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -15,6 +15,8 @@ from dinov2_attn.proof.verify.git import Repository, is_bare
 
 PYPI = "pypi:"
 
+_PACKAGES = {project.package for project in PROJECTS}
+
 
 @dataclass(frozen=True)
 class Revision:
@@ -73,7 +75,7 @@ def _split(source: str) -> tuple[str, str]:
 def _commit(repository: Repository, commit: str, package: str, scratch: Path) -> Revision:
     def unpack() -> Path:
         folder = scratch / commit
-        repository.unpack(commit, folder)
+        repository.unpack(commit, folder, [package] if package in _PACKAGES else [])
         return folder
 
     return Revision(
