@@ -92,3 +92,22 @@ def test_extracted_maps_are_those_of_the_model(model, photograph, tmp_path, arti
     expected = attention_maps(model, image, queries="cls").patch_maps()
     found = torch.as_tensor(np.asarray(AttentionDataset(tmp_path / "out")[0]["maps"]))
     assert_close(found.squeeze(), torch.stack(expected, 1).squeeze(), within=1e-5)
+
+
+def test_a_causal_kernel_is_refused_and_its_weights_are_returned(model):
+    """What goes through queries and keys alone would leave the mask out."""
+    attention = type(model.blocks[1].attn)
+
+    class Causal(attention):
+        def compute_attention(self, qkv, attn_bias=None, rope=None):
+            query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            call = torch.nn.functional.scaled_dot_product_attention
+            return call(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+
+    model.blocks[1].attn.__class__ = Causal
+    try:
+        with pytest.raises(InvalidInputError, match="Use get_self_attention"):
+            rollout(model, IMAGES)
+        assert not model.get_self_attention(IMAGES)[1].triu(1).any()
+    finally:
+        model.blocks[1].attn.__class__ = attention
