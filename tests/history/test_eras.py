@@ -17,12 +17,14 @@ from dinov2_attn._download import fetch_wheel
 from dinov2_attn.apps.weights.source import DINOV2_WHEEL
 from dinov2_attn.errors import UnavailableError
 from dinov2_attn.history import eras
+from dinov2_attn.history.projects import DINOV3, PROJECTS
 from dinov2_attn.proof.verify import rebuild_eras
 from tests.support import upstreams
 from tests.support.subprocesses import python
 
 ATTENTION, BLOCK = "dinov2/layers/attention.py", "dinov2/layers/block.py"
 HISTORY = os.environ.get("DINOV2_ATTN_HISTORY", rebuild_eras.UPSTREAM)
+DINOV3_HISTORY = os.environ.get("DINOV2_ATTN_DINOV3_HISTORY")
 
 
 @pytest.fixture(autouse=True)
@@ -41,16 +43,21 @@ def test_every_commit_is_in_one_era():
     assert all(era in eras.agreeing(era.code) for era in eras.table())
 
 
-def test_the_table_has_every_function_relied_on_and_no_other():
+@pytest.mark.parametrize("project", PROJECTS, ids=str)
+def test_the_table_has_every_function_relied_on_and_no_other(project):
     relied_on = {
-        f for section in eras.RELIED_ON.values() for names in section.values() for f in names
+        f for section in project.relied_on.values() for names in section.values() for f in names
     }
-    assert relied_on == {name for era in eras.table() for name in era.digests}
+    assert relied_on == {name for era in eras.table(project) for name in era.digests}
 
 
-def test_a_table_that_is_written_and_read_is_the_same():
-    committed = Path(eras.__file__).with_name("eras.json").read_text(encoding="utf-8")
-    assert eras.dumps(eras.table()) == committed
+@pytest.mark.parametrize("project", PROJECTS, ids=str)
+def test_a_table_that_is_written_and_read_is_the_same(project):
+    committed = Path(eras.__file__).with_name(project.table).read_text(encoding="utf-8")
+    assert eras.dumps(eras.table(project)) == committed
+
+
+def test_the_table_keeps_what_it_is_given():
     gone = eras.propose(eras.table(), {"Attention.forward": "0"}, "0" * 40, "2030-01-01")
     assert eras.loads(eras.dumps(gone)) == gone
 
@@ -90,6 +97,19 @@ def test_the_table_is_what_upstreams_history_gives():
     except UnavailableError as error:
         pytest.skip(f"{error}; the first era was held against PyPI's copy instead")
     assert rebuilt == eras.table()
+
+
+def test_the_table_of_dinov3_is_what_its_history_gives():
+    """All of it: 70 commits, of which one changed only how weights are initialised."""
+    if not DINOV3_HISTORY:
+        pytest.skip("DINOV2_ATTN_DINOV3_HISTORY names no clone of DINOv3")
+    assert rebuild_eras.rebuild(DINOV3_HISTORY) == eras.table(DINOV3)
+
+
+def test_every_commit_of_dinov3_is_in_one_era():
+    commits = [commit for era in eras.table(DINOV3) for commit in era.commits]
+    assert len(commits) == len({commit.name for commit in commits}) >= 70
+    assert (commits[0].name, commits[69].name) == ("11c5863", "6876159")
 
 
 def test_a_history_is_read_without_running_it(tmp_path):

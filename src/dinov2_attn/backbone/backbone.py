@@ -63,6 +63,15 @@ class Backbone:
         return int(self.model.patch_embed.in_chans)
 
     @property
+    def takes_lists(self) -> bool:
+        """Whether its blocks run lists by themselves, each tensor with a kernel call of its own.
+
+        DINOv3's do, and what a tensor becomes can depend on its place in the list.
+        """
+        is_one = hasattr(self.model, "forward_features_list")
+        return is_one and all(hasattr(module, "forward_list") for module in self.attentions())
+
+    @property
     def is_channel_adaptive(self) -> bool:
         """Whether it takes any number of channels, and runs each as an image of its own."""
         # Upstream's name for it. With three channels it could run nothing of the kind.

@@ -19,8 +19,8 @@ from dinov2_attn._compat_imports import wait_for_imports
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.import_hook import Finder
 from dinov2_attn.grafting.registry import LOCK, REGISTRY, RecordingTarget
-from dinov2_attn.grafting.targets import UPSTREAM_MODULES, LiveModel, Package
-from dinov2_attn.history.eras import UPSTREAM
+from dinov2_attn.grafting.targets import MODULES, LiveModel, Package
+from dinov2_attn.history.projects import UPSTREAM
 
 if TYPE_CHECKING:
     from torch import nn
@@ -190,8 +190,8 @@ def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> 
     It waits for modules of the package that another thread is importing.
 
     Args:
-        target: None for upstream's package ``dinov2``, the name of a package that vendors a copy,
-            or a live model.
+        target: None for upstream's package ``dinov2``, ``"dinov3"``, the name of a package that
+            vendors a copy, or a live model.
         fallback: Whether PyTorch's kernel runs if xFormers can be imported and has no kernel for
             the device (any CPU). One ``KernelFallbackWarning`` is shown. Without it upstream's
             own call of xFormers raises.
@@ -208,8 +208,7 @@ def install(target: str | nn.Module | None = None, *, fallback: bool = True) -> 
     if target is None:
         target = UPSTREAM
     if isinstance(target, str) and target:
-        modules = UPSTREAM_MODULES if target == UPSTREAM else {}
-        return _install_package(Package(target, modules), fallback)
+        return _install_package(Package(target, MODULES.get(target, {})), fallback)
     torch = sys.modules.get("torch")  # a live model has imported it
     if torch is not None and isinstance(target, torch.nn.Module):
         return _install_model(target, fallback)

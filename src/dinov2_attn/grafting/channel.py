@@ -155,6 +155,18 @@ def graft_captured(original: Forward) -> Forward:
     return forward
 
 
+def graft_captured_list(original: Forward) -> Forward:
+    """Let the ``forward_list`` of an attention class give the kernel call of each tensor."""
+
+    @functools.wraps(original, updated=())
+    def forward_list(self: nn.Module, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        if ACTIVE.on and STATE.receivers and isinstance(tensors, list | tuple):
+            return run_captured(original, self, (tensors, *args), kwargs, calls=len(tensors))
+        return original(self, tensors, *args, **kwargs)
+
+    return forward_list
+
+
 def graft_entrance(original: Forward) -> Forward:
     """Let the ``forward`` that cuts images into patches tell receivers that a pass begins."""
 
@@ -194,15 +206,20 @@ def graft_whole(original: Forward) -> Forward:
 
 
 def run_captured(
-    original: Forward, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    original: Forward,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    calls: int = 1,
 ) -> Any:
-    """Run ``original`` on an attention ``module``, and give its kernel call to receivers.
+    """Run ``original`` on an attention ``module``, and give its kernel calls to receivers.
 
-    Nothing inside is recorded: the graft of the base class runs for the same module, and a
-    receiver may run models itself.
+    There is one of them, or one for each tensor of a list. Nothing inside is recorded: the graft of
+    the base class runs for the same module, and a receiver may run models itself.
 
     Raises:
-        NotRecordedError: If there was not one call of a kernel, or the pass becomes a graph.
+        NotRecordedError: If there were not so many ``calls`` of a kernel, or the pass becomes a
+            graph.
 
     """
     wanting = [receiver for receiver in STATE.receivers if receiver.wants(module)]
@@ -225,7 +242,7 @@ def run_captured(
             output = original(module, *args, **kwargs)
     # Code that only looks like attention is left out; a module with its projections is not.
     if capture.calls or looks_like_attention(module):
-        check_calls(capture.calls, name_of(type(module)))
+        check_calls(capture.calls, name_of(type(module)), calls)
     if stops:
         raise StopPassError
     return output

@@ -158,10 +158,16 @@ def _own_pass(
     """Return the weights of the blocks ``wanted`` from the model's own pass, ended after them."""
     if not wanted:
         return ()
-    attentions = {m: i for m, i in backbone.attentions().items() if i in wanted}
     model, given = backbone.model, {} if masks is None else {"masks": masks}
-    run = getattr(model, "forward_features", model)
-    found = collect(lambda: run(images, **given), attentions, len(wanted), **selection)
+    run = partial(getattr(model, "forward_features", model), images, **given)
+    if must_ask(backbone):
+        with attentions_of_pass(**selection) as asked:
+            run()
+        every = _of_tensors(asked.all())
+        _check_count(every, backbone.depth)
+        return tuple(every[i] for i in wanted)
+    attentions = {m: i for m, i in backbone.attentions().items() if i in wanted}
+    found = collect(run, attentions, len(wanted), **selection)
     _check_count(found, len(wanted))
     return tuple(found)
 
@@ -236,7 +242,8 @@ def _output_and_attentions(
     if not isinstance(x, list | tuple):
         return _one_pass(original, model, *pairs[0], selection, **kwargs)
     images, masks = map(list, zip(*pairs, strict=True))
-    if takes_lists and _nests(model, backbone.blocks, images):
+    together = backbone.takes_lists or _nests(model, backbone.blocks, images)
+    if takes_lists and together:
         outputs, attentions = _one_pass(original, model, images, masks, selection, **kwargs)
         return list(zip(outputs, zip(*attentions, strict=True), strict=True))
     return [_one_pass(original, model, *pair, selection, **kwargs) for pair in pairs]
@@ -245,22 +252,38 @@ def _output_and_attentions(
 def _one_pass(
     original: Forward, model: Any, x: Any, masks: Any, selection: dict[str, Any], **kwargs: Any
 ) -> tuple[Any, tuple[Any, ...]]:
-    """Return upstream's own output and the attention of every block in the same pass."""
+    """Return upstream's own output and the attention of every block in the same pass.
+
+    For a list of tensors that runs together, the attention of a block is a list too.
+    """
     if masks is not None:  # an override may take images only
         kwargs["masks"] = masks
     backbone = Backbone(model)
     if must_ask(backbone):
         with attentions_of_pass(**selection) as asked:
             output = original(model, x, **kwargs)
-        attentions = asked.all()
+        attentions = asked.all() if isinstance(x, list) else _of_tensors(asked.all())
     else:
         modules = backbone.attentions()
         collector = Collector(modules, **selection)
         with recording(collector, modules):
             output = original(model, x, **kwargs)
         attentions = tuple(collector.weights)
+        if isinstance(x, list) and backbone.takes_lists:  # a kernel call for each of its tensors
+            _check_count(attentions, backbone.depth * len(x))
+            attentions = _in_lists(attentions, len(x))
     _check_count(attentions, backbone.depth)
     return output, attentions
+
+
+def _of_tensors(attentions: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the weights for a tensor that a model may have run as a list of one."""
+    return tuple(a[0] if isinstance(a, list) and len(a) == 1 else a for a in attentions)
+
+
+def _in_lists(attentions: Sequence[Any], length: int) -> tuple[Any, ...]:
+    starts = range(0, len(attentions), length)
+    return tuple(list(attentions[start : start + length]) for start in starts)
 
 
 def _check_count(attentions: Sequence[Any], blocks: int) -> None:

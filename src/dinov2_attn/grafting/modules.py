@@ -9,6 +9,7 @@ meets behind ``super()``.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping
@@ -75,20 +76,18 @@ def graft_block_at_kernel(original: Forward) -> Forward:
     """Give a block's ``forward`` a ``return_attention``, taken at the kernel of its own pass.
 
     It serves blocks of any signature. The pass ends where the weights are known. A list is
-    answered tensor by tensor; other lists of its length are one value for each.
+    answered tensor by tensor; other lists of its length are one value for each. In training with
+    stochastic depth it runs all samples, also those that the block would drop.
     """
 
-    @functools.wraps(original, updated=())
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.pop("return_attention", False):
-            return original(self, *args, **kwargs)
+    def weights_of(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         selection = {name: kwargs.pop(name, None) for name in ("queries", "heads")}
         check_heads(selection["heads"])
         tokens = next(iter((*args, *kwargs.values())), None)
         if not isinstance(tokens, list):
-            return publish(weights_of(self, args, kwargs, selection))
-        each = [
-            weights_of(
+            return of_one(self, args, kwargs, selection)
+        return [
+            of_one(
                 self,
                 tuple(_element(value, i, len(tokens)) for value in args),
                 {name: _element(value, i, len(tokens)) for name, value in kwargs.items()},
@@ -96,16 +95,33 @@ def graft_block_at_kernel(original: Forward) -> Forward:
             )
             for i in range(len(tokens))
         ]
-        return publish(each)
 
-    def weights_of(self: nn.Module, args: Any, kwargs: Any, selection: Any) -> Any:
-        return weights_at_kernel(partial(original, self, *args, **kwargs), self, **selection)
+    def of_one(self: nn.Module, args: Any, kwargs: Any, selection: Any) -> Any:
+        run = partial(original, _with_all_samples(self), *args, **kwargs)
+        return weights_at_kernel(run, self, **selection)
+
+    @functools.wraps(original, updated=())
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.pop("return_attention", False):
+            return publish(weights_of(self, *args, **kwargs))
+        if ACTIVE.on and ASKED.listener is not None:
+            return ASKED.listener(original, weights_of, self, args, kwargs)
+        return original(self, *args, **kwargs)
 
     return extend_signature(original, forward, "return_attention")
 
 
 def _element(value: Any, i: int, length: int) -> Any:
-    return value[i] if isinstance(value, list | tuple) and len(value) == length else value
+    return value[i] if isinstance(value, list) and len(value) == length else value
+
+
+def _with_all_samples(block: nn.Module) -> nn.Module:
+    """Return ``block``, or where it drops samples a copy with the same children that does not."""
+    if not (block.training and getattr(block, "sample_drop_ratio", None)):
+        return block
+    whole: Any = copy.copy(block)
+    whole.sample_drop_ratio = 0.0
+    return whole  # type: ignore[no-any-return]
 
 
 def graft_block(original: Forward, role: Role) -> Forward:

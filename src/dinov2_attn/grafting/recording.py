@@ -15,6 +15,7 @@ from torch import nn
 from dinov2_attn.grafting.channel import (
     Receiver,
     graft_captured,
+    graft_captured_list,
     graft_entrance,
     graft_whole,
     receiving,
@@ -24,6 +25,9 @@ from dinov2_attn.kernels.xformers import KERNEL, graft_captured_kernel, kernel_h
 from dinov2_attn.typing import Forward
 
 Graft = Callable[[Forward], Forward]
+
+# DINOv3's blocks call this method of their attention in training with stochastic depth.
+LIST = "forward_list"
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def recording(
         wholes: Modules whose return ends a pass.
 
     """
-    target = RecordingTarget()
+    target, attentions = RecordingTarget(), list(attentions)
     with LOCK:
         for graft, modules in (
             (graft_captured, attentions),
@@ -51,6 +55,9 @@ def recording(
         ):
             for module in {_key(module): module for module in modules}.values():
                 _graft(module, graft, target)
+        for cls in {type(module) for module in attentions if hasattr(module, LIST)}:
+            if not REGISTRY.claim(cls, LIST, target):
+                REGISTRY.set(cls, LIST, graft_captured_list(getattr(cls, LIST)), target)
         for home in kernel_homes():
             if not REGISTRY.claim(home, KERNEL, target):
                 REGISTRY.set(home, KERNEL, graft_captured_kernel(home[KERNEL]), target)

@@ -119,10 +119,17 @@ def _missing(role: str, module: str) -> IncompatibleUpstreamError:
     )
 
 
-# Other modules of upstream have attention of other projects (BEiT adapters in eval/), so its places
-# are named. A vendored copy is searched.
+# Other modules of these projects have attention of others (adapters and detectors in eval/), so
+# their places are named. A vendored copy is searched.
 UPSTREAM_MODULES = {
     "dinov2.layers.attention": "ATTENTION",
     "dinov2.layers.block": "BLOCK",
     "dinov2.models.vision_transformer": "TRANSFORMER",
 }
+DINOV3_MODULES = {
+    "dinov3.layers.attention": "ATTENTION",
+    "dinov3.layers.block": "BLOCK",
+    "dinov3.models.vision_transformer": "TRANSFORMER",
+}
+# By the name of the package.
+MODULES = {"dinov2": UPSTREAM_MODULES, "dinov3": DINOV3_MODULES}

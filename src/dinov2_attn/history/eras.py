@@ -1,8 +1,8 @@
-"""Upstream's history: which functions the grafts rely on, and in which commits they changed.
+"""Upstream's history: in which commits the functions changed that the grafts rely on.
 
-``eras.json`` in this folder has one entry for each era: commits between which none of these
-functions changed, and the digests that differ from the era before. Upstream has no releases and
-never changed its version, so only the code identifies a revision.
+``eras.json`` and ``eras_dinov3.json`` in this folder have one entry for each era: commits between
+which none of these functions changed, and the digests that differ from the era before. These
+projects have no releases and never changed their version, so only the code identifies a revision.
 """
 
 from __future__ import annotations
@@ -15,47 +15,7 @@ from importlib.resources import files
 from itertools import groupby
 
 from dinov2_attn.history.digests import digests_in
-
-# The name of upstream's package.
-UPSTREAM = "dinov2"
-
-# By file and class, the functions whose code decides what the grafts return: those that
-# are grafted, and what they call between the tokens and the kernel. `Attention.__init__`
-# makes the projection and the scale from which weights are recomputed. The constructors of
-# blocks and models are left out: options come and go there, and what the grafts read of
-# the result is proved at install.
-ATTENTION, BLOCKS, MODELS = "attention", "blocks", "models"
-FILES = {
-    ATTENTION: "dinov2/layers/attention.py",
-    BLOCKS: "dinov2/layers/block.py",
-    MODELS: "dinov2/models/vision_transformer.py",
-}
-RELIED_ON: dict[str, dict[str, tuple[str, ...]]] = {
-    ATTENTION: {
-        "Attention": ("Attention.__init__", "Attention.forward"),
-        "MemEffAttention": ("MemEffAttention.forward",),
-    },
-    BLOCKS: {
-        "Block": ("Block.forward",),
-        "NestedTensorBlock": (
-            "NestedTensorBlock.forward",
-            "NestedTensorBlock.forward_nested",
-            "get_attn_bias_and_cat",
-            "drop_add_residual_stochastic_depth_list",
-        ),
-        "CausalAttentionBlock": ("CausalAttentionBlock.forward",),
-    },
-    MODELS: {
-        "DinoVisionTransformer": (
-            "DinoVisionTransformer.forward",
-            "DinoVisionTransformer.forward_features",
-            "DinoVisionTransformer.forward_features_list",
-            "DinoVisionTransformer.prepare_tokens_with_masks",
-            "DinoVisionTransformer.interpolate_pos_encoding",
-            "BlockChunk.forward",
-        ),
-    },
-}
+from dinov2_attn.history.projects import ATTENTION, BLOCKS, DINOV2, Project
 
 # Functions by name with their digests.
 Code = frozenset[tuple[str, str]]
@@ -86,40 +46,41 @@ class Era:
 
 
 @cache
-def table() -> tuple[Era, ...]:
-    """Return upstream's eras, oldest first."""
-    return loads(files(__package__).joinpath("eras.json").read_text(encoding="utf-8"))
+def table(project: Project = DINOV2) -> tuple[Era, ...]:
+    """Return the eras of ``project``, oldest first."""
+    return loads(files(__package__).joinpath(project.table).read_text(encoding="utf-8"))
 
 
-def agreeing(code: Code) -> list[Era]:
+def agreeing(code: Code, project: Project = DINOV2) -> list[Era]:
     """Return the eras that hold all of ``code``."""
-    return [era for era in table() if code <= era.code]
+    return [era for era in table(project) if code <= era.code]
 
 
-def shared_with_nearest(code: Code) -> Code:
+def shared_with_nearest(code: Code, project: Project = DINOV2) -> Code:
     """Return what ``code`` has in common with the era that it agrees with most."""
-    return max((code & era.code for era in table()), key=len)
+    return max((code & era.code for era in table(project)), key=len)
 
 
-def are_latest(eras: Iterable[Era]) -> bool:
+def are_latest(eras: Iterable[Era], project: Project = DINOV2) -> bool:
     """Return whether all of ``eras`` have the attention and the blocks of the newest one.
 
     A new revision of upstream is nearest to these. A fork is nearest to older ones, or shares only
     what many have.
     """
     relied_on = {
-        name for part in (ATTENTION, BLOCKS) for f in RELIED_ON[part].values() for name in f
+        name for part in (ATTENTION, BLOCKS) for f in project.relied_on[part].values() for name in f
     }
-    latest = frozenset(item for item in table()[-1].code if item[0] in relied_on)
+    latest = frozenset(item for item in table(project)[-1].code if item[0] in relied_on)
     return all(latest <= era.code for era in eras)
 
 
-def span(eras: Iterable[Era]) -> str:
+def span(eras: Iterable[Era], project: Project = DINOV2) -> str:
     """Return a range as text: ``12592a9 … 7764ea0 (2025-06-11 … 2026-06-03)``."""
-    places = sorted(table().index(era) for era in eras)
+    every = table(project)
+    places = sorted(every.index(era) for era in eras)
     # A change that was reverted later leaves two ranges with a gap between them.
     runs = groupby(enumerate(places), key=lambda item: item[1] - item[0])
-    return " or ".join(_run([table()[place] for _, place in run]) for _, run in runs)
+    return " or ".join(_run([every[place] for _, place in run]) for _, run in runs)
 
 
 def propose(
@@ -136,12 +97,11 @@ def propose(
     return (*eras, Era((new,), dict(digests)))
 
 
-def digests_at(read: Callable[[str], str | None]) -> dict[str, str]:
+def digests_at(read: Callable[[str], str | None], project: Project = DINOV2) -> dict[str, str]:
     """Return the digests of a revision whose files ``read(path)`` returns, ``None`` if absent."""
     digests: dict[str, str] = {}
-    for section, path in FILES.items():
-        names = [name for functions in RELIED_ON[section].values() for name in functions]
-        digests |= digests_in(read(path) or "", names)
+    for section, names in project.functions.items():
+        digests |= digests_in(read(project.files[section]) or "", names)
     return digests
 
 

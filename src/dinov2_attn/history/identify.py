@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,16 @@ from typing import Any
 from dinov2_attn.errors import UpstreamDriftWarning
 from dinov2_attn.history import eras
 from dinov2_attn.history.digests import digest_of
-from dinov2_attn.history.eras import ATTENTION, BLOCKS, MODELS, RELIED_ON, UPSTREAM, Code
+from dinov2_attn.history.eras import Code
+from dinov2_attn.history.projects import (
+    ATTENTION,
+    BLOCKS,
+    DINOV2,
+    MODELS,
+    PROJECTS,
+    Project,
+    project_of,
+)
 
 # What a class or a module's globals hold by a name, below our graft on it.
 Owner = type | dict[str, Any]
@@ -48,15 +57,17 @@ def recognise(original: Original, classes: Iterable[type]) -> str:
     if upstream never had that code, what of it is upstream's and what is not.
     """
     classes = list(classes)
-    seen = {section: _look(original, section, classes) for section in RELIED_ON}
+    project = project_of(classes)
+    seen = _look_at_all(original, project, classes)
     pair = [*seen[ATTENTION], *seen[BLOCKS]]
-    if seen[ATTENTION] and seen[BLOCKS] and eras.agreeing(_code(pair)):
-        parts = [_say(f"{ATTENTION} and {BLOCKS}", pair)]
+    if seen[ATTENTION] and seen[BLOCKS] and eras.agreeing(_code(pair), project):
+        parts = [_say(f"{ATTENTION} and {BLOCKS}", pair, project)]
     else:
-        parts = [_say(section, seen[section]) for section in (ATTENTION, BLOCKS) if seen[section]]
+        sections = (ATTENTION, BLOCKS)
+        parts = [_say(section, seen[section], project) for section in sections if seen[section]]
     if seen[MODELS]:
-        parts.append(_say(MODELS, seen[MODELS]))
-    known = {name for section in RELIED_ON.values() for name in section}
+        parts.append(_say(MODELS, seen[MODELS], project))
+    known = {name for section in project.relied_on.values() for name in section}
     parts += [
         f"{cls.__module__}.{cls.__qualname__} {_PROVED}"
         for cls in classes
@@ -72,43 +83,57 @@ def warn_of_drift(original: Original, target: Hashable, classes: Iterable[type])
     only the latest code of upstream has. A package is judged when all of it is imported, so that
     one warning names every change.
     """
-    own = [cls for cls in classes if _package(cls.__module__) == UPSTREAM]
-    seen = {section: _look(original, section, own) for section in RELIED_ON}
-    whole = isinstance(target, str)
+    classes = list(classes)
+    for project in PROJECTS:
+        own = [cls for cls in classes if _package(cls.__module__) == project.package]
+        if own:
+            _warn_of(project, original, own, whole=isinstance(target, str))
+
+
+def _warn_of(project: Project, original: Original, own: list[type], *, whole: bool) -> None:
+    seen = _look_at_all(original, project, own)
     found = [function for section in seen.values() for function in section]
     if (whole and not all(seen.values())) or any(s.digest is None for s in found):
         return
-    shared = eras.shared_with_nearest(_code(found))
-    if not eras.are_latest(eras.agreeing(shared)):
+    shared = eras.shared_with_nearest(_code(found), project)
+    if not eras.are_latest(eras.agreeing(shared, project), project):
         return
-    changed = [*_unmatched(shared, found), *(_missing(shared, found) if whole else ())]
+    changed = [*_unmatched(shared, found), *(_missing(shared, found, project) if whole else ())]
     if changed:
         warnings.warn(
-            f"{UPSTREAM} is no revision of upstream that is known here. It is as in "
-            f"{eras.span(eras.agreeing(shared))} but for {', '.join(changed)}. Weights are "
-            "still proved, so it works. "
-            f"To report it: dinov2-attn verify {_checkout()} --update",
+            f"{project} is no revision of upstream that is known here. It is as in "
+            f"{eras.span(eras.agreeing(shared, project), project)} but for {', '.join(changed)}. "
+            "Weights are still proved, so it works. "
+            f"To report it: dinov2-attn verify {_checkout(project)} --update",
             UpstreamDriftWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
-def _say(what: str, functions: list[FunctionDigest]) -> str:
+def _say(what: str, functions: list[FunctionDigest], project: Project) -> str:
     if any(function.digest is None for function in functions):
         return f"{what} {_PROVED}, source not available"
     code = _code(functions)
-    shared = eras.shared_with_nearest(code)
+    shared = eras.shared_with_nearest(code, project)
     if not shared:
         return f"{what} as in no known revision, {_PROVED}"
-    text = f"{what} as in {eras.span(eras.agreeing(shared))}"
+    span = eras.span(eras.agreeing(shared, project), project)
+    text = f"{what} as in {span}{project.owner}"
     if shared == code:
         return f"{text}, verified"
     return f"{text} but for {', '.join(_unmatched(shared, functions))}, {_PROVED}"
 
 
-def _look(original: Original, section: str, classes: list[type]) -> list[FunctionDigest]:
+def _look_at_all(
+    original: Original, project: Project, classes: list[type]
+) -> dict[str, list[FunctionDigest]]:
+    return {s: _look(original, names, classes) for s, names in project.relied_on.items()}
+
+
+def _look(
+    original: Original, names: Mapping[str, tuple[str, ...]], classes: list[type]
+) -> list[FunctionDigest]:
     """Return the functions of ``classes`` by upstream's names, without duplicates."""
-    names = RELIED_ON[section]
     seen = [
         s for cls in classes for s in _function_digests(original, cls, names.get(cls.__name__, ()))
     ]
@@ -138,7 +163,8 @@ def _find(original: Original, owner: Owner, name: str) -> object:
     places = owner.__mro__ if isinstance(owner, type) else (owner,)
     for place in places:
         if name in (vars(place) if isinstance(place, type) else place):
-            return original(place, name)
+            found = original(place, name)
+            return found.__func__ if isinstance(found, staticmethod) else found
     return None
 
 
@@ -150,16 +176,16 @@ def _unmatched(shared: Code, functions: list[FunctionDigest]) -> list[str]:
     return [str(s) for s in functions if (s.name, s.digest) not in shared]
 
 
-def _missing(shared: Code, functions: list[FunctionDigest]) -> list[str]:
+def _missing(shared: Code, functions: list[FunctionDigest], project: Project = DINOV2) -> list[str]:
     """Return what a package lacks. A missing method is inherited from known code."""
     names = {function.name for function in functions}
-    missing = (sorted({*era.digests} - names) for era in eras.agreeing(shared))
+    missing = (sorted({*era.digests} - names) for era in eras.agreeing(shared, project))
     return [f"{name} (gone)" for name in min(missing, key=len)]
 
 
-def _checkout() -> str:
-    """Return the folder that ``dinov2`` was imported from, quoted for a shell."""
-    init = getattr(sys.modules.get(UPSTREAM), "__file__", None)
+def _checkout(project: Project) -> str:
+    """Return the folder that the project was imported from, quoted for a shell."""
+    init = getattr(sys.modules.get(project.package), "__file__", None)
     return shlex.quote(str(Path(init).parent.parent)) if init else "PATH"
 
 

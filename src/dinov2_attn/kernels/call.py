@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_attn.errors import UnfaithfulError
+from dinov2_attn.errors import InvalidInputError, UnfaithfulError
 from dinov2_attn.math.attention import attention_weights, may_tile, shape_of_weights
 from dinov2_attn.math.bias import Group, dense, groups, is_block_diagonal, is_known, unknown
 from dinov2_attn.math.buffers import NewResult, new_result
@@ -160,7 +160,10 @@ class FusedCall:
         return [part._weights(queries, heads, new) for part in call._groups()]
 
     def check(self, module: str) -> None:
-        """Raise ``UnfaithfulError`` unless ``weights @ value`` is the output, on a few rows."""
+        """Raise ``UnfaithfulError`` unless ``weights @ value`` is the output, on a few rows.
+
+        Where no value is finite there is nothing to compare: that raises ``InvalidInputError``.
+        """
         if self.output is None or self.dropout:
             return
         call = self._same_dtype()
@@ -248,6 +251,13 @@ class FusedCall:
         if output is None or not (query.numel() and key.numel()):
             return
         wide = torch.float32 if query.device.type == "mps" else torch.float64
+        if not value.isfinite().any():
+            raise InvalidInputError(
+                f"finite values at {self.kernel}, so that its weights can be proved",
+                f"none in {module}",
+                "Load a checkpoint or initialise the model, and look for NaN in the images: "
+                "DINOv3's masked key bias is NaN until model.init_weights().",
+            )
         weights = self._of_rows(query.to(wide), key.to(wide), rows)
         found = (weights @ value.to(wide) - output.detach()[:, :, rows]).abs()
         error = found[found.isfinite()].max() if found.isfinite().any() else found.new_zeros(())
@@ -266,8 +276,8 @@ class FusedCall:
         A rounding of the scores is a relative error of the weights of about their size times the
         machine epsilon. The sum with the values has errors of that size again.
         """
-        scores = abs(self.scale) * float(query.norm(dim=-1).max() * key.norm(dim=-1).max())
-        return _ROUNDINGS * _epsilon(query) * (1 + scores) * float(value.abs().max())
+        scores = abs(self.scale) * _largest(query.norm(dim=-1)) * _largest(key.norm(dim=-1))
+        return _ROUNDINGS * _epsilon(query) * (1 + scores) * _largest(value.abs())
 
 
 @dataclass(frozen=True, eq=False)
@@ -404,6 +414,11 @@ def some_rows(length: int) -> list[int]:
 
 
 _ROWS = random.Random()
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest number in ``tensor`` that is finite: one sample may be NaN."""
+    return float(tensor.where(tensor.isfinite(), torch.zeros_like(tensor)).max())
 
 
 def _epsilon(tensor: Tensor) -> float:

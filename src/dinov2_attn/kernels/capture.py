@@ -199,12 +199,13 @@ def heads_of(module: nn.Module) -> int | None:
     return next((heads for heads in found if isinstance(heads, int)), None)
 
 
-def check_calls(calls: int, module: str) -> None:
-    """Raise ``NotRecordedError`` unless an attention module called one kernel once."""
-    if calls == 1:
+def check_calls(calls: int, module: str, expected: int = 1) -> None:
+    """Raise ``NotRecordedError`` unless an attention module called one kernel as often as that."""
+    if calls == expected:
         return
+    often = "once in a pass" if expected == 1 else f"{expected} times for {expected} tensors"
     raise NotRecordedError(
-        f"{module} to call one kernel once in a pass: {SEEN_KERNELS}",
+        f"{module} to call one kernel {often}: {SEEN_KERNELS}",
         f"{calls} calls" if calls else "none that can be seen",
         "Leave this module out with layers=[...]. Weights made by exp and a sum, by "
         "flex_attention, or inside a custom or compiled operator cannot be seen.",

@@ -16,6 +16,7 @@ from pathlib import Path
 from dinov2_attn.apps.cli.argtypes import positive
 from dinov2_attn.errors import UnwritableOutputError
 from dinov2_attn.history import eras
+from dinov2_attn.history.projects import PROJECTS, Project, project_named
 from dinov2_attn.proof.verify.findings import audit_copy
 from dinov2_attn.proof.verify.proof import PROVEN, Proof, prove
 from dinov2_attn.proof.verify.rebuild_eras import UPSTREAM
@@ -23,6 +24,11 @@ from dinov2_attn.proof.verify.report import Line, as_json, as_junit, table
 from dinov2_attn.proof.verify.sources import Revision, find
 
 log = logging.getLogger(__name__)
+
+LICENCE = (
+    "the code of %s is under %s (LICENSE.md in %s): it is read and run here, and nothing of it is "
+    "kept"
+)
 
 
 def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -86,6 +92,9 @@ def _find(args: argparse.Namespace, scratch: Path) -> list[Revision]:
         own = scratch / str(i)
         own.mkdir()
         revisions += find(source, args.package, own)
+    for project in dict.fromkeys(project_named(r.package) for r in revisions):
+        if project.licence:
+            log.warning(LICENCE, project, project.licence, project.address)
     return revisions
 
 
@@ -118,13 +127,17 @@ def _lines(revisions: list[Revision], proofs: dict[str, Proof]) -> list[Line]:
     for revision in revisions:
         ran = first.get(revision.content)
         if ran is None:
-            digests, proof = eras.digests_at(revision.read), proofs[revision.content]
+            digests, proof = _digests_of(revision), proofs[revision.content]
             line = first[revision.content] = Line(revision, digests, proof)
         else:
             same_as = "" if ran.revision.name == revision.name else ran.revision.name
             line = replace(ran, revision=revision, same_as=same_as)
         lines.append(line)
     return lines
+
+
+def _digests_of(revision: Revision) -> dict[str, str]:
+    return eras.digests_at(revision.read, project_named(revision.package))
 
 
 def _write(file: str | None, form: Callable[[Iterable[Line]], str], lines: list[Line]) -> None:
@@ -142,13 +155,19 @@ def _write(file: str | None, form: Callable[[Iterable[Line]], str], lines: list[
 
 def _propose(lines: list[Line]) -> None:
     new = [line for line in lines if line.era == "new" and line.proof.verdict == PROVEN]
-    proposed = eras.table()
+    if not new:
+        log.info("nothing to propose: every revision is of a known era, or is not proven")
+    for project in PROJECTS:
+        _propose_for(project, [r for r in new if project_named(r.revision.package) is project])
+
+
+def _propose_for(project: Project, new: list[Line]) -> None:
+    if not new:
+        return
+    proposed = eras.table(project)
     for line in new:
         name, date = line.revision.name, line.revision.date or "unknown"
         proposed = eras.propose(proposed, line.digests, name, date)
-    if not new:
-        log.info("nothing to propose: every revision is of a known era, or is not proven")
-        return
-    entries = json.loads(eras.dumps(proposed))[len(eras.table()) :]
+    entries = json.loads(eras.dumps(proposed))[len(eras.table(project)) :]
     print(json.dumps(entries, indent=1), file=sys.stdout)
-    log.info("append this to eras.json, or open an issue with it")
+    log.info(f"append this to {project.table}, or open an issue with it")

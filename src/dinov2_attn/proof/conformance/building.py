@@ -110,9 +110,23 @@ class ModelCase:
             init_values=1.0,
             block_chunks=self.chunks,
             num_register_tokens=self.registers,
+            **self._of_dinov3,
             **options,
         )
+        if hasattr(model, "rope_embed"):
+            _fill_buffers(model)
         return randomise(model.double(), self.seed).to(self.dtype)
+
+    @property
+    def _of_dinov3(self) -> dict[str, Any]:
+        """The same sizes by DINOv3's names."""
+        return {
+            "ffn_ratio": 2,
+            "layerscale_init": 1.0,
+            "n_storage_tokens": self.registers,
+            "mask_k_bias": self.seed % 2 == 1,
+            "pos_embed_rope_dtype": "fp32" if self.batch == 1 else "bf16",
+        }
 
     def flat(self) -> ModelCase:
         """Return the same model without chunks."""
@@ -140,6 +154,17 @@ class ModelCase:
         return noise(self.batch, self.patches, seed=self.seed + 1) > 0
 
 
+def _fill_buffers(model: Any) -> None:
+    """Fill the buffers of a DINOv3, which are NaN at first.
+
+    Its ``init_weights`` left those out that mask the bias of keys, until commit 2bfe092.
+    """
+    model.init_weights()
+    for module in model.modules():
+        if hasattr(module, "bias_mask"):
+            module.bias_mask.fill_(1).view(3, -1)[1] = 0
+
+
 MODEL_CASES = (
     ModelCase(grid=(2, 3)),
     ModelCase(depth=3, registers=3, heads=3, grid=(5, 2), seed=1),
@@ -150,6 +175,12 @@ MODEL_CASES = (
 
 
 def prefix(model: Any) -> int:
-    """Return the number of tokens before the patches: CLS and ``register_tokens``."""
-    registers = getattr(model, "register_tokens", None)
+    """Return the number of tokens before the patches: CLS and the registers."""
+    registers = registers_of(model)
     return 1 + (0 if registers is None else registers.shape[1])
+
+
+def registers_of(model: Any) -> Any:
+    """Return the register tokens ``(1, R, C)`` of DINOv2, or the storage tokens of DINOv3."""
+    names = ("register_tokens", "storage_tokens")
+    return next((t for t in (getattr(model, n, None) for n in names) if t is not None), None)

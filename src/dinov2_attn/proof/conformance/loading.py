@@ -16,8 +16,7 @@ import pytest
 
 from dinov2_attn.backbone.structure import classes_in
 from dinov2_attn.errors import in_one_line
-from dinov2_attn.grafting.targets import UPSTREAM_MODULES
-from dinov2_attn.history.eras import UPSTREAM
+from dinov2_attn.grafting.targets import MODULES
 from dinov2_attn.proof.conformance.code import GATE, Code
 
 # In the source of every module that defines one of the parts: `self.qkv`, `qkv_bias`.
@@ -31,7 +30,7 @@ def load(package: str, path: str | None) -> Code:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # upstream warns whether xFormers is available
         _enter(code, folders)
-        names = UPSTREAM_MODULES if package == UPSTREAM else _modules_with_parts(package)
+        names = MODULES.get(package) or _modules_with_parts(package)
         for name in names:
             _import(code, name)
     code.opened = [module for module in code.gates if getattr(module, GATE)]

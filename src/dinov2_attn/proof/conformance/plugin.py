@@ -1,15 +1,16 @@
-"""The two options of the suite, and the code that they name."""
+"""The options of the suite, and the code that they name."""
 
 from __future__ import annotations
 
 import pytest
 
+from dinov2_attn.history.projects import DINOV2, DINOV3
 from dinov2_attn.proof.conformance.code import CODE
 from dinov2_attn.proof.conformance.loading import load
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--dinov2`` and ``--package``."""
+    """Add ``--dinov2``, ``--dinov3`` and ``--package``."""
     group = parser.getgroup("dinov2-attn", "conformance of a copy of DINOv2's code")
     group.addoption(
         "--dinov2",
@@ -18,16 +19,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "default: the installed package",
     )
     group.addoption(
+        "--dinov3",
+        metavar="PATH",
+        help="the same for a checkout of DINOv3, whose code is under Meta's DINOv3 License",
+    )
+    group.addoption(
         "--package",
         metavar="NAME",
-        default="dinov2",
-        help="the package to test, such as moge.model.dinov2; default: dinov2",
+        help="the package to test, such as moge.model.dinov2; default: dinov2, or dinov3",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Import the tested code once, before tests for its classes are collected."""
-    config.stash[CODE] = load(config.getoption("--package"), config.getoption("--dinov2"))
+    path = config.getoption("--dinov3")
+    package = config.getoption("--package") or (DINOV2 if path is None else DINOV3).package
+    config.stash[CODE] = load(package, path or config.getoption("--dinov2"))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

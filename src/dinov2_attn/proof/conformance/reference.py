@@ -6,11 +6,13 @@ rounding included. Where a class does not attend to its projection, they are cau
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dinov2_attn.grafting.ways import reason_for_kernel
 from dinov2_attn.proof.conformance.kernel_call import KernelCall, caught
@@ -61,6 +63,39 @@ def weights(
     """Return softmax(q kᵀ · scale + bias), computed row by row."""
     query, key, _ = projections(module, tokens)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _softmax_of(query, key, scale, causal=causal, bias=bias)
+
+
+def weights_at_kernel(run: Callable[[], object]) -> Tensor:
+    """Return the weights of the queries and keys that ``run`` gives to PyTorch's kernel.
+
+    For attention that rotates them after its projection.
+    """
+    with _Inputs() as inputs:
+        run()
+    (query, key, causal), *others = inputs.calls
+    assert not others, f"expected one call of the kernel; found {len(inputs.calls)}"
+    return _softmax_of(query, key, query.shape[-1] ** -0.5, causal=causal)
+
+
+class _Inputs(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor, bool]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "scaled_dot_product_attention":
+            query, key = (tensor.detach().double() for tensor in args[:2])
+            self.calls.append((query, key, bool(kwargs.get("is_causal"))))
+        return func(*args, **kwargs)
+
+
+def _softmax_of(
+    query: Tensor, key: Tensor, scale: float, *, causal: bool = False, bias: Tensor | None = None
+) -> Tensor:
     result = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.float64)
     for sample, head, row in product(*map(range, query.shape[:3])):
         scores = (key[sample, head] * query[sample, head, row]).sum(-1) * scale

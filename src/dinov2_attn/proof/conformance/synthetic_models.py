@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_attn.proof.conformance.building import registers_of
+
 HEAD = 1
 
 
 @torch.no_grad()
 def mark_prefix(model: Any) -> Any:
     """Set all positions to 0, CLS to 100, and the registers to 101, 102 and so on."""
-    model.pos_embed.zero_()
+    if hasattr(model, "pos_embed"):
+        model.pos_embed.zero_()
     model.cls_token.fill_(100)
-    registers = getattr(model, "register_tokens", None)
+    registers = registers_of(model)
     if registers is not None:
         registers.copy_(101 + torch.arange(registers.shape[1])[None, :, None])
     return model
@@ -36,8 +39,11 @@ def look_at_what_is_bright(model: Any) -> Any:
 
     The patch embedding turns the brightness b of a patch into the token (b, -b, 1, -1, 0, …). The
     first feature of its norm grows with b. All blocks but the last are the identity. In the last
-    one all queries are equal, and the keys of ``HEAD`` are that first feature.
+    one all queries are equal, and the keys of ``HEAD`` are that first feature. A rotation between
+    projection and kernel is one by almost 0.
     """
+    if hasattr(model, "rope_embed"):
+        model.rope_embed.periods.fill_(1e9)
     for parameter in model.parameters():
         parameter.zero_()
     project = model.patch_embed.proj

@@ -22,14 +22,17 @@ from dinov2_attn.proof.conformance.building import (
 from dinov2_attn.proof.conformance.code import Code
 from dinov2_attn.proof.conformance.tolerances import assert_close, assert_same_bits
 
+# An attention module with its positional and its other arguments.
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
-def calls_of_attention(module: Any, run: Callable[[], object]) -> list[tuple[Any, tuple[Any, ...]]]:
+
+def calls_of_attention(module: Any, run: Callable[[], object]) -> list[Call]:
     """Run, and return each call of an attention module with its arguments."""
-    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    calls: list[Call] = []
     attentions = [m for m in module.modules() if hasattr(m, "qkv")]
     hooks = [
         m.register_forward_pre_hook(
-            lambda m, args, kwargs: calls.append((m, (*args, *kwargs.values()))), with_kwargs=True
+            lambda m, args, kwargs: calls.append((m, args, kwargs)), with_kwargs=True
         )
         for m in attentions
     ]
@@ -39,10 +42,12 @@ def calls_of_attention(module: Any, run: Callable[[], object]) -> list[tuple[Any
     return calls
 
 
-def reference_of(call: tuple[Any, tuple[Any, ...]]) -> Tensor:
+def reference_of(call: Call) -> Tensor:
     """Return the reference weights of one call."""
-    module, args = call
-    return reference.true_weights(module, *args)
+    module, args, kwargs = call
+    if kwargs.get("rope") is not None:
+        return reference.weights_at_kernel(lambda: module(*args, **kwargs))
+    return reference.true_weights(module, *args, **kwargs)
 
 
 @pytest.mark.parametrize("case", MODEL_CASES, ids=str)

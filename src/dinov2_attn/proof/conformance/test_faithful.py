@@ -114,3 +114,9 @@ def test_gradients_flow_through_the_weights(grafted: Code, attention_class: type
     assert torch.autograd.gradcheck(asked, (tokens.requires_grad_(),), fast_mode=True)
     with torch.no_grad():
         assert not asked(tokens).requires_grad
+
+
+def _is_causal(cls: Any) -> bool:
+    """Return whether attention of ``cls`` is causal unless it is asked not to be."""
+    argument = inspect.signature(cls.forward).parameters.get("is_causal")
+    return argument is not None and argument.default is True

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 import dinov2_attn
+from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.structure import Role
 from dinov2_attn.proof.conformance import reference
 from dinov2_attn.proof.conformance.building import MODEL_CASES, PLAIN, noise
 from dinov2_attn.proof.conformance.code import GATE, Code
-from dinov2_attn.proof.conformance.tolerances import assert_close
+from dinov2_attn.proof.conformance.tolerances import assert_close, assert_same_bits
 
 DIM = PLAIN.heads * PLAIN.head_dim
 
@@ -38,6 +39,19 @@ def test_without_xformers_a_block_answers_a_list_one_by_one(
     assert isinstance(answer, list)
     one_by_one = [block(tokens, return_attention=True) for tokens in TOKENS]
     assert_close(answer, one_by_one, "the weights of a list = those one by one")
+
+
+def test_a_model_that_takes_lists_answers_in_its_own_pass(grafted: Code, model_class: type) -> None:
+    """Features are bit for bit those of the list, weights those of each batch alone."""
+    model = MODEL_CASES[1].build(grafted, model_class)
+    if not Backbone(model).takes_lists:
+        pytest.skip("this code runs a list through xFormers, or not at all")
+    plain = model.forward_features(IMAGES, [None, None])
+    both = model.forward_features(IMAGES, [None, None], return_attention=True)
+    for images, features, before in zip(IMAGES, both, plain, strict=True):
+        attentions = list(features["attentions"])
+        assert_same_bits(features["x_prenorm"], before["x_prenorm"], "features of a list")
+        assert_close(attentions, list(model.get_self_attention(images)), "weights of a list")
 
 
 @pytest.fixture(scope="module")

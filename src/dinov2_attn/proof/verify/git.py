@@ -54,14 +54,20 @@ class Repository:
             return None
         return self._ask("show", f"{commit}:{path}")
 
-    def unpack(self, commit: str, destination: Path) -> None:
+    def unpack(self, commit: str, destination: Path, folders: Sequence[str] = ()) -> None:
         """Write the files of ``commit`` below ``destination``.
+
+        Args:
+            commit: Its hash.
+            destination: A folder, which need not exist.
+            folders: The folders to write, all by default. A clone may lack large files of others.
 
         Raises:
             UnavailableError: If a link points outside ``destination``.
 
         """
-        archive = _run(["-C", self.folder, "archive", commit])
+        there = [folder for folder in folders if self._ask("ls-tree", commit, "--", folder)]
+        archive = _run(["-C", self.folder, "archive", commit, "--", *there])
         with tarfile.open(fileobj=BytesIO(archive)) as tar:
             if not hasattr(tarfile, "data_filter"):  # older Pythons without this security fix
                 tar.extractall(destination)

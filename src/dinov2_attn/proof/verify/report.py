@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from xml.etree import ElementTree
 
 from dinov2_attn.history import eras
+from dinov2_attn.history.projects import DINOV2, Project, project_named
 from dinov2_attn.proof.verify.proof import ABSENT, COLUMNS, FAILED, PROVEN, Proof
 from dinov2_attn.proof.verify.sources import Revision
 
@@ -24,7 +26,7 @@ class Line:
     @property
     def era(self) -> str:
         """The era of its code."""
-        return era_of(self.digests)
+        return era_of(self.digests, project_named(self.revision.package))
 
     @property
     def cells(self) -> dict[str, str]:
@@ -38,13 +40,14 @@ class Line:
         }
 
 
-def era_of(digests: dict[str, str]) -> str:
+def era_of(digests: dict[str, str], project: Project = DINOV2) -> str:
     """Return the era of this code: ``new`` if there is none, ``–`` without code."""
     if not digests:
         return ABSENT
     code = frozenset(digests.items())
-    found = [era for era in eras.table() if era.code == code]
-    return eras.span(found).partition(" (")[0] if found else "new"
+    found = [era for era in eras.table(project) if era.code == code]
+    # Without the dates.
+    return re.sub(r" \([^)]*\)", "", eras.span(found, project)) if found else "new"
 
 
 def table(lines: Sequence[Line]) -> str:

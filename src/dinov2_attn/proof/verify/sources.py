@@ -10,13 +10,12 @@ from pathlib import Path
 
 from dinov2_attn._download import download
 from dinov2_attn.errors import InvalidInputError, UnavailableError
-from dinov2_attn.history.eras import UPSTREAM
+from dinov2_attn.history.projects import PROJECTS, project_at
 from dinov2_attn.proof.verify.git import Repository, is_bare
 
-# The files that the suite depends on. The rest of a checkout is training and evaluation.
-_RELEVANT = ("dinov2/__init__.py", "dinov2/layers", "dinov2/models")
-
 PYPI = "pypi:"
+
+_PACKAGES = {project.package for project in PROJECTS}
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,9 @@ def find(source: str, package: str | None, scratch: Path) -> list[Revision]:
         return _at_path(path, path.resolve().name, package, scratch)
     address, revision = _split(source)
     repository = Repository.at(address, scratch)
-    return [
-        _commit(repository, commit, package or UPSTREAM, scratch)
-        for commit in repository.commits(revision)
-    ]
+    commits = repository.commits(revision)
+    project = project_at(partial(repository.read, commits[-1]))
+    return [_commit(repository, commit, package or project.package, scratch) for commit in commits]
 
 
 def _split(source: str) -> tuple[str, str]:
@@ -77,17 +75,22 @@ def _split(source: str) -> tuple[str, str]:
 def _commit(repository: Repository, commit: str, package: str, scratch: Path) -> Revision:
     def unpack() -> Path:
         folder = scratch / commit
-        repository.unpack(commit, folder)
+        repository.unpack(commit, folder, [package] if package in _PACKAGES else [])
         return folder
 
     return Revision(
         name=commit[:7],
         date=repository.date(commit),
         package=package,
-        content=repository.fingerprint(commit, _RELEVANT if package == UPSTREAM else ["."]),
+        content=repository.fingerprint(commit, _relevant(package)),
         unpack=unpack,
         read=partial(repository.read, commit),
     )
+
+
+def _relevant(package: str) -> list[str]:
+    """Return what the suite depends on. The rest of a checkout is training and evaluation."""
+    return next((p.relevant for p in PROJECTS if p.package == package), ["."])
 
 
 def _at_path(path: Path, name: str, package: str | None, scratch: Path) -> list[Revision]:
