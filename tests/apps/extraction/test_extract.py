@@ -23,7 +23,6 @@ from dinov2_attn.apps.extraction.worker import WAITING, WORTH_A_WORKER, Buckets,
 from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.errors import (
     InvalidInputError,
-    NotGraftedError,
     OutOfRangeError,
     SuspiciousArtifactsWarning,
     UnavailableError,
@@ -504,8 +503,8 @@ def test_a_model_in_training_is_refused(model, images, tmp_path):
         model.eval()
 
 
-def test_a_model_that_is_not_grafted_is_refused(images, tmp_path):
-    with pytest.raises(NotGraftedError, match="install"):
+def test_a_module_that_is_no_transformer_is_refused(images, tmp_path):
+    with pytest.raises(InvalidInputError, match="one convolution inside"):
         extract(torch.nn.Linear(2, 2).eval(), images, tmp_path)
 
 

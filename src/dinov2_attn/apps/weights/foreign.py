@@ -157,7 +157,9 @@ def _with_positions(
     weights: dict[str, Tensor], names: Collection[str], no_embed_class: bool | None
 ) -> dict[str, Tensor]:
     """Convert timm's positions to upstream's layout: CLS, then patches, none for registers."""
-    timms = "reg_token" in weights and "reg_token" not in names
+    if "reg_token" in names:  # a model of timm's, which has that layout itself
+        return weights
+    timms = "reg_token" in weights
     if timms:
         weights["register_tokens"] = weights.pop("reg_token")
     positions, registers = weights.get("pos_embed"), weights.get("register_tokens")
