@@ -13,7 +13,7 @@ from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.result import Array, Face, W
 from dinov2_attn.maps.tokens import Tokens
-from dinov2_attn.typing import Grid, Layer
+from dinov2_attn.typing import Grid, Layer, Source
 
 
 class Recording(Face, Sequence[AttentionMaps[W]]):
@@ -72,6 +72,16 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
     def layers(self) -> tuple[Layer, ...]:
         """The ``layers`` of the one pass."""
         return self._one("layers").layers
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The ``numbers`` of the layers of the one pass."""
+        return self._one("numbers").numbers
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The ``sources`` of the one pass."""
+        return self._one("sources").sources
 
     @property
     def grid(self) -> Grid | None:

@@ -348,6 +348,6 @@ case(
 case(
     "apps/extraction",
     "Pass the module itself",
-    lambda lab: extract(lab.small(lab.x), source(lab), lab.folder / "out"),
+    lambda lab: extract("dinov2_vits14", source(lab), lab.folder / "out"),
     lambda lab: extract(lab.small, source(lab), lab.folder / "out"),
 )
