@@ -12,7 +12,7 @@ from typing_extensions import assert_type
 import dinov2_attn
 from dinov2_attn import ArtifactTokens, AttentionMaps, Recording
 from dinov2_attn.maps.rollout import Rollout
-from dinov2_attn.typing import Grid
+from dinov2_attn.typing import Grid, Source
 
 
 def look_at_maps(model: nn.Module, images: Tensor) -> None:
@@ -25,6 +25,14 @@ def look_at_maps(model: nn.Module, images: Tensor) -> None:
     assert_type(maps.cpu(), AttentionMaps)
     assert_type(maps.to("cpu"), AttentionMaps)
     assert_type(dinov2_attn.attention_maps(dinov2_attn.grafted(model), images), AttentionMaps)
+
+
+def look_at_layers_by_path(model: nn.Module, images: Tensor) -> None:
+    maps = dinov2_attn.attention_maps(model, images, ["encoder.layer.0.attention"])
+    assert_type(maps.layers, tuple[int | str, ...])
+    assert_type(maps.sources, tuple[Source, ...])
+    assert_type(dinov2_attn.rollout(model, images, "blocks.3.attn"), Rollout)
+    assert_type(dinov2_attn.status().at_kernel, dict[str, str])
 
 
 def look_at_maps_of_a_list(model: nn.Module, batches: list[Tensor]) -> None:

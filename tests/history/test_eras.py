@@ -150,7 +150,7 @@ SCRIPT = """
     from dinov2_attn.history import eras
 
     if sys.argv[4]:  # the table as it was when this commit was the newest
-        eras.table = lambda oldest=eras.table()[:1]: oldest
+        eras.table = lambda project=None, oldest=eras.table()[:1]: oldest
 
     def load():
         import dinov2.models.vision_transformer as module

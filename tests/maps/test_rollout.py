@@ -15,6 +15,7 @@ import dinov2_attn
 from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.modules import Returns, queries_and_keys_from
+from dinov2_attn.kernels.call import FusedCall
 from dinov2_attn.maps import rollout as module_of_rollout
 from tests.support import reference, upstreams
 from tests.support.strategies import ModelCase, model_cases, noise, randomise
@@ -204,8 +205,9 @@ def test_tiles_of_half_precision_are_counted_in_float32(grafted, heads, largest)
 @torch.no_grad()
 def test_tiles_are_made_in_one_memory():
     """Fresh memory costs as much as what is written into it."""
-    query, key = noise(2, 30, 4, seed=0), noise(2, 30, 4, seed=1)
-    tiles = [rows for _, rows, _ in module_of_rollout.Layer("mean", 0.5)._fused(query, key, 1.0)]
+    query, key = noise(1, 2, 30, 4, seed=0), noise(1, 2, 30, 4, seed=1)
+    call, layer = FusedCall("", query, key, key, 1.0), module_of_rollout.Layer("mean", 0.5)
+    tiles = [rows for _, rows, _ in layer._fused(call, 0, torch.arange(30))]
     assert len({rows.untyped_storage().data_ptr() for rows in tiles}) == 1 < len(tiles)
 
 

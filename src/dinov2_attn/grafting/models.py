@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -205,9 +206,18 @@ def asked_layers(backbone: Backbone, wanted: list[int]) -> list[int]:
 
 
 def is_grafted(model: object) -> bool:
-    """Return whether ``model`` has the ``get_self_attention`` of this package, wrapped or not."""
+    """Return whether ``model`` has the ``get_self_attention`` of this package.
+
+    ``torch.compile`` hands it on, FSDP2 wraps it, and a subclass may override it.
+    """
     method = getattr(model, "get_self_attention", None)
-    return getattr(method, "__func__", None) is get_self_attention
+    if method is None:
+        return False
+    if getattr(inspect.unwrap(method), "__func__", None) is get_self_attention:
+        return True
+    return any(
+        vars(cls).get("get_self_attention") is get_self_attention for cls in type(model).__mro__
+    )
 
 
 def _end(wanted: list[int]) -> int:

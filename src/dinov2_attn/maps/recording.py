@@ -13,7 +13,7 @@ from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.result import Array, Face, W
 from dinov2_attn.maps.tokens import Tokens
-from dinov2_attn.typing import Grid, Layer
+from dinov2_attn.typing import Grid, Layer, Source
 
 
 class Recording(Face, Sequence[AttentionMaps[W]]):
@@ -75,8 +75,13 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The ``numbers`` of the one pass."""
+        """The ``numbers`` of the layers of the one pass."""
         return self._one("numbers").numbers
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The ``sources`` of the one pass."""
+        return self._one("sources").sources
 
     @property
     def grid(self) -> Grid | None:

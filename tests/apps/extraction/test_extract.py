@@ -23,7 +23,6 @@ from dinov2_attn.apps.extraction.worker import WAITING, WORTH_A_WORKER, Buckets,
 from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.errors import (
     InvalidInputError,
-    NotGraftedError,
     OutOfRangeError,
     SuspiciousArtifactsWarning,
     UnavailableError,
@@ -504,8 +503,8 @@ def test_a_model_in_training_is_refused(model, images, tmp_path):
         model.eval()
 
 
-def test_a_model_that_is_not_grafted_is_refused(images, tmp_path):
-    with pytest.raises(NotGraftedError, match="install"):
+def test_a_module_that_is_no_transformer_is_refused(images, tmp_path):
+    with pytest.raises(InvalidInputError, match="one convolution inside"):
         extract(torch.nn.Linear(2, 2).eval(), images, tmp_path)
 
 
@@ -566,14 +565,14 @@ def test_a_worker_that_dies_is_an_error(tmp_path):
 
 def test_images_that_fit_alone_run_alone(model, images, tmp_path, monkeypatch):
     """Attention that has memory for one image only, as a large batch leaves it."""
-    asked = type(model).get_self_attention
+    asked = type(model).prepare_tokens_with_masks
 
     def small(self, x, *args, **kwargs):
         if len(x) > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to …")
         return asked(self, x, *args, **kwargs)
 
-    monkeypatch.setattr(type(model), "get_self_attention", small)
+    monkeypatch.setattr(type(model), "prepare_tokens_with_masks", small)
     assert extract(model, images, tmp_path).unreadable == 0
     monkeypatch.undo()
     for entry, maps, _ in stored(tmp_path):
@@ -585,7 +584,7 @@ def test_an_image_that_does_not_fit_alone_is_passed_over(model, images, tmp_path
     def none(self, x, *args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr(type(model), "get_self_attention", none)
+    monkeypatch.setattr(type(model), "prepare_tokens_with_masks", none)
     done = extract(model, images, tmp_path)
     assert done.images == done.unreadable == done.failed == 12
     for line in index_of(tmp_path, "unreadable.jsonl"):

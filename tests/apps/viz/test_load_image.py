@@ -61,7 +61,7 @@ def test_what_is_no_patch_size_is_refused(path, size):
 
 
 def test_a_module_without_a_transformer_is_refused(path):
-    with pytest.raises(InvalidInputError, match="one DINOv2 inside"):
+    with pytest.raises(InvalidInputError, match="one convolution inside"):
         viz.load_image(path, nn.Linear(2, 2))
 
 

@@ -344,3 +344,10 @@ case(
     changed,
     extracted_again,
 )
+
+case(
+    "apps/extraction",
+    "Pass the module itself",
+    lambda lab: extract("dinov2_vits14", source(lab), lab.folder / "out"),
+    lambda lab: extract(lab.small, source(lab), lab.folder / "out"),
+)

@@ -301,3 +301,10 @@ case(
     lambda lab: shown(lab, DEEP.astype(np.int64) * 10**6),
     lambda lab: shown(lab, DEEP.astype(np.int64) * 10**6 / (4000 * 10**6)),
 )
+
+case(
+    "maps",
+    "or for a picture the size of a patch",
+    lambda lab: viz.load_image(lab.image, lab.block),
+    lambda lab: (viz.load_image(lab.image, lab.small), viz.load_image(lab.image, 2)),
+)

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "of models of another layout, which test_any_model and test_other_libraries build": {
+        "maps": (
+            "Take the matrices of a pass: with record(model, grid=",
+            "Take norms and maps of such a model one by one",
+            "Record its passes: with record(model) as maps: model(images)",
+        ),
+    },
     "of biases and lists of tensors, which test_bias, test_call and test_nested follow": {
         "math": (
             "Pass the dense tensor of what is added to the scores",

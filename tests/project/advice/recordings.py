@@ -11,7 +11,7 @@ from torch import nn
 
 import dinov2_attn
 from dinov2_attn import artifact_tokens, attention_maps, record, rollout
-from dinov2_attn.backbone.backbone import backbone_in
+from dinov2_attn.backbone.backbone import backbone_in, grafted_backbone
 from dinov2_attn.kernels.call import fused_call
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from tests.support import upstreams
@@ -258,8 +258,74 @@ case(
 case(
     "backbone",
     "pass the transformer itself",
+    lambda lab: grafted_backbone(Around(lab.model)),
+    lambda lab: dinov2_attn.install(lab.model) and grafted_backbone(Around(lab.model).inner),
+)
+
+
+# Models that run their own pass
+
+
+class Turns(nn.Module):
+    """Two lists of upstream's blocks, whose layers take turns."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.patch_embed, self.first, self.second = model.patch_embed, model.blocks[:1], nn.Module()
+        self.second.blocks = model.blocks[1:2]
+
+    def forward(self, images):
+        tokens = self.first[0](self.patch_embed(images))
+        return self.second.blocks[0](tokens * 2)
+
+
+class TwiceInOne(nn.Module):
+    """A transformer that runs twice in a pass."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images):
+        return self.inner(images) + self.inner(images.flip(-1))
+
+
+def passes(model, images):
+    return recorded(model, lambda: model(images)).passes
+
+
+case(
+    "maps",
+    "Leave masks out, or record the pass yourself",
+    lambda lab: attention_maps(Around(lab.model), lab.x, masks=lab.mask),
     lambda lab: attention_maps(Around(lab.model), lab.x),
-    lambda lab: dinov2_attn.install(lab.model) and attention_maps(Around(lab.model).inner, lab.x),
+)
+case(
+    "maps",
+    "Name layers of one kind, layers=[...], or see each of them",
+    lambda lab: attention_maps(Turns(lab.model), lab.x),
+    lambda lab: (
+        attention_maps(Turns(lab.model), lab.x, ["first.0.attn"]),
+        passes(Turns(lab.model), lab.x),
+    ),
+)
+case(
+    "maps",
+    "Name the layers of one kind",
+    lambda lab: rollout(Turns(lab.model), lab.x),
+    lambda lab: rollout(Turns(lab.model), lab.x, ["first.0.attn"]),
+)
+case(
+    "maps",
+    "See which layers run, and how often",
+    lambda lab: rollout(TwiceInOne(lab.model), lab.x),
+    lambda lab: len(passes(TwiceInOne(lab.model), lab.x)) == 2,
+)
+case(
+    "maps",
+    "Attention alone: attention_maps(model, images)",
+    lambda lab: artifact_tokens(nn.Sequential(Turns(lab.model).patch_embed, lab.block.attn), lab.x),
+    lambda lab: attention_maps(nn.Sequential(lab.model.patch_embed, lab.block.attn), lab.x),
 )
 case(
     "maps",

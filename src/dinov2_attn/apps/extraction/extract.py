@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict, overload
 
+from torch import nn
+
 from dinov2_attn import _imports
-from dinov2_attn.backbone.backbone import grafted_backbone
+from dinov2_attn.backbone.backbone import Backbone, transformers_in
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.maps.geometry import geometry_of
 from dinov2_attn.typing import Heads, Layers, Model
 
 if TYPE_CHECKING:
@@ -120,12 +123,13 @@ def extract(
     may differ. No gradients are computed. ``AttentionDataset`` reads ``out``.
 
     Args:
-        model: A grafted vision transformer in eval mode, on any device.
+        model: A vision transformer in eval mode, on any device: DINOv2, or one of timm or
+            transformers.
         source: A folder, a tar, a list of paths, an image, a glob, or several of these. Or a
             map-style dataset or a list, whose items are tensors or Pillow's images, alone, first
             in a tuple, or in a dict as ``"image"`` or ``"pixel_values"``.
         out: The folder for the shards and the index.
-        layers: The blocks: ``None`` for all, an int for the last n, or a sequence of numbers. The
+        layers: The layers: ``None`` for all, an int for the last n, or a sequence of numbers. The
             last one by default.
         queries: The rows of attention: ``None`` for all, ``"cls"``, ``"registers"``,
             ``"patches"``, an int, a slice, or a sequence. Ints and slices are positions in
@@ -168,7 +172,6 @@ def extract(
         UnwritableOutputError: If ``out`` cannot be written, or another run is writing there.
         UnreadableFileError: If a source cannot be read or, with ``strict``, an image.
         UnavailableError: If the device no longer works, or a library is missing.
-        NotGraftedError: If the model is not grafted.
 
     """
     _imports.require("torchvision", "PIL", "tqdm", "safetensors", "filelock")
@@ -177,12 +180,16 @@ def extract(
     from dinov2_attn.apps.extraction.plan import NO_MEANING
     from dinov2_attn.apps.extraction.sources import source_of
 
-    backbone = grafted_backbone(model)
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(
+            "a model: a torch.nn.Module", type(model).__name__, "Pass the model."
+        )
     if model.training:
         raise InvalidInputError(
             "a model in eval mode", "one in training mode", "Call model.eval()."
         )
-    if backbone.is_channel_adaptive:
+    geometry_of(model)  # raises if it is no vision transformer
+    if any(Backbone(own).is_channel_adaptive for own in transformers_in(model)):
         raise InvalidInputError(
             "a model that sees the three channels of an image together",
             "a channel-adaptive one, with maps of its own for each channel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,20 @@ from dinov2_attn.apps.viz.inference import cannot_run, check_alive
 from dinov2_attn.apps.viz.reading import Reading
 from dinov2_attn.apps.viz.tokens import resolve
 from dinov2_attn.backbone.backbone import Backbone
-from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, in_one_line
+from dinov2_attn.errors import (
+    Dinov2AttnError,
+    InvalidInputError,
+    SuspiciousArtifactsWarning,
+    in_one_line,
+)
 from dinov2_attn.grafting.modules import weights_from
 from dinov2_attn.maps.artifacts import ArtifactTokens
 from dinov2_attn.maps.attention_maps import AttentionMaps
-from dinov2_attn.maps.find_artifacts import artifacts_on_the_way
-from dinov2_attn.maps.one_batch import attention_maps
+from dinov2_attn.maps.find_artifacts import artifact_tokens, artifacts_on_the_way
+from dinov2_attn.maps.geometry import geometry_of
+from dinov2_attn.maps.one_batch import attention_maps, walks_as_counted
 from dinov2_attn.maps.resample import resample
-from dinov2_attn.math.selection import positions
+from dinov2_attn.math.selection import positions, resolve_names
 from dinov2_attn.typing import Grid, Model
 
 
@@ -111,9 +118,16 @@ def _attend(model: Model, pictures: list[Picture], options: Options) -> BatchMap
         origins=[picture.origin for picture in pictures],
         grid=maps.grid,  # type: ignore[arg-type]  # one batch has one grid
         maps=patches.to(dtype),
-        prefix=torch.stack([w[..., : maps.prefix] for w in maps.weights], dim=1).to(dtype),
+        prefix=torch.stack([_others(w, maps) for w in maps.weights], dim=1).to(dtype),
         artifacts=artifacts,
     )
+
+
+def _others(weights: Tensor, maps: AttentionMaps) -> Tensor:
+    """Return the columns of CLS and registers, those behind the patches too."""
+    before = weights[..., : maps.prefix]
+    behind = weights[..., weights.shape[-1] - maps.suffix :]
+    return torch.cat([before, behind], -1) if maps.suffix else before
 
 
 def _on_device(pictures: list[Picture], device: torch.device, reading: Reading) -> Tensor:
@@ -132,13 +146,18 @@ def _maps(
     model: Model, images: Tensor, options: Options
 ) -> tuple[AttentionMaps, ArtifactTokens | None]:
     """Return the attention of ``images`` and the artifacts of the options, in one pass."""
-    backbone = Backbone(model)
-    grid = backbone.grid(images)
-    queries = backbone.resolve_names(resolve(options.queries, backbone.prefix, grid))
+    geometry = geometry_of(model)
+    grid = geometry.grid(*images.shape[-2:])
+    queries = resolve_names(resolve(options.queries, geometry.prefix, grid), geometry.registers)
     choice: dict[str, Any] = {"queries": queries, "heads": options.heads}
     if not options.artifacts:
         return attention_maps(model, images, options.layers, **choice), None
-    weights = {}
+    if not walks_as_counted(model, [images]):
+        maps = attention_maps(model, images, options.layers, **choice)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SuspiciousArtifactsWarning)
+            return maps, artifact_tokens(model, images)
+    backbone, weights = Backbone(model), {}
 
     def visit(i: int, block: nn.Module, tokens: Tensor) -> None:
         if i in options.layers:

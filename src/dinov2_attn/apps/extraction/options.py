@@ -12,8 +12,9 @@ import torch
 from dinov2_attn.apps.viz.images import LARGEST_SHORT_SIDE, ImageSize
 from dinov2_attn.apps.viz.reading import IMAGENET, Numbers, Reading, reading_for
 from dinov2_attn.apps.viz.tokens import as_texts, check_queries, count
-from dinov2_attn.backbone.backbone import Backbone
+from dinov2_attn.backbone.validation import layers_to_take
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.maps.geometry import geometry_of
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.selection import whole_number
 from dinov2_attn.typing import Grid, Heads, Layers, Model
@@ -67,14 +68,14 @@ def check_options(
     check_heads(heads)
     if dtype not in DTYPES:
         raise InvalidInputError(f"a dtype of {', '.join(DTYPES)}", repr(dtype), "Name one.")
-    backbone = Backbone(model)
-    taken = backbone.layers(layers)
+    geometry = geometry_of(model)
+    taken = layers_to_take(layers, geometry.depth)
     if not taken:
         raise InvalidInputError(
             "at least one layer", f"layers={layers!r}", "Leave it out for the last."
         )
     texts = as_texts(queries)
-    check_queries(texts, backbone.registers)
+    check_queries(texts, geometry.registers)
     options = Options(
         layers=tuple(taken),
         queries=texts,
@@ -85,7 +86,7 @@ def check_options(
         max_pixels=None if max_pixels is None else at_least(1, max_pixels, "max_pixels"),
         batch_size=1,
         shard_size=1,
-        reading=reading_for(backbone.channels, range, mean, std),
+        reading=reading_for(geometry.channels, range, mean, std),
         **others,
     )
     weights, stored = _bytes_of_one(model, options)
@@ -98,16 +99,15 @@ def check_options(
 
 def rows_of(model: Model, options: Options, grid: Grid) -> int:
     """Return how many rows of weights an image of ``grid`` has, in all layers and heads."""
-    backbone = Backbone(model)
-    rows = count(options.queries, backbone.prefix, grid)
-    attention = next(iter(backbone.attentions()))
-    heads = 1 if options.heads == "mean" else int(attention.num_heads)  # type: ignore[arg-type]
+    geometry = geometry_of(model)
+    rows = count(options.queries, geometry.prefix, grid)
+    heads = 1 if options.heads == "mean" else geometry.heads
     return len(options.layers) * heads * rows
 
 
 def stored_bytes(model: Model, options: Options, grid: Grid) -> int:
     """Return the bytes that an image of ``grid`` takes in a shard."""
-    columns = Backbone(model).prefix + math.prod(options.grid or grid)
+    columns = geometry_of(model).prefix + math.prod(options.grid or grid)
     return rows_of(model, options, grid) * columns * torch.finfo(DTYPES[options.dtype]).bits // 8
 
 
@@ -115,9 +115,9 @@ def _bytes_of_one(model: Model, options: Options) -> tuple[int, int]:
     """Return the bytes of the weights of a largest image, and the bytes stored of it."""
     size = options.image_size or LARGEST_SHORT_SIDE
     sides = (size, size) if isinstance(size, int) else size
-    backbone = Backbone(model)
-    height, width = (s // patch for s, patch in zip(sides, backbone.patch_size, strict=True))
-    columns = backbone.prefix + height * width
+    geometry = geometry_of(model)
+    height, width = geometry.grid(*sides)
+    columns = geometry.prefix + height * width
     weights = 4 * rows_of(model, options, (height, width)) * columns
     # With sides shorter than a patch there may be no rows. The callers divide by both.
     return max(1, weights), max(1, stored_bytes(model, options, (height, width)))

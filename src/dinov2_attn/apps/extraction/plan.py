@@ -13,8 +13,8 @@ import torch
 import dinov2_attn
 from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.extraction.options import Options
-from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.contract import name_of
+from dinov2_attn.maps.geometry import geometry_of
 from dinov2_attn.typing import Model
 
 FORMAT = 1
@@ -71,8 +71,8 @@ def plan(
         "format": FORMAT,
         "model": {
             "name": name or name_of(type(model)),
-            "patch_size": list(Backbone(model).patch_size),
-            "prefix": Backbone(model).prefix,
+            "patch_size": list(geometry_of(model).patch_size),
+            "prefix": geometry_of(model).prefix,
             "weights": weights_digest(model),
             "code": _code(model),
             "warning": warning,

@@ -26,8 +26,8 @@ from dinov2_attn.apps.extraction.given import (
 from dinov2_attn.apps.extraction.items import Item, list_items
 from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.apps.extraction.passed_over import Sieve
-from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.maps.geometry import geometry_of
 from dinov2_attn.typing import Model
 
 Transform = Callable[[Any], Any] | None
@@ -122,7 +122,7 @@ class Given:
 def wanted(model: Model, options: Options) -> Wanted:
     """Return the form of pictures that ``model`` takes."""
     return Wanted(
-        Backbone(model).patch_size[0], options.reading, options.image_size, options.max_pixels
+        geometry_of(model).patch_size[0], options.reading, options.image_size, options.max_pixels
     )
 
 

@@ -18,8 +18,8 @@ from torchvision.transforms import functional as transforms
 from dinov2_attn.apps.viz.decoding import decode, shown
 from dinov2_attn.apps.viz.opening import MOST_PIXELS
 from dinov2_attn.apps.viz.reading import IMAGENET, Numbers, Range, Reading, reading_for, warn
-from dinov2_attn.backbone.backbone import backbone_in
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.maps.geometry import patches_of
 
 # The published weights were trained up to this size. The cost of attention grows with the
 # fourth power of an image's side.
@@ -180,8 +180,7 @@ def fitted_size(
 def _geometry(model_or_patch_size: Any) -> tuple[tuple[int, int], int]:
     """Return height and width of a patch, and the number of channels."""
     if isinstance(model_or_patch_size, nn.Module):
-        backbone = backbone_in(model_or_patch_size)
-        return backbone.patch_size, backbone.channels
+        return patches_of(model_or_patch_size)
     given = model_or_patch_size
     sides = tuple(given) if isinstance(given, tuple | list) else (given, given)
     if len(sides) != 2 or not all(map(_is_size, sides)):

@@ -62,7 +62,7 @@ class AttentionRow:
         """Return the index of block ``number`` in ``layers``. ``None`` is the last."""
         if number is None:
             return len(self.layers) - 1
-        number = whole_number(number, "layers")
+        number = number if isinstance(number, str) else whole_number(number, "layers")
         if number not in self.layers:
             raise OutOfRangeError(
                 f"one of the layers {', '.join(map(str, self.layers))}",

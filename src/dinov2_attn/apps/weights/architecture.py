@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -249,12 +250,10 @@ def require_as_configured(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raise ``InvalidInputError`` if ``model`` contradicts the config file of its weights."""
     config = checkpoint.config
     for module in model.modules():
-        embed_dim, blocks = getattr(module, "embed_dim", None), getattr(module, "n_blocks", None)
-        if config is None or embed_dim is None or blocks is None:
+        sizes = _sizes(module)
+        if config is None or sizes is None or not config.describes(*sizes[:2]):
             continue
-        if not config.describes(embed_dim, blocks):
-            continue
-        _require_heads(getattr(module, "num_heads", None), config.heads, config.source)
+        _require_heads(sizes[2], config.heads, config.source)
         eps = {norm.eps for norm in module.modules() if isinstance(norm, nn.LayerNorm)}
         if config.eps is not None and eps - {config.eps}:
             raise InvalidInputError(
@@ -262,6 +261,21 @@ def require_as_configured(model: nn.Module, checkpoint: Checkpoint) -> None:
                 ", ".join(f"{value:g}" for value in sorted(eps)),
                 "Set it on each: norm.eps = … of every torch.nn.LayerNorm in model.modules().",
             )
+
+
+def _sizes(module: Any) -> tuple[int, int, int | None] | None:
+    """Return features, blocks and heads of a transformer: upstream's, transformers' or timm's."""
+    config: Any = getattr(module, "config", None)
+    blocks = getattr(module, "blocks", None)
+    if hasattr(module, "embed_dim") and hasattr(module, "n_blocks"):
+        return module.embed_dim, module.n_blocks, getattr(module, "num_heads", None)
+    if hasattr(config, "hidden_size") and hasattr(config, "num_hidden_layers"):
+        heads = getattr(config, "num_attention_heads", None)
+        return config.hidden_size, config.num_hidden_layers, heads
+    if hasattr(module, "embed_dim") and isinstance(blocks, nn.Sequential | nn.ModuleList):
+        attention = getattr(blocks[0], "attn", None) if len(blocks) else None
+        return module.embed_dim, len(blocks), getattr(attention, "num_heads", None)
+    return None
 
 
 def _require_heads(ours: int | None, theirs: int | None, source: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dinov2_attn.apps.weights.architecture import describe, require_as_configured
 from dinov2_attn.apps.weights.files import some
+from dinov2_attn.apps.weights.foreign import as_upstreams
 from dinov2_attn.apps.weights.layouts import Backbone, find_backbone, plain
 from dinov2_attn.apps.weights.reading import Checkpoint, read, read_mapping
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
@@ -31,12 +32,13 @@ def load_checkpoint(
     key: str | None = None,
     interpolate_pos_embed: bool = False,
 ) -> tuple[str, ...]:
-    """Fill one of upstream's vision transformers with the weights of a checkpoint.
+    """Fill a vision transformer with the weights of a checkpoint.
 
     Files by ``torch.save`` and safetensors are read, and code in them is never run. The weights
     may be in nested dicts, below prefixes such as ``teacher.backbone.``, saved under DDP or
-    ``torch.compile``, with or without chunks of blocks. Names and layouts of transformers and
-    timm are converted.
+    ``torch.compile``, with or without chunks of blocks. For one of upstream's models names and
+    layouts of transformers and timm are converted. A model of these libraries takes the files of
+    its own library, by old names and new ones.
 
     Loading is strict. Every parameter of ``model`` must be in the file with its shape, and every
     tensor of the backbone in the file must be in ``model``. The one exception is ``mask_token``:
@@ -47,7 +49,8 @@ def load_checkpoint(
     If an error is raised, ``model`` is unchanged.
 
     Args:
-        model: A ``DinoVisionTransformer`` or a module that contains one.
+        model: A ``DinoVisionTransformer``, a vision transformer of transformers or timm, or a
+            module that contains one.
         path: A file, a folder by ``save_pretrained``, or a state dict, nested or not.
         key: Which of several models in the file to take, such as ``student`` or ``model_ema``. By
             default the teacher, which upstream evaluates, or else a moving average
@@ -90,15 +93,20 @@ def fill(
             "one on the meta device",
             "Call model.to_empty(device='cpu') first.",
         )
-    backbone = find_backbone(checkpoint, {plain(name) for name in state}, key)
-    zeros = _unused(state, backbone.weights)
-    weights = {**zeros, **backbone.weights}
+    # One name for what several versions of transformers call differently.
+    common = as_upstreams([plain(name) for name in state])
+    own = {shared: name for name, shared in common.items()}
+    backbone = find_backbone(checkpoint, set(own), key)
+    found = {own.get(shared, shared): tensor for shared, tensor in backbone.weights.items()}
+    zeros = _unused(state, found)
+    weights = {**zeros, **found}
     if interpolate_pos_embed:
         weights.update(_resized(model, weights))
     expected = {plain(name): tensor for name, tensor in state.items()}
     differences = _differences(expected, weights)
     if differences:
-        raise _misfit(checkpoint, backbone, expected, differences)
+        shared = {common[name]: tensor for name, tensor in expected.items()}
+        raise _misfit(checkpoint, backbone, shared, differences)
     require_as_configured(model, checkpoint)
     model.load_state_dict({name: weights[plain(name)] for name in state})
     log.info("%s: loaded %s%s", checkpoint.path, backbone.root or "all", _without(backbone))

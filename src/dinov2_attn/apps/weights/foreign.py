@@ -16,6 +16,9 @@ from torch import Tensor
 # In every ViT of transformers, and in no other library's.
 _HUGGING_FACE = "embeddings.patch_embeddings.projection.weight"
 
+# In DINOv3's of transformers.
+_DINOV3 = "embeddings.patch_embeddings.weight"
+
 _OUTSIDE_BLOCKS = {
     "embeddings.cls_token": "cls_token",
     "embeddings.mask_token": "mask_token",
@@ -65,17 +68,23 @@ def as_upstreams(names: Collection[str]) -> dict[str, str]:
     >>> as_upstreams(["dinov2.layernorm.bias", f"dinov2.{_HUGGING_FACE}"])["dinov2.layernorm.bias"]
     'dinov2.norm.bias'
     """
-    roots = [
-        name.removesuffix(_HUGGING_FACE)
+    roots = {
+        name.removesuffix(anchor): rename
+        for anchor, rename in ((_HUGGING_FACE, _as_upstreams), (_DINOV3, _as_first_written))
         for name in names
-        if name == _HUGGING_FACE or name.endswith(f".{_HUGGING_FACE}")
-    ]
-    roots.sort(key=len, reverse=True)
+        if name == anchor or name.endswith(f".{anchor}")
+    }
+    longest = sorted(roots, key=len, reverse=True)
     renamed = {}
     for name in names:
-        root = next((root for root in roots if name.startswith(root)), None)
-        renamed[name] = name if root is None else root + _as_upstreams(name[len(root) :])
+        root = next((root for root in longest if name.startswith(root)), None)
+        renamed[name] = name if root is None else root + roots[root](name[len(root) :])
     return renamed
+
+
+def _as_first_written(name: str) -> str:
+    """Return a name of DINOv3 in transformers as its files have it, in which no ``model.`` is."""
+    return name.removeprefix("model.") if name.startswith("model.layer.") else name
 
 
 def _as_upstreams(name: str) -> str:
@@ -157,7 +166,9 @@ def _with_positions(
     weights: dict[str, Tensor], names: Collection[str], no_embed_class: bool | None
 ) -> dict[str, Tensor]:
     """Convert timm's positions to upstream's layout: CLS, then patches, none for registers."""
-    timms = "reg_token" in weights and "reg_token" not in names
+    if "reg_token" in names:  # a model of timm's, which has that layout itself
+        return weights
+    timms = "reg_token" in weights
     if timms:
         weights["register_tokens"] = weights.pop("reg_token")
     positions, registers = weights.get("pos_embed"), weights.get("register_tokens")
