@@ -27,11 +27,14 @@ def look_at_maps(model: nn.Module, images: Tensor) -> None:
     assert_type(dinov2_attn.attention_maps(dinov2_attn.grafted(model), images), AttentionMaps)
 
 
-def look_at_layers_by_path(model: nn.Module, images: Tensor) -> None:
-    maps = dinov2_attn.attention_maps(model, images, ["encoder.layer.0.attention"])
+def look_at_layers(model: nn.Module, images: Tensor) -> None:
+    maps = dinov2_attn.attention_maps(model, images, [0])
     assert_type(maps.layers, tuple[int | str, ...])
     assert_type(maps.sources, tuple[Source, ...])
-    assert_type(dinov2_attn.rollout(model, images, "blocks.3.attn"), Rollout)
+    with dinov2_attn.record(model) as recording:
+        model(images)
+    paths = [str(layer) for layer in recording.layers if isinstance(layer, str)]
+    assert_type(dinov2_attn.attention_maps(model, images, paths or None), AttentionMaps)
     assert_type(dinov2_attn.status().at_kernel, dict[str, str])
 
 

@@ -69,6 +69,8 @@ def holds(value: object, hint: Any) -> bool:
         return isinstance(value, dict) and hint.__required_keys__ <= value.keys()
     if isinstance(hint, types.UnionType):
         return any(holds(value, one) for one in get_args(hint))
+    if get_origin(hint) is typing.Literal:
+        return value in get_args(hint)
     origin = get_origin(hint) or hint
     return isinstance(value, origin) and parts_hold(value, origin, get_args(hint))
 
@@ -84,8 +86,8 @@ def parts_hold(value, origin, args):
 
 
 def tensors_of(value):
-    layout = ("grid", "prefix", "queries")
-    return [getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in layout]
+    names = [f.name for f in dataclasses.fields(value) if f.name not in value._LAYOUT]
+    return [getattr(value, name) for name in names]
 
 
 def check(value, hint):

@@ -96,19 +96,6 @@ class AttentionMaps(Result, Generic[W]):
         maps: AttentionMaps[Array] = self._with(as_array)
         return maps
 
-    def placed(self, layout: Layout | None) -> AttentionMaps[W]:
-        """Return the same with what ``layout`` says of the columns; unchanged without one."""
-        if layout is None:
-            return self
-        return replace(
-            self,
-            grid=layout.grid,
-            prefix=layout.prefix,
-            suffix=layout.suffix,
-            per_cell=layout.per_cell,
-            planes=layout.planes,
-        )
-
     def _map(self, weights: Any) -> Any:
         return cut_maps(weights, self._layout_for(weights))
 
@@ -148,3 +135,17 @@ class AttentionMaps(Result, Generic[W]):
     def _restored(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Any:
         weights = tuple(tensors[f"layer.{layer}"] for layer in about["layers"])
         return cls(weights, **about)  # type: ignore[arg-type]  # a file holds tensors
+
+
+def placed(maps: AttentionMaps[W], layout: Layout | None) -> AttentionMaps[W]:
+    """Return ``maps`` with what ``layout`` says of the columns; unchanged without one."""
+    if layout is None:
+        return maps
+    return replace(
+        maps,
+        grid=layout.grid,
+        prefix=layout.prefix,
+        suffix=layout.suffix,
+        per_cell=layout.per_cell,
+        planes=layout.planes,
+    )

@@ -61,7 +61,7 @@ def recorded_in(model: object, layers: RecordedLayers) -> Recorded:
     transformers = transformers_in(model)
     backbone = Backbone(transformers[0]) if len(transformers) == 1 else None
     called: dict[nn.Module, Layer]
-    if backbone is not None and not _has_paths(layers):
+    if backbone is not None and not has_paths(layers):
         called = dict(backbone.attentions())
         if backbone.shares_attention:
             raise IncompatibleUpstreamError(
@@ -90,7 +90,8 @@ def kind_of(layer: Layer) -> str:
     return re.sub(r"\d+", "*", layer) if isinstance(layer, str) else ""
 
 
-def _has_paths(layers: RecordedLayers) -> bool:
+def has_paths(layers: RecordedLayers) -> bool:
+    """Return whether ``layers`` names the path of an attention module."""
     one = isinstance(layers, str)
     return one or (isinstance(layers, Sequence) and any(isinstance(i, str) for i in layers))
 

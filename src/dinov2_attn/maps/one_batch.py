@@ -19,7 +19,7 @@ from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.models import asked_layers, is_grafted
 from dinov2_attn.grafting.ways import runs_itself
 from dinov2_attn.maps.attention_maps import AttentionMaps
-from dinov2_attn.maps.layers import kind_of
+from dinov2_attn.maps.layers import has_paths, kind_of
 from dinov2_attn.maps.record import record_one
 from dinov2_attn.maps.tokens import Tokens
 from dinov2_attn.math.selection import positions
@@ -101,7 +101,7 @@ def attention_maps(
 
     """
     pairs = batches_of(model, images, masks)
-    if walks_as_counted(model, [batch for batch, _ in pairs]):
+    if not has_paths(layers) and walks_as_counted(model, [batch for batch, _ in pairs]):
         found = _of_grafted(model, images, layers, masks, queries, heads)
     else:
         ask = partial(record_one, model, layers, queries=queries, heads=heads)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.errors import NotRecordedError
-from dinov2_attn.maps.attention_maps import AttentionMaps
+from dinov2_attn.maps.attention_maps import AttentionMaps, placed
 from dinov2_attn.maps.result import Array, Face, W
 from dinov2_attn.maps.tokens import Tokens
 from dinov2_attn.typing import Grid, Layer, Source
@@ -34,7 +34,7 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
     def passes(self) -> list[AttentionMaps[W]]:
         """The entries as a plain list. In a long loop, take what you need and clear it."""
         for maps, tokens in self._unplaced:
-            self._passes[self._passes.index(maps)] = maps.placed(tokens.layout())
+            self._passes[self._passes.index(maps)] = placed(maps, tokens.layout())
         self._unplaced = []
         return self._passes
 
@@ -47,7 +47,7 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
         if tokens is not None and not tokens.is_known:
             self._unplaced.append((maps, tokens))
         elif tokens is not None:
-            maps = maps.placed(tokens.layout())
+            maps = placed(maps, tokens.layout())
         self._passes.append(maps)
 
     def __len__(self) -> int:

@@ -23,6 +23,7 @@ from dinov2_attn.grafting.modules import queries_and_keys_from
 from dinov2_attn.kernels.call import FusedCall, KernelCall
 from dinov2_attn.maps import _facts
 from dinov2_attn.maps.calls import calls_of_pass
+from dinov2_attn.maps.layers import has_paths
 from dinov2_attn.maps.one_batch import batches_of, run_model, walks_as_counted
 from dinov2_attn.maps.result import Array, Result, W, as_array
 from dinov2_attn.maps.tokens import named
@@ -175,7 +176,7 @@ def rollout(
     _check(heads, residual)
     layer = Layer(heads, float(residual))
     pairs = batches_of(model, images, masks)
-    if walks_as_counted(model, [batch for batch, _ in pairs]):
+    if not has_paths(layers) and walks_as_counted(model, [batch for batch, _ in pairs]):
         found = _of_blocks(Backbone(model), images, masks, layer, layers, queries)
     else:
         found = [_of_pass(model, *pair, layer, layers, queries) for pair in pairs]
