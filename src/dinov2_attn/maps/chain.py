@@ -61,8 +61,13 @@ class Norms:
         """Check that block ``number`` is given what the one before returned."""
         if number == 0:
             self.after, self._last = [], None
-        elif number != len(self.after) or not any(one is self._last for one in given):
+        elif number != len(self.after) or not any(map(self._is_last, given)):
             raise _no_chain(self.model, f"another input of block {number}")
+
+    def _is_last(self, given: object) -> bool:
+        """Return whether ``given`` is the last tokens, or a list of them alone (DINOv3)."""
+        one = given[0] if isinstance(given, list) and len(given) == 1 else given
+        return one is self._last
 
     def leave(self, number: int, output: object) -> None:
         """Take the norms of what block ``number`` returned, its tokens or a tuple with them."""

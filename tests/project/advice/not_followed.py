@@ -27,7 +27,6 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "of DINOv3, whose own tests follow it (test_dinov3, test_own_pass)": {
         "kernels": ("Load a checkpoint or initialise the model, and look for NaN",),
-        "maps": ("Use get_self_attention, whose weights include it", "Call model.eval() first"),
     },
     "needs a network or a package index": {
         "apps/weights": (
