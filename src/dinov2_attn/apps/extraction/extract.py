@@ -182,7 +182,7 @@ def extract(
 
     if not isinstance(model, nn.Module):
         raise InvalidInputError(
-            "a model: a torch.nn.Module", type(model).__name__, "Pass the model."
+            "a model: a torch.nn.Module", type(model).__name__, "Pass the module itself."
         )
     if model.training:
         raise InvalidInputError(
