@@ -94,7 +94,7 @@ def test_extracted_maps_are_those_of_the_model(model, photograph, tmp_path, arti
     assert_close(found.squeeze(), torch.stack(expected, 1).squeeze(), within=1e-5)
 
 
-def test_a_causal_kernel_is_refused_and_its_weights_are_returned(model):
+def test_a_causal_kernel_is_rolled_out_with_its_mask(model):
     """What goes through queries and keys alone would leave the mask out."""
     attention = type(model.blocks[1].attn)
 
@@ -106,8 +106,12 @@ def test_a_causal_kernel_is_refused_and_its_weights_are_returned(model):
 
     model.blocks[1].attn.__class__ = Causal
     try:
-        with pytest.raises(InvalidInputError, match="Use get_self_attention"):
-            rollout(model, IMAGES)
-        assert not model.get_self_attention(IMAGES)[1].triu(1).any()
+        weights = model.get_self_attention(IMAGES)
+        assert not weights[1].triu(1).any()
+        one = torch.eye(weights[0].shape[-1], dtype=weights[0].dtype)
+        product = one
+        for layer in weights:
+            product = (0.5 * one + 0.5 * layer.mean(1)) @ product
+        assert_close(rollout(model, IMAGES).weights, product[:, :1], **NEAR)
     finally:
         model.blocks[1].attn.__class__ = attention

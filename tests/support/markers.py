@@ -34,6 +34,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/extraction/test_extract_ranks.py",
         "apps/viz/test_load_image.py::test_a_library_that_is_missing_is_named",
         "apps/viz/test_pictures.py::test_pyplot_is_never_imported",
+        "apps/viz/test_figure.py",
         "apps/viz/test_pictures_as_files.py::test_an_mp4_has_the_frames",
         "apps/weights/test_checkpoints.py::test_a_shard_is_recognised_by_its_class",
         "apps/weights/test_checkpoints.py::test_safetensors_without_their_library",

@@ -100,6 +100,7 @@ def calls_of_pass(
         NotRecordedError: If a layer that was named did not run, or a layer ran more than once.
 
     """
+    _check_depth(model)
     calls = Calls(recorded_in(model, layers), whole)
     modules = calls.modules
     with unrecorded(), recording(calls, modules.wanted), suppress(StopPassError):
@@ -107,6 +108,16 @@ def calls_of_pass(
     _check_complete(calls)
     _check_kinds(calls, layers)
     return calls
+
+
+def _check_depth(model: nn.Module) -> None:
+    """Raise ``InvalidInputError`` if a pass would drop samples of a batch."""
+    if any(m.training and getattr(m, "sample_drop_ratio", 0) for m in model.modules()):
+        raise InvalidInputError(
+            "a pass in which every layer sees every sample",
+            "a model in training with stochastic depth",
+            "Call model.eval() first.",
+        )
 
 
 def _check_complete(calls: Calls) -> None:

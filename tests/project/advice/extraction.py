@@ -347,7 +347,7 @@ case(
 
 case(
     "apps/extraction",
-    "Pass the model.",
+    "Pass the module itself",
     lambda lab: extract("dinov2_vits14", source(lab), lab.folder / "out"),
     lambda lab: extract(lab.small, source(lab), lab.folder / "out"),
 )

@@ -294,6 +294,25 @@ def passes(model, images):
     return recorded(model, lambda: model(images)).passes
 
 
+def in_training(lab, *, evaluated):
+    """Roll out a model that runs its own pass and may drop samples."""
+    model = Around(lab.model).train()
+    for block in lab.model.blocks:
+        block.sample_drop_ratio = 0.5
+    try:
+        return rollout(model.eval() if evaluated else model, lab.x)
+    finally:
+        lab.model.eval()
+        for block in lab.model.blocks:
+            block.sample_drop_ratio = 0.0
+
+
+case(
+    "maps",
+    "Call model.eval() first",
+    lambda lab: in_training(lab, evaluated=False),
+    lambda lab: in_training(lab, evaluated=True),
+)
 case(
     "maps",
     "Leave masks out, or record the pass yourself",

@@ -34,6 +34,7 @@ from dinov2_attn.apps.explorer.write import (
 from dinov2_attn.apps.viz.images import LoadedImage
 from dinov2_attn.apps.viz.inference import inference_on
 from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
+from dinov2_attn.grafting.ways import runs_itself
 from dinov2_attn.maps.find_artifacts import artifact_tokens
 from dinov2_attn.maps.record import record
 from dinov2_attn.typing import Heads, Layers
@@ -139,8 +140,9 @@ def _coded(
 def _candidates(model: Any, images: Tensor, layers: list[int]) -> dict[int, Candidate]:
     backbone = Backbone(model)
     modules = (module for block in backbone.blocks for module in block.modules())
-    # Where a key may be hidden, weights are not the softmax of products alone.
-    if any(getattr(module, "is_causal", False) for module in modules):
+    # Where a key may be hidden, weights are not the softmax of products alone. Blocks that cannot
+    # be run from outside give weights.
+    if runs_itself(model) or any(getattr(module, "is_causal", False) for module in modules):
         return {}
     return {one.layer: candidate(one) for one in queries_and_keys(backbone, images, layers)}
 
