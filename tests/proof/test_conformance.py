@@ -15,7 +15,7 @@ import pytest
 
 import dinov2_attn
 from dinov2_attn._download import fetch_wheel
-from tests.support import subprocesses, upstreams
+from tests.support import dinov3, subprocesses, upstreams
 from tests.support.mutations import HARMLESS, MUTATIONS, unpack
 
 PACKAGE = Path(dinov2_attn.__file__).parent
@@ -118,6 +118,18 @@ def test_real_code_is_green_within_a_minute_of_work(upstream, tmp_path):
     assert _worked() - start < 60
     if upstream.model is None:
         assert f"{upstream.package} has no vision transformer" in result.stdout
+
+
+@pytest.mark.parametrize("copy", dinov3.COPIES, ids=str)
+def test_dinov3_is_green(copy, tmp_path):
+    if copy.bare:
+        where = ["--dinov2", fetch_wheel(upstreams.LIGHTLY.wheel), "--package", copy.package]
+    else:
+        where = ["--dinov3", dinov3.CHECKOUT]
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "-q", SUITE, *where]
+    result = subprocesses.python(*command, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert counts(result)["passed"] > 250
 
 
 def _worked():

@@ -269,12 +269,12 @@ def _unused(label: str, taken: Mapping[str, str]) -> str:
 
 def _recognise(target: Hashable) -> str:
     from dinov2_attn.grafting.ways import classes_at_kernel
-    from dinov2_attn.history.identify import recognise
+    from dinov2_attn.history.identify import is_known, recognise
 
     grafts = [graft for graft in REGISTRY if target in graft.targets]
     owners = dict.fromkeys(graft.owner for graft in grafts if isinstance(graft.owner, type))
     at_kernel = classes_at_kernel(owners)
-    proved = [cls for cls in owners if cls not in at_kernel]
+    proved = [c for c in owners if c not in at_kernel or is_known(REGISTRY.original, c)]
     return recognise(REGISTRY.original, proved) or "weights are taken at the kernel"
 
 

@@ -76,6 +76,15 @@ def recognise(original: Original, classes: Iterable[type]) -> str:
     return "; ".join(parts)
 
 
+def is_known(original: Original, cls: type) -> bool:
+    """Return whether some revision of upstream has the very code of ``cls``."""
+    project = project_of([cls])
+    found = [f for part in _look_at_all(original, project, [cls]).values() for f in part]
+    if not found or any(function.digest is None for function in found):
+        return False
+    return bool(eras.agreeing(_code(found), project))
+
+
 def warn_of_drift(original: Original, target: Hashable, classes: Iterable[type]) -> None:
     """Warn if upstream's own package holds code that no revision known here does.
 

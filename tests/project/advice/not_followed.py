@@ -25,8 +25,17 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "build with drop_path_rate=0",
         ),
     },
-    "of DINOv3, whose own tests follow it (test_dinov3, test_own_pass)": {
+    "of DINOv3, whose own tests follow it (each test_dinov3, test_own_pass)": {
         "kernels": ("Load a checkpoint or initialise the model, and look for NaN",),
+        "apps/weights": (
+            "Name the folder that `git clone` made",
+            "and name the folder: --repo PATH.",
+            "Choose the source before dinov3 is imported, in a new process",
+        ),
+        "apps/cli": (
+            "Leave them out: the name tells",
+            "Get them from Meta, then name the file: --weights PATH",
+        ),
     },
     "needs a network or a package index": {
         "apps/weights": (
@@ -66,7 +75,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "the remedy is the program of another project": {
         "apps/weights": (
             "Load it with the library that made it",
-            "Load it with DINOv3's code: DINOv2's classes cannot hold it",
+            "Load it with DINOv3's code: --arch dinov3_vits16 or its like",
         ),
     },
     "needs a revision of upstream that rounds otherwise than those on PyPI": {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_attn.apps.cli.argtypes import add_source_and_device, positive
+from dinov2_attn.apps.weights import dinov3
 from dinov2_attn.apps.weights.models import (
     ARCHS,
     PUBLISHED,
@@ -19,7 +20,7 @@ from dinov2_attn.apps.weights.models import (
     build_like,
     caption,
 )
-from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.errors import InvalidInputError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--arch",
-        choices=ARCHS,
-        help="The architecture. Default: that of --weights, or else vit_small.",
+        choices=(*ARCHS, *dinov3.ARCHS),
+        help="The architecture. Default: that of --weights, or else vit_small. One of DINOv3 "
+        "needs --repo, a checkout of DINOv3, and --weights.",
     )
     group.add_argument(
         "--registers", action="store_true", help="Use the published model with 4 registers."
@@ -110,12 +112,14 @@ def load_model(args: argparse.Namespace) -> Loaded:
         raise InvalidInputError(
             "--key together with --weights PATH", "no checkpoint", "Leave it out."
         )
-    choose = _named if args.weights is None else _from_file
+    is_dinov3 = args.arch in dinov3.ARCHS
+    choose = _of_dinov3 if is_dinov3 else _named if args.weights is None else _from_file
     make, name, doubt = choose(args)
     if torch.device(args.device).type == "cpu":
         # xFormers has no kernel for it, and upstream would call one wherever xFormers imports.
         sys.modules.setdefault("xformers", None)  # type: ignore[arg-type]  # Python's own sign
-    _obtain(args.repo)
+    obtain = _obtain_dinov3 if is_dinov3 else _obtain
+    obtain(args.repo)
     # Seeded, so that random weights are the same at every run.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
@@ -129,6 +133,13 @@ def _obtain(repo: str | None) -> None:
 
     log.info("%s", obtain(repo))
     dinov2_attn.install()
+
+
+def _obtain_dinov3(repo: str | None) -> None:
+    import dinov2_attn
+
+    dinov3.obtain(repo)
+    dinov2_attn.install("dinov3")
 
 
 # How to make a model once upstream's code is there, what captions call it, and a doubt about it.
@@ -151,6 +162,39 @@ def _named(args: argparse.Namespace) -> Choice:
 
     called = caption(PUBLISHED[arch][0], patch_size, 4 if args.registers else 0)
     return make, f"{called}, {'random' if args.random_weights else 'published'} weights", None
+
+
+def _of_dinov3(args: argparse.Namespace) -> Choice:
+    """Choose a model of DINOv3 by its name, with weights of a file or with random ones."""
+    options = {"--patch-size": args.patch_size, "--num-heads": args.num_heads}
+    options["--registers"] = args.registers or None
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise InvalidInputError(
+            f"--arch {args.arch} alone, which says all of the model",
+            ", ".join(given),
+            "Leave them out: the name tells.",
+        )
+    if args.weights is None and not args.random_weights:
+        raise UnavailableError(
+            "a file with weights of DINOv3, which are not downloaded here because of their licence",
+            "none",
+            "Get them from Meta, then name the file: --weights PATH. --random-weights runs "
+            "without, but its maps mean nothing.",
+        )
+
+    def make() -> Any:
+        from dinov2_attn.apps.weights.checkpoints import load_checkpoint
+
+        model = dinov3.build(args.arch)
+        if args.random_weights:
+            log.warning("RANDOM WEIGHTS: the maps of this run carry no meaning")
+        else:
+            load_checkpoint(model, args.weights, key=args.key)
+        return model
+
+    source = "random weights" if args.weights is None else Path(args.weights).name
+    return make, f"DINOv3 {dinov3.PUBLISHED[args.arch]}, {source}", None
 
 
 def _from_file(args: argparse.Namespace) -> Choice:

@@ -114,7 +114,8 @@ def _names_in(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
         raise UnreadableFileError(
             "a checkpoint of DINOv2 or DINO",
             f"{checkpoint.path}, a DINOv3 checkpoint, with rotary positions",
-            "Load it with DINOv3's code: DINOv2's classes cannot hold it.",
+            "Load it with DINOv3's code: --arch dinov3_vits16 or its like, with --repo PATH. "
+            "DINOv2's classes cannot hold it.",
         )
     upstreams = as_upstreams(found.values())
     return {name: upstreams[key] for name, key in found.items()}
