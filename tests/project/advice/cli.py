@@ -178,7 +178,7 @@ case(
 
 
 def with_a_link_outside(lab):
-    (copy_of_the_code(lab, "dinov2") / "outside").symlink_to("/")
+    (copy_of_the_code(lab, "dinov2") / "dinov2" / "outside").symlink_to("/")
     clone(lab)
     find(f"{lab.folder}/checkout@HEAD", None, scratch(lab, "a"))[0].unpack()
 
