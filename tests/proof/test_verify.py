@@ -49,7 +49,7 @@ def history(tmp_path_factory):
     commits.append(commit(folder))
     harmless = ("attn = q @ k.transpose(-2, -1)", "attn = q.matmul(k.transpose(-2, -1))")
     commits.append(commit(folder, harmless))
-    wrong = ("* self.scale, qkv[1], qkv[2]", "* self.scale, qkv[2], qkv[1]")
+    wrong = ("attn.softmax(dim=-1)", "attn.softmax(dim=-2)")
     commits.append(commit(folder, wrong))
     return folder, commits
 
@@ -77,7 +77,7 @@ def test_a_history_is_walked_proved_and_reported(history, tmp_path, capsys):
     assert new["era"] == broken["era"] == "new"
     assert broken["verdict"] == "refused"
     assert broken["install"] == "NO"
-    assert "proj(weights @ v)" in broken["reason"]
+    assert "to call one kernel once" in broken["reason"]
 
     assert [line["own_attention"] for line in (first, beside, new, broken)] == [[]] * 4
     assert first["own_attention_not_asked"] is None
@@ -93,7 +93,9 @@ def test_a_history_is_walked_proved_and_reported(history, tmp_path, capsys):
 
     suites = ElementTree.fromstring(junit.read_text()).findall("testsuite")
     assert [s.get("name") for s in suites] == [c[:7] for c in commits]
-    assert [int(s.get("failures")) for s in suites] == [0, 0, 0, 2]
+    *proven, refused = [int(suite.get("failures")) for suite in suites]
+    assert proven == [0, 0, 0]
+    assert refused >= 2
     assert suites[3].find("testcase[@name='verdict']/failure").get("message") == broken["reason"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -58,3 +60,11 @@ def assert_all_close(ours, theirs):
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs, strict=True):
         assert_close(a, b)
+
+
+def is_explicit(model):
+    """Return whether the attention of ``model`` makes its matrices itself, by a softmax."""
+    attention = next(m for m in model.modules() if type(m).__name__.endswith("Attention"))
+    bases = (vars(base).get("forward") for base in type(attention).__mro__)
+    codes = (inspect.unwrap(forward).__code__ for forward in bases if inspect.isfunction(forward))
+    return any("softmax" in code.co_names for code in codes)
