@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,6 @@ def is_traced() -> bool:
     """Return whether ``torch.jit.trace`` records this call."""
     # Every version. torch.jit.is_tracing() asks the same, but has no types.
     return torch._C._get_tracing_state() is not None
-
-
-def run_eagerly() -> AbstractContextManager[object]:
-    """Run compiled modules as eager ones inside, where this version of torch can."""
-    # torch.compiler.set_stance exists from torch 2.6 on, and imports Dynamo, which takes seconds.
-    compiler: Any = getattr(torch, "compiler", None)
-    if "torch._dynamo" not in sys.modules or not hasattr(compiler, "set_stance"):
-        return nullcontext()
-    stance: AbstractContextManager[object] = compiler.set_stance("force_eager")
-    return stance
 
 
 def version_of(tensor: Tensor) -> int | None:

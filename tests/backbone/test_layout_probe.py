@@ -412,12 +412,10 @@ def test_features_and_gradients_are_those_without_a_probe(first):
     assert_same_bits(torch.autograd.grad(model(images).sum(), [images, model.cls_token]), expected)
 
 
-def test_a_compiled_model(first, fresh_dynamo):
+def test_a_compiled_model_is_not_probed(first, fresh_dynamo):
+    """A probe would compile it again, and a stance of Dynamo's is that of all threads."""
     model = build(first)
     compiled = torch.compile(model, backend="eager")
-    images = images_of()
-    with torch.no_grad():
-        compiled(images)
-    if not hasattr(torch.compiler, "set_stance"):
-        pytest.skip("this torch cannot run a compiled module eagerly")
-    assert probe(compiled, Backbone(model).blocks[0].attn, images) == Probed(Layout(1, 0, GRID))
+    found = probe(compiled, Backbone(model).blocks[0].attn, images_of())
+    assert found.layout is None
+    assert "compiled modules" in found.reason

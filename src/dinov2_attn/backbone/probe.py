@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn._compat import is_transformed
+from dinov2_attn._compat import is_compiled, is_transformed
 from dinov2_attn.backbone.guesses import Corners, Guess, guesses
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.mosaics import (
@@ -106,6 +106,9 @@ def probe(
         return Probed(None, "the model was not given floating images (B, …, H, W)")
     if is_transformed():
         return Probed(None, "a graph is being traced, and its tensors have no values")
+    # Their stance is that of all threads, so it cannot be changed for one.
+    if any(map(is_compiled, model.modules())):
+        return Probed(None, "the model has compiled modules, which would be compiled again")
     try:
         with undisturbed(model, images.device):
             mosaics = Mosaics(run or model, attention, images)

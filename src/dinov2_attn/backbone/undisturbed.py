@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn._compat import run_eagerly, version_of
+from dinov2_attn._compat import version_of
 
 
 @contextmanager
@@ -29,7 +29,6 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.callback(random.setstate, random.getstate())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(run_eagerly())
         for module in model.modules():
             _restore_at_end(module, stack)
         for module in [m for m in model.modules() if m.training]:
