@@ -7,13 +7,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinov2_attn._compat import version_of
+
+_ONE_AT_A_TIME = RLock()
 
 
 @contextmanager
@@ -24,7 +26,8 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     random state of Python, of PyTorch and of ``device``. Parameters are not restored: no
     forward pass changes their values, and FSDP keeps account of its own changes.
     """
-    with ExitStack() as stack:
+    # What one thread restores must not be what another one set for the time of its run.
+    with _ONE_AT_A_TIME, ExitStack() as stack:
         cuda = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.callback(random.setstate, random.getstate())
