@@ -28,7 +28,7 @@ from dinov2_attn.typing import Forward
 
 
 class Receiver(Protocol):
-    """What the grafts call during a forward pass of a thread."""
+    """What the grafts call during a forward pass of a thread. Subclasses may leave methods out."""
 
     @property
     def stops(self) -> bool:
@@ -36,6 +36,7 @@ class Receiver(Protocol):
 
     def begin(self, entrance: nn.Module, images: Tensor) -> None:
         """Note that ``entrance`` is given ``images (B, C, H, W)``, with which a pass begins."""
+        return  # for those who need no images
 
     def wants(self, attention: nn.Module) -> bool:
         """Return whether to call ``take`` when ``attention`` runs."""
@@ -45,6 +46,7 @@ class Receiver(Protocol):
 
     def left(self, module: nn.Module) -> None:
         """Note that ``module``, which contains all others, has returned."""
+        return  # for those who count layers
 
 
 class _State(threading.local):

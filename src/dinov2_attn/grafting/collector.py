@@ -8,17 +8,17 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
-from torch import Tensor, nn
+from torch import nn
 
 from dinov2_attn.backbone.attentions import attention_modules
 from dinov2_attn.backbone.contract import name_of
-from dinov2_attn.grafting.channel import prove_once, unrecorded
+from dinov2_attn.grafting.channel import Receiver, prove_once, unrecorded
 from dinov2_attn.grafting.recording import recording
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import StopPassError, check_calls
 
 
-class Collector:
+class Collector(Receiver):
     """A receiver that keeps the weights of some modules, in the order in which they run.
 
     Args:
@@ -45,12 +45,6 @@ class Collector:
     def stops(self) -> bool:
         """Whether the next call is the last one."""
         return self._last is not None and len(self.weights) + 1 == self._last
-
-    def begin(self, entrance: nn.Module, images: Tensor) -> None:
-        """Do nothing."""
-
-    def left(self, module: nn.Module) -> None:
-        """Do nothing."""
 
     def wants(self, attention: nn.Module) -> bool:
         """Return whether ``attention`` is one of the modules."""

@@ -13,9 +13,9 @@ from dinov2_attn.backbone.projection import Piece, Projection
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.kernels.xformers import Kernel
 from dinov2_attn.math.attention import attention_weights, check_heads, may_tile, shape_of_weights
-from dinov2_attn.math.bias import Group, dense, groups, is_block_diagonal
+from dinov2_attn.math.bias import Group, bias_of_rows, dense, groups, is_block_diagonal
 from dinov2_attn.math.buffers import NewResult, new_result
-from dinov2_attn.math.selection import Rows, to_index
+from dinov2_attn.math.selection import to_index
 from dinov2_attn.typing import Heads, Queries
 
 
@@ -122,7 +122,7 @@ class _Request:
         """Return the weights of ``batch`` sequences of ``length`` queries, piece by piece."""
         rows = to_index(self.queries, length)
         if bias is not None:
-            bias = _rows(bias, rows)
+            bias = bias_of_rows(bias, rows)
         pieces = source.pieces(rows, group)
         first = next(pieces)
         causal_rows = None
@@ -153,10 +153,6 @@ class _Request:
             heads=self.heads,
             out=out,
         )
-
-
-def _rows(bias: Tensor, rows: Rows) -> Tensor:
-    return bias if bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., rows, :]
 
 
 def _samples(bias: Tensor, samples: slice) -> Tensor:

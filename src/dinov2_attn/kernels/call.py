@@ -18,7 +18,15 @@ from torch import Tensor
 
 from dinov2_attn.errors import InvalidInputError, UnfaithfulError
 from dinov2_attn.math.attention import attention_weights, may_tile, shape_of_weights
-from dinov2_attn.math.bias import Group, dense, groups, is_block_diagonal, is_known, unknown
+from dinov2_attn.math.bias import (
+    Group,
+    bias_of_rows,
+    dense,
+    groups,
+    is_block_diagonal,
+    is_known,
+    unknown,
+)
 from dinov2_attn.math.buffers import NewResult, new_result
 from dinov2_attn.math.selection import Rows, to_index
 from dinov2_attn.typing import Heads, Queries
@@ -100,14 +108,13 @@ class FusedCall:
     def at(self, rows: list[int]) -> FusedCall:
         """Return the call of some queries only. ``tile`` is told their positions."""
         bias = self._dense_bias
-        if bias is not None and bias.ndim > 1 and bias.shape[-2] != 1:
-            bias = bias[..., rows, :]
+        if bias is not None:
+            bias = bias_of_rows(bias, rows)
         return replace(self, query=self.query[:, :, rows], bias=bias)
 
     def wide(self) -> FusedCall:
         """Return the call in float32 at least."""
-        dtype = torch.promote_types(self.query.dtype, torch.float32)
-        query, key = self.query.to(dtype), self.key.to(dtype)
+        query, key = self.query.to(self._wide), self.key.to(self._wide)
         return replace(self, query=query, key=key, value=key)
 
     def tile(
@@ -182,6 +189,11 @@ class FusedCall:
         return replace(self, query=query, key=key, value=value)
 
     @property
+    def _wide(self) -> torch.dtype:
+        """The dtype of scores: float32 at least."""
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+    @property
     def _by_query_head(self) -> tuple[Tensor, Tensor]:
         """Key and value with one head for each head of the query."""
         each = self.query.shape[1] // max(1, self.key.shape[1])
@@ -196,8 +208,7 @@ class FusedCall:
         if not is_known(self.bias):
             raise unknown(self.bias)
         shape = (*self.query.shape[:3], self.key.shape[2])
-        wide = torch.promote_types(self.query.dtype, torch.float32)
-        return dense(self.bias, shape, self.query.device, wide)
+        return dense(self.bias, shape, self.query.device, self._wide)
 
     def _weights(self, queries: Queries, heads: Heads, new: NewResult) -> Tensor:
         rows = to_index(queries, self.query.shape[2])
@@ -209,8 +220,8 @@ class FusedCall:
         self, query: Tensor, key: Tensor, rows: Rows, heads: Heads = None, out: Tensor | None = None
     ) -> Tensor:
         bias = self._dense_bias
-        if bias is not None and bias.ndim > 1 and bias.shape[-2] != 1:
-            bias = bias[..., rows, :]
+        if bias is not None:
+            bias = bias_of_rows(bias, rows)
         causal = None
         if self.is_causal:
             causal = torch.arange(self.query.shape[2], device=query.device)[rows]
@@ -227,8 +238,7 @@ class FusedCall:
     def _groups(self) -> list[FusedCall]:
         """Return the call of each element of a nested list."""
         tokens = self.query.transpose(1, 2)
-        wide = torch.promote_types(self.query.dtype, torch.float32)
-        return [self._of_group(group) for group in groups(self.bias, tokens, wide)]
+        return [self._of_group(group) for group in groups(self.bias, tokens, self._wide)]
 
     def _of_group(self, group: Group) -> FusedCall:
         def split(tensor: Tensor, where: slice) -> Tensor:

@@ -39,7 +39,7 @@ SEEN_KERNELS = (
 
 
 class StopPassError(BaseException):
-    """Ends a forward pass whose rest nobody needs. No code of a model should catch it."""
+    """Ends a forward pass whose rest is not needed. No code of a model should catch it."""
 
 
 class Capture(TorchFunctionMode):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
-from dinov2_attn.grafting.channel import prove_once, unrecorded
+from dinov2_attn.grafting.channel import Receiver, prove_once, unrecorded
 from dinov2_attn.grafting.recording import recording
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import StopPassError
@@ -25,7 +25,7 @@ from dinov2_attn.typing import RecordedLayers
 
 
 @dataclass(eq=False)
-class Calls:
+class Calls(Receiver):
     """A receiver that keeps what the kernels of some layers were given.
 
     Attributes:
@@ -42,15 +42,8 @@ class Calls:
     @property
     def stops(self) -> bool:
         """Whether the next layer is the last one, of a model that is a DINOv2 itself."""
-        backbone = self.modules.backbone
-        is_whole = backbone is not None and backbone.model is self.modules.whole
-        return is_whole and not self.whole and len(self.found) + 1 == len(self.modules.wanted)
-
-    def begin(self, entrance: nn.Module, images: Tensor) -> None:
-        """Do nothing."""
-
-    def left(self, module: nn.Module) -> None:
-        """Do nothing."""
+        needed = len(self.modules.wanted)
+        return self.modules.is_backbone and not self.whole and len(self.found) + 1 == needed
 
     def wants(self, attention: nn.Module) -> bool:
         """Return whether ``attention`` is that of a wanted layer."""

@@ -43,6 +43,11 @@ class Recorded:
     whole: nn.Module
     is_chosen: bool
 
+    @property
+    def is_backbone(self) -> bool:
+        """Whether the model is a DINOv2 itself."""
+        return self.backbone is not None and self.backbone.model is self.whole
+
 
 def recorded_in(model: object, layers: RecordedLayers) -> Recorded:
     """Return the attention modules of ``model``, those that ``layers`` names apart.
@@ -104,7 +109,7 @@ def _chosen(layers: RecordedLayers, known: list[Layer]) -> set[Layer]:
     if unknown := [name for name in names if name not in known]:
         near = get_close_matches(unknown[0], [str(name) for name in known], 1)
         raise OutOfRangeError(
-            f"layers as paths of attention modules: {_some(known)}",
+            f"layers as paths of attention modules: {some_of(known)}",
             repr(unknown[0]),
             f"Did you mean {near[0]!r}?" if near else "Leave layers out for all.",
         )
@@ -118,7 +123,8 @@ def _chosen(layers: RecordedLayers, known: list[Layer]) -> set[Layer]:
     return chosen
 
 
-def _some(known: list[Layer]) -> str:
+def some_of(known: Sequence[Layer]) -> str:
+    """Return the names of layers for a message, of many the first two and the last."""
     names = list(map(str, known))
     return ", ".join(names if len(names) < 5 else [*names[:2], "…", names[-1]])
 

@@ -19,7 +19,7 @@ from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import StopPassError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.course import Course, advice
-from dinov2_attn.maps.layers import kind_of, recorded_in
+from dinov2_attn.maps.layers import kind_of, recorded_in, some_of
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import W
 from dinov2_attn.maps.tokens import Tokens, named
@@ -165,9 +165,8 @@ def record_one(
     """
     recorder = _Recorder(model, layers, queries, heads, None, "first", None, None)
     modules = recorder.modules
-    whole, backbone = modules.whole, modules.backbone
-    is_backbone = backbone is not None and backbone.model is whole
-    recorder.may_stop = modules.is_chosen and (is_backbone or whole in _RAN_ONCE)
+    whole = modules.whole
+    recorder.may_stop = modules.is_chosen and (modules.is_backbone or whole in _RAN_ONCE)
     attentions = [*modules.wanted, *modules.others]
     with (
         unrecorded(),
@@ -400,7 +399,7 @@ class _Recorder:
         calls = self._course.calls(layers)
         if self._seen and not (calls or self._whole or self._broken):
             return NotRecordedError(
-                f"the forward of each attention module to run in a pass: {_some(layers)}",
+                f"the forward of each attention module to run in a pass: {some_of(layers)}",
                 f"a pass of {name_of(type(self.modules.whole))} in which none ran",
                 "Their kernel is called from outside of their forward, where it cannot be seen: "
                 "by the model itself, by forward_list in training, or in a compiled graph. Try "
@@ -426,11 +425,6 @@ class _Recorder:
         kinds = {kind_of(layer) for layer in ran}
         wanted = self.modules.wanted.values()
         return [str(layer) for layer in wanted if layer not in ran and kind_of(layer) in kinds]
-
-
-def _some(layers: list[Layer]) -> str:
-    names = list(map(str, layers))
-    return ", ".join(names if len(names) < 5 else [*names[:2], "…", names[-1]])
 
 
 def _check_options(reduce: object, check: object) -> None:

@@ -39,6 +39,10 @@ _KNOWN: WeakKeyDictionary[nn.Module, list[_Known]] = WeakKeyDictionary()
 _WITHOUT: WeakKeyDictionary[nn.Module, set[tuple[Grid, int | None]]] = WeakKeyDictionary()
 
 
+# The size of images that are not known.
+_UNKNOWN: Grid = (-1, -1)
+
+
 class Tokens:
     """The tokens of one attention module in one pass.
 
@@ -68,7 +72,7 @@ class Tokens:
         self._model = model if backbone is None else backbone.model
         self._backbone, self._attention, self._length = backbone, attention, length
         self._sibling = sibling
-        self._shape = None if images is None else images.shape
+        self._size: Grid = _UNKNOWN if images is None else _size_of(images)
         # One image, without its batch: a recording may keep it until it is read.
         self._image = None
         if images is not None and not self.is_known:
@@ -77,11 +81,12 @@ class Tokens:
     @property
     def is_known(self) -> bool:
         """Whether ``layout`` needs no probe."""
-        return self._shape is None or self._known() is not None or self._key in self._without
+        known = self._size == _UNKNOWN or self._known() is not None
+        return known or self._key in self._without
 
     def layout(self) -> Layout | None:
         """Return the layout, or None if there is no grid or it is not known."""
-        if self._shape is None:
+        if self._size == _UNKNOWN:
             return None
         if not self.is_known and self._image is not None and not is_sharded(self._model):
             found = self._probed(self._image)
@@ -99,11 +104,6 @@ class Tokens:
                 if found is not None and self._length in (None, found.length):
                     return found
         return None
-
-    @property
-    def _size(self) -> Grid:
-        assert self._shape is not None
-        return int(self._shape[-2]), int(self._shape[-1])
 
     @property
     def _key(self) -> tuple[Grid, int | None]:
@@ -125,6 +125,10 @@ class Tokens:
         grid = (self._size[0] // patch[0], self._size[1] // patch[1])
         layout = Layout(self._backbone.prefix, 0, grid)
         return layout if self._length in (None, layout.length) else None
+
+
+def _size_of(images: Tensor) -> Grid:
+    return int(images.shape[-2]), int(images.shape[-1])  # tensors in a trace
 
 
 def named(queries: Queries, layout: Layout) -> Queries:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dinov2_attn._compat import is_compiling
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.math.selection import Rows
 
 _Span = tuple[int, int]
 
@@ -102,6 +103,11 @@ def dense(bias: Any, shape: tuple[int, ...], device: torch.device, dtype: torch.
         )
     # PyTorch's kernel reads a mask of another dtype as if it had the dtype of the query.
     return made if made.dtype == torch.bool else made.to(dtype)
+
+
+def bias_of_rows(bias: Tensor, rows: Rows) -> Tensor:
+    """Return the part of a dense ``bias`` for some rows of the scores. It may have one for all."""
+    return bias if bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., rows, :]
 
 
 def unknown(bias: object) -> InvalidInputError:

@@ -47,7 +47,7 @@ function differenceInWords(difference, low, high) {
   return `Most above the pinned map: ${where(high)} (${times(high)} ×). Most below: ${where(low)} (${times(low)} ×).${moved}`;
 }
 
-// Another image: the page of the same model and grid that somebody opens.
+// Another image: the page of the same model and grid that the reader opens.
 
 async function openPage(file) {
   try {
