@@ -29,7 +29,7 @@ from peers import BASE, SMALL, Size, peers, textbook_rollout, two_steps, upstrea
 
 import dinov2_attn
 from dinov2_attn.apps.weights.source import obtain
-from dinov2_attn.backbone.projection import Piece
+from dinov2_attn.kernels.call import FusedCall
 from dinov2_attn.maps.rollout import Layer
 from dinov2_attn.math.attention import attention_weights
 
@@ -209,8 +209,8 @@ def rollout_itself(size: Size, image: int, rounds: int) -> list[Row]:
     def own() -> object:
         shares = torch.eye(length, device=DEVICE)[None, :1]
         for query, key in layers.flip(0):
-            piece = Piece(slice(0, 1), query, key, shape[-1])
-            shares = Layer("mean", 0.5).push(shares, positions, piece, shape[-1] ** -0.5)
+            call = FusedCall("", query, key, key, shape[-1] ** -0.5)
+            shares = Layer("mean", 0.5).push(shares, positions, call)
         return shares
 
     textbook = lambda: textbook_rollout([two_steps(query, key) for query, key in layers])  # noqa: E731

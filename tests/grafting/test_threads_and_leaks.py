@@ -13,8 +13,8 @@ import torch
 import dinov2_attn
 from dinov2_attn import record, rollout
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
-from dinov2_attn.grafting.asked import ASKED
 from dinov2_attn.grafting.channel import STATE
+from dinov2_attn.grafting.modules import ASKED
 from tests.support import upstreams
 from tests.support.dinov2_package import at_once
 from tests.support.recordings import assert_nothing_on

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinov2_attn.backbone.attentions import attention_modules
+from dinov2_attn.backbone.structure import attention_modules
 from dinov2_attn.grafting.collector import collect, weights_at_kernel
 from tests.support.recordings import IMAGES, build
 from tests.support.strategies import model_cases

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dinov2_attn.errors import NotGraftedError
-from dinov2_attn.grafting.asked import ASKED
 from dinov2_attn.grafting.channel import ACTIVE, STATE
+from dinov2_attn.grafting.modules import ASKED
 from tests.support import reference
 from tests.support.strategies import noise, randomise
 from tests.support.tolerances import assert_close, assert_same_bits

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dinov2_attn.backbone.structure import Role
+from dinov2_attn.backbone.structure import Role, name_of
 from dinov2_attn.errors import IncompatibleUpstreamError
 
 # The arguments that the grafts can handle. A position, a rotary table or anything new would change
@@ -94,11 +94,6 @@ def options_of(cls: type) -> set[str]:
             if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
                 break
     return names
-
-
-def name_of(cls: type) -> str:
-    """Return the full name of a class, as messages give it."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _has_its_own(cls: type, found: str) -> IncompatibleUpstreamError:

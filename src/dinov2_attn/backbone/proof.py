@@ -17,9 +17,8 @@ from torch import Tensor
 from dinov2_attn._compat import without_modes
 from dinov2_attn.backbone import contract
 from dinov2_attn.backbone.backbone import Backbone
-from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.projection import project
-from dinov2_attn.backbone.structure import Role, role_of_module
+from dinov2_attn.backbone.structure import Role, name_of, role_of_module
 from dinov2_attn.errors import IncompatibleUpstreamError
 from dinov2_attn.kernels.branches import branches
 from dinov2_attn.kernels.call import KernelCall

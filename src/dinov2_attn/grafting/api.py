@@ -62,9 +62,9 @@ def _graft(
     fallback: bool,
     running: Collection[type] | None = None,
 ) -> None:
-    from dinov2_attn.backbone.contract import name_of
+    from dinov2_attn.backbone.structure import name_of
+    from dinov2_attn.grafting.modules import classes_at_kernel
     from dinov2_attn.grafting.transaction import graft_classes
-    from dinov2_attn.grafting.ways import classes_at_kernel
 
     if not classes:
         raise IncompatibleUpstreamError(
@@ -268,7 +268,7 @@ def _unused(label: str, taken: Mapping[str, str]) -> str:
 
 
 def _recognise(target: Hashable) -> str:
-    from dinov2_attn.grafting.ways import classes_at_kernel
+    from dinov2_attn.grafting.modules import classes_at_kernel
     from dinov2_attn.history.identify import is_known, recognise
 
     grafts = [graft for graft in REGISTRY if target in graft.targets]
@@ -297,8 +297,7 @@ def _install_package(package: Package, fallback: bool) -> Handle:
 
 
 def _install_model(model: nn.Module, fallback: bool) -> Handle:
-    from dinov2_attn.backbone.contract import name_of
-    from dinov2_attn.backbone.structure import classes_behind, running_attention
+    from dinov2_attn.backbone.structure import classes_behind, name_of, running_attention
 
     classes = list(classes_behind(model))
     if not classes:

@@ -8,67 +8,18 @@ all samples, also for those that it drops.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from dinov2_attn._compat import is_compiled, is_compiling, is_traced, is_transformed
-from dinov2_attn.backbone.backbone import Backbone
+from dinov2_attn._compat import is_compiling
 from dinov2_attn.backbone.projection import draws_nothing
 from dinov2_attn.grafting.channel import ACTIVE, unpacked
+from dinov2_attn.grafting.modules import ASKED
 from dinov2_attn.typing import Forward
-
-# Runs the first function, a block's forward, and gets the weights from the second.
-Listener = Callable[[Forward, Forward, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
-
-
-class _State(threading.local):
-    """The listener of this thread, and what its grafts returned."""
-
-    def __init__(self) -> None:
-        # On the instance from the start, in every thread: Dynamo guards on their presence too.
-        self.listener: Listener | None = None
-        self.published: list[Any] | None = None
-
-
-ASKED = _State()
-
-
-def must_ask(backbone: Backbone) -> bool:
-    """Return whether the weights of a pass have to be asked for, block by block.
-
-    An attention module that stands in several blocks is asked in each of them.
-    """
-    if is_transformed() or is_traced() or backbone.shares_attention:
-        return True
-    if any(block.training and getattr(block, "sample_drop_ratio", 0) for block in backbone.blocks):
-        return True
-    return any(map(is_compiled, backbone.model.modules()))
-
-
-def request(module: nn.Module, *args: Any, **keywords: Any) -> Any:
-    """Call ``module``, and return what a graft in it published last, ``None`` if none did.
-
-    The return value is not used, because forward hooks, adapters and wrappers that drop keywords
-    change it.
-    """
-    before, ASKED.published = ASKED.published, []
-    try:
-        module(*args, **keywords)
-        return ASKED.published[-1] if ASKED.published else None
-    finally:
-        ASKED.published = before
-
-
-def publish(result: Any) -> Any:
-    """Return ``result`` from a graft, and give it to the ``request`` that waits for it."""
-    if ASKED.published is not None:
-        ASKED.published.append(result)
-    return result
 
 
 class _Result:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, Protocol
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn._compat import is_compiling, is_in_backward, is_transformed
-from dinov2_attn.backbone.attentions import looks_like_attention
-from dinov2_attn.backbone.contract import name_of
+from dinov2_attn.backbone.structure import looks_like_attention, name_of
 from dinov2_attn.errors import NotRecordedError
+from dinov2_attn.grafting.registry import LOCK, REGISTRY, Owner, RecordingTarget
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import Capture, StopPassError, check_calls
+from dinov2_attn.kernels.xformers import KERNEL, graft_captured_kernel, kernel_homes
 from dinov2_attn.typing import Forward
 
 
@@ -243,7 +244,7 @@ def run_captured(
         with Capture(module, take, stops=stops and module in _PROVED) as capture:
             output = original(module, *args, **kwargs)
     # Code that only looks like attention is left out; a module with its projections is not.
-    if capture.calls or looks_like_attention(module):
+    if capture.calls != calls and (capture.calls or looks_like_attention(module)):
         check_calls(capture.calls, name_of(type(module)), calls)
     if stops:
         raise StopPassError
@@ -260,3 +261,83 @@ def in_a_graph() -> NotRecordedError:
         'torch.compiler.set_stance("force_eager"). Run exported and transformed models outside of '
         "record(...).",
     )
+
+
+Graft = Callable[[Forward], Forward]
+
+# DINOv3's blocks call this method of their attention in training with stochastic depth.
+LIST = "forward_list"
+
+
+@contextmanager
+def recording(
+    receiver: Receiver,
+    attentions: Iterable[nn.Module],
+    entrances: Iterable[nn.Module] = (),
+    wholes: Iterable[nn.Module] = (),
+) -> Iterator[None]:
+    """Give ``receiver`` the kernel calls of ``attentions`` in this thread.
+
+    Args:
+        receiver: Takes the calls.
+        attentions: The attention modules.
+        entrances: Modules that are given the images of a pass.
+        wholes: Modules whose return ends a pass.
+
+    """
+    target, attentions = RecordingTarget(), list(attentions)
+    with LOCK:
+        for graft, modules in (
+            (graft_captured, attentions),
+            (graft_entrance, entrances),
+            (graft_whole, wholes),
+        ):
+            for module in {_key(module): module for module in modules}.values():
+                _graft(module, graft, target)
+        for cls in {type(module) for module in attentions if hasattr(module, LIST)}:
+            if not REGISTRY.claim(cls, LIST, target):
+                REGISTRY.set(cls, LIST, graft_captured_list(getattr(cls, LIST)), target)
+        for home in kernel_homes():
+            if not REGISTRY.claim(home, KERNEL, target):
+                REGISTRY.set(home, KERNEL, graft_captured_kernel(home[KERNEL]), target)
+    try:
+        with receiving(receiver):
+            yield
+    finally:
+        with LOCK:
+            REGISTRY.release(target)
+
+
+def _graft(module: nn.Module, graft: Graft, target: RecordingTarget) -> None:
+    owner: Owner = vars(module) if _is_its_own(module) else type(module)
+    if REGISTRY.claim(owner, "forward", target):
+        return
+    if isinstance(owner, dict):
+        own = module.forward  # bound, or a function without self
+        REGISTRY.set(owner, "forward", _without_self(module, graft(_with_self(own))), target)
+    else:
+        REGISTRY.set(owner, "forward", graft(owner.forward), target)  # type: ignore[attr-defined]
+
+
+def _key(module: nn.Module) -> object:
+    """Return what modules share if one graft serves them all."""
+    return module if _is_its_own(module) else type(module)
+
+
+def _is_its_own(module: nn.Module) -> bool:
+    """Return whether the class of ``module`` does not decide what runs, or is PyTorch's."""
+    return "forward" in vars(module) or type(module).__module__.partition(".")[0] == "torch"
+
+
+def _with_self(forward: Forward) -> Forward:
+    def of_self(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return of_self
+
+
+def _without_self(module: nn.Module, forward: Forward) -> Forward:
+    def of_module(*args: Any, **kwargs: Any) -> Any:
+        return forward(module, *args, **kwargs)
+
+    return of_module

@@ -10,10 +10,8 @@ from weakref import WeakSet
 
 from torch import nn
 
-from dinov2_attn.backbone.attentions import attention_modules
-from dinov2_attn.backbone.contract import name_of
-from dinov2_attn.grafting.channel import Receiver, prove_once, unrecorded
-from dinov2_attn.grafting.recording import recording
+from dinov2_attn.backbone.structure import attention_modules, name_of
+from dinov2_attn.grafting.channel import Receiver, prove_once, recording, unrecorded
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import StopPassError, check_calls
 

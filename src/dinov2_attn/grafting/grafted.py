@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import nn
 
-from dinov2_attn.backbone.contract import name_of
+from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.typing import GraftedVisionTransformer, Model
 

@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dinov2_attn._compat import is_compiled, is_traced, is_transformed
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import IncompatibleUpstreamError, NotGraftedError
-from dinov2_attn.grafting.asked import attentions_of_pass, must_ask
-from dinov2_attn.grafting.channel import ACTIVE, STATE, unrecorded
+from dinov2_attn.grafting.asked import attentions_of_pass
+from dinov2_attn.grafting.channel import ACTIVE, STATE, recording, unrecorded
 from dinov2_attn.grafting.collector import Collector, collect
-from dinov2_attn.grafting.modules import extend_signature, weights_from
-from dinov2_attn.grafting.recording import recording
-from dinov2_attn.grafting.ways import runs_itself
+from dinov2_attn.grafting.modules import extend_signature, runs_itself, weights_from
 from dinov2_attn.kernels.xformers import can_nest, check_stochastic_depth
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.typing import Forward, Heads, Layers, Queries
@@ -202,7 +201,21 @@ def asked_layers(backbone: Backbone, wanted: list[int]) -> list[int]:
     """Return those of the blocks ``wanted`` whose weights come from their projection."""
     if runs_itself(backbone.model):
         return []
-    return wanted if must_ask(backbone) else wanted[-1:]
+    if len(wanted) < 2 or must_ask(backbone):
+        return wanted
+    return wanted[-1:]
+
+
+def must_ask(backbone: Backbone) -> bool:
+    """Return whether the weights of a pass have to be asked for, block by block.
+
+    An attention module that stands in several blocks is asked in each of them.
+    """
+    if is_transformed() or is_traced() or backbone.shares_attention:
+        return True
+    if any(block.training and getattr(block, "sample_drop_ratio", 0) for block in backbone.blocks):
+        return True
+    return any(map(is_compiled, backbone.model.modules()))
 
 
 def is_grafted(model: object) -> bool:

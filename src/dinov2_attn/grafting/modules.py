@@ -5,6 +5,10 @@ trace it. Without its keyword it returns what upstream returns. Argument names a
 upstream's signature: ``is_causal`` came in where a hand-written patch would put ``return_attn``.
 The keyword is taken out of ``kwargs``, because Dynamo of torch 2.1 cannot guard a default that it
 meets behind ``super()``.
+
+Weights are taken from the projection of a class, or at its kernel. The projection is faster where
+few rows are asked for, and graphs need it. It serves classes that are proved to compute nothing
+else between projection and kernel. All others go by the kernel.
 """
 
 from __future__ import annotations
@@ -12,24 +16,23 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from functools import partial
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from dinov2_attn._compat import is_compiling
 from dinov2_attn.backbone.backbone import MARK, accepts
-from dinov2_attn.backbone.contract import argument_names, name_of
-from dinov2_attn.backbone.projection import Piece
-from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role
+from dinov2_attn.backbone.contract import argument_names
+from dinov2_attn.backbone.projection import Piece, check_tokens, module_weights, queries_and_keys
+from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role, name_of
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
-from dinov2_attn.grafting.asked import ASKED, publish, request
 from dinov2_attn.grafting.channel import ACTIVE, STATE, run_captured
 from dinov2_attn.grafting.collector import weights_at_kernel
-from dinov2_attn.grafting.compute import check_tokens, module_weights, queries_and_keys
-from dinov2_attn.grafting.ways import runs_itself
 from dinov2_attn.kernels.xformers import Kernel, check_stochastic_depth
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.typing import Forward, Heads, Queries
@@ -39,6 +42,53 @@ class Returns(Enum):
     """What this package itself passes as ``return_attn`` in place of ``True``."""
 
     QUERIES_AND_KEYS = "queries and keys"
+
+
+# The classes whose weights are taken at the kernel, each with the reason.
+_AT_KERNEL: WeakKeyDictionary[type, str] = WeakKeyDictionary()
+
+
+def go_by_kernel(cls: type, reason: str) -> None:
+    """Take the weights of ``cls`` at the kernel from now on."""
+    _AT_KERNEL[cls] = reason
+
+
+def go_by_projection(cls: type) -> None:
+    """Take the weights of ``cls`` from its projection from now on."""
+    _AT_KERNEL.pop(cls, None)
+
+
+def reason_for_kernel(cls: type) -> str | None:
+    """Return why the weights of ``cls`` are taken at the kernel, None if they are not."""
+    return next((_AT_KERNEL[base] for base in cls.__mro__ if base in _AT_KERNEL), None)
+
+
+def classes_at_kernel(classes: Iterable[type]) -> dict[type, str]:
+    """Return those of ``classes`` whose weights are taken at the kernel, with the reasons."""
+    return {cls: _AT_KERNEL[cls] for cls in classes if cls in _AT_KERNEL}
+
+
+def runs_itself(model: nn.Module) -> bool:
+    """Return whether ``model`` has to run its own pass, because a part goes by the kernel."""
+    return bool(_AT_KERNEL) and any(
+        reason_for_kernel(cls) is not None for cls in {type(m) for m in model.modules()}
+    )
+
+
+# Runs the first function, a block's forward, and gets the weights from the second.
+Listener = Callable[[Forward, Forward, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class _State(threading.local):
+    """The listener of this thread, and what its grafts returned."""
+
+    def __init__(self) -> None:
+        # On the instance from the start, in every thread: Dynamo guards on their presence too.
+        self.listener: Listener | None = None
+        self.published: list[Any] | None = None
+
+
+ASKED = _State()
 
 
 def graft_attention(original: Forward, kernel: Kernel | None) -> Forward:
@@ -262,3 +312,24 @@ def _only_tokens(arguments: Mapping[str, Any]) -> Any:
             "Pass one tensor (B, N, C) or a list of them.",
         )
     return next(iter(arguments.values()))
+
+
+def request(module: nn.Module, *args: Any, **keywords: Any) -> Any:
+    """Call ``module``, and return what a graft in it published last, ``None`` if none did.
+
+    The return value is not used, because forward hooks, adapters and wrappers that drop keywords
+    change it.
+    """
+    before, ASKED.published = ASKED.published, []
+    try:
+        module(*args, **keywords)
+        return ASKED.published[-1] if ASKED.published else None
+    finally:
+        ASKED.published = before
+
+
+def publish(result: Any) -> Any:
+    """Return ``result`` from a graft, and give it to the ``request`` that waits for it."""
+    if ASKED.published is not None:
+        ASKED.published.append(result)
+    return result

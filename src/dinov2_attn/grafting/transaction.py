@@ -10,8 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from dinov2_attn.backbone import contract, proof
-from dinov2_attn.backbone.attentions import names_a_kernel
-from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role, in_order
+from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role, in_order, name_of, names_a_kernel
 from dinov2_attn.errors import (
     Dinov2AttnError,
     IncompatibleUpstreamError,
@@ -25,9 +24,14 @@ from dinov2_attn.grafting.models import (
     graft_forward,
     graft_forward_features,
 )
-from dinov2_attn.grafting.modules import graft_attention, graft_block, graft_block_at_kernel
+from dinov2_attn.grafting.modules import (
+    go_by_kernel,
+    go_by_projection,
+    graft_attention,
+    graft_block,
+    graft_block_at_kernel,
+)
 from dinov2_attn.grafting.registry import GraftRegistry, Owner
-from dinov2_attn.grafting.ways import go_by_kernel, go_by_projection
 from dinov2_attn.history.identify import warn_of_drift
 from dinov2_attn.kernels.xformers import KERNEL, graft_kernel, kernel_namespace
 
@@ -177,7 +181,7 @@ def _as_incompatible(cls: type, error: Exception) -> Dinov2AttnError:
     if isinstance(error, Dinov2AttnError):
         return error
     made = IncompatibleUpstreamError(
-        f"{contract.name_of(cls)} to be built and run small, as upstream's class can be",
+        f"{name_of(cls)} to be built and run small, as upstream's class can be",
         f"{type(error).__name__}: {error}",
         "Its weights are taken at its kernel.",
     )

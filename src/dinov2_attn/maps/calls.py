@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.layout import Layout
+from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
-from dinov2_attn.grafting.channel import Receiver, prove_once, unrecorded
-from dinov2_attn.grafting.recording import recording
+from dinov2_attn.grafting.channel import Receiver, prove_once, recording, unrecorded
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import StopPassError
 from dinov2_attn.maps.layers import Recorded, kind_of, recorded_in

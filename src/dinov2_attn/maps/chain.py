@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn.backbone.contract import name_of
+from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import IncompatibleUpstreamError
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.layout import Layout
-from dinov2_attn.backbone.validation import layers_to_take
 from dinov2_attn.errors import InvalidInputError, SuspiciousArtifactsWarning
 from dinov2_attn.grafting.channel import unrecorded
 from dinov2_attn.kernels.call import KernelCall
@@ -24,6 +23,7 @@ from dinov2_attn.maps.chain import blocks_around, norms_of
 from dinov2_attn.maps.layers import recorded_in
 from dinov2_attn.maps.one_batch import batches_of, run_model, walks_as_counted
 from dinov2_attn.maps.rollout import Layer, calls_from
+from dinov2_attn.math.selection import layers_to_take
 from dinov2_attn.typing import Images, Masks, Model
 
 # 7.5 median absolute deviations are five standard deviations of a bell curve.

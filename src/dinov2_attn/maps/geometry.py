@@ -10,10 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from dinov2_attn.backbone.attentions import image_entrances
 from dinov2_attn.backbone.backbone import Backbone, transformers_in
-from dinov2_attn.backbone.contract import name_of
 from dinov2_attn.backbone.layout import Layout
+from dinov2_attn.backbone.structure import image_entrances, name_of
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.kernels.capture import heads_of
 from dinov2_attn.maps.layers import recorded_in

@@ -10,14 +10,12 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from dinov2_attn._compat import is_compiled, is_transformed
-from dinov2_attn.backbone.attentions import attention_modules
-from dinov2_attn.backbone.backbone import Backbone, transformers_in
-from dinov2_attn.backbone.contract import name_of
+from dinov2_attn.backbone.backbone import Backbone, check_images, check_list, transformers_in
 from dinov2_attn.backbone.layout import Layout
-from dinov2_attn.backbone.validation import check_images, check_list
+from dinov2_attn.backbone.structure import attention_modules, name_of
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.models import asked_layers, is_grafted
-from dinov2_attn.grafting.ways import runs_itself
+from dinov2_attn.grafting.modules import runs_itself
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.layers import has_paths, kind_of
 from dinov2_attn.maps.record import record_one

@@ -11,15 +11,13 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from dinov2_attn._compat import raised_by_dynamo
-from dinov2_attn.backbone.contract import name_of
+from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
-from dinov2_attn.grafting.channel import in_a_graph, prove_once, unrecorded
-from dinov2_attn.grafting.recording import recording
+from dinov2_attn.grafting.channel import in_a_graph, prove_once, recording, unrecorded
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import StopPassError
 from dinov2_attn.maps.attention_maps import AttentionMaps
-from dinov2_attn.maps.course import Course, advice
-from dinov2_attn.maps.layers import kind_of, recorded_in, some_of
+from dinov2_attn.maps.layers import Course, advice, kind_of, recorded_in, some_of
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import W
 from dinov2_attn.maps.tokens import Tokens, named
@@ -208,13 +206,16 @@ class _Recorder:
         check_heads(heads)
         _check_options(reduce, check)
         self.modules = recorded_in(model, layers)
-        self._prefix, self._grid, self._queries = prefix, grid, queries
+        self._grid, self._queries = grid, queries
         if prefix is not None and grid is not None and queries == "patches":
             self._queries = slice(prefix, prefix + math.prod(grid))
         elif prefix is not None:
             self._queries = resolve_names(queries, prefix - 1)
         elif isinstance(queries, str):
             resolve_names(queries, 0)  # an unknown word is an error at once
+        backbone = self.modules.backbone
+        counted = backbone.prefix if backbone else 0
+        self._prefix_or_counted = counted if prefix is None else prefix
         self._heads, self._reduce, self._check = heads, reduce, check
         wanted = self.modules.wanted
         buffer = Preallocated(len(wanted)) if reduce is None else ReusableBuffer()
@@ -339,10 +340,7 @@ class _Recorder:
         self, found: dict[Layer, _Batch], images: Tensor | None, columns: int, rows: int
     ) -> None:
         """Append the maps of one batch and one kind of attention to the recording."""
-        prefix, grid = self._prefix, self._grid
-        backbone = self.modules.backbone
-        if prefix is None:
-            prefix = backbone.prefix if backbone else 0
+        prefix, grid = self._prefix_or_counted, self._grid
         fits = grid is not None and prefix + math.prod(grid) <= columns
         maps: AttentionMaps[Any] = AttentionMaps(
             tuple(batch.kept for batch in found.values()),

@@ -1,4 +1,4 @@
-"""Selecting rows of the attention matrix.
+"""Selecting rows of the attention matrix, and layers.
 
 The names ``"registers"`` and ``"patches"`` need the number of registers, which only the model has.
 Positions need the number of tokens, which only an input has. So the model resolves names first,
@@ -12,7 +12,7 @@ from operator import index
 from typing import get_args
 
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
-from dinov2_attn.typing import Queries, QueryWord
+from dinov2_attn.typing import Layers, Queries, QueryWord
 
 Rows = slice | list[int]
 
@@ -76,6 +76,35 @@ def name_token(position: int, prefix: int, grid: tuple[int, int]) -> str:
     if position < prefix:
         return f"register {position}"
     return "patch ({}, {})".format(*divmod(position - prefix, grid[1]))
+
+
+def layers_to_take(n: Layers, depth: int) -> list[int]:
+    """Return the numbers of the blocks that ``n`` selects, in ascending order.
+
+    As in upstream's ``get_intermediate_layers``: an int selects the last ``n``, a sequence selects
+    those in it, ``None`` selects all. Negative numbers count from the end.
+    """
+    if n is None:
+        return list(range(depth))
+    if hasattr(n, "tolist"):  # a tensor or an array
+        n = n.tolist()
+    if not isinstance(n, Sequence):
+        n = whole_number(n, "n, the blocks to take,")
+        if not 0 <= n <= depth:
+            raise OutOfRangeError(
+                f"n, the number of last blocks to take, between 0 and {depth}",
+                str(n),
+                f"Pass a sequence to choose single blocks: [{depth - 1}] is the last.",
+            )
+        return list(range(depth - n, depth))
+    layers = [whole_number(i, "blocks") for i in n]
+    if wrong := [i for i in layers if not -depth <= i < depth]:
+        raise OutOfRangeError(
+            f"blocks between {-depth} and {depth - 1}, there being {depth}",
+            ", ".join(map(str, wrong)),
+            "Blocks count from 0.",
+        )
+    return sorted({i % depth for i in layers})
 
 
 def _index_of_slice(queries: slice, length: int) -> Rows:

@@ -140,13 +140,13 @@ case(
     lambda lab: attention_maps(lab.model, lab.x, masks=lab.mask.flatten(1).int().bool()),
 )
 case(
-    "backbone",
+    "math",
     "Blocks count from 0",
     lambda lab: lab.maps(layers=[3]),
     lambda lab: lab.maps(layers=[2]),
 )
 case(
-    "backbone",
+    "math",
     "Pass a sequence to choose single blocks: [",
     lambda lab: lab.maps(layers=4),
     lambda lab: lab.maps(layers=[2]),
@@ -155,7 +155,7 @@ case(
 # Modules asked by themselves
 
 case(
-    "grafting",
+    "backbone",
     "Call the model instead if you have images, or add the batch dimension",
     lambda lab: lab.block(lab.tokens[0], return_attention=True),
     lambda lab: (

@@ -383,7 +383,7 @@ def causal(lab, ask):
 
 
 case(
-    "grafting",
+    "backbone",
     "Use get_self_attention, whose weights include it",
     lambda lab: causal(lab, lambda model: rollout(model, lab.x)),
     lambda lab: causal(lab, lambda model: model.get_self_attention(lab.x)),

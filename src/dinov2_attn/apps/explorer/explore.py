@@ -34,7 +34,7 @@ from dinov2_attn.apps.explorer.write import (
 from dinov2_attn.apps.viz.images import LoadedImage
 from dinov2_attn.apps.viz.inference import inference_on
 from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
-from dinov2_attn.grafting.ways import runs_itself
+from dinov2_attn.grafting.modules import runs_itself
 from dinov2_attn.maps.find_artifacts import artifact_tokens
 from dinov2_attn.maps.record import record
 from dinov2_attn.typing import Heads, Layers

@@ -12,11 +12,10 @@ import torch
 from dinov2_attn.apps.viz.images import LARGEST_SHORT_SIDE, ImageSize
 from dinov2_attn.apps.viz.reading import IMAGENET, Numbers, Reading, reading_for
 from dinov2_attn.apps.viz.tokens import as_texts, check_queries, count
-from dinov2_attn.backbone.validation import layers_to_take
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.geometry import geometry_of
 from dinov2_attn.math.attention import check_heads
-from dinov2_attn.math.selection import whole_number
+from dinov2_attn.math.selection import layers_to_take, whole_number
 from dinov2_attn.typing import Grid, Heads, Layers, Model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -13,7 +13,7 @@ import torch
 import dinov2_attn
 from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.extraction.options import Options
-from dinov2_attn.backbone.contract import name_of
+from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.maps.geometry import geometry_of
 from dinov2_attn.typing import Model
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import dinov2_attn
-from dinov2_attn.backbone.contract import name_of
-from dinov2_attn.backbone.structure import Role
+from dinov2_attn.backbone.structure import Role, name_of
 from dinov2_attn.errors import in_one_line
 from dinov2_attn.proof.conformance.code import CODE, GATE, Code
 

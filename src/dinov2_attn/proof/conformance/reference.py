@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dinov2_attn.grafting.ways import reason_for_kernel
+from dinov2_attn.grafting.modules import reason_for_kernel
 from dinov2_attn.proof.conformance.kernel_call import KernelCall, caught
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import dinov2_attn
-from dinov2_attn.backbone.contract import name_of
-from dinov2_attn.backbone.structure import Role
+from dinov2_attn.backbone.structure import Role, name_of
 from dinov2_attn.history.projects import PROJECTS
 from dinov2_attn.proof.conformance.building import MODEL_CASES
 from dinov2_attn.proof.conformance.code import Code
