@@ -14,14 +14,22 @@ from dinov2_attn.backbone.structure import Role
 from dinov2_attn.proof.conformance.code import Code
 
 
+class Place:
+    """Where modules and tensors of the suite are: what ``--device`` says."""
+
+    device = torch.device("cpu")
+
+
 def noise(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return normal noise that depends on the arguments only."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return values.to(Place.device, dtype)
 
 
 def randomise(module: Any, seed: int) -> Any:
     """Fill the parameters with noise. New modules attend almost uniformly, which hides errors."""
+    module = module.to(Place.device)
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             values = noise(*parameter.shape, seed=seed + i)

@@ -96,7 +96,7 @@ class _Inputs(TorchFunctionMode):
 def _softmax_of(
     query: Tensor, key: Tensor, scale: float, *, causal: bool = False, bias: Tensor | None = None
 ) -> Tensor:
-    result = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.float64)
+    result = query.new_zeros(*query.shape[:3], key.shape[2], dtype=torch.float64)
     for sample, head, row in product(*map(range, query.shape[:3])):
         scores = (key[sample, head] * query[sample, head, row]).sum(-1) * scale
         if bias is not None:

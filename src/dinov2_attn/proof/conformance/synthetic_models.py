@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_attn.proof.conformance.building import registers_of
+from dinov2_attn.proof.conformance.building import Place, registers_of
 
 HEAD = 1
 
@@ -20,7 +20,8 @@ def mark_prefix(model: Any) -> Any:
     model.cls_token.fill_(100)
     registers = registers_of(model)
     if registers is not None:
-        registers.copy_(101 + torch.arange(registers.shape[1])[None, :, None])
+        numbers = torch.arange(registers.shape[1], device=registers.device)
+        registers.copy_(101 + numbers[None, :, None])
     return model
 
 
@@ -28,7 +29,7 @@ def mark_prefix(model: Any) -> Any:
 def slope(model: Any, side: int) -> Any:
     """Set the positional embedding of each patch to the number of its row in the grid."""
     model.pos_embed.zero_()
-    rows = torch.arange(side, dtype=model.pos_embed.dtype).repeat_interleave(side)
+    rows = torch.arange(side, device=model.pos_embed.device).repeat_interleave(side)
     model.pos_embed[0, -side * side :] = rows[:, None]
     return model
 
@@ -60,7 +61,7 @@ def look_at_what_is_bright(model: Any) -> Any:
 
 def photograph(grid: tuple[int, int], bright: tuple[int, int], patch: int) -> Tensor:
     """Return a dark image of a grid (h, w) of patches, with a bright one at (row, column)."""
-    cells = torch.full(grid, 0.1, dtype=torch.float64)
+    cells = torch.full(grid, 0.1, dtype=torch.float64, device=Place.device)
     cells[bright] = 1
     pixels = cells.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
     return pixels.expand(1, 3, -1, -1).contiguous()

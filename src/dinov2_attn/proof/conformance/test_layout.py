@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.backbone.contract import options_of
-from dinov2_attn.proof.conformance.building import ModelCase, prefix
+from dinov2_attn.proof.conformance.building import ModelCase, noise, prefix
 from dinov2_attn.proof.conformance.code import Code
 from dinov2_attn.proof.conformance.reference import is_at_kernel
 from dinov2_attn.proof.conformance.synthetic_models import (
@@ -91,7 +91,7 @@ def test_masks_hide_patches_row_by_row(model: Any, case: ModelCase) -> None:
     """True at w·row + column changes that token to the mask token, and no other."""
     plain = tokens_of(mark_prefix(model), case.images)
     for i in range(case.patches):
-        masks = torch.zeros(case.batch, case.patches, dtype=torch.bool)
+        masks = noise(case.batch, case.patches, seed=0) > torch.inf
         masks[:, i] = True
         changed = (tokens_of(model, case.images, masks) != plain).any(-1)
         found = changed[0].nonzero().flatten().tolist()

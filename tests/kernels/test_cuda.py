@@ -1,0 +1,159 @@
+"""Kernels of a GPU: flash, memory-efficient, cuDNN and plain, in each dtype that they take."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import pytest
+import torch
+from torch.nn import attention as kernels
+
+import dinov2_attn
+from dinov2_attn import artifact_tokens, attention_maps, record, rollout
+from tests.support import upstreams
+from tests.support.strategies import noise, randomise
+from tests.support.tolerances import assert_close, assert_same_bits
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="no CUDA device: the same properties are tested on the CPU in tests/kernels",
+)
+
+HALF = (torch.float16, torch.bfloat16)
+# Flash and cuDNN take half precision only.
+KERNELS = [
+    ("FLASH_ATTENTION", HALF),
+    ("CUDNN_ATTENTION", HALF),
+    ("EFFICIENT_ATTENTION", (*HALF, torch.float32)),
+    ("MATH", (*HALF, torch.float32, torch.float64)),
+]
+CASES = [(name, dtype) for name, dtypes in KERNELS for dtype in dtypes]
+
+
+@pytest.fixture(scope="module")
+def grafted():
+    upstreams.FIRST.load()
+    with dinov2_attn.install(upstreams.FIRST.package):
+        yield upstreams.FIRST
+
+
+def model_of(width=192, heads=3, depth=2):
+    timm = pytest.importorskip("timm", reason="timm is not installed: transformers' model runs")
+    model = timm.create_model(
+        "vit_small_patch14_reg4_dinov2",
+        img_size=98,
+        embed_dim=width,
+        num_heads=heads,
+        depth=depth,
+    )
+    return randomise(model, 3).eval().cuda()
+
+
+@contextmanager
+def observed(model):
+    """Yield for each attention the projection, and what its kernel returned (before ``proj``)."""
+    seen = []
+    with ExitStack() as hooks:
+        for block in model.blocks:
+            found = {}
+            seen.append(found)
+            for layer, keep in (
+                (block.attn.qkv, lambda m, args, out, found=found: found.update(qkv=out)),
+                (block.attn.proj, lambda m, args, out, found=found: found.update(out=args[0])),
+            ):
+                hooks.callback(layer.register_forward_hook(keep).remove)
+        yield seen
+
+
+def truth(found, heads):
+    """Return softmax(q kᵀ · scale) in float64, and the values."""
+    qkv = found["qkv"].double()
+    batch, length, _ = qkv.shape
+    query, key, value = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) / query.shape[-1] ** 0.5
+    return scores.softmax(-1), value
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda v: str(v).removeprefix("torch."))
+def test_weights_are_those_of_the_kernel(name, dtype):
+    model, images = model_of().to(dtype), noise(2, 3, 98, 98, seed=1, dtype=dtype).cuda()
+    backend = getattr(kernels.SDPBackend, name)
+    with torch.no_grad(), kernels.sdpa_kernel(backend):
+        plain = model(images)
+        with observed(model) as seen, record(model, check="every") as maps:
+            output = model(images)
+        with record(model, queries="cls", heads="mean") as some:
+            model(images)
+    assert_same_bits(output, plain, "features")
+    for found, weights, mean in zip(seen, maps.weights, some.weights, strict=True):
+        expected, value = truth(found, 3)
+        assert weights.dtype == dtype
+        assert_close(weights, expected, "weights", dtype=dtype)
+        assert_close(mean, expected[:, :, :1].mean(1), "head mean of CLS", dtype=dtype)
+        mixed = torch.einsum("bhqk,bhkd->bqhd", weights.double(), value).flatten(2)
+        assert_close(mixed, found["out"], "weights @ v", dtype=dtype)
+    assert maps.grid == (7, 7)
+    assert maps.prefix == 5
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_autocast_is_followed(dtype):
+    model, images = model_of(), noise(2, 3, 98, 98, seed=1, dtype=torch.float32).cuda()
+    with torch.no_grad(), torch.autocast("cuda", dtype):
+        plain = model(images)
+        with observed(model) as seen, record(model, check="every") as maps:
+            output = model(images)
+    assert_same_bits(output, plain, "features")
+    for found, weights in zip(seen, maps.weights, strict=True):
+        assert weights.dtype == dtype
+        assert_close(weights, truth(found, 3)[0], "weights", dtype=dtype)
+
+
+def test_gradients_and_random_numbers_are_untouched():
+    model, images = model_of(), noise(2, 3, 98, 98, seed=1, dtype=torch.float32).cuda()
+    for block in model.blocks:
+        block.attn.proj_drop.p = 0.2
+    model.train()
+    gradients = []
+    for context in (nullcontext(), record(model)):
+        torch.manual_seed(5)
+        model.zero_grad()
+        with kernels.sdpa_kernel(kernels.SDPBackend.MATH), context:
+            model(images).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert_same_bits(gradients[1], gradients[0], "gradients")
+
+
+def test_results_are_those_of_the_cpu():
+    model, images = model_of().double(), noise(2, 3, 98, 98, seed=1, dtype=torch.float64).cuda()
+    there = results(model, images)
+    here = results(model.cpu(), images.cpu())
+    for name, tensor in there.items():
+        assert tensor.device.type == "cuda", name
+        assert_close(tensor.cpu(), here[name], name)
+
+
+def results(model, images):
+    found = artifact_tokens(model, images)
+    return {
+        "weights": attention_maps(model, images).weights[0],
+        "rollout": rollout(model, images).weights,
+        "norms": found.norms,
+        "received": found.from_all,
+    }
+
+
+def test_asking_is_recording(grafted):
+    cls = grafted.cls("DinoVisionTransformer")
+    model = cls(
+        img_size=56, patch_size=14, embed_dim=128, depth=2, num_heads=2, mlp_ratio=2, block_chunks=0
+    )
+    model = randomise(model, 3).eval().cuda()
+    images = noise(2, 3, 56, 70, seed=1, dtype=torch.float32).cuda()
+    with torch.no_grad():
+        with record(model) as maps:
+            model.forward_features(images)
+        asked = model.get_self_attention(images)
+        last = model.get_last_self_attention(images, queries="cls")
+    assert_close(list(asked), list(maps.weights))
+    assert_close(last, maps.weights[-1][:, :, :1])
