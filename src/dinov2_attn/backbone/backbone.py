@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -135,13 +136,14 @@ class Backbone:
 
         One that stands in several blocks has the number of the last of them.
         """
-        return dict(self._attentions())
+        return dict(self._attentions)
 
     @property
     def shares_attention(self) -> bool:
         """Whether an attention module stands in several blocks."""
-        return len(self.attentions()) < len(self._attentions())
+        return len(dict(self._attentions)) < len(self._attentions)
 
+    @cached_property
     def _attentions(self) -> list[tuple[nn.Module, int]]:
         return [
             (module, layer)
