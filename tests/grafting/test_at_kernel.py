@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import dinov2_attn
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, NotRecordedError
 from tests.support import reference, upstreams
+from tests.support.compiling import compiles
 from tests.support.other_attention import (
     CHANGES,
     attend,
@@ -531,3 +532,23 @@ def test_an_argument_that_a_block_at_its_kernel_does_not_take():
     tokens = model.prepare_tokens_with_masks(IMAGES)
     with dinov2_attn.install(model), pytest.raises(InvalidInputError):
         model.blocks[0](tokens, return_attention=True, heads=0)
+
+
+@pytest.mark.skipif(not compiles(), reason="this torch cannot compile on this Python: it is eager")
+def test_what_is_taken_at_the_kernel_cannot_be_asked_in_a_graph():
+    class Attention(MOGE.cls("Attention")):
+        def forward(self, x, attn_bias=None):
+            return attend(self, x, next(iter(CHANGES.values())))
+
+    model = model_with(Attention)
+    with dinov2_attn.install(model):
+        compiled = torch.compile(model, backend="eager")
+        for ask in (
+            torch.no_grad()(lambda x: compiled(x, return_attention=True)),
+            torch.no_grad()(torch.compile(lambda x: model.get_self_attention(x), backend="eager")),
+            torch.func.grad(lambda x: model.get_self_attention(x)[0].sum()),
+        ):
+            with pytest.raises(NotRecordedError, match=r"taken at its kernel.\nFound .*Attention"):
+                ask(IMAGES)
+        weights = compiled._orig_mod.get_self_attention(IMAGES)
+        assert_all_close(weights, model.get_self_attention(IMAGES))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import dinov2_attn
 from dinov2_attn import record
 from dinov2_attn.errors import InvalidInputError
 from tests.support.recordings import IMAGES, build
@@ -103,7 +104,7 @@ def test_a_sequence_has_no_grid_and_says_so():
 
 
 def test_a_probe_runs_once_for_a_model(models, monkeypatch):
-    from dinov2_attn.maps import tokens
+    from dinov2_attn.grafting import tokens
 
     model, runs = build(models), []
     probe = tokens.probe
@@ -113,3 +114,35 @@ def test_a_probe_runs_once_for_a_model(models, monkeypatch):
             model(noise(1, 3, *size, seed=0).double())
         assert maps.grid == (size[0] // 2, size[1] // 2)
     assert len(runs) == 1
+
+
+@pytest.mark.parametrize("extra", [0, 2])
+@pytest.mark.parametrize("queries", ["patches", "registers"])
+def test_asking_names_the_tokens_that_recording_names(models, extra, queries):
+    """Registers that are counted, but stand behind the patches, and further ones."""
+    base, counted = type(build(models)), 3
+
+    class Behind(base):
+        num_register_tokens = counted
+
+        def prepare_tokens_with_masks(self, x, masks=None):
+            tokens = super().prepare_tokens_with_masks(x, masks)
+            tokens = torch.cat([tokens[:, :1], tokens[:, -x[0, 0].numel() // 4 :]], 1)
+            behind = noise(1, counted + extra, tokens.shape[-1], seed=5).to(tokens)
+            return torch.cat([tokens, behind.expand(len(tokens), -1, -1)], 1)
+
+    model = build(models)
+    model.__class__ = Behind
+    images = [IMAGES, IMAGES[..., :2]]
+    with dinov2_attn.install(model), torch.no_grad():
+        whole = [model.get_self_attention(x) for x in images]
+        asked = model.get_self_attention(images, queries=queries)
+        _, beside = model(images[0], return_attention=True, queries=queries)
+        behind = model.get_last_self_attention(images[0], queries=9)
+    for layer, answers in enumerate(asked):
+        for x, full, ours in zip(images, whole, answers, strict=True):
+            patches = x[0, 0].numel() // 4
+            rows = slice(1, 1 + patches) if queries == "patches" else slice(1 + patches, None)
+            assert_close(ours, full[layer][:, :, rows])
+    assert_close(list(beside), [answers[0] for answers in asked])
+    assert_close(behind, whole[0][-1][:, :, 9:10])

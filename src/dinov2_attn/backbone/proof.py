@@ -144,6 +144,7 @@ def prove_transformer(cls: type, options: dict[str, Any]) -> None:
             _layout_fits(cls, model, tokens=own.shape[-1])
         for asked, own in zip(model.get_self_attention(images), expected, strict=True):
             _require_equal(cls, "the attention of a model", asked, own)
+        _places_fit(cls, model, images, attentions[:1], calls[0][0])
 
 
 _MODEL: dict[str, Any] = {
@@ -232,5 +233,22 @@ def _layout_fits(cls: type, model: Any, tokens: int) -> None:
         raise IncompatibleUpstreamError(
             f"{name_of(cls)} to lay out 1 CLS + {backbone.registers} registers + {patches} patches",
             f"{tokens} tokens",
+            "Rows may be other tokens, so its weights are taken at its kernel.",
+        )
+
+
+def _places_fit(cls: type, model: Any, images: Tensor, first: list[Any], tokens: Tensor) -> None:
+    """Change the pixels of the first and the last patch, and see which tokens change."""
+    changed = images.clone()
+    changed[:, :, :_PATCH, :_PATCH] += 1
+    changed[:, :, -_PATCH:, -_PATCH:] += 1
+    (args,) = _calls_of(first, partial(model.forward_features, changed))
+    gaps = (args[0] - tokens).abs().amax(-1).amax(0)
+    found = (gaps > _TOLERANCE).nonzero().flatten().tolist()
+    prefix = Backbone(model).prefix
+    if found != (expected := [prefix, prefix + _GRID[0] * _GRID[1] - 1]):
+        raise IncompatibleUpstreamError(
+            f"{name_of(cls)} to have its first and last patch at positions {expected}",
+            f"them at {found}",
             "Rows may be other tokens, so its weights are taken at its kernel.",
         )

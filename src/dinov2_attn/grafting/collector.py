@@ -10,7 +10,9 @@ from weakref import WeakSet
 
 from torch import nn
 
+from dinov2_attn._compat import is_transformed
 from dinov2_attn.backbone.structure import attention_modules, name_of
+from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.grafting.channel import Receiver, prove_once, recording, unrecorded
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import StopPassError, check_calls
@@ -66,7 +68,13 @@ def collect(
 
     The first pass of a module runs to its end. So a module that calls its kernel twice is found,
     and the output of the kernel is there to prove its weights.
+
+    Raises:
+        NotRecordedError: If the pass becomes a graph.
+
     """
+    if is_transformed():
+        raise _in_a_graph(modules)
     known = all(module in _CALLED_ONCE for module in modules)
     collector = Collector(modules, last if known else None, **selection)
     with unrecorded(), recording(collector, modules), suppress(StopPassError):
@@ -74,6 +82,16 @@ def collect(
     if len(collector.weights) == last == len(collector.calls) == len(modules):
         _CALLED_ONCE.update(modules)
     return collector.weights
+
+
+def _in_a_graph(modules: Collection[nn.Module]) -> NotRecordedError:
+    names = ", ".join(sorted({name_of(type(module)) for module in modules}))
+    return NotRecordedError(
+        "an eager pass of an attention whose weights are taken at its kernel",
+        f"{names} inside torch.compile, torch.export or torch.func",
+        "Ask the eager model: compiled._orig_mod.get_self_attention(images). "
+        "dinov2_attn.status() says why this class goes by its kernel.",
+    )
 
 
 def weights_at_kernel(

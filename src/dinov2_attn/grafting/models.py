@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from dinov2_attn._compat import is_compiled, is_traced, is_transformed
 from dinov2_attn.backbone.backbone import Backbone
-from dinov2_attn.errors import IncompatibleUpstreamError, NotGraftedError
+from dinov2_attn.backbone.structure import name_of
+from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, NotGraftedError
 from dinov2_attn.grafting.asked import attentions_of_pass
 from dinov2_attn.grafting.channel import ACTIVE, STATE, recording, unrecorded
 from dinov2_attn.grafting.collector import Collector, collect
 from dinov2_attn.grafting.modules import extend_signature, runs_itself, weights_from
+from dinov2_attn.grafting.tokens import Tokens, named
 from dinov2_attn.kernels.xformers import can_nest, check_stochastic_depth
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.typing import Forward, Heads, Layers, Queries
@@ -62,10 +64,9 @@ def get_self_attention(
         with unrecorded():
             return get_self_attention(self, x, n, masks, queries=queries, heads=heads)
     backbone = Backbone(self)
-    queries = backbone.resolve_names(queries)
     check_heads(heads)
     wanted = backbone.layers(n)
-    pairs = backbone.batches(x, masks, queries)
+    pairs, queries = _given(backbone, x, masks, queries)
     selection = {"queries": queries, "heads": heads}
     if runs_itself(self):
         passes = [_own_pass(backbone, wanted, selection, *pair) for pair in pairs]
@@ -150,6 +151,30 @@ def graft_forward(original: Forward) -> Forward:
         return answers
 
     return extend_signature(original, forward, "return_attention")
+
+
+def _given(
+    backbone: Backbone, x: Any, masks: Any, queries: Queries
+) -> tuple[list[tuple[Any, Any]], Queries]:
+    """Return the images and mask of each batch, and ``queries`` as positions.
+
+    A model that runs its own pass may have other tokens than upstream's. They are measured.
+    """
+    if not runs_itself(backbone.model) or is_transformed() or is_traced():
+        queries = backbone.resolve_names(queries)
+        return backbone.batches(x, masks, queries), queries
+    pairs = backbone.batches(x, masks)
+    if not isinstance(queries, str) or queries == "cls":
+        return pairs, backbone.resolve_names(queries)
+    attention = next(iter(backbone.attentions()))
+    layout = Tokens(backbone.model, backbone, attention, None, pairs[0][0]).probed()
+    if layout is None:
+        raise InvalidInputError(
+            f"queries={queries!r} of a model whose token layout can be measured",
+            f"{name_of(type(backbone.model))}, in which no patch grid was found",
+            "Pass positions: an int, a slice or a sequence of ints.",
+        )
+    return pairs, named(queries, layout)
 
 
 def _own_pass(
@@ -258,9 +283,8 @@ def _output_and_attentions(
 ) -> Any:
     """Return ``(output, attentions)`` of one pass; for a list of tensors a list of these."""
     backbone = Backbone(model)
-    queries = backbone.resolve_names(queries)
     check_heads(heads)
-    pairs = backbone.batches(x, masks, queries)
+    pairs, queries = _given(backbone, x, masks, queries)
     selection = {"queries": queries, "heads": heads}
     if not isinstance(x, list | tuple):
         return _one_pass(original, model, *pairs[0], selection, **kwargs)

@@ -16,10 +16,10 @@ from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
 from dinov2_attn.grafting.channel import Receiver, prove_once, recording, unrecorded
+from dinov2_attn.grafting.tokens import Tokens
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import StopPassError
 from dinov2_attn.maps.layers import Recorded, kind_of, recorded_in
-from dinov2_attn.maps.tokens import Tokens
 from dinov2_attn.typing import RecordedLayers
 
 

@@ -14,9 +14,9 @@ from dinov2_attn.backbone.backbone import Backbone, transformers_in
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.structure import image_entrances, name_of
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.grafting.tokens import Tokens
 from dinov2_attn.kernels.capture import heads_of
 from dinov2_attn.maps.layers import recorded_in
-from dinov2_attn.maps.tokens import Tokens
 from dinov2_attn.typing import Grid
 
 # The side of the image of a probe in patches, where the model names no size of its own.

@@ -16,10 +16,10 @@ from dinov2_attn.backbone.structure import attention_modules, name_of
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.models import asked_layers, is_grafted
 from dinov2_attn.grafting.modules import runs_itself
+from dinov2_attn.grafting.tokens import Tokens
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.layers import has_paths, kind_of
 from dinov2_attn.maps.record import record_one
-from dinov2_attn.maps.tokens import Tokens
 from dinov2_attn.math.selection import positions
 from dinov2_attn.typing import (
     Heads,

@@ -14,13 +14,13 @@ from dinov2_attn._compat import raised_by_dynamo
 from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
 from dinov2_attn.grafting.channel import in_a_graph, prove_once, recording, unrecorded
+from dinov2_attn.grafting.tokens import Tokens, named
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import StopPassError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.layers import Course, advice, kind_of, recorded_in, some_of
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import W
-from dinov2_attn.maps.tokens import Tokens, named
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.buffers import Preallocated, ReusableBuffer
 from dinov2_attn.math.selection import positions, resolve_names

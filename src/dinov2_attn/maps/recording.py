@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.errors import NotRecordedError
+from dinov2_attn.grafting.tokens import Tokens
 from dinov2_attn.maps.attention_maps import AttentionMaps, placed
 from dinov2_attn.maps.result import Array, Face, W
-from dinov2_attn.maps.tokens import Tokens
 from dinov2_attn.typing import Grid, Layer, Source
 
 

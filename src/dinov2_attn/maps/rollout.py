@@ -20,13 +20,13 @@ from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.layout import Layout, cut_maps
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.modules import queries_and_keys_from
+from dinov2_attn.grafting.tokens import named
 from dinov2_attn.kernels.call import FusedCall, KernelCall
 from dinov2_attn.maps import _facts
 from dinov2_attn.maps.calls import calls_of_pass
 from dinov2_attn.maps.layers import has_paths
 from dinov2_attn.maps.one_batch import batches_of, run_model, walks_as_counted
 from dinov2_attn.maps.result import Array, Result, W, as_array
-from dinov2_attn.maps.tokens import named
 from dinov2_attn.math.attention import chunks
 from dinov2_attn.math.selection import positions
 from dinov2_attn.typing import Grid, Images, Masks, Model, Queries, RecordedLayers

@@ -94,10 +94,13 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "grafting": (
             "Call model(x, return_attention=True) or model.get_self_attention(x)",
             "Its weights are taken at its kernel",
+            "Ask the eager model: compiled._orig_mod.get_self_attention(images)",
+            "Pass positions: an int, a slice or a sequence of ints",
         ),
     },
     "the remedy is other code of the user's: there is no call or option that helps": {
         "backbone": (
+            "so its weights are taken at its kernel",
             "so its weights are taken at its kernel",
             "so its weights are taken at its kernel",
             "so its weights are taken at its kernel",

@@ -88,13 +88,17 @@ class Tokens:
         """Return the layout, or None if there is no grid or it is not known."""
         if self._size == _UNKNOWN:
             return None
+        return self.probed() or self._counted()
+
+    def probed(self) -> Layout | None:
+        """Return the layout that a probe of the model finds, or None."""
         if not self.is_known and self._image is not None and not is_sharded(self._model):
             found = self._probed(self._image)
             if found is None:
                 self._without.add(self._key)
             else:
                 _KNOWN.setdefault(self._attention, []).append(_Known(found, self._size))
-        return self._known() or self._counted()
+        return self._known()
 
     def _probed(self, image: Tensor) -> Layout | None:
         for attention in dict.fromkeys((self._attention, self._sibling)):
@@ -132,12 +136,12 @@ def _size_of(images: Tensor) -> Grid:
 
 
 def named(queries: Queries, layout: Layout) -> Queries:
-    """Return ``queries`` with ``"registers"`` and ``"patches"`` as the positions that they mean.
+    """Return ``queries`` with ``"registers"`` and ``"patches"`` as positions.
 
-    Tokens behind the patches count as registers.
+    They hold for images of any size. Tokens behind the patches count as registers.
     """
     if isinstance(queries, str) and queries == "patches":
-        return slice(layout.patches.start, layout.patches.stop)
+        return slice(layout.prefix, -layout.suffix or None)
     if isinstance(queries, str) and queries == "registers":
-        return [*range(1, layout.prefix), *range(layout.patches.stop, layout.length)]
+        return [*range(1, layout.prefix), *range(-layout.suffix, 0)]
     return resolve_names(queries, 0)
