@@ -265,6 +265,28 @@ def test_a_model_that_install_has_not_reached_answers_from_its_own_pass(models):
 
 
 @torch.no_grad()
+def test_causal_blocks_are_rolled_out_with_their_mask():
+    """In a grafted model too, whose blocks could be asked for queries and keys."""
+    upstream = upstreams.ANOMALIB
+    model = PLAIN.build(upstreams.MOGE).double()
+    width, heads = model.embed_dim, model.num_heads
+    for number, block in enumerate(model.blocks):
+        causal = upstream.cls("CausalAttentionBlock")(width, num_heads=heads)
+        model.blocks[number] = randomise(causal.double(), number).train(block.training)
+    images = PLAIN.images.double()
+    with dinov2_attn.install(upstreams.MOGE.package), dinov2_attn.install(upstream.package):
+        layers = model.get_self_attention(images)
+        assert_close(layers[0].triu(1), torch.zeros_like(layers[0]))
+        product = torch.eye(layers[0].shape[-1], dtype=torch.float64)
+        for weights in layers:
+            mixed = (weights.mean(1) + torch.eye(weights.shape[-1])) / 2
+            product = mixed / mixed.sum(-1, keepdim=True) @ product
+        assert_close(dinov2_attn.rollout(model, images, queries=slice(None)).weights, product)
+        received = dinov2_attn.artifact_tokens(model, images).from_all.flatten(1)
+        assert_close(received, layers[-1].mean((1, 2))[:, -received.shape[1] :])
+
+
+@torch.no_grad()
 def test_causal_blocks_and_biases_are_refused():
     """Their queries and keys alone do not say what is seen."""
     upstream = upstreams.ANOMALIB

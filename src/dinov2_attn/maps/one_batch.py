@@ -135,6 +135,8 @@ def walks_as_counted(model: Any, batches: Sequence[Tensor]) -> bool:
     if not is_grafted(model) or runs_itself(model):
         return False
     backbone = Backbone(model)
+    if any(getattr(block, "is_causal", False) for block in backbone.blocks):
+        return False  # queries and keys alone do not say its weights
     if is_transformed() or any(map(is_compiled, backbone.model.modules())):
         return True  # a probe would compile the model again
     attention = next(iter(attention_modules(backbone.blocks[0]).values()), None)

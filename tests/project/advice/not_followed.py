@@ -90,6 +90,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "needs a proof, which takes minutes: test_verify writes reports": {
         "apps/cli": ("Name another.",),
     },
+    "of a function of this package, which is asked only where it can answer": {
+        "backbone": ("Use get_self_attention, whose weights include it",),
+    },
     "of copies with other attention, which test_at_kernel follows": {
         "grafting": (
             "Call model(x, return_attention=True) or model.get_self_attention(x)",

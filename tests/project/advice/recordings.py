@@ -14,11 +14,9 @@ from dinov2_attn import artifact_tokens, attention_maps, record, rollout
 from dinov2_attn.backbone.backbone import backbone_in, grafted_backbone
 from dinov2_attn.kernels.call import fused_call
 from dinov2_attn.maps.attention_maps import AttentionMaps
-from tests.support import upstreams
 from tests.support.advice import Table
 from tests.support.compiling import compiles
 from tests.support.recordings import Around
-from tests.support.strategies import randomise
 
 CASES = Table()
 case = CASES.add
@@ -369,24 +367,6 @@ case(
     "0.5 weighs what goes past",
     lambda lab: rollout(lab.model, lab.x, residual=2),
     lambda lab: rollout(lab.model, lab.x, residual=0.5),
-)
-
-
-def causal(lab, ask):
-    """Ask a model whose blocks are causal, of the copy that has such blocks."""
-    copied = upstreams.ANOMALIB
-    with dinov2_attn.install(copied.package):
-        for number, block in enumerate(lab.model.blocks):
-            causal_block = randomise(copied.cls("CausalAttentionBlock")(8, num_heads=2), number)
-            lab.model.blocks[number] = causal_block.to(lab.x.dtype).train(block.training)
-        return ask(lab.model)
-
-
-case(
-    "backbone",
-    "Use get_self_attention, whose weights include it",
-    lambda lab: causal(lab, lambda model: rollout(model, lab.x)),
-    lambda lab: causal(lab, lambda model: model.get_self_attention(lab.x)),
 )
 case(
     "maps",
