@@ -1,4 +1,4 @@
-"""The private names of torch and CPython that this package uses, and which versions need them.
+"""The names of torch and CPython that differ by version, and the private ones of these.
 
 Each function has one job, so that a new version of torch is followed in this file alone.
 """

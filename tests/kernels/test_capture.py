@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,7 @@ def test_weights_times_values_are_what_the_kernel_returned(kind):
     assert weights.shape == (B, HEADS, N, N)
     assert_close((weights @ call.value).transpose(1, 2).reshape(output.shape), output)
     call.check("a module")
+    call.check("a module", one_head=True)
     if kind not in ("gated", "masked after"):
         assert_close(weights.sum(-1), torch.ones(B, HEADS, N))
 
@@ -166,6 +168,8 @@ def test_fewer_heads_of_keys_serve_several_of_the_query():
     mixed = call.weights() @ call.value.repeat_interleave(2, 1)
     assert_close(mixed.transpose(1, 2).reshape(output.shape), output)
     call.check("a module")
+    for _ in range(9):
+        call.check("a module", one_head=True)
 
 
 def test_dropout_is_left_out_of_the_weights_and_drawn_as_before():
@@ -260,6 +264,25 @@ def test_a_kernel_that_is_something_else_is_unfaithful():
         wrong.check("layer 3")
 
 
+def test_checks_of_one_head_come_to_every_head():
+    """One head of one sample is wrong. A check of all finds it, and so do several of one head."""
+    bias = noise(B, HEADS, N, N, seed=4)
+    _, (call,), _ = captured(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, bias))
+    wrong = bias.clone()
+    wrong[1, 2] += noise(N, N, seed=5)
+    other = replace(call, bias=wrong)
+    with pytest.raises(UnfaithfulError):
+        other.check("a layer")
+    found = 0
+    for _ in range(400):
+        call.check("a layer", one_head=True)
+        try:
+            other.check("a layer", one_head=True)
+        except UnfaithfulError:
+            found += 1
+    assert 0 < found < 400
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(seed=st.integers(0, 99), size=st.sampled_from([1, 30]))
 def test_the_kernels_own_rounding_is_no_error(dtype, seed, size):
@@ -270,7 +293,9 @@ def test_the_kernels_own_rounding_is_no_error(dtype, seed, size):
     except RuntimeError:
         pytest.skip("this torch multiplies no half precision on a CPU; bfloat16 runs")
     output = F.scaled_dot_product_attention(q, k, v)
-    FusedCall(call.kernel, q, k, v, call.scale, output=output).check("a layer")
+    call = replace(call, output=output)
+    call.check("a layer")
+    call.check("a layer", one_head=True)
 
 
 def test_the_rows_of_a_proof_draw_nothing_from_torch():

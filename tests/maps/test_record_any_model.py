@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import dinov2_attn
 from dinov2_attn import record
-from dinov2_attn.errors import NotRecordedError, OutOfRangeError
+from dinov2_attn.errors import InvalidInputError, NotRecordedError, OutOfRangeError
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close, assert_same_bits
 
@@ -226,3 +226,28 @@ def test_classes_are_left_as_they_were():
         model(noise(1, 2, 3, 8, seed=0).float())
     assert dict(vars(Attention)) == before
     assert dinov2_attn.status().grafted == ()
+
+
+def test_cls_of_a_model_without_one_is_no_patch():
+    timm = pytest.importorskip("timm", reason="this case needs timm's options; others run")
+    model = sharp(
+        timm.create_model(
+            "vit_tiny_patch16_224",
+            img_size=64,
+            depth=2,
+            class_token=False,
+            global_pool="avg",
+        )
+    )
+    images = noise(1, 3, 64, 64, seed=0).float()
+    with (
+        pytest.raises(InvalidInputError, match="Found patches from position 0 on"),
+        record(model, queries="cls"),
+    ):
+        model(images)
+    with record(model, queries=0) as maps:
+        model(images)
+    assert (maps.prefix, maps.queries) == (0, (0,))
+    with pytest.raises(InvalidInputError, match="for CLS"):
+        dinov2_attn.rollout(model, images)
+    assert dinov2_attn.rollout(model, images, queries=0).weights.shape == (1, 1, 16)

@@ -136,14 +136,20 @@ def unpacked() -> AbstractContextManager[object]:
 _PROVED: WeakSet[nn.Module] = WeakSet()
 
 
-def prove_once(attention: nn.Module, call: KernelCall, name: str) -> None:
-    """Raise ``UnfaithfulError`` unless the first call of ``attention`` is proved right.
+def prove_once(attention: nn.Module, call: KernelCall, name: str) -> bool:
+    """Prove the first call of ``attention``, and return whether it was proved now.
 
     A call that has no output yet is proved another time.
+
+    Raises:
+        UnfaithfulError: If its weights are not those of the kernel.
+
     """
-    if attention not in _PROVED and call.output is not None:
-        call.check(name)
-        _PROVED.add(attention)
+    if attention in _PROVED or call.output is None:
+        return False
+    call.check(name)
+    _PROVED.add(attention)
+    return True
 
 
 def graft_captured(original: Forward) -> Forward:

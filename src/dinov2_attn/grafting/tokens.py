@@ -11,6 +11,7 @@ from dinov2_attn._compat import is_sharded
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.probe import probe
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.channel import unrecorded
 from dinov2_attn.math.selection import resolve_names
 from dinov2_attn.typing import Grid, Queries
@@ -139,9 +140,19 @@ def named(queries: Queries, layout: Layout) -> Queries:
     """Return ``queries`` with ``"registers"`` and ``"patches"`` as positions.
 
     They hold for images of any size. Tokens behind the patches count as registers.
+
+    Raises:
+        InvalidInputError: If CLS is asked for, and the first token is a patch.
+
     """
     if isinstance(queries, str) and queries == "patches":
         return slice(layout.prefix, -layout.suffix or None)
     if isinstance(queries, str) and queries == "registers":
         return [*range(1, layout.prefix), *range(-layout.suffix, 0)]
+    if isinstance(queries, str) and queries == "cls" and not layout.prefix:
+        raise InvalidInputError(
+            "a token before the patches, for CLS",
+            f"patches from position 0 on, and {layout.suffix} tokens behind them",
+            "Pass the position of the token that you mean, or leave queries out.",
+        )
     return resolve_names(queries, 0)

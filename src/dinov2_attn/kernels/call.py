@@ -166,16 +166,19 @@ class FusedCall:
             return call._weights(queries, heads, new)
         return [part._weights(queries, heads, new) for part in call._groups()]
 
-    def check(self, module: str) -> None:
+    def check(self, module: str, *, one_head: bool = False) -> None:
         """Raise ``UnfaithfulError`` unless ``weights @ value`` is the output, on a few rows.
 
-        Where no value is finite there is nothing to compare: that raises ``InvalidInputError``.
+        The rows are those of every head, or with ``one_head`` of one head of one sample, others
+        each time. Where no value is finite there is nothing to compare: that raises
+        ``InvalidInputError``.
         """
         if self.output is None or self.dropout:
             return
         call = self._same_dtype()
         for part in call._groups() if is_block_diagonal(self.bias) else [call]:
-            part._check(module)
+            if part.query.numel() and part.key.numel():
+                (part._one_head() if one_head else part)._check(module)
 
     def _same_dtype(self) -> FusedCall:
         """Return the call in the dtype in which the kernel ran: autocast's, where it is on."""
@@ -253,41 +256,60 @@ class FusedCall:
             output=None if self.output is None else split(self.output, group.queries),
         )
 
+    def _one_head(self) -> FusedCall:
+        """Return the call of one head of one sample, drawn at random."""
+        sample, head = _CHOICE.randrange(self.batch), _CHOICE.randrange(self.heads)
+
+        def one(tensor: Tensor) -> Tensor:
+            return tensor[sample : sample + 1, head : head + 1]
+
+        bias = self._dense_bias
+        if bias is not None:
+            bias = one(bias.expand(*self.query.shape[:3], self.columns))
+        key, value = map(one, self._by_query_head)
+        output = None if self.output is None else one(self.output)
+        return replace(self, query=one(self.query), key=key, value=value, bias=bias, output=output)
+
     @torch.no_grad()
     def _check(self, module: str) -> None:
-        key, value = (tensor.detach() for tensor in self._by_query_head)
-        rows = some_rows(self.query.shape[2])
-        query, output = self.query.detach()[:, :, rows], self.output
-        if output is None or not (query.numel() and key.numel()):
+        if self.output is None:
             return
-        wide = torch.float32 if query.device.type == "mps" else torch.float64
-        if not value.isfinite().any():
+        key, value = (tensor.detach() for tensor in self._by_query_head)
+        rows = some_rows(self.rows)
+        query, wide = self.query.detach()[:, :, rows].to(self._wide), key.to(self._wide)
+        weights = self._of_rows(query, wide, rows)
+        gap = weights @ value.to(self._wide) - self.output.detach()[:, :, rows]
+        error, *sizes = _largest_of(gap, query.norm(dim=-1), wide.norm(dim=-1), value)
+        if not (sizes[-1] or value.isfinite().any()):
             raise InvalidInputError(
                 f"finite values at {self.kernel}, so that its weights can be proved",
                 f"none in {module}",
                 "Load a checkpoint or initialise the model, and look for NaN in the images: "
                 "DINOv3's masked key bias is NaN until model.init_weights().",
             )
-        weights = self._of_rows(query.to(wide), key.to(wide), rows)
-        found = (weights @ value.to(wide) - output.detach()[:, :, rows]).abs()
-        error = found[found.isfinite()].max() if found.isfinite().any() else found.new_zeros(())
-        allowed = self._tolerance(query, key, value)
+        allowed = self._tolerance(*sizes)
         if not error <= allowed:
             raise UnfaithfulError(
                 f"weights @ values equal to the output of {self.kernel}, within {allowed:.1e}",
-                f"a difference of {float(error):.1e} in {module}",
+                f"a difference of {error:.1e} in {module}",
                 "Report the model: its kernel computes something else. record(..., check=False) "
                 "records it unproved.",
             )
 
-    def _tolerance(self, query: Tensor, key: Tensor, value: Tensor) -> float:
+    def _tolerance(self, query: float, key: float, value: float) -> float:
         """Return the error that the kernel itself may make, from the sizes of its arguments.
 
         A rounding of the scores is a relative error of the weights of about their size times the
         machine epsilon. The sum with the values has errors of that size again.
+
+        Args:
+            query: The largest norm of a query.
+            key: The largest norm of a key.
+            value: The largest number in the values.
+
         """
-        scores = abs(self.scale) * _largest(query.norm(dim=-1)) * _largest(key.norm(dim=-1))
-        return _ROUNDINGS * _epsilon(query) * (1 + scores) * _largest(value.abs())
+        scores = abs(self.scale) * query * key
+        return _ROUNDINGS * _epsilon(self.query) * (1 + scores) * value
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,7 +393,7 @@ class ExplicitCall:
         chosen = self.matrix if queries is None else self.matrix[:, :, rows]
         return chosen.mean(dim=1) if heads == "mean" else chosen
 
-    def check(self, module: str) -> None:
+    def check(self, module: str, *, one_head: bool = False) -> None:
         """Do nothing: the weights are the very tensor that was multiplied."""
 
 
@@ -420,15 +442,27 @@ def by_heads(tensor: Tensor, heads: int | None) -> Tensor:
 
 def some_rows(length: int) -> list[int]:
     """Return a few positions below ``length``, others each time. No state of torch's is drawn."""
-    return sorted(_ROWS.sample(range(length), min(PROVED_ROWS, length)))
+    return sorted(_CHOICE.sample(range(length), min(PROVED_ROWS, length)))
 
 
-_ROWS = random.Random()
+_CHOICE = random.Random()
 
 
-def _largest(tensor: Tensor) -> float:
-    """Return the largest number in ``tensor`` that is finite: one sample may be NaN."""
-    return float(tensor.where(tensor.isfinite(), torch.zeros_like(tensor)).max())
+def _largest_of(*tensors: Tensor) -> list[float]:
+    """Return the largest size of a finite number in each of ``tensors``: one sample may be NaN.
+
+    All of them are read at once, because each read waits for the device.
+    """
+    sizes = torch.stack([_largest(tensor).to(tensors[0].dtype) for tensor in tensors]).tolist()
+    if all(map(math.isfinite, sizes)):
+        return sizes
+    finite = (tensor.nan_to_num(nan=0, posinf=0, neginf=0) for tensor in tensors)
+    return [float(_largest(tensor)) for tensor in finite]
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    low, high = tensor.aminmax()
+    return torch.maximum(-low, high)
 
 
 def _epsilon(tensor: Tensor) -> float:

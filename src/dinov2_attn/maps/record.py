@@ -102,6 +102,7 @@ def record(
             refers to are kept. Other memory is reused by the next layer.
         check: When to prove that ``weights @ values`` is what the kernel returned, on a few rows
             of each layer: in its ``"first"`` pass, in ``"every"`` pass, or never (``False``).
+            The first pass proves rows of every head, later ones those of a head drawn at random.
         grid: Height and width of the patch grid, where it is known better.
         prefix: The number of tokens before the patches, where it is known better.
 
@@ -225,7 +226,7 @@ class _Recorder:
         self._kept: dict[Layer, list[_Batch]] = {}
         self._last: Layer | None = None
         self._whole, self._broken, self._seen = 0, 0, 0
-        # Of the current pass: whether images were seen, and whether no layer ran again too early.
+        # Of the current pass: whether its images were seen, and whether each layer came in its turn.
         self._begun, self._clean = False, True
         self.recording: Recording[Any] = Recording()
         self.may_stop = False
@@ -293,10 +294,11 @@ class _Recorder:
             )
 
     def _prove(self, attention: nn.Module, layer: Layer, call: KernelCall) -> None:
-        if self._check == "every":
-            call.check(f"layer {layer}")
-        elif self._check:
-            prove_once(attention, call, f"layer {layer}")
+        if not self._check:
+            return
+        proved = prove_once(attention, call, f"layer {layer}")
+        if self._check == "every" and not proved:
+            call.check(f"layer {layer}", one_head=True)
 
     def _runs_again_for_a_list(self, layer: Layer) -> bool:
         """Return whether ``layer`` may run for the next batch of a list, before other layers."""
@@ -320,7 +322,7 @@ class _Recorder:
     def _end_layers(self) -> None:
         """Append what was kept to the recording: an entry for each batch, and each kind in it."""
         count = max(map(len, self._kept.values()))
-        # Tokens may be prepared and not used: the last ones belong to this pass.
+        # A model may embed images without running its layers. The last images belong to this pass.
         for i, images in enumerate(([None] * count + self._images)[-count:]):
             kinds: dict[tuple[str, int, int], dict[Layer, _Batch]] = {}
             for layer in filter(self._kept.__contains__, self.modules.wanted.values()):
@@ -362,13 +364,16 @@ class _Recorder:
         return Tokens(modules.whole, modules.backbone, attention, columns, images, sibling)
 
     def _resolve_names(self, attention: nn.Module, call: KernelCall) -> None:
-        """Replace ``"registers"`` and ``"patches"`` by the positions that they mean."""
-        if not isinstance(self._queries, str) or self._queries == "cls":
+        """Replace the name of rows by the positions that it means."""
+        backbone = self.modules.backbone
+        if not isinstance(self._queries, str) or (self._queries == "cls" and backbone is not None):
             return
         images = self._images[-1] if self._images else None
         layout = self._tokens(attention, images, call.rows).layout()
-        if layout is None and self.modules.backbone is not None:
-            self._queries = resolve_names(self._queries, self.modules.backbone.registers)
+        if layout is None and backbone is not None:
+            self._queries = resolve_names(self._queries, backbone.registers)
+        elif layout is None and self._queries == "cls":
+            self._queries = 0  # of a sequence without images
         elif layout is None:
             raise InvalidInputError(
                 f"queries={self._queries!r} of a model whose token layout is known",
