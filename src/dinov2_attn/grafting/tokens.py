@@ -153,6 +153,6 @@ def named(queries: Queries, layout: Layout) -> Queries:
         raise InvalidInputError(
             "a token before the patches, for CLS",
             f"patches from position 0 on, and {layout.suffix} tokens behind them",
-            "Pass the position of the token that you mean, or leave queries out.",
+            "Pass the position of the token that you mean, or slice(None) for all tokens.",
         )
     return resolve_names(queries, 0)

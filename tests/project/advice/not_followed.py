@@ -9,7 +9,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "Take norms and maps of such a model one by one",
             "Record its passes: with record(model) as maps: model(images)",
         ),
-        "grafting": ("Pass the position of the token that you mean, or leave queries out",),
+        "grafting": ("Pass the position of the token that you mean, or slice(None) for all",),
     },
     "of biases and lists of tensors, which test_bias, test_call and test_nested follow": {
         "math": (

@@ -329,8 +329,8 @@ case(
 case(
     "maps",
     "Name the layers of one kind",
-    lambda lab: rollout(Turns(lab.model), lab.x),
-    lambda lab: rollout(Turns(lab.model), lab.x, ["first.0.attn"]),
+    lambda lab: rollout(Turns(lab.model), lab.x, queries=0),
+    lambda lab: rollout(Turns(lab.model), lab.x, ["first.0.attn"], queries=0),
 )
 case(
     "maps",
