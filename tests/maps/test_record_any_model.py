@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import dinov2_attn
 from dinov2_attn import record
 from dinov2_attn.errors import InvalidInputError, NotRecordedError, OutOfRangeError
+from tests.support.recordings import build
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close, assert_same_bits
 
@@ -251,3 +252,40 @@ def test_cls_of_a_model_without_one_is_no_patch():
     with pytest.raises(InvalidInputError, match="for CLS"):
         dinov2_attn.rollout(model, images)
     assert dinov2_attn.rollout(model, images, queries=0).weights.shape == (1, 1, 16)
+
+
+class WithDecoder(nn.Module):
+    """A DINOv2, and attention of another class behind it, as in Dinomaly."""
+
+    def __init__(self, encoder, decoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, images):
+        return self.decoder(self.encoder.forward_features(images)["x_norm_patchtokens"])
+
+
+def test_attention_beside_a_dinov2_is_recorded_too(models):
+    encoder = build(models).float()
+    decoder = sharp(Attention())
+    model, images = WithDecoder(encoder, decoder), noise(2, 3, 4, 6, seed=0).float()
+    with record(model) as every:
+        model(images)
+    assert [len(maps.layers) for maps in every] == [3, 1]
+    assert every[1].layers == ("decoder",)
+    with record(model, [0, 1, 2]) as numbered, record(encoder) as alone:
+        model(images)
+    assert numbered.layers == alone.layers == (0, 1, 2)
+    assert_close(list(every[0].weights), list(alone.weights))
+    assert_close(list(numbered.weights), list(alone.weights))
+    tokens = encoder.forward_features(images)["x_norm_patchtokens"]
+    query, key, _ = decoder.project(tokens)
+    assert_close(every[1].weights[0], (query @ key.mT / 2).softmax(-1))
+    assert every[0].layers == tuple(path for path in paths_of(model) if path != "decoder")
+    with record(encoder) as itself:
+        encoder(images)
+    assert itself.layers == (0, 1, 2)
+
+
+def paths_of(model):
+    return [name for name, module in model.named_modules() if hasattr(module, "qkv")]

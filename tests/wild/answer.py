@@ -16,7 +16,8 @@ def answer(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, list[
     with dinov2_attn.record(model, check="every") as recording:
         run(model)
     paths = {module: path for path, module in model.named_modules()}
-    layers = {layer: paths[module] for module, layer in recorded_in(model, None).wanted.items()}
+    wanted = recorded_in(model, None, every=True).wanted
+    layers = {layer: paths[module] for module, layer in wanted.items()}
     weights: dict[str, list[Tensor]] = {}
     for maps in recording:
         for layer, of_layer in zip(maps.layers, maps.weights, strict=True):

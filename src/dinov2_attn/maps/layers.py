@@ -48,8 +48,13 @@ class Recorded:
         return self.backbone is not None and self.backbone.model is self.whole
 
 
-def recorded_in(model: object, layers: RecordedLayers) -> Recorded:
+def recorded_in(model: object, layers: RecordedLayers, *, every: bool = False) -> Recorded:
     """Return the attention modules of ``model``, those that ``layers`` names apart.
+
+    Args:
+        model: Any module with attention inside.
+        layers: As for ``record``.
+        every: Whether a DINOv2 is one part among others if there is attention beside it.
 
     Raises:
         InvalidInputError: If ``model`` is no module, or has no attention, or ``layers`` names none.
@@ -65,6 +70,8 @@ def recorded_in(model: object, layers: RecordedLayers) -> Recorded:
     transformers = transformers_in(model)
     backbone = Backbone(transformers[0]) if len(transformers) == 1 else None
     called: dict[nn.Module, Layer]
+    if every and layers is None and backbone is not None and _attends_beside(model, backbone):
+        backbone = None
     if backbone is not None and not has_paths(layers):
         called = dict(backbone.attentions())
         if backbone.shares_attention:
@@ -87,6 +94,12 @@ def recorded_in(model: object, layers: RecordedLayers) -> Recorded:
         whole=_without_wrappers(model),
         is_chosen=backbone is not None or layers is not None,
     )
+
+
+def _attends_beside(model: nn.Module, backbone: Backbone) -> bool:
+    """Return whether ``model`` has attention modules outside of the blocks of ``backbone``."""
+    inside = backbone.attentions()
+    return any(module not in inside for module in attention_modules(model).values())
 
 
 def kind_of(layer: Layer) -> str:

@@ -18,7 +18,7 @@ from dinov2_attn.grafting.tokens import Tokens, named
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import StopPassError
 from dinov2_attn.maps.attention_maps import AttentionMaps
-from dinov2_attn.maps.layers import Course, advice, kind_of, recorded_in, some_of
+from dinov2_attn.maps.layers import Course, Recorded, advice, kind_of, recorded_in, some_of
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import W
 from dinov2_attn.math.attention import check_heads
@@ -90,10 +90,12 @@ def record(
 
     Args:
         model: Any module with attention inside.
-        layers: None for all, an int for the last so many, or a sequence of layers. A model with
-            one DINOv2 inside has numbered blocks. In any other model layers are the paths of
-            attention modules, such as ``"encoder.layer.3.attention"``, and a number is a place in
-            their order.
+        layers: None for all, an int for the last so many, or a sequence of layers. The blocks of a
+            DINOv2 have numbers, also where it is the only attention of a larger model. In any other
+            model layers are the paths of attention modules, such as
+            ``"encoder.layer.3.attention"``, and a number is a place in their order. Where a model
+            has one DINOv2 and other attention, numbers are those of the DINOv2's blocks, and None
+            records all of it by paths.
         queries: The tokens whose rows are wanted, as in ``attention_maps``.
         heads: None for each head, ``"mean"`` for their mean.
         reduce: ``reduce(layer, weights)`` is kept in place of the weights of one batch. It is
@@ -120,8 +122,8 @@ def record(
             ``torch.export`` or ``torch.func`` would make another function of a pass.
 
     """
-    recorder = _Recorder(model, layers, queries, heads, reduce, check, grid, prefix)
-    modules = recorder.modules
+    modules = recorded_in(model, layers, every=True)
+    recorder = _Recorder(modules, queries, heads, reduce, check, grid, prefix)
     attentions = [*modules.wanted, *modules.others]
     try:
         with recording(recorder, attentions, modules.entrances, [modules.whole]):
@@ -162,8 +164,8 @@ def record_one(
         NotRecordedError: If the pass lacks layers.
 
     """
-    recorder = _Recorder(model, layers, queries, heads, None, "first", None, None)
-    modules = recorder.modules
+    modules = recorded_in(model, layers)
+    recorder = _Recorder(modules, queries, heads, None, "first", None, None)
     whole = modules.whole
     recorder.may_stop = modules.is_chosen and (modules.is_backbone or whole in _RAN_ONCE)
     attentions = [*modules.wanted, *modules.others]
@@ -195,8 +197,7 @@ class _Recorder:
 
     def __init__(
         self,
-        model: Model,
-        layers: RecordedLayers,
+        modules: Recorded,
         queries: Queries,
         heads: Heads,
         reduce: Reduce[Any] | None,
@@ -206,7 +207,7 @@ class _Recorder:
     ) -> None:
         check_heads(heads)
         _check_options(reduce, check)
-        self.modules = recorded_in(model, layers)
+        self.modules = modules
         self._grid, self._queries = grid, queries
         if prefix is not None and grid is not None and queries == "patches":
             self._queries = slice(prefix, prefix + math.prod(grid))
@@ -226,7 +227,7 @@ class _Recorder:
         self._kept: dict[Layer, list[_Batch]] = {}
         self._last: Layer | None = None
         self._whole, self._broken, self._seen = 0, 0, 0
-        # Of the current pass: whether its images were seen, and whether each layer came in its turn.
+        # Of the current pass: whether its images were seen, and each layer came in its turn.
         self._begun, self._clean = False, True
         self.recording: Recording[Any] = Recording()
         self.may_stop = False
