@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -43,12 +43,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, without: Iterable[str] = ()) -> Iterator[Path]:
     """Yield an empty folder, and move its files to ``folder`` at the end, all or none.
 
     Args:
         folder: The destination. It is created if it does not exist. Files of the same names
             are replaced, others are kept.
+        without: The names of files in ``folder`` that are removed with the move.
 
     Yields:
         Where to write the files. If the block raises, ``folder`` is restored or removed.
@@ -67,7 +68,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 new.mkdir()
                 old.mkdir()
                 yield new
-                _move(new, folder, old)
+                _move(new, folder, old, without)
             undo.pop_all()
     except OSError as error:
         raise UnwritableOutputError(
@@ -91,16 +92,23 @@ def _make(folder: Path, undo: ExitStack) -> None:
         undo.callback(path.rmdir)
 
 
-def _move(source: Path, folder: Path, backup: Path) -> None:
-    """Move all files of ``source`` into ``folder``, or none of them."""
+def _move(source: Path, folder: Path, backup: Path, without: Iterable[str]) -> None:
+    """Move all files of ``source`` into ``folder``, or none of them; remove those ``without``."""
     with ExitStack() as undo:
+        for name in without:
+            _set_aside(folder / name, backup, undo)
         for file in sorted(source.iterdir()):
             final = folder / file.name
-            if final.is_file() or final.is_symlink():
-                os.replace(final, backup / file.name)
-                undo.callback(os.replace, backup / file.name, final)
-            else:
-                _check_replaceable(final)
+            _set_aside(final, backup, undo)
             os.replace(file, final)
             undo.callback(final.unlink)
         undo.pop_all()
+
+
+def _set_aside(file: Path, backup: Path, undo: ExitStack) -> None:
+    """Move ``file`` into ``backup`` if it is there; ``undo`` brings it back."""
+    if file.is_file() or file.is_symlink():
+        os.replace(file, backup / file.name)
+        undo.callback(os.replace, backup / file.name, file)
+    else:
+        _check_replaceable(file)

@@ -107,7 +107,7 @@ def test_an_unreadable_image_is_reported_and_the_others_go_on(image, weights, tm
 
 def test_an_output_that_cannot_be_written_is_reported(image, weights, tmp_path, caplog):
     (tmp_path / "out").touch()
-    assert heatmap(image, "-o", tmp_path / "out", "--weights", weights) == 1
+    assert heatmap(image, "-o", tmp_path / "out", "--weights", weights) == 2
     assert f"Expected a folder that can be written at {tmp_path / 'out'}" in caplog.text
 
 
@@ -130,16 +130,20 @@ def test_an_output_that_cannot_be_written_is_reported(image, weights, tmp_path, 
         (["--image-size", "28.5", "x.png"], "lengths in pixels.\nFound 28.5 x.png.\nGive N"),
     ],
 )
-def test_a_user_error_is_three_lines_and_status_two(arguments, message, tmp_path, caplog):
+def test_a_user_error_is_three_lines_and_status_two(
+    arguments, message, image, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.png").write_bytes(image.read_bytes())
     assert heatmap("-o", tmp_path / "out", *arguments) == 2
     assert message in caplog.text
     assert not (tmp_path / "out").exists()
 
 
-def test_registers_of_a_revision_without_them(tmp_path, caplog):
+def test_registers_of_a_revision_without_them(image, tmp_path, caplog):
     if upstreams.FIRST.has_registers:
         pytest.skip("the checkout under test has registers")
-    assert heatmap("x.png", "-o", tmp_path, "--random-weights", "--registers") == 2
+    assert heatmap(image, "-o", tmp_path, "--random-weights", "--registers") == 2
     assert "Name a newer checkout with --repo PATH" in caplog.text
 
 
@@ -184,7 +188,7 @@ def test_a_bad_argument_is_explained(arguments, message, tmp_path, capsys):
 )
 def test_an_option_of_another_name_is_suggested(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main([*arguments, "-o", str(tmp_path / "out")])
+        main([*arguments, "-o", str(tmp_path / "out.html")])
     said = capsys.readouterr().err
     assert message in said
     assert f"dinov2-attn {arguments[0]}: error:" in said
@@ -205,7 +209,7 @@ def test_no_command_prints_the_help(capsys):
         main(["--bogus"])
 
 
-COMMANDS = ("demo", "heatmap", "explore", "extract", "verify", "doctor")
+COMMANDS = ("demo", "heatmap", "figure", "explore", "extract", "verify", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -245,10 +249,14 @@ def test_the_sample_runs_without_other_files(tmp_path):
     arguments = ["heatmap", "--example", "-o", "out", "--random-weights", "--image-size", "56"]
     result = python("-m", "dinov2_attn", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == ""
-    assert "dinov2-attn: warning: RANDOM WEIGHTS" in result.stderr
-    assert "xFormers" not in result.stderr
-    assert "1/1" in result.stderr
+    assert "wrote out/heads.png: every head on one scale  <- open this" in result.stdout
+    assert "\nnext: dinov2-attn explore " in result.stdout
+    lines = result.stderr.splitlines()
+    assert (
+        lines[-1] == "dinov2-attn: warning: RANDOM WEIGHTS: the maps of this run carry no meaning"
+    )
+    # Where upstream's code is not installed, there is a warning of its licence.
+    assert all(line.startswith("dinov2-attn: warning: ") for line in lines)
     assert pixels(tmp_path / "out" / "img.png").shape == (56, 56, 3)
 
 

@@ -24,6 +24,7 @@ EVERY_FILE = {
     "img.png",
     "attention.npy",
     "image.json",
+    "run.json",
     "attn-mean.png",
     "overlay-mean.png",
     "heads.png",
@@ -206,7 +207,8 @@ def test_an_output_that_cannot_be_is_as_it_was(photograph, tmp_path, inputs, mak
     output = make(tmp_path)
     before = everything_below(tmp_path)
     status, said = run(inputs / "image.png", "-o", output, "--random-weights")
-    assert status == 1
+    # What is in the way inside of a folder is known only when files are moved there.
+    assert status == (1 if os.path.isdir(output) else 2)
     assert "Expected a folder that can be written at" in said
     assert everything_below(tmp_path) == before
     for file in tmp_path.rglob("attention.npy"):
@@ -250,8 +252,9 @@ def test_any_options_end_in_a_status(photograph, tmp_path_factory, options):
 
 
 @pytest.mark.parametrize("device", ["hpu", "privateuseone", "xla", "vulkan", "mtia", "opengl", ""])
-def test_a_device_that_is_not_there_is_one_line(tmp_path, device):
-    status, said = run("x.png", "-o", tmp_path / "out", "--device", device)
+def test_a_device_that_is_not_there_is_one_line(tmp_path, inputs, photograph, device):
+    (inputs / "x.png").write_bytes(photograph)
+    status, said = run(inputs / "x.png", "-o", tmp_path / "out", "--device", device)
     assert status == 2
     assert "Expected a device that this torch can use" in said
 

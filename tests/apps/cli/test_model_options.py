@@ -117,7 +117,7 @@ def test_a_safetensors_file_can_state_its_heads(tmp_path):
 
 
 def test_a_checkpoint_with_registers(tmp_path, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("DEBUG", logger="dinov2_attn")
     state = dict(randomise(build_like(SMALL), 0).state_dict())
     state["register_tokens"] = torch.ones(1, 4, SMALL.embed_dim)
     torch.save(state, tmp_path / "mine.pth")
@@ -138,7 +138,7 @@ def test_a_file_is_read_before_upstreams_code_is_searched(file, tmp_path):
     file.with_name("broken.pth").write_bytes(file.read_bytes()[:900])
     code = f"""
 from dinov2_attn.apps.cli.main import main
-main(["heatmap", "x.png", "-o", "out", "--weights", {str(file.with_name("broken.pth"))!r}])
+main(["heatmap", "--example", "-o", "out", "--weights", {str(file.with_name("broken.pth"))!r}])
 """
     result = python("-c", code, cwd=tmp_path, **OFFLINE, TORCH_HOME=tmp_path)
     assert "a file by torch.save that was cut short" in result.stderr
@@ -155,7 +155,7 @@ def test_a_fresh_process_draws_what_a_training_checkpoint_sees(file, tmp_path):
     maps = np.load(tmp_path / "out" / "attention.npy")
     assert maps.shape == (2, *GRID)
     assert np.unravel_index(maps[1].argmax(), GRID) == BRIGHT
-    assert "ViT-128x2/7" in result.stderr
+    assert "photo.png: ViT-128x2/7, teacher_checkpoint.pth" in result.stdout
 
 
 def test_a_limit_on_pixels_is_one_line(file, tmp_path, caplog):

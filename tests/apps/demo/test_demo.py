@@ -300,7 +300,12 @@ def test_the_command_draws_scenes_and_attention(tmp_path, capsys):
     assert_same_bits(shown, draw(8, (7, 14)).picture)
     printed = capsys.readouterr().out
     assert printed.count("the map's maximum is on the target") == 4
-    assert "pointing game: 4 of 4\nThe model is a small" in printed
+    assert "pointing game: 4 of 4\nwrote " in printed
+    first = tmp_path / "scene-7-square"
+    assert f"wrote {first / 'heads.png'}: the target is outlined" in printed
+    assert f"page: {first / 'page.html'}: " in printed
+    assert "\nThe model is a small" in printed
+    assert (first / "page.html").read_text().count("scene 7 (square)") > 0
 
 
 @pytest.mark.usefixtures("_imported")

@@ -15,7 +15,7 @@ from PIL import Image
 import dinov2_attn
 from dinov2_attn._files import atomic_folder
 from dinov2_attn.apps.viz.colours import top_mass_mask, upsample, viridis
-from dinov2_attn.apps.viz.heatmap import cls_maps, draw, write
+from dinov2_attn.apps.viz.heatmap import cls_maps, draw, image_files, map_files, write
 from dinov2_attn.apps.viz.images import LoadedImage, load_image
 from dinov2_attn.apps.viz.text import LEAST_WIDTH, NO_MEANING, with_banner
 from dinov2_attn.errors import InvalidInputError, UnwritableOutputError
@@ -181,7 +181,8 @@ def names(threshold=None):
 
 @pytest.mark.parametrize("threshold", [None, 0.6])
 def test_the_files_have_dino_v1s_names_and_the_images_size(tmp_path, photograph, maps, threshold):
-    write(tmp_path, photograph, maps, draw(photograph, maps, 14, threshold))
+    pictures = draw(photograph, maps, 14, threshold)
+    write(tmp_path, {**map_files(maps, pictures), **image_files(photograph)})
     assert set(os.listdir(tmp_path)) == names(threshold)
     assert {pixels(path).shape for path in tmp_path.glob("*.png")} == {(28, 42, 3)}
     assert_same_bits(np.load(tmp_path / "attention.npy"), maps)
@@ -209,7 +210,9 @@ def test_a_mask_keeps_the_colours_of_its_patches_only(photograph, maps):
 
 
 def test_every_picture_of_a_map_carries_the_warning(tmp_path, photograph, maps):
-    write(tmp_path, photograph, maps, draw(photograph, maps, 14, 0.6), NO_MEANING)
+    pictures = draw(photograph, maps, 14, 0.6)
+    files = map_files(maps, pictures, warning=NO_MEANING)
+    write(tmp_path, {**files, **image_files(photograph)})
     for path in tmp_path.glob("*.png"):
         height = len(pixels(path))
         assert height == 28 if path.name == "img.png" else height > 28
@@ -253,6 +256,21 @@ def test_files_of_the_same_name_are_replaced_and_others_kept(tmp_path):
     write_new(tmp_path, "a.png", "b.png")
     assert content(tmp_path) == {"a.png": b"new", "b.png": b"new", "notes.txt": b"old"}
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_files_are_removed_with_the_move_or_not_at_all(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"old")
+    (tmp_path / "c.png").mkdir()
+    with (
+        pytest.raises(UnwritableOutputError),
+        atomic_folder(tmp_path, without=["b.png"]) as unfinished,
+    ):
+        (unfinished / "c.png").write_bytes(b"new")
+    assert content(tmp_path) == {"a.png": b"old", "b.png": b"old"}
+    with atomic_folder(tmp_path, without=["b.png", "absent.png"]) as unfinished:
+        (unfinished / "d.png").write_bytes(b"new")
+    assert content(tmp_path) == {"a.png": b"old", "d.png": b"new"}
 
 
 def write_one_and_raise(folder, error):

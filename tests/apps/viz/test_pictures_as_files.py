@@ -224,7 +224,10 @@ def heatmap(*arguments):
 
 def pictures_in(folder):
     """The files beside DINO v1's."""
-    plain = ("attn-", "mask_", "overlay-mean", "img.png", "attention.npy", "image.json")
+    plain = (
+        *("attn-", "mask_", "overlay-mean", "img.png", "attention"),
+        *("image.json", "run.json"),
+    )
     return {path.name for path in folder.iterdir() if not path.name.startswith(plain)}
 
 
@@ -247,8 +250,11 @@ def pictures_in(folder):
 def test_files_are_those_that_were_asked_for(image, weights, tmp_path, options, files):
     assert heatmap(image, "-o", tmp_path, "--weights", weights, *options) == 0
     assert pictures_in(tmp_path) == files
-    maps = np.load(tmp_path / "attention.npy")
-    assert np.unravel_index(maps[HEAD].argmax(), (4, 7)) == (1, 5)
+    of_cls = not options or "--queries" not in options or "cls" in options
+    assert (tmp_path / "attention.npy").exists() == of_cls
+    for path in tmp_path.glob("attention*.npy"):
+        maps = np.load(path)  # every token looks at the bright patch
+        assert np.unravel_index(maps[HEAD].argmax(), (4, 7)) == (1, 5)
 
 
 def test_a_patch_is_drawn_by_its_position_too(image, tmp_path):
@@ -286,12 +292,31 @@ def test_layers_are_those_that_are_drawn(image, tmp_path):
     assert np.abs(arrays[0] - np.load(tmp_path / "c" / "attention.npy")).max() > 1e-6
 
 
-def test_dino_v1s_files_are_of_cls_whatever_is_asked(image, tmp_path):
-    for name, options in (("a", []), ("b", ["--queries", "2,3"])):
-        assert heatmap(image, "-o", tmp_path / name, "--random-weights", *options) == 0
-    arrays = [np.load(tmp_path / name / "attention.npy") for name in ("a", "b")]
+def test_dino_v1s_bare_names_are_of_cls_only(image, tmp_path):
+    runs = {"a": [], "b": ["--queries", "2,3", "cls"], "c": ["--queries", "2,3"]}
+    for name, options in runs.items():
+        always = ["-o", tmp_path / name, "--random-weights", "--threshold", 0.5]
+        assert heatmap(image, *always, *options) == 0
     # Rows asked for together are made by another product.
-    assert_close(*arrays)
+    assert_close(*(np.load(tmp_path / name / "attention.npy") for name in "ab"))
+    assert_close(*(np.load(tmp_path / name / "attention-2-3.npy") for name in "bc"))
+    cls, patch = (np.load(tmp_path / "b" / f"attention{end}.npy") for end in ("", "-2-3"))
+    assert np.abs(cls - patch).max() > 1e-6
+    ends = {path.stem.removesuffix("-2-3") for path in (tmp_path / "c").glob("*-2-3.*")}
+    assert {"attention", "attn-head0", "attn-mean", "overlay-mean", "mask_th0.5_head5"} < ends
+    others = {path.name for path in (tmp_path / "c").iterdir() if "-2-3." not in path.name}
+    assert others == {"img.png", "image.json", "run.json"}
+
+
+def test_the_numbers_of_a_patch_are_its_row(image, tmp_path):
+    """Positions and patches name the same row."""
+    options = ["--random-weights", "--queries", "2,3", "#18", "1,1"]
+    assert heatmap(image, "-o", tmp_path, *options) == 0
+    arrays = [np.load(tmp_path / f"attention-{name}.npy") for name in ("2-3", "position18", "1-1")]
+    assert_close(*arrays[:2])
+    assert np.abs(arrays[0] - arrays[2]).max() > 1e-6
+    drawn = [np.array(Image.open(tmp_path / f"attn-head2-{name}.png")) for name in ("2-3", "1-1")]
+    assert (drawn[0] != drawn[1]).any()
 
 
 def test_captions_say_what_the_program_was_told(image, weights, tmp_path):
@@ -338,10 +363,11 @@ def long_tokens(tmp_path_factory):
     return path
 
 
-def test_artifacts_are_said_in_the_log_and_in_the_caption(image, long_tokens, tmp_path, caplog):
+def test_artifacts_are_said_at_the_end_and_in_the_caption(image, long_tokens, tmp_path, capsys):
     options = ["--weights", long_tokens, "--format", "svg", "--outliers"]
     assert heatmap(image, "-o", tmp_path / "a", *options, "mark") == 0
-    assert f"{image}: 1 of 28 patches with a norm above 0.25 after block 4: (1, 5)" in caplog.text
+    said = capsys.readouterr().out
+    assert "; 1 of 28 patches with a norm above 0.25 after block 4: (1, 5)" in said
     words = words_in(tmp_path / "a" / "heads.svg")
     assert "1 artifact token (red frames): a patch that the model uses as memory" in words
     assert "with a norm above 0.25 after layer 4. It gets" in words

@@ -100,7 +100,15 @@ def query(text: str) -> str:
     except InvalidInputError as error:
         # The option takes every argument that follows it, images included.
         raise ArgumentTypeError(f"{in_one_line(error)} Put files before this option.") from error
+    check_register(text)
     return text
+
+
+def check_register(text: str) -> None:
+    """Raise ``ArgumentTypeError`` for the register 0, which no model has."""
+    word, colon, number = text.partition(":")
+    if word == "register" and colon and int(number) == 0:
+        raise ArgumentTypeError(f"expected a register from 1 on; found {text!r}. Try register:1.")
 
 
 def add_layers(parser: Options, default: Any, described: str) -> None:

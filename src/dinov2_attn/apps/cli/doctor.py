@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import inspect
 import platform
 import sys
@@ -13,9 +14,11 @@ from importlib import metadata
 from typing import Any
 
 from dinov2_attn.apps.cli.argtypes import add_source_and_device
+from dinov2_attn.apps.cli.report import say
 
 # Between projection and kernel `(B, N, heads, head_dim)`: small, with the head_dim of every DINOv2.
 _SHAPE = (1, 16, 2, 64)
+_LIBRARIES = ("torchvision", "matplotlib", "PIL", "tqdm", "safetensors", "filelock")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,7 +28,8 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "doctor",
         help="Report what is installed, recognised and supported here.",
         description="Check PyTorch, xFormers and upstream's code in this environment, install "
-        "the grafts, and report what works on the device and what would fail. The exit status "
+        "the grafts, and report what works on the device and what would fail. The first line is "
+        "the verdict. The exit status "
         "is 0 if the grafts can be installed, and 2 if not.",
         epilog="Example: dinov2-attn doctor --repo path/to/dinov2 --device cuda",
     )
@@ -34,25 +38,44 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line for each finding."""
+    """Print the verdict, then one line for each finding."""
     import dinov2_attn
     from dinov2_attn.apps.cli.model_options import check_device
     from dinov2_attn.apps.weights.source import obtain
 
     check_device(args.device)
     warnings.simplefilter("ignore")  # upstream warns at import of what is reported here
-    print(_versions())
-    print(obtain(args.repo))
+    source = obtain(args.repo)
     dinov2_attn.install()
     importlib.import_module("dinov2.models.vision_transformer")
-    print(dinov2_attn.status())
-    print(_flags())
     kernels = dict(_kernels(args.device))
+    say(args, _verdict(kernels, args.device))
+    say(args, _versions())
+    say(args, str(source))
+    say(args, str(dinov2_attn.status()))
+    say(args, _flags())
     for name, problem in kernels.items():
-        print(f"{name} on {args.device}: {problem or 'works'}")
+        say(args, f"{name} on {args.device}: {problem or 'works'}")
     for line in _would_fail(kernels):
-        print(f"would fail: {line}")
+        say(args, f"would fail: {line}")
     return 0
+
+
+def _verdict(kernels: dict[str, str], device: str) -> str:
+    """Return whether commands work here, and what does not."""
+    works = [name for name in _DTYPES if not kernels[f"PyTorch's kernel, {name}"]]
+    if "float32" not in works:
+        return f"NOT OK: PyTorch's kernel does not run in float32 on {device}. See below."
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        return (
+            f"OK in Python on {device}. Commands lack {', '.join(missing)}: "
+            "run `pip install 'dinov2-attn[viz]'`."
+        )
+    return (
+        f"OK: demo, heatmap, figure, explore and extract work on {device} in {', '.join(works)}. "
+        "Try: dinov2-attn demo -o out"
+    )
 
 
 def _versions() -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+from argparse import ArgumentTypeError
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.cli.argtypes import HEADS, above_zero, add_layers, add_output
+from dinov2_attn.apps.cli import early
+from dinov2_attn.apps.cli.argtypes import HEADS, above_zero, add_layers
 from dinov2_attn.apps.cli.image_options import (
     add_example,
     add_image_size,
@@ -17,8 +19,22 @@ from dinov2_attn.apps.cli.image_options import (
     read,
     require_libraries,
 )
-from dinov2_attn.apps.cli.model_options import add_options, load_model
+from dinov2_attn.apps.cli.model_names import can_have_page
+from dinov2_attn.apps.cli.model_options import Loaded, add_options, load_model
+from dinov2_attn.apps.cli.report import (
+    RECORD,
+    add_open,
+    next_command,
+    open_file,
+    options_of,
+    say,
+    wrote,
+)
 from dinov2_attn.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from dinov2_attn.apps.explorer.write import ExplorerPage
+    from dinov2_attn.apps.viz.images import ImageSize
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +58,19 @@ def add(subparsers: Any) -> None:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    parser.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="The image to show.")
+    parser.add_argument(
+        "images", nargs="*", type=Path, metavar="IMAGE", help="The image to show: one."
+    )
     add_example(parser)
-    add_output(parser, "PAGE.html", "The file of the page.")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=output,
+        required=True,
+        metavar="PAGE.html",
+        help="The file of the page. Its record is PAGE.html.run.json.",
+    )
+    add_open(parser, "the page")
     add_image_size(parser)
     add_layers(parser, None, "all")
     parser.add_argument("--heads", choices=("each", "mean"), default="each", help=HEADS)
@@ -59,21 +85,59 @@ def add(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def output(text: str) -> Path:
+    """Read the path of an HTML page."""
+    path = Path(text)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ArgumentTypeError(
+            f"expected a name that ends in .html; found {text!r}. Try page.html."
+        )
+    return path
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the page of the one image."""
     require_libraries()
     size, swallowed = image_size(args.image_size or [])
-    named = [args.image] if args.image else []
-    image = _only([*named, *swallowed, *([example()] if args.example else [])])
+    image = _only([*args.images, *swallowed, *([example()] if args.example else [])])
+    _check(args, image)
     loaded = load_model(args)
-    check_reading(loaded.model, args)
+    check_reading(loaded, args)
+    page = _page(loaded, image, size, args)
+    record = f"{args.output.name}.{RECORD}"
+    _write(page, loaded, image, record, args)
+    if page.left_out:
+        log.warning("%s", page.left_out)
+    say(args, f"{image}: {loaded.name}; {page.size / 1e6:.1f} MB; keeps {page.kept}")
+    files = [args.output.name, record]
+    say(args, wrote(args, args.output.parent, files, "point at a patch to see its attention"))
+    figure = args.output.with_suffix(".pdf")
+    say(args, next_command(args, "figure", image, "-o", figure))
+    if args.open:
+        open_file(args.output)
+    return 0
 
+
+def _check(args: argparse.Namespace, image: Path) -> None:
+    if not can_have_page(args):
+        raise InvalidInputError(
+            "a model of DINOv2 or DINOv3 for a page",
+            f"--model {args.model}",
+            "Draw its maps: `dinov2-attn heatmap` takes any model of timm.",
+        )
+    early.check_model(args)
+    early.check_tokens(args, (), args.layers)
+    early.check_file(args.output)
+    early.check_image(image)
+
+
+def _page(loaded: Loaded, image: Path, size: ImageSize, args: argparse.Namespace) -> ExplorerPage:
     from dinov2_attn.apps.explorer.explore import explore
 
-    page = explore(
+    return explore(
         loaded.model,
-        read(loaded.model, image, size, args),
-        args.output,
+        read(loaded, image, size, args),
+        None,
         args.layers,
         heads="mean" if args.heads == "mean" else None,
         title=image.name,
@@ -81,10 +145,21 @@ def run(args: argparse.Namespace) -> int:
         warning=loaded.warning,
         max_mb=args.max_mb,
     )
-    log.info("%s, %.1f MB, keeps %s", args.output, page.size / 1e6, page.kept)
-    if page.left_out:
-        log.warning("%s", page.left_out)
-    return 0
+
+
+def _write(
+    page: ExplorerPage, loaded: Loaded, image: Path, record: str, args: argparse.Namespace
+) -> None:
+    """Write the page and its record, both or none."""
+    from dinov2_attn._files import atomic_folder
+    from dinov2_attn.apps.viz.provenance import origin_of, read_record, record_of, write_record
+
+    facts = record_of("explore", [origin_of(image)], loaded.name, options_of(args))
+    folder = args.output.parent
+    read_record(folder / record)  # raises if it is another file
+    with atomic_folder(folder) as unfinished:
+        page.save(unfinished / args.output.name)
+        write_record(unfinished / record, facts, [unfinished / args.output.name])
 
 
 def _only(images: list[Path]) -> Path:

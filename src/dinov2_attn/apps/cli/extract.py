@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 from argparse import ArgumentTypeError
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
+from dinov2_attn.apps.cli import early
 from dinov2_attn.apps.cli.argtypes import (
     HEADS,
     add_layers,
@@ -23,6 +25,7 @@ from dinov2_attn.apps.cli.image_options import (
     require_libraries,
 )
 from dinov2_attn.apps.cli.model_options import add_options, load_model
+from dinov2_attn.apps.cli.report import say
 
 DESCRIPTION = """\
 Store the attention maps of every image of SOURCE. The folder OUT gets shards of maps (safetensors),
@@ -35,6 +38,8 @@ among K processes. The exit status is 1 if images have no maps.
 EPILOG = """\
 Example: dinov2-attn extract photos -o out --layers 5,11 --queries cls registers --heads mean
 """
+
+READ = "import dinov2_attn; print(dinov2_attn.AttentionDataset({!r})[0])"
 
 SOURCES = """\
 A folder, an uncompressed tar (such as a shard of WebDataset), a glob, or a text file with one path
@@ -123,8 +128,15 @@ def run(args: argparse.Namespace) -> int:
     size, swallowed = image_size(args.image_size or [])
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    early.check_model(args)
+    early.check_tokens(args, args.queries or (), args.layers)
+    sources = [*args.sources, *swallowed]
+    for source in sources:
+        if not has_magic(str(source)):
+            early.check_input(source, "a folder, a tar, an image, a glob or a list of paths")
+    early.check_folder(args.output)
     loaded = load_model(args)
-    check_reading(loaded.model, args)
+    check_reading(loaded, args)
 
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -133,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     with logging_redirect_tqdm():
         done = extract(
             loaded.model,
-            [*args.sources, *swallowed],
+            sources,
             args.output,
             layers=args.layers,
             queries=args.queries or "cls",
@@ -144,21 +156,24 @@ def run(args: argparse.Namespace) -> int:
             image_size=size,
             max_pixels=args.max_pixels,
             range=args.range,
-            mean=args.mean,
-            std=args.std,
+            mean=args.mean or loaded.mean,
+            std=args.std or loaded.std,
             batch_size=args.batch_size,
             shard_size=args.shard_size,
             workers=_workers() if args.workers is None else args.workers,
             strict=args.strict,
             retry=args.retry,
-            progress=True,
+            progress=not args.quiet,
             name=loaded.name,
             random=loaded.random,
             warning=loaded.doubt,
             dry_run=args.dry_run,
         )
     if os.environ.get("RANK", "0") == "0":
-        print(done)
+        say(args, str(done))
+        if not args.dry_run:
+            say(args, f"wrote {args.output / 'index.jsonl'}: a line for each image  <- open this")
+            say(args, f'next: python -c "{READ.format(str(args.output))}"')
     return 1 if done.unreadable else 0
 
 

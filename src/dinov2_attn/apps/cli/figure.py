@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.cli import plot_options
-from dinov2_attn.apps.cli.argtypes import above_zero
+from dinov2_attn.apps.cli import early, plot_options
+from dinov2_attn.apps.cli.argtypes import above_zero, check_register
+from dinov2_attn.apps.cli.drawing import artifacts_in, text_of
 from dinov2_attn.apps.cli.image_options import (
     add_example,
     add_image_size,
@@ -19,15 +19,26 @@ from dinov2_attn.apps.cli.image_options import (
     read,
     require_libraries,
 )
+from dinov2_attn.apps.cli.model_names import can_have_page
 from dinov2_attn.apps.cli.model_options import Loaded, add_options, load_model
+from dinov2_attn.apps.cli.report import (
+    RECORD,
+    add_open,
+    next_command,
+    open_file,
+    options_of,
+    say,
+    wrote,
+)
 from dinov2_attn.apps.viz.tokens import Token, check_queries, position_of, read_token
-from dinov2_attn.errors import InvalidInputError, in_one_line
+from dinov2_attn.errors import InvalidInputError, UnwritableOutputError, in_one_line
+from dinov2_attn.typing import Layer
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.viz.figure import PaperFigure
     from dinov2_attn.apps.viz.images import ImageSize, LoadedImage
-
-log = logging.getLogger(__name__)
+    from dinov2_attn.apps.viz.provenance import Facts
+    from dinov2_attn.maps.attention_maps import AttentionMaps
 
 DESCRIPTION = """\
 Draw one figure for a paper: a row for each image, and columns of the photo and of maps. The figure
@@ -60,8 +71,10 @@ def add(subparsers: Any) -> None:
         type=output,
         required=True,
         metavar="FILE",
-        help="The file of the figure: .pdf, .svg or .png. The caption is FILE with .txt.",
+        help="The file of the figure: .pdf, .svg or .png. The caption is FILE with .txt, and the "
+        "record FILE with .run.json.",
     )
+    add_open(parser, "the figure")
     add_image_size(parser)
     group = parser.add_argument_group("figure")
     group.add_argument(
@@ -123,9 +136,11 @@ def columns(text: str) -> list[int | str]:
 def query(text: str) -> Token:
     """Read one token."""
     try:
-        return read_token(text)
+        token = read_token(text)
     except InvalidInputError as error:
         raise ArgumentTypeError(in_one_line(error)) from error
+    check_register(text)
+    return token
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,48 +150,106 @@ def run(args: argparse.Namespace) -> int:
     paths = [*args.images, *swallowed, *([example()] if args.example else [])]
     if not paths:
         raise InvalidInputError("an image", "none", "Name one, or use --example.")
+    _check(args, paths)
     loaded = load_model(args)
-    check_reading(loaded.model, args)
+    check_reading(loaded, args)
     if isinstance(args.query, str):
-        check_queries([args.query], plot_options.prefix_of(loaded) - 1)
-    figure = _figure(loaded, paths, size, args)
-    figure.save(args.output)
+        check_queries([args.query], loaded.registers)
+    figure, layer = _figure(loaded, paths, size, args)
+    files = _write(figure, layer, loaded, paths, args)
     width, height = figure.figure.get_size_inches()
-    log.info(
-        "%s, %.2f × %.2f inches; its caption is %s",
-        *(args.output, width, height, args.output.with_suffix(".txt")),
-    )
+    shown = f"the figure, {width:.2f} × {height:.2f} inches; its caption is {files[1]}"
+    say(args, wrote(args, args.output.parent, files, shown))
+    if can_have_page(args):
+        page = Path(paths[0].with_suffix(".html").name)
+        say(args, next_command(args, "explore", paths[0], "-o", page))
+    if args.open:
+        open_file(args.output)
     return 0
+
+
+def _check(args: argparse.Namespace, paths: list[Path]) -> None:
+    early.check_model(args)
+    queries = [args.query] if isinstance(args.query, str) else []
+    early.check_tokens(args, queries, [args.layer])
+    early.check_file(args.output)
+    for path in paths:
+        early.check_image(path)
 
 
 def _figure(
     loaded: Loaded, paths: list[Path], size: ImageSize, args: argparse.Namespace
-) -> PaperFigure:
+) -> tuple[PaperFigure, Layer]:
+    """Return the figure, and the layer that it shows."""
     from dinov2_attn.apps.viz.figure import figure
 
-    images = [read(loaded.model, path, size, args) for path in paths]
+    images = [read(loaded, path, size, args) for path in paths]
+    maps = [_maps(loaded, image, args) for image in images]
     searched = args.outliers != "none"
-    artifacts = [
-        plot_options.artifacts_in(loaded, image, str(path), args.device) if searched else None
-        for image, path in zip(images, paths, strict=True)
-    ]
-    return figure(
-        [_maps(loaded, image, args) for image in images],
+    drawn = figure(
+        maps,
         images,
         columns=args.columns,
         width=args.width,
         query=args.query,
-        artifacts=artifacts,
+        artifacts=[artifacts_in(loaded, image, args) if searched else None for image in images],
         style=plot_options.style_of(args),
         name=loaded.name,
         names=[path.name for path in paths],
         warning=loaded.warning,
     )
+    return drawn, maps[0].layers[0]
 
 
-def _maps(loaded: Loaded, image: LoadedImage, args: argparse.Namespace) -> Any:
+def _maps(loaded: Loaded, image: LoadedImage, args: argparse.Namespace) -> AttentionMaps:
     from dinov2_attn.apps.viz.heatmap import maps_of
 
-    height, width = (side // loaded.model.patch_size for side in image.picture.shape[:2])
-    position = position_of(args.query, plot_options.prefix_of(loaded), (height, width))
+    position = position_of(args.query, 1 + loaded.registers, loaded.grid(image))
     return maps_of(loaded.model, image, [args.layer], [position], args.device)
+
+
+def _write(
+    figure: PaperFigure, layer: Layer, loaded: Loaded, paths: list[Path], args: argparse.Namespace
+) -> list[str]:
+    """Write the figure, its caption and its record, all or none; return their names."""
+    from dinov2_attn._files import atomic_folder
+    from dinov2_attn.apps.viz.provenance import origin_of, record_of, write_record
+
+    origins = [origin_of(path) for path in paths]
+    facts = {
+        "image": [origin.name for origin in origins],
+        "sha256": [origin.sha256 for origin in origins],
+        "model": loaded.name,
+        "layer": layer,
+        "query": text_of(args.query),
+    }
+    record = record_of("figure", origins, loaded.name, options_of(args))
+    folder, name = args.output.parent, f"{args.output.stem}.{RECORD}"
+    others = _others(folder, name, record, args.output)
+    with atomic_folder(folder) as unfinished:
+        figure.save(unfinished / args.output.name, facts=facts)
+        written = list(unfinished.iterdir())
+        write_record(unfinished / name, record, [*written, *others])
+    return [args.output.name, args.output.with_suffix(".txt").name, name]
+
+
+def _others(folder: Path, name: str, record: Facts, output: Path) -> list[Path]:
+    """Return the same figure in other formats, made by runs before.
+
+    Raises:
+        UnwritableOutputError: If one has other images, or other options: they would share a
+            caption.
+
+    """
+    from dinov2_attn.apps.viz.provenance import files_of_older_run, read_record
+
+    new = (output.name, output.with_suffix(".txt").name, name)
+    others = files_of_older_run(folder, name, new)
+    before = read_record(folder / name) or {}
+    if others and any(before.get(key) != record[key] for key in ("images", "model", "options")):
+        raise UnwritableOutputError(
+            f"a name for a new figure: {output.stem} is that of another",
+            ", ".join(others),
+            "Name another file, or remove those.",
+        )
+    return [folder / other for other in others]

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.cli import plot_options
+from dinov2_attn.apps.cli import early, plot_options
 from dinov2_attn.apps.cli.argtypes import add_output
+from dinov2_attn.apps.cli.drawing import Drawn, Subject, write
 from dinov2_attn.apps.cli.image_options import (
     add_example,
     add_image_size,
@@ -19,7 +20,16 @@ from dinov2_attn.apps.cli.image_options import (
     read,
     require_libraries,
 )
+from dinov2_attn.apps.cli.model_names import can_have_page
 from dinov2_attn.apps.cli.model_options import Loaded, add_options, load_model
+from dinov2_attn.apps.cli.report import (
+    add_open,
+    next_command,
+    open_file,
+    removed,
+    say,
+    wrote,
+)
 from dinov2_attn.errors import Dinov2AttnError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -32,9 +42,11 @@ Draw the attention of the CLS token in the last block, or of other tokens and la
 the image, the mean and every head on one scale. overlay shows the mean on top of the image. Their
 captions name the model, layer, head and query, the share of CLS and registers, and artifact
 tokens. DINO v1's files are written as well: img.png, attn-head{j}.png and, with --threshold,
-mask_th{t}_head{j}.png. attention.npy holds the maps (heads, h, w), and image.json records how the
-image was read (size, range, mean, std). One image goes directly into DIR. Several images go into
-a folder each.
+mask_th{t}_head{j}.png. attention.npy holds the maps (heads, h, w). Names without a token are of
+CLS. Files of another token end in its name, such as attention-3-17.npy. image.json records how the
+image was read (size, range, mean, std), and run.json the image, model, options and files of the
+run. The next run into the same folder removes these files. One image goes directly into DIR.
+Several images go into a folder each.
 """
 
 EPILOG = """\
@@ -53,6 +65,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="An image to draw.")
     add_example(parser)
     add_output(parser, "DIR", "The folder for the pictures.")
+    add_open(parser, "the picture of all heads")
     add_image_size(parser)
     plot_options.add_options(parser)
     add_options(parser)
@@ -62,32 +75,87 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw every image; report those that fail, and return 1 if there are any."""
     require_libraries()
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
     size, swallowed = image_size(args.image_size or [])
     images = [*args.images, *swallowed, *([example()] if args.example else [])]
     if not images:
         raise InvalidInputError("an image", "none", "Name one, or use --example.")
+    early.check_model(args)
+    early.check_tokens(args, args.queries or (), args.layers)
+    early.check_folder(args.output)
+    jobs = list(zip(images, _folders(args.output, images), strict=True))
+    readable = [job for job in jobs if _is_readable(job[0])]
+    if not readable:
+        return 1
     loaded = load_model(args)
     plot_options.check(args, loaded)
-    check_reading(loaded.model, args)
-    failed = 0
-    with logging_redirect_tqdm():
-        jobs = zip(images, _folders(args.output, images), strict=True)
-        for image, folder in tqdm(jobs, total=len(images), unit="image"):
+    check_reading(loaded, args)
+    drawn = _draw_all(loaded, readable, size, args)
+    if drawn:
+        _end(args, *drawn[0])
+    return 1 if len(drawn) < len(jobs) else 0
+
+
+def _is_readable(image: Path) -> bool:
+    try:
+        early.check_image(image)
+    except Dinov2AttnError as error:
+        log.error("%s", error)
+        return False
+    return True
+
+
+def _draw_all(
+    loaded: Loaded, jobs: Sequence[tuple[Path, Path]], size: ImageSize, args: argparse.Namespace
+) -> list[tuple[Path, Drawn]]:
+    """Draw images into folders; return those that did not fail."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    drawn: list[tuple[Path, Drawn]] = []
+    hidden = True if args.quiet or len(jobs) == 1 else None  # None: unless this is a terminal
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=len(jobs), unit="image", disable=hidden) as bar,
+    ):
+        for i, (image, folder) in enumerate(jobs):
             try:
-                _draw(loaded, image, folder, size, args)
+                drawn.append((image, _draw(loaded, image, folder, size, args)))
             except Dinov2AttnError as error:
                 log.error("%s", error)
-                failed += 1
-    return 1 if failed else 0
+            else:
+                with bar.external_write_mode():
+                    say(args, _said(args, image, drawn[-1][1]))
+            if failed := i + 1 - len(drawn):
+                bar.set_postfix_str(f"{failed} failed", refresh=False)
+            bar.update()
+    return drawn
 
 
 def _draw(
     loaded: Loaded, image: Path, folder: Path, size: ImageSize, args: argparse.Namespace
-) -> None:
-    plot_options.write(loaded, read(loaded.model, image, size, args), str(image), folder, args)
+) -> Drawn:
+    from dinov2_attn.apps.viz.provenance import origin_of
+
+    subject = Subject(read(loaded, image, size, args), origin_of(image))
+    return write(loaded, subject, folder, args)
+
+
+def _said(args: argparse.Namespace, image: Path, drawn: Drawn) -> str:
+    lines = [
+        f"{image}: {drawn.said}",
+        wrote(args, drawn.folder, drawn.files, "every head on one scale"),
+    ]
+    if drawn.removed:
+        lines.append(removed(args, drawn.folder, drawn.removed))
+    return "\n".join(lines)
+
+
+def _end(args: argparse.Namespace, image: Path, drawn: Drawn) -> None:
+    page = Path(image.with_suffix(".html").name)
+    if can_have_page(args):
+        say(args, next_command(args, "explore", image, "-o", page))
+    if args.open:
+        open_file(drawn.folder / drawn.files[0])
 
 
 def _folders(output: Path, images: Sequence[Path]) -> list[Path]:

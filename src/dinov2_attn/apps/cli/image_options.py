@@ -13,8 +13,7 @@ from dinov2_attn.apps.cli.argtypes import numbers, positive, value_range
 from dinov2_attn.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from dinov2_attn.apps.cli.model_options import Loaded
     from dinov2_attn.apps.viz.images import ImageSize, LoadedImage
 
 log = logging.getLogger(__name__)
@@ -67,29 +66,29 @@ def add_image_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read(model: nn.Module, image: Path, size: ImageSize, args: argparse.Namespace) -> LoadedImage:
-    """Return ``image`` as ``model`` takes it, by the options of ``add_image_size``."""
+def read(loaded: Loaded, image: Path, size: ImageSize, args: argparse.Namespace) -> LoadedImage:
+    """Return ``image`` as the model takes it, by the options of ``add_image_size``."""
     from dinov2_attn.apps.viz.images import load_image
 
     return load_image(
         image,
-        model,
+        loaded.model,
         size,
         args.max_pixels,
         range=args.range,
-        mean=args.mean,
-        std=args.std,
+        mean=args.mean or loaded.mean,
+        std=args.std or loaded.std,
     )
 
 
-def check_reading(model: nn.Module, args: argparse.Namespace) -> None:
+def check_reading(loaded: Loaded, args: argparse.Namespace) -> None:
     """Raise ``InvalidInputError`` if the mean has other channels; log what is assumed."""
     from dinov2_attn.apps.viz.reading import reading_for
-    from dinov2_attn.backbone.backbone import Backbone
 
-    channels = Backbone(model).channels
-    reading = reading_for(channels, args.range, args.mean, args.std)
-    if channels != 3 and None in (args.mean, args.std):
+    channels = loaded.geometry.channels
+    mean, std = args.mean or loaded.mean, args.std or loaded.std
+    reading = reading_for(channels, args.range, mean, std)
+    if channels != 3 and None in (mean, std):
         log.warning(
             "the model takes %d channel%s: %s. Pass the values of its training by --mean and --std",
             *(channels, "s" * (channels != 1), reading),

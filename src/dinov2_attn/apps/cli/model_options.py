@@ -7,13 +7,16 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinov2_attn.apps.cli.argtypes import add_source_and_device, positive
+from dinov2_attn.apps.cli.model_names import TIMM, architecture, chosen, model_name
 from dinov2_attn.apps.weights import dinov3
 from dinov2_attn.apps.weights.models import (
     ARCHS,
+    HUB,
     PUBLISHED,
     Architecture,
     build,
@@ -22,22 +25,58 @@ from dinov2_attn.apps.weights.models import (
 )
 from dinov2_attn.errors import InvalidInputError, UnavailableError
 
+if TYPE_CHECKING:
+    from dinov2_attn.apps.viz.images import LoadedImage
+    from dinov2_attn.maps.geometry import Geometry
+
 log = logging.getLogger(__name__)
 
 SEED = 0
+NO_MEANING = "RANDOM WEIGHTS: the maps of this run carry no meaning"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A grafted model on its device, what captions call it, and whether it means nothing.
+    """A model on its device, and what is known of it.
 
-    ``doubt`` is a sentence about what was assumed of it.
+    Attributes:
+        model: The model, grafted if it is one of upstream's.
+        name: What captions call it.
+        random: Whether its weights are random, so that its maps mean nothing.
+        doubt: A sentence about what was assumed of it.
+        mean: The mean that its images had in training, if it names one.
+        std: Their deviation.
+
     """
 
     model: Any
     name: str
     random: bool
     doubt: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def geometry(self) -> Geometry:
+        """The size of its patches, and the number of channels, tokens, layers and heads."""
+        from dinov2_attn.maps.geometry import geometry_of
+
+        return geometry_of(self.model)
+
+    @property
+    def registers(self) -> int:
+        """The number of registers."""
+        return self.geometry.registers
+
+    @property
+    def patch(self) -> int:
+        """The side of a patch in pixels."""
+        return self.geometry.patch_size[0]
+
+    def grid(self, image: LoadedImage) -> tuple[int, int]:
+        """Return the rows and columns of patches of an image."""
+        height, width = image.picture.shape[:2]
+        return self.geometry.grid(height, width)
 
     @property
     def warning(self) -> str | None:
@@ -64,8 +103,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="Use random weights, for a trial run. The maps carry no meaning.",
     )
     group.add_argument(
+        "--model",
+        type=model_name,
+        metavar="NAME",
+        help="The model by its name on Meta's hub, such as "
+        f"{', '.join(HUB)} or dinov3_vits16, or one of timm's as timm:NAME.",
+    )
+    group.add_argument(
         "--arch",
-        choices=(*ARCHS, *dinov3.ARCHS),
+        type=architecture,
+        metavar="{" + ",".join((*ARCHS, *dinov3.ARCHS)) + "}",
         help="The architecture. Default: that of --weights, or else vit_small. One of DINOv3 "
         "needs --repo, a checkout of DINOv3, and --weights.",
     )
@@ -101,18 +148,11 @@ def load_model(args: argparse.Namespace) -> Loaded:
     """
     import torch
 
+    args = chosen(args)
     check_device(args.device)
-    if args.num_heads is not None and args.weights is None:
-        raise InvalidInputError(
-            "--num-heads together with --weights PATH",
-            "no checkpoint",
-            "Leave it out: a name tells.",
-        )
-    if args.key is not None and args.weights is None:
-        raise InvalidInputError(
-            "--key together with --weights PATH", "no checkpoint", "Leave it out."
-        )
-    is_dinov3 = args.arch in dinov3.ARCHS
+    if args.model_is_timm:
+        return _of_timm(args)
+    is_dinov3 = args.model_is_dinov3
     choose = _of_dinov3 if is_dinov3 else _named if args.weights is None else _from_file
     make, name, doubt = choose(args)
     if torch.device(args.device).type == "cpu":
@@ -120,18 +160,45 @@ def load_model(args: argparse.Namespace) -> Loaded:
         sys.modules.setdefault("xformers", None)  # type: ignore[arg-type]  # Python's own sign
     obtain = _obtain_dinov3 if is_dinov3 else _obtain
     obtain(args.repo)
-    # Seeded, so that random weights are the same at every run.
+    model = _seeded(make)
+    return Loaded(model.to(args.device), name, args.random_weights, doubt)
+
+
+def _seeded(make: Callable[[], Any]) -> Any:
+    """Return what ``make`` makes, with the same random weights at every run."""
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
-        model = make()
-    return Loaded(model.to(args.device), name, args.random_weights, doubt)
+        return make()
+
+
+def _of_timm(args: argparse.Namespace) -> Loaded:
+    """Return a model of timm's with its own weights, those of a file, or random ones."""
+    from dinov2_attn.apps.weights import timm_models
+
+    name = args.model.removeprefix(TIMM)
+    if args.random_weights:
+        log.warning(NO_MEANING)
+    make = partial(
+        timm_models.build, name, None if args.weights is None else Path(args.weights),
+        pretrained=not args.random_weights,
+    )  # fmt: skip
+    model = _seeded(make)
+    source = "random weights" if args.random_weights else "timm's weights"
+    source = source if args.weights is None else Path(args.weights).name
+    mean, std = timm_models.normalisation(model)
+    called = f"{name} of timm, {source}"
+    found = Loaded(model.to(args.device), called, args.random_weights, None, mean, std)
+    found.geometry  # noqa: B018 - raises if it has no attention or no patches
+    return found
 
 
 def _obtain(repo: str | None) -> None:
     import dinov2_attn
     from dinov2_attn.apps.weights.source import obtain
 
-    log.info("%s", obtain(repo))
+    log.debug("%s", obtain(repo))
     dinov2_attn.install()
 
 
@@ -155,7 +222,7 @@ def _named(args: argparse.Namespace) -> Choice:
 
         model = build(arch, patch_size=patch_size, registers=args.registers)
         if args.random_weights:
-            log.warning("RANDOM WEIGHTS: the maps of this run carry no meaning")
+            log.warning(NO_MEANING)
         else:
             load_pretrained(model, arch, patch_size=patch_size, registers=args.registers)
         return model
@@ -166,15 +233,6 @@ def _named(args: argparse.Namespace) -> Choice:
 
 def _of_dinov3(args: argparse.Namespace) -> Choice:
     """Choose a model of DINOv3 by its name, with weights of a file or with random ones."""
-    options = {"--patch-size": args.patch_size, "--num-heads": args.num_heads}
-    options["--registers"] = args.registers or None
-    given = [option for option, value in options.items() if value is not None]
-    if given:
-        raise InvalidInputError(
-            f"--arch {args.arch} alone, which says all of the model",
-            ", ".join(given),
-            "Leave them out: the name tells.",
-        )
     if args.weights is None and not args.random_weights:
         raise UnavailableError(
             "a file with weights of DINOv3, which are not downloaded here because of their licence",
@@ -188,7 +246,7 @@ def _of_dinov3(args: argparse.Namespace) -> Choice:
 
         model = dinov3.build(args.arch)
         if args.random_weights:
-            log.warning("RANDOM WEIGHTS: the maps of this run carry no meaning")
+            log.warning(NO_MEANING)
         else:
             load_checkpoint(model, args.weights, key=args.key)
         return model
@@ -206,11 +264,11 @@ def _from_file(args: argparse.Namespace) -> Choice:
     checkpoint = read(args.weights)
     architecture = infer(checkpoint, args.num_heads, key=args.key)
     _require_agreement(args, architecture)
-    log.info("%s: %s", args.weights, architecture)
+    log.debug("%s: %s", args.weights, architecture)
     if doubt(architecture):
         log.warning("%s: %s", args.weights, doubt(architecture))
     if architecture.registers and architecture.interpolation is None:
-        log.info(
+        log.debug(
             "positions are interpolated as in the published models with registers (antialias, "
             "no offset): weights do not tell"
         )
@@ -226,12 +284,14 @@ def _from_file(args: argparse.Namespace) -> Choice:
 
 def _require_agreement(args: argparse.Namespace, found: Architecture) -> None:
     """Raise ``InvalidInputError`` if an option contradicts the file."""
-    arch = None if args.arch is None else PUBLISHED[args.arch][0]
     agree = {
-        f"--arch {args.arch}": arch in (None, found.family),
+        f"--arch {args.arch}": args.arch is None or PUBLISHED[args.arch][0] == found.family,
         f"--patch-size {args.patch_size}": args.patch_size in (None, found.patch_size),
         "--registers, which are 4": not args.registers or found.registers == 4,
     }
+    if args.model is not None:
+        same = all(agree.values()) and bool(args.registers) == bool(found.registers)
+        agree = {f"--model {args.model}": same}
     contradicted = [option for option, agrees in agree.items() if not agrees]
     if contradicted:
         raise InvalidInputError(

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dinov2_attn.apps.cli.argtypes import positive
+from dinov2_attn.apps.cli.report import say
 from dinov2_attn.errors import UnwritableOutputError
 from dinov2_attn.history import eras
 from dinov2_attn.history.projects import PROJECTS, Project, project_named
@@ -78,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
         proofs = _prove(revisions, args.jobs)
         lines = _lines(revisions, proofs)
     if args.json != "-":
-        print(table(lines))
-    _write(args.json, as_json, lines)
-    _write(args.junit, as_junit, lines)
+        say(args, table(lines))
+    _write(args, args.json, as_json, lines)
+    _write(args, args.junit, as_junit, lines)
     if args.update:
         _propose(lines)
     return 0 if all(line.proof.verdict == PROVEN for line in lines) else 1
@@ -140,13 +141,19 @@ def _digests_of(revision: Revision) -> dict[str, str]:
     return eras.digests_at(revision.read, project_named(revision.package))
 
 
-def _write(file: str | None, form: Callable[[Iterable[Line]], str], lines: list[Line]) -> None:
+def _write(
+    args: argparse.Namespace,
+    file: str | None,
+    form: Callable[[Iterable[Line]], str],
+    lines: list[Line],
+) -> None:
     if file == "-":
         print(form(lines))
     elif file is not None:
         try:
             text = form(lines) + "\n"
             Path(file).write_text(text, encoding="utf-8", errors="backslashreplace")
+            say(args, f"wrote {file}")
         except OSError as error:
             raise UnwritableOutputError(
                 f"a file that can be written at {file}", str(error), "Name another."

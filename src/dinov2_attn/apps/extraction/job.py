@@ -177,7 +177,7 @@ class Job:
     def _bar(self, group: Ranks, total: int) -> tqdm[Any]:
         label = f"process 1 of {group.world}" if group.world > 1 else None
         hidden = not self.progress or group.rank > 0
-        return tqdm(total=total, unit="image", desc=label, disable=hidden)
+        return tqdm(total=total, unit="image", desc=label, disable=hidden or None)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from dinov2_attn.apps.viz.limits import scale, scale_together
 from dinov2_attn.apps.viz.mosaic import Cells, Mosaic
 from dinov2_attn.apps.viz.pictures import PLAIN, Picture, draw_map, head_name
 from dinov2_attn.apps.viz.pixels import as_pixels
+from dinov2_attn.apps.viz.provenance import Facts
 from dinov2_attn.apps.viz.rows import AttentionRow, Drawable, Head, Values, select_row
 from dinov2_attn.apps.viz.saving import save, written
 from dinov2_attn.apps.viz.style import Style
@@ -50,19 +51,20 @@ class PaperFigure:
     figure: Figure
     caption: str
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, facts: Facts | None = None) -> None:
         """Write the figure as PDF, SVG or PNG, and its caption as text next to it.
 
         Args:
             path: The file. Its suffix, ``.pdf``, ``.svg`` or ``.png``, chooses the format. The
                 caption has the same name with ``.txt``.
+            facts: What else the metadata of the figure say, as in ``viz.save``.
 
         Raises:
             InvalidInputError: for another suffix.
             UnwritableOutputError: if a file cannot be written.
 
         """
-        save(self.figure, path, dpi=PRINT)
+        save(self.figure, path, dpi=PRINT, facts=facts)
         text = Path(path).with_suffix(".txt")
         with written(text):
             text.write_text(self.caption + "\n", encoding="utf-8")

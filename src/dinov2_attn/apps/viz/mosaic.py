@@ -94,11 +94,15 @@ class Mosaic:
             [self._square(place, *patch) for patch in np.argwhere(patches)], RED, "white", 1.25
         )
 
-    def contour(self, place: tuple[int, int], patches: Mask) -> None:
-        """Draw a line, white on black, around the patches that ``patches`` ``(h, w)`` marks."""
+    def contour(self, place: tuple[int, int], mask: Mask, times: float = 1.0) -> None:
+        """Draw a line, white on black, around what ``mask`` marks, stretched over the cell."""
         x, y = self._cells.corner(*place)
-        sides = [[(x + a, y + b), (x + c, y + d)] for a, b, c, d in _borders(patches)]
-        self._lines(sides, "white", "black")
+        down, right = (n / m for n, m in zip(self._cells.grid, mask.shape, strict=True))
+        sides = [
+            [(x + a * right, y + b * down), (x + c * right, y + d * down)]
+            for a, b, c, d in _borders(mask)
+        ]
+        self._lines(sides, "white", "black", times)
 
     def query(self, place: tuple[int, int], patch: tuple[int, int] | None) -> None:
         """Frame the patch of the query in white on black."""

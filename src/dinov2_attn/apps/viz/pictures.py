@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from dinov2_attn.maps.artifacts import ArtifactTokens
 
 PLAIN = Style()
+THIN = 0.6  # of the usual width: around an object that may be as small as a patch
+OUTLINED = "The thin white line is around the object that was marked."
 # An image: what load_image returns, an image of Pillow, or an array with the channels last.
 Picture: TypeAlias = "LoadedImage | npt.ArrayLike | PIL.Image.Image"
 
@@ -57,6 +59,7 @@ def plot(
     query: Token = "cls",
     sample: int = 0,
     image: Picture | None = None,
+    outline: Mask | None = None,
     artifacts: ArtifactTokens | None = None,
     style: Style = PLAIN,
     name: str | None = None,
@@ -84,6 +87,8 @@ def plot(
         sample: Which image of the batch.
         image: The image below the map: what ``load_image`` returned, an image of Pillow, or an
             array ``(H, W, 3)`` or ``(H, W)``, integers of 0…255 or floats of 0…1.
+        outline: A bool mask ``(H, W)`` of any resolution, such as that of an object. A line in
+            white on black is drawn around it.
         artifacts: What ``artifact_tokens`` found in the same batch. ``style`` says how to draw
             them.
         style: Contrast, limits, colours, interpolation, outliers, alpha.
@@ -108,6 +113,7 @@ def plot(
         colour_sentence([row.tokens], [norm], [values]),
         *prefix_sentence(row, layer, head),
         *artifact_sentence(row, layer, style, outlying, head),
+        *([] if outline is None else [OUTLINED]),
     ]
     if ax is None:
         sheet = single_sheet(row.grid)
@@ -123,6 +129,8 @@ def plot(
         mosaic.picture((0, 0), greyed(pixels) if style.background == "grey" else pixels)
     alpha = 1.0 if image is None else style.alpha
     draw_map(mosaic, (0, 0), values, norm, style, outlying, alpha)
+    if outline is not None:
+        mosaic.contour((0, 0), outline, THIN)
     mosaic.query((0, 0), row.patch)
     mosaic.finish()
     return ax
@@ -135,6 +143,7 @@ def plot_heads(
     query: Token = "cls",
     sample: int = 0,
     image: Picture | None = None,
+    outline: Mask | None = None,
     artifacts: ArtifactTokens | None = None,
     style: Style = PLAIN,
     name: str | None = None,
@@ -152,6 +161,7 @@ def plot_heads(
         query: As in ``plot``.
         sample: As in ``plot``.
         image: The image, drawn as the first cell.
+        outline: As in ``plot``, drawn in every cell.
         artifacts: As in ``plot``.
         style: As in ``plot``.
         name: As in ``plot``.
@@ -179,12 +189,16 @@ def plot_heads(
         *prefix_sentence(row, layer, "mean"),
         *artifact_sentence(row, layer, style, outlying),
         *(shown_note(notes, row) if one else []),
+        *([] if outline is None else [OUTLINED]),
     ]
     figure, ax, bar = sheet.figure(caption, warning)
     _bar(norms, every, style, row).draw(figure, bar, BAR_POINTS)
     mosaic = Mosaic(ax, sheet.cells, style, line_width(sheet.patch))
     if image is not None:
         _image(mosaic, places[0], image, row, style, outlying)
+    if outline is not None:
+        for place in places:
+            mosaic.contour(place, outline, THIN)
     for i, (place, head) in enumerate(zip(places[images:], heads, strict=True)):
         draw_map(mosaic, place, values[i], norms[i], style, outlying)
         mosaic.query(place, row.patch)

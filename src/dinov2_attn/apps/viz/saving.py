@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from dinov2_attn.apps.viz.colours import Pixels
 from dinov2_attn.apps.viz.films import FILMS, writer_of
 from dinov2_attn.apps.viz.pictures import PLAIN, plot_heads
+from dinov2_attn.apps.viz.provenance import Facts, metadata_for
 from dinov2_attn.apps.viz.rows import Drawable
 from dinov2_attn.apps.viz.style import Style
 from dinov2_attn.errors import InvalidInputError, UnwritableOutputError
@@ -24,15 +25,20 @@ SECONDS = 0.8  # of each layer
 FORMATS = ("png", "svg", "pdf")
 
 
-def save(figure: Figure, path: str | Path, *, dpi: int = DPI) -> None:
+def save(figure: Figure, path: str | Path, *, dpi: int = DPI, facts: Facts | None = None) -> None:
     """Write a figure as PNG, SVG or PDF.
 
-    Text in an SVG or PDF stays text. The same figure gives the same bytes.
+    >>> viz.save(figure, "heads.png", facts={"image": "cat.jpg", "layer": 11, "query": "cls"})
+
+    Text in an SVG or PDF stays text. The same figure gives the same bytes. The metadata of the file
+    name this package and its version.
 
     Args:
         figure: What ``plot_heads`` returned, or ``plot(…).figure``.
         path: The file. Its suffix, ``.png``, ``.svg`` or ``.pdf``, chooses the format.
         dpi: Pixels per inch, also of the images in an SVG or PDF.
+        facts: What else the metadata say, as values of JSON: the image, its digest, the model, and
+            so on. It is the description of a PNG or SVG, and the subject of a PDF.
 
     Raises:
         InvalidInputError: for another suffix.
@@ -40,7 +46,7 @@ def save(figure: Figure, path: str | Path, *, dpi: int = DPI) -> None:
 
     """
     with written(Path(path)):
-        write_figure(figure, Path(path), dpi)
+        write_figure(figure, Path(path), dpi, facts)
 
 
 def animate(maps: Drawable, path: str | Path, *, seconds: float = SECONDS, **options: Any) -> None:
@@ -66,7 +72,7 @@ def animate(maps: Drawable, path: str | Path, *, seconds: float = SECONDS, **opt
         write_film(maps, Path(path), seconds, **options)
 
 
-def write_figure(figure: Figure, path: Path, dpi: int = DPI) -> None:
+def write_figure(figure: Figure, path: Path, dpi: int = DPI, facts: Facts | None = None) -> None:
     """Write as ``save`` does, but raise ``OSError`` unchanged."""
     kind = _kind(path, FORMATS)
     # matplotlib has these only as settings of the process. The context restores them.
@@ -75,9 +81,9 @@ def write_figure(figure: Figure, path: Path, dpi: int = DPI) -> None:
         "svg.hashsalt": "dinov2-attn",
         "pdf.fonttype": 42,  # TrueType, which journals ask for
     }
-    undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    metadata = metadata_for(kind, facts or {})
     with matplotlib.rc_context(settings):
-        figure.savefig(path, format=kind, dpi=dpi, metadata=undated.get(kind))
+        figure.savefig(path, format=kind, dpi=dpi, metadata=metadata)
 
 
 def write_film(maps: Drawable, path: Path, seconds: float = SECONDS, **options: Any) -> None:

@@ -109,7 +109,8 @@ def fill(
         raise _misfit(checkpoint, backbone, shared, differences)
     require_as_configured(model, checkpoint)
     model.load_state_dict({name: weights[plain(name)] for name in state})
-    log.info("%s: loaded %s%s", checkpoint.path, backbone.root or "all", _without(backbone))
+    level = logging.INFO if backbone.left_out else logging.DEBUG
+    log.log(level, "%s: loaded %s%s", checkpoint.path, backbone.root or "all", _without(backbone))
     for name in zeros:
         log.info("%s is not in the file: set to zeros (only passes with masks use it)", name)
     return backbone.left_out

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinov2_attn.errors import UnavailableError, UnreadableFileError, in_one_line
+from dinov2_attn.apps.weights import checkout
+from dinov2_attn.errors import UnavailableError, in_one_line
 from dinov2_attn.history.projects import DINOV3
 
 # --help needs the names below without the seconds that importing torch takes.
@@ -49,13 +50,7 @@ def obtain(repo: str | Path | None = None) -> Path:
 
     """
     if repo is not None:
-        folder = Path(repo).expanduser().resolve()
-        if not (folder / DINOV3.package / "hub" / "backbones.py").is_file():
-            raise UnreadableFileError(
-                "a checkout of DINOv3: a folder that holds dinov3/hub/backbones.py",
-                f"{folder}, which does not",
-                "Name the folder that `git clone` made.",
-            )
+        folder = checkout.check(repo, dinov3=True)
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
     try:

@@ -23,6 +23,14 @@ PUBLISHED = {
     "vit_giant2": ("ViT-g", 1536, 40),
 }
 ARCHS = tuple(PUBLISHED)
+DEPTHS = {arch: depth for arch, (_, _, depth) in PUBLISHED.items()}
+
+# By the names of upstream's hub: the architecture, and whether the model has registers.
+HUB = {
+    f"dinov2_{arch.replace('_', '')[:4]}14{suffix}": (arch, bool(suffix))
+    for arch in ARCHS
+    for suffix in ("", "_reg")
+}
 
 # Models with registers are published with this interpolation of the positional embedding.
 INTERPOLATION_WITH_REGISTERS = {"interpolate_antialias": True, "interpolate_offset": 0.0}

@@ -7,7 +7,9 @@ only. If another one is already imported, Python would silently use that; here i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from torch import nn
 
 from dinov2_attn._download import Wheel, bounded_downloads, download_url, fetch_wheel
 from dinov2_attn._files import atomic_file
+from dinov2_attn.apps.weights import checkout
 from dinov2_attn.apps.weights.checkpoints import load_checkpoint
 from dinov2_attn.errors import Dinov2AttnError, UnavailableError, UnreadableFileError, in_one_line
 
@@ -78,7 +81,7 @@ def obtain(repo: str | Path | None = None) -> Source:
             return way()
         except UnavailableError as error:
             reasons.append(f"no {error.expected} ({error.found})")
-            log.info("%s", reasons[-1])
+            log.debug("%s", reasons[-1])
     raise UnavailableError(
         "upstream's dinov2 code from one of three places",
         "; ".join(reasons),
@@ -95,13 +98,7 @@ def from_checkout(repo: str | Path) -> Source:
         UnavailableError: If another ``dinov2`` is already imported, or the import fails.
 
     """
-    folder = Path(repo).expanduser().resolve()
-    if not _holds_models(folder):
-        raise UnreadableFileError(
-            "a checkout of upstream: a folder that holds dinov2/models/vision_transformer.py",
-            f"{folder}, which does not",
-            "Name the folder that `git clone` made.",
-        )
+    folder = checkout.check(repo)
     _import_from(folder)
     return Source("checkout", str(folder))
 
@@ -126,7 +123,7 @@ def from_hub() -> Source:
     # Every torch names the folder owner_name_ref. With the ref given, torch.hub does not ask
     # GitHub for the default branch.
     folder = Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main"
-    if not _holds_models(folder):
+    if not checkout.holds_models(folder):
         _download_from_hub("facebookresearch/dinov2:main")
     _import_from(folder)
     return Source("hub", str(folder))
@@ -209,22 +206,21 @@ def _download_and_fill(model: nn.Module, url: str, path: Path) -> None:
         ) from error
 
 
-def _holds_models(folder: Path) -> bool:
-    return (folder / "dinov2" / "models" / "vision_transformer.py").is_file()
-
-
 def _download_from_hub(github: str) -> None:
     # torch.hub.list is the only public call that downloads without building a model. trust_repo
     # avoids a question on stdin (torch itself trusts this owner), skip_validation a request to
     # GitHub's rate-limited API.
     download: Callable[..., object] = torch.hub.list
+    said = io.StringIO()  # torch.hub writes to standard error, not to a log
     try:
-        with bounded_downloads():
+        with contextlib.redirect_stderr(said), bounded_downloads():
             download(github, trust_repo=True, skip_validation=True)
     except Exception as error:  # errors of network, archive and hubconf pass through torch.hub
         raise UnavailableError(
             "copy of GitHub's through torch.hub", _name_and_text(error), "Connect to GitHub."
         ) from error
+    finally:
+        log.debug("torch.hub: %s", said.getvalue().strip())
 
 
 def _import_from(entry: Path) -> None:
