@@ -164,6 +164,15 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path):
     assert said == ""
 
 
+def test_another_closed_pipe_is_not_hidden(monkeypatch):
+    def broken(_):
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr("dinov2_attn.apps.cli.doctor.run", broken)
+    with pytest.raises(BrokenPipeError, match="worker"):
+        main(["doctor"])
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_a_script_completes_the_words_of_each_command(shell, capsys):
     pytest.importorskip("shtab")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import zipfile
 
+from timm import create_model
+
 from dinov2_attn.proof.verify.sources import find
 from tests.support.advice import Table
+
+TIMM = "timm:vit_tiny_patch16_224"
 
 CASES = Table()
 case = CASES.add
@@ -107,6 +112,114 @@ case(
 )
 
 
+case(
+    "apps/cli",
+    "Name its images. `dinov2-attn extract` takes folders",
+    lambda lab: heatmap(lab, photos(lab)),
+    lambda lab: (
+        heatmap(lab, photos(lab) / "a.png"),
+        lab.typed("extract", photos(lab), "-o", lab.folder / "e", "--weights", lab.weights),
+    ),
+)
+case(
+    "apps/cli",
+    "Check the path.",
+    lambda lab: heatmap(lab, lab.image.with_name("photgraph.png")),
+    lambda lab: heatmap(lab, re.search(r"Did you mean (.+)\?$", lab.hint)[1]),
+)
+case(
+    "apps/cli",
+    "Name another one",
+    lambda lab: lab.heatmap(weights=lab.weights, output=lab.image.name),
+    lambda lab: lab.heatmap(weights=lab.weights),
+)
+case(
+    "apps/cli",
+    "Name layers that the model has, or all",
+    lambda lab: lab.heatmap("--random-weights", "--image-size", 28, "--layers", 12),
+    lambda lab: (
+        lab.heatmap("--random-weights", "--image-size", 28, "--layers", 11),
+        lab.heatmap("--random-weights", "--image-size", 28, "--layers", "all"),
+    ),
+)
+case(
+    "apps/cli",
+    "Name another file, or remove those",
+    lambda lab: (
+        figure(lab, lab.image),
+        lab.typed("figure", lab.image, "-o", lab.folder / "a.svg", "--weights", lab.weights,
+                  "--width", 5),
+    ),
+    lambda lab: (
+        lab.typed("figure", lab.image, "-o", lab.folder / "b.svg", "--weights", lab.weights,
+                  "--width", 5),
+        (lab.folder / "a.pdf").unlink(),
+        lab.typed("figure", lab.image, "-o", lab.folder / "a.svg", "--weights", lab.weights,
+                  "--width", 5),
+    ),
+)  # fmt: skip
+case(
+    "apps/cli",
+    "Draw its maps: `dinov2-attn heatmap` takes any model of timm",
+    lambda lab: lab.typed("explore", lab.image, "-o", lab.folder / "a.html", "--model", TIMM),
+    lambda lab: lab.heatmap("--model", TIMM, "--random-weights", "--image-size", 16),
+)
+
+
+def photos(lab):
+    return lab.written("photos/a.png", lab.image.read_bytes()).parent
+
+
+def drawn_twice(lab, spoil):
+    lab.heatmap("--overview", weights=lab.weights)
+    spoil(lab.folder / "out")
+    lab.heatmap(weights=lab.weights)
+
+
+case(
+    "apps/viz",
+    "Name another output, or move that file",
+    lambda lab: drawn_twice(lab, lambda out: (out / "run.json").write_text("mine")),
+    lambda lab: (
+        lab.heatmap(weights=lab.weights, output="other"),
+        (lab.folder / "out" / "run.json").rename(lab.folder / "mine.json"),
+        lab.heatmap(weights=lab.weights),
+    ),
+)
+case(
+    "apps/viz",
+    "Name another folder, or move what you changed",
+    lambda lab: drawn_twice(lab, lambda out: (out / "layers.png").write_bytes(b"mine")),
+    lambda lab: (
+        lab.heatmap(weights=lab.weights, output="other"),
+        (lab.folder / "out" / "layers.png").rename(lab.folder / "mine.png"),
+        lab.heatmap(weights=lab.weights),
+    ),
+)
+case(
+    "apps/weights",
+    "Try ",
+    lambda lab: lab.heatmap("--model", TIMM[:-1], "--random-weights", "--image-size", 16),
+    lambda lab: lab.heatmap(
+        "--model",
+        "timm:" + re.search(r"Try (\S+?)( or .*)?[.]$", lab.hint)[1],
+        "--random-weights",
+        "--image-size",
+        224,
+    ),
+)
+case(
+    "apps/weights",
+    "Name the model that was saved there",
+    lambda lab: lab.heatmap("--model", "timm:vit_small_patch16_224", weights=of_timm(lab)),
+    lambda lab: lab.heatmap("--model", TIMM, "--image-size", 16, weights=of_timm(lab)),
+)
+
+
+def of_timm(lab):
+    return lab.saved(create_model(TIMM.removeprefix("timm:")).state_dict())
+
+
 # What is verified
 
 
@@ -194,6 +307,7 @@ case(
 # What argparse refuses, and proposes: the command, the option and a wrong value of it
 
 PROPOSED = [
+    ("heatmap", "--layers", "last"),
     ("heatmap", "--threshold", "1.5"),
     ("heatmap", "--alpha", "much"),
     ("heatmap", "--range", "7,3"),

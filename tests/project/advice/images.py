@@ -231,7 +231,7 @@ case(
 
 
 def in_the_way(lab):
-    return lab.written("taken", b"a file")
+    lab.path("taken/heads.png/x").touch()
 
 
 case(
@@ -240,7 +240,7 @@ case(
     lambda lab: (in_the_way(lab), lab.heatmap(weights=lab.weights, output="taken")),
     lambda lab: (
         lab.heatmap(weights=lab.weights, output="another"),
-        (lab.folder / "taken").unlink(),
+        (lab.folder / "taken").rename(lab.folder / "moved"),
         lab.heatmap(weights=lab.weights, output="taken"),
     ),
 )

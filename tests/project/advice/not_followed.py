@@ -46,6 +46,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "Give your own weights with --weights PATH. --random-weights runs without",
             "Connect to GitHub or PyPI once",
             "Connect to GitHub.",
+            "Connect to the network, or give a file by --weights PATH",
         ),
         "_download": (
             "Check that `python -m pip download` works here",
@@ -84,6 +85,16 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "needs a GPU that fails: test_extract_failing puts one in its place": {
         "apps/viz": ("Start the program again",),
+    },
+    "of a library that is not installed, or a file that may not be read (not by root)": {
+        "apps/cli": (
+            "Install it with `pip install 'dinov2-attn[completion]'`",
+            "Change its permissions",
+        ),
+        "apps/weights": ("Install it with `pip install timm`",),
+    },
+    "of a file that is removed while it is read": {
+        "apps/viz": ("Check the path and that an image viewer opens it",),
     },
     "needs a process that is killed for its memory": {
         "apps/extraction": ("try fewer workers, or a smaller --max-pixels",),

@@ -6,6 +6,7 @@ import argparse
 import io
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -48,9 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("interrupted; what was written is complete")
         return 130
     except BrokenPipeError:
+        if not _reader_has_left():
+            raise
         # Python flushes once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _reader_has_left() -> bool:
+    """Return whether standard output is a pipe that nobody reads."""
+    if sys.platform == "win32":
+        return True  # it has no poll
+    state = select.poll()
+    state.register(sys.stdout, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in state.poll(0))
 
 
 def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
