@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
 from argparse import ArgumentTypeError
 from glob import has_magic
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +178,17 @@ def run(args: argparse.Namespace) -> int:
             say(args, f"wrote {args.output / 'index.jsonl'}: a line for each image  <- open this")
             say(args, f'next: python -c "{READ.format(str(args.output))}"')
     return 1 if done.unreadable else 0
+
+
+def _end(args: argparse.Namespace) -> None:
+    """Print the files, the first image without maps with its reason, and how to go on."""
+    say(args, f"wrote {args.output / 'index.jsonl'}: a line for each image  <- open this")
+    unreadable = args.output / "unreadable.jsonl"
+    with unreadable.open(encoding="utf-8") as lines:
+        for line in islice(lines, 1):
+            first = json.loads(line)
+            say(args, f"{unreadable}, first: {first['path']}: {first['reason']}")
+    say(args, f"next: python -c {shlex.quote(READ.format(str(args.output)))}")
 
 
 def _workers() -> int:

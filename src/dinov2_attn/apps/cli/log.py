@@ -37,6 +37,8 @@ def configure(args: argparse.Namespace) -> None:
     # logger. Pictures do not need xFormers.
     logging.getLogger("dinov2").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="xFormers is")
+    # timm's weights come through it. Without a network it warns of every attempt.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
