@@ -21,6 +21,7 @@ def test_without_xformers_everything_is_pytorchs(tmp_path):
     done = doctor(tmp_path, tmp_path)
     assert done.returncode == 0, done.stderr
     said = done.stdout
+    assert said.startswith("OK: demo, heatmap, figure, explore and extract work on cpu in float32")
     assert "(installed)" in said
     assert "grafted: dinov2.layers.attention.MemEffAttention.forward" in said
     assert "attention and blocks as in " in said
@@ -42,6 +43,17 @@ def test_with_xformers_each_operator_is_tried(tmp_path):
     assert "xFormers' nested kernel, float32 on cpu: NotImplementedError: No operator" in said
     assert "would fail: lists in training with a drop path above 0" in said
     assert "without install(), which adds a fallback" in said
+
+
+def test_a_library_that_is_missing_is_in_the_verdict(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as it\n"
+        "find = it.find_spec\n"
+        "it.find_spec = lambda name, *rest: None if name == 'tqdm' else find(name, *rest)\n"
+    )
+    done = doctor(tmp_path, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("OK in Python on cpu. Commands lack tqdm: run `pip install")
 
 
 def test_code_that_is_refused_ends_in_an_error_of_ours(tmp_path):

@@ -25,7 +25,7 @@ def explore(*arguments):
     return main(["explore", *map(str, arguments)])
 
 
-def test_the_planted_attention_arrives_on_the_page(image, weights, path, caplog):
+def test_the_planted_attention_arrives_on_the_page(image, weights, path, capsys):
     assert explore(image, "-o", path, "--weights", weights) == 0
     page = Page(path)
     assert page.about["grid"] == list(GRID)
@@ -37,10 +37,10 @@ def test_the_planted_attention_arrives_on_the_page(image, weights, path, caplog)
     assert page.one("title")["text"] == "planted.png · attention"
     assert "ViT-S/14" in path.read_text("utf-8")
     assert not page.all("p", id="warning")
-    assert f"{path}, {page.size / 1e6:.1f} MB, keeps layers 0–11: all rows of each head" in (
-        caplog.text
-    )
-    assert list(path.parent.iterdir()) == [path]
+    said = capsys.readouterr().out
+    assert f"; {page.size / 1e6:.1f} MB; keeps layers 0–11: all rows of each head\n" in said
+    assert f"wrote {path}: " in said
+    assert {one.name for one in path.parent.iterdir()} == {"page.html", "page.html.run.json"}
 
 
 def test_random_weights_say_so_on_the_page(image, path, caplog):
@@ -74,7 +74,7 @@ def test_the_mean_of_heads_from_the_last_layer_on(image, path):
     [
         (["--random-weights"], "Expected one image.\nFound none.\nName one, or use --example"),
         (["x.png", "--example", "--random-weights"], "Expected one image.\nFound x.png, "),
-        (["x.png", "--random-weights"], "complete image file.\nFound x.png, which cannot be"),
+        (["x.png", "--random-weights"], "an image file.\nFound x.png, which cannot be"),
         (["{}", "--random-weights", "--layers", "12"], "Expected blocks between -12 and 11"),
         (["{}", "--random-weights", "--max-mb", "0.01"], "Raise --max-mb (max_mb) by 0.0"),
     ],

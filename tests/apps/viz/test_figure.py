@@ -299,13 +299,13 @@ def program(*arguments):
 
 
 @pytest.mark.usefixtures("imported")
-def test_the_program_draws_images_by_columns(image, weights, tmp_path, caplog):
+def test_the_program_draws_images_by_columns(image, weights, tmp_path, capsys):
     other = tmp_path / "tall.png"
     Image.fromarray(photograph_of((7, 4), (5, 1))).save(other)
     options = ["--columns", f"photo,mean,{HEAD}", "--limits", "each", "--cmap", "inferno"]
     path = tmp_path / "fig.svg"
     assert program(image, other, "-o", path, "--weights", weights, "--width", 4, *options) == 0
-    assert f"{path}, 4.00 × " in caplog.text
+    assert f"wrote {path}: the figure, 4.00 × " in capsys.readouterr().out
     caption = path.with_suffix(".txt").read_text(encoding="utf-8")
     assert (
         f"Rows: {image.name}, tall.png. Columns: the image, mean of heads, head {HEAD}." in caption

@@ -198,6 +198,21 @@ def test_masks_dim_all_but_the_patches_that_keep_the_mass(grid, share):
         assert any(text.endswith(f"· {100 * kept.mean():.1f} %") for text in words_of(drawn.figure))
 
 
+@pytest.mark.parametrize("fine", [1, 2, 14])
+def test_an_object_is_outlined_in_every_cell_whatever_the_resolution(fine):
+    mask = np.zeros(GRID, dtype=bool)
+    mask[1, 2] = True
+    mask = mask.repeat(fine, axis=0).repeat(fine, axis=1)
+    picture = np.full((42, 70, 3), 60, dtype=np.uint8)
+    for draw, cells in ((viz.plot_heads, 5), (lambda *a, **k: viz.plot(*a, **k).figure, 1)):
+        figure = draw(maps_on(GRID), image=picture, outline=mask)
+        assert "The thin white line is around the object that was marked." in caption_of(figure)
+        drawn = Drawn(figure)
+        for cell in range(cells):
+            assert drawn.frames(cell, GRID, WHITE) == {(1, 2)}, cell
+    assert "thin white line" not in caption_of(viz.plot_heads(maps_on(GRID), image=picture))
+
+
 def test_a_line_separates_what_a_mask_keeps():
     grid = (4, 6)
     maps = maps_on(grid, heads=1, layers=1)

@@ -142,7 +142,7 @@ def test_loaded_weights_are_logged(model, file, caplog):
 
 def test_all_weights_of_a_bare_backbone_are_loaded(model, file, caplog):
     torch.save(model.state_dict(), file)
-    caplog.set_level("INFO", "dinov2_attn")
+    caplog.set_level("DEBUG", "dinov2_attn")
     assert load_checkpoint(model, file) == ()
     assert caplog.messages == [f"{file}: loaded all"]
     torch.save({"teacher": model.state_dict(), "epoch": 1, "optimizer": OPTIMIZER}, file)
@@ -422,7 +422,7 @@ def test_positions_of_a_part_are_resized_too(model, file, caplog):
 
 def test_positions_that_fit_are_loaded_unchanged(model, file, caplog):
     torch.save(model.state_dict(), file)
-    caplog.set_level("INFO", "dinov2_attn")
+    caplog.set_level("DEBUG", "dinov2_attn")
     load_checkpoint(model, file, interpolate_pos_embed=True)
     assert caplog.messages == [f"{file}: loaded all"]
 

@@ -135,7 +135,7 @@ case(
 )
 case(
     "apps/cli",
-    "Name layers that the model has, or all",
+    "Name others, or all",
     lambda lab: lab.heatmap("--random-weights", "--image-size", 28, "--layers", 12),
     lambda lab: (
         lab.heatmap("--random-weights", "--image-size", 28, "--layers", 11),

@@ -39,9 +39,9 @@ def check_tokens(
     for layer in layers or ():
         if not -depth <= layer < depth:
             raise OutOfRangeError(
-                f"layers from 0 to {depth - 1}, or from -{depth} to -1, counted from the end",
+                f"blocks between -{depth} and {depth - 1}",
                 str(layer),
-                "Name layers that the model has, or all.",
+                "Blocks count from 0, and from the end with -1. Name others, or all.",
             )
 
 
@@ -82,8 +82,8 @@ def check_folder(path: Path) -> None:
 
 def check_file(path: Path) -> None:
     """Raise ``UnwritableOutputError`` if the file ``path`` cannot be written."""
-    _check_output(path, "a file", os.path.isfile)
     check_folder(path.parent)
+    _check_output(path, "a file", os.path.isfile)
 
 
 def _check_output(path: Path, what: str, fits: Callable[[Path], bool]) -> None:
