@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import subprocess
 import sys
 
 import numpy as np
@@ -226,3 +227,38 @@ def test_what_is_wrong_with_a_model_of_timm(options, said, here, caplog):
     text = " ".join(record.getMessage() for record in caplog.records)
     assert said in text
     assert not (here / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no terminals of this kind there")
+def test_a_bar_in_a_terminal_counts_failures(here):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    (here / "b.png").write_text("no pixels")
+    code = upstreams.CHECKOUT or upstreams.fetch_wheel(upstreams.FIRST.wheel)
+    found = os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")])
+    arguments = ["heatmap", "b.png", "photo.png", "-o", "out", "--random-weights", *SIZE]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    program = subprocess.Popen(
+        [sys.executable, "-m", "dinov2_attn", *arguments],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": found},
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    said = b"".join(iter(lambda: read(ours), b"")).decode()
+    os.close(ours)
+    assert program.wait() == 1
+    assert "1 failed" in said
+    assert "2/2" in said
+
+
+def read(terminal):
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # on Linux, at the end
+        return b""

@@ -309,6 +309,15 @@ def test_the_command_draws_scenes_and_attention(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("_imported")
+def test_the_target_is_outlined(tmp_path):
+    assert main(["demo", "-o", str(tmp_path), "--count", "1", "--format", "svg"]) == 0
+    for name in ("heads.svg", "overlay.svg"):
+        drawn = (tmp_path / "scene-0-square" / name).read_text()
+        assert "The thin white line is around" in drawn
+        assert drawn.count("LineCollection") > 0
+
+
+@pytest.mark.usefixtures("_imported")
 def test_the_brightest_patch_of_the_picture_is_the_targets(tmp_path):
     assert main(["demo", "-o", str(tmp_path), "--count", "2"]) == 0
     mean = pixels(tmp_path / "scene-1-wide" / "attn-mean.png")
