@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic
 
@@ -10,7 +11,15 @@ from torch import Tensor
 from dinov2_attn.backbone.layout import Layout, check_columns, cut_maps
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps import _facts
+from dinov2_attn.maps.places import (
+    Head,
+    place_of_head,
+    place_of_layer,
+    place_of_query,
+    place_of_sample,
+)
 from dinov2_attn.maps.result import Array, Result, W, as_array
+from dinov2_attn.math.token_names import Token, position_of
 from dinov2_attn.typing import Grid, Layer, Source
 
 
@@ -66,6 +75,67 @@ class AttentionMaps(Result, Generic[W]):
         given = [layer for layer in self.layers if isinstance(layer, int)]
         return tuple(given if len(given) == len(self.layers) else range(len(self.layers)))
 
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self.weights)
+
+    def __iter__(self) -> Iterator[W]:
+        """Go over the weights, layer by layer."""
+        return iter(self.weights)
+
+    def __getitem__(self, layer: Layer) -> W:
+        """Return the weights of ``layer``: ``maps[11]``, ``maps[-1]``.
+
+        A layer goes by what ``layers`` calls it. A negative number counts from the end, and where
+        layers are paths a number is a place.
+
+        Raises:
+            OutOfRangeError: There is no such layer.
+
+        """
+        return self.weights[place_of_layer(self.layers, layer)]
+
+    def at(
+        self,
+        layer: Layer | None = None,
+        head: Head = "mean",
+        query: Token = "cls",
+        *,
+        sample: int = 0,
+    ) -> W:
+        """Return the map of one token: its attention to the patches, ``(h, w)``.
+
+        >>> maps.at(layer=11, head=3, query=(3, 17))
+
+        Args:
+            layer: As in ``maps[layer]``. ``None`` is the last.
+            head: The number of a head, or ``"mean"``.
+            query: ``"cls"``, ``"register:2"``, a patch ``(row, column)``, or a position.
+            sample: Which image of the batch.
+
+        Returns:
+            A view of the weights of a head; of several heads their mean.
+
+        Raises:
+            OutOfRangeError: There is no such layer, head, query or image.
+            InvalidInputError: The grid is unknown, or ``reduce`` has made something else of the
+                weights.
+
+        """
+        weights: Any = self.weights[place_of_layer(self.layers, layer)]
+        self._check_rows(weights)
+        layout = self._layout_for(weights)
+        length = weights.shape[-1]
+        position = position_of(query, self.prefix, layout.grid)
+        queries = tuple(range(length)) if self.queries is None else self.queries
+        row = place_of_query(queries, position, self.prefix, layout.grid)
+        rows = weights[place_of_sample(sample, len(weights))][..., row, :]
+        if rows.ndim == 1:
+            place_of_head(("mean",), head)
+            return cut_maps(rows, layout)  # type: ignore[no-any-return]  # as the weights
+        place = place_of_head(range(len(rows)), head)
+        return cut_maps(rows.mean(0) if place is None else rows[place], layout)  # type: ignore[no-any-return]
+
     def patch_maps(self) -> tuple[W, ...]:
         """Return the attention to patches, ``(…, h, w)`` for each layer.
 
@@ -95,6 +165,14 @@ class AttentionMaps(Result, Generic[W]):
         """Return the same with NumPy arrays; bfloat16, which NumPy lacks, becomes float32."""
         maps: AttentionMaps[Array] = self._with(as_array)
         return maps
+
+    def _check_rows(self, weights: Any) -> None:
+        if getattr(weights, "ndim", 0) not in (3, 4):
+            raise InvalidInputError(
+                "weights of shape (B, heads, Q, N) or (B, Q, N)",
+                str(tuple(getattr(weights, "shape", ())) or type(weights).__name__),
+                "Take what reduce returned as it is: maps[layer].",
+            )
 
     def _map(self, weights: Any) -> Any:
         return cut_maps(weights, self._layout_for(weights))

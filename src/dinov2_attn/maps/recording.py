@@ -12,7 +12,9 @@ from torch import Tensor
 from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.grafting.tokens import Tokens
 from dinov2_attn.maps.attention_maps import AttentionMaps, placed
+from dinov2_attn.maps.places import Head
 from dinov2_attn.maps.result import Array, Face, W
+from dinov2_attn.math.token_names import Token
 from dinov2_attn.typing import Grid, Layer, Source
 
 
@@ -112,6 +114,17 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
     def queries(self) -> tuple[int, ...] | None:
         """The ``queries`` of the one pass."""
         return self._one("queries").queries
+
+    def at(
+        self,
+        layer: Layer | None = None,
+        head: Head = "mean",
+        query: Token = "cls",
+        *,
+        sample: int = 0,
+    ) -> W:
+        """Return the map of one token in the one pass, as ``AttentionMaps.at`` does."""
+        return self._one("at").at(layer, head, query, sample=sample)
 
     def patch_maps(self) -> tuple[W, ...]:
         """Return the ``patch_maps()`` of the one pass."""

@@ -71,10 +71,8 @@ def name_token(position: int, prefix: int, grid: tuple[int, int]) -> str:
 
     Registers count from 1, the rows and columns of patches from 0.
     """
-    if position == 0:
-        return "CLS"
     if position < prefix:
-        return f"register {position}"
+        return f"register {position}" if position else "CLS"
     return "patch ({}, {})".format(*divmod(position - prefix, grid[1]))
 
 

@@ -406,7 +406,7 @@ def test_a_model_is_asked_for_no_more_rows_than_there_is_room_for(model, image, 
         asked.update(dict.fromkeys(layers, options["queries"]))
         return dinov2_attn.record(model, layers, **options)
 
-    monkeypatch.setattr("dinov2_attn.apps.explorer.explore.record", spy)
+    monkeypatch.setattr("dinov2_attn.apps.explorer.asked.record", spy)
     said = explore(model, image, path, heads="mean")
     assert said.left_out == ""
     assert {len(queries) for queries in asked.values()} == {Page(path).tokens}

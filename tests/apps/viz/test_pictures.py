@@ -22,10 +22,10 @@ from dinov2_attn.apps.viz.colours import top_mass_mask
 from dinov2_attn.apps.viz.rows import select_row
 from dinov2_attn.apps.viz.style import GREY
 from dinov2_attn.apps.viz.text import NO_MEANING
-from dinov2_attn.apps.viz.tokens import position_of, read_token
 from dinov2_attn.backbone.structure import Role, role_of_module
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.math.selection import name_token
+from dinov2_attn.math.token_names import position_of, read_token
 from tests.support import reference
 from tests.support.figure_probes import (
     Drawn,

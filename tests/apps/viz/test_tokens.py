@@ -15,13 +15,12 @@ from dinov2_attn.apps.viz.tokens import (
     check_queries,
     count,
     file_name,
-    position_of,
     read_query,
-    read_token,
     resolve,
 )
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.math.selection import positions, resolve_names
+from dinov2_attn.math.token_names import position_of, read_token
 
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
 

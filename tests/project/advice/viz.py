@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 
@@ -22,31 +23,37 @@ def drawn(lab, maps, **options):
 
 
 case(
-    "apps/viz",
+    "maps",
     "Leave heads out of attention_maps",
     lambda lab: drawn(lab, lab.maps(heads="mean"), head=0),
     lambda lab: drawn(lab, lab.maps(), head=0),
 )
 case(
-    "apps/viz",
+    "maps",
     "Ask attention_maps or record for it by queries=",
     lambda lab: drawn(lab, lab.maps(queries="cls"), query=(0, 1)),
     lambda lab: drawn(lab, lab.maps(queries=[0, 2]), query=(0, 1)),
 )
 case(
-    "apps/viz",
+    "maps",
     "layers=None takes all",
     lambda lab: drawn(lab, lab.maps(layers=1), layer=0),
     lambda lab: drawn(lab, lab.maps(layers=None), layer=0),
 )
 case(
-    "apps/viz",
+    "maps",
     "Images count from 0",
     lambda lab: drawn(lab, lab.maps(), sample=2),
     lambda lab: drawn(lab, lab.maps(), sample=1),
 )
 case(
-    "apps/viz",
+    "maps",
+    "Take what reduce returned as it is",
+    lambda lab: reduced(lab).at(0),
+    lambda lab: reduced(lab)[0],
+)
+case(
+    "maps",
     "Give the image's",
     lambda lab: drawn(lab, lab.maps(), sample=(0, 1)),
     lambda lab: drawn(lab, lab.maps(), sample=1),
@@ -57,6 +64,14 @@ case(
     lambda lab: drawn(lab, attention_maps(lab.model, [lab.x]), sample=1),
     lambda lab: drawn(lab, attention_maps(lab.model, [lab.x])[0], sample=1),
 )
+
+
+def reduced(lab):
+    """Return maps that hold sums in place of weights."""
+    recording = recorded(lab.model, lambda: lab.model(lab.x), reduce=lambda _, w: w.sum((1, 2, 3)))
+    return recording[0]
+
+
 case(
     "apps/viz",
     "Draw what attention_maps returns, without reduce",
@@ -151,25 +166,25 @@ case(
     lambda lab: drawn(lab, lab.maps(), image=lab.photograph),
 )
 case(
-    "apps/viz",
+    "math",
     "Registers count from 1, rows and columns of patches from 0",
     lambda lab: drawn(lab, lab.maps(), query="first"),
     lambda lab: [drawn(lab, lab.maps(), query=query) for query in ("0,0", "#6")],
 )
 case(
-    "apps/viz",
+    "math",
     "Ask for cls, or for a patch by ROW,COL",
     lambda lab: drawn(lab, lab.maps(), query="register:1"),
     lambda lab: [drawn(lab, lab.maps(), query=query) for query in ("cls", "1,2")],
 )
 case(
-    "apps/viz",
+    "math",
     "Give two whole numbers",
     lambda lab: drawn(lab, lab.maps(), query=(1, 2, 3)),
     lambda lab: drawn(lab, lab.maps(), query=(1, 2)),
 )
 case(
-    "apps/viz",
+    "math",
     "Rows go from 0 to ",
     lambda lab: drawn(lab, lab.maps(), query=(2, 0)),
     lambda lab: drawn(lab, lab.maps(), query=(1, 2)),
@@ -179,6 +194,14 @@ case(
 def page(lab, maps=None, **options):
     picture = options.pop("picture", lab.photograph)
     return write_page(lab.folder / "page.html", picture, maps or lab.maps(), **options)
+
+
+def uneven(lab):
+    """Return a model whose second layer has other heads."""
+    model = copy.deepcopy(lab.small)
+    model.blocks[1].attn.num_heads = 1
+    model.blocks[1].attn.scale = 1.0
+    return model
 
 
 def page_of_photograph(lab):
@@ -215,6 +238,18 @@ case(
 )
 case(
     "apps/explorer",
+    "A page cannot show it",
+    lambda lab: page(lab, replace(lab.maps(), grid=None)),
+    lambda lab: page(lab, recorded(lab.model, lambda: lab.model(lab.x), grid=(2, 3), prefix=1)),
+)
+case(
+    "apps/explorer",
+    "Name some of them: layers=[...]",
+    lambda lab: viz.explore(uneven(lab), viz.load_image(lab.image, lab.small)),
+    lambda lab: viz.explore(uneven(lab), viz.load_image(lab.image, lab.small), layers=[0]),
+)
+case(
+    "apps/explorer",
     "One page shows one image",
     lambda lab: page(lab, sample=2),
     lambda lab: page(lab, sample=1),
@@ -227,7 +262,7 @@ def with_registers(lab):
 
 
 case(
-    "apps/viz",
+    "math",
     "Registers count from 1.",
     lambda lab: drawn(lab, with_registers(lab), query="register:3"),
     lambda lab: drawn(lab, with_registers(lab), query="register:1"),

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from dinov2_attn.apps.cli.model_options import Loaded
 from dinov2_attn.apps.cli.plot_options import layers_of, style_of, tokens_of
 from dinov2_attn.apps.cli.report import options_of
-from dinov2_attn.apps.viz.tokens import Token, file_name, position_of
+from dinov2_attn.apps.viz.tokens import file_name
 from dinov2_attn.errors import SuspiciousArtifactsWarning
+from dinov2_attn.math.token_names import Token, position_of
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.viz.colours import Grid, Mask

@@ -30,8 +30,9 @@ from dinov2_attn.apps.cli.report import (
     say,
     wrote,
 )
-from dinov2_attn.apps.viz.tokens import Token, check_queries, position_of, read_token
+from dinov2_attn.apps.viz.tokens import check_queries
 from dinov2_attn.errors import InvalidInputError, UnwritableOutputError, in_one_line
+from dinov2_attn.math.token_names import Token, position_of, read_token
 from dinov2_attn.typing import Layer
 
 if TYPE_CHECKING:

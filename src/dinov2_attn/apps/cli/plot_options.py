@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from dinov2_attn.apps.cli.argtypes import Options, add_layers, add_queries, numbers, share
 from dinov2_attn.apps.cli.model_options import Loaded
-from dinov2_attn.apps.viz.tokens import WORDS, Token, check_queries, read_query
+from dinov2_attn.apps.viz.tokens import WORDS, check_queries, read_query
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.math.token_names import Token
 from dinov2_attn.typing import Layers
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ const chosen = () => view.preview ?? view.kept;
 
 function nameOf(token) {
   if (token === null) return "–";
-  if (token === 0) return "CLS";
-  if (token < PREFIX) return `register ${token}`;
+  if (token < PREFIX) return token ? `register ${token}` : "CLS";
   const patch = token - PREFIX;
   const place = `patch (${Math.floor(patch / COLUMNS)}, ${patch % COLUMNS})`;
   return OUTLIERS.has(token) ? `${place}, outlier` : place;
@@ -90,11 +89,12 @@ function inOneSentence(line, layer, column, limits) {
   const above = patches.reduce((count, weight) => count + (weight > limits[1]), 0);
   const share = (part) => `${((100 * sum(part)) / (whole || 1)).toFixed(1)} %`;
   const holders = PREFIX > 1 ? "CLS and registers" : "CLS";
+  const holding = `${column ? "give" : PREFIX > 1 ? "hold" : "holds"} ${share(line.subarray(0, PREFIX))}`;
   const parts = [
     `${nameOf(chosen())}, layer ${layer.number}, ${headName()}: highest ` +
       `${column ? "from" : "at"} ${nameOf(PREFIX + high)} (${times(patches[high])} × uniform)`,
     `the five highest patches ${column ? "give" : "hold"} ${share(top)}`,
-    `${holders} ${column ? "give" : PREFIX > 1 ? "hold" : "holds"} ${share(line.subarray(0, PREFIX))}`,
+    ...(PREFIX ? [`${holders} ${holding}`] : []),
   ];
   if (column) parts.push(`it receives ${number(whole, 3)} in total (average: 1)`);
   if (above) parts.push(`${above} of ${patches.length} patches lie above the colours`);

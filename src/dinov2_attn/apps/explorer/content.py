@@ -90,8 +90,9 @@ class Frame:
         """The tokens in words: CLS, 4 registers, 37 × 49 patches."""
         height, width = self.shape.grid
         registers = self.shape.prefix - 1
-        named = f"{registers} register{'s' * (registers > 1)}, " if registers else ""
-        return f"{self.shape.tokens} tokens: CLS, {named}{height} × {width} patches"
+        cls = "CLS, " if self.shape.prefix else ""
+        named = f"{registers} register{'s' * (registers > 1)}, " if registers > 0 else ""
+        return f"{self.shape.tokens} tokens: {cls}{named}{height} × {width} patches"
 
     def image_url(self) -> str:
         """Return the picture as a data URL."""

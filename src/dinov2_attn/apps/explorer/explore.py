@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from dinov2_attn.apps.explorer.asked import Asked, asked_of, grafted_inside
 from dinov2_attn.apps.explorer.assemble import Tables
-from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, Shape, everything
+from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, cost, everything
 from dinov2_attn.apps.explorer.coded import CodedLayer
 from dinov2_attn.apps.explorer.content import Frame, bytes_in
-from dinov2_attn.apps.explorer.factors import queries_and_keys
 from dinov2_attn.apps.explorer.fit import (
     COARSEST,
-    Candidate,
     candidate,
     fit,
     reserved,
@@ -26,105 +25,133 @@ from dinov2_attn.apps.explorer.fit import (
 from dinov2_attn.apps.explorer.quantise import Table
 from dinov2_attn.apps.explorer.write import (
     ExplorerPage,
+    chosen,
     page_of,
+    page_of_maps,
     quantise_layer,
     room_for_layers,
     rows_to_keep,
 )
-from dinov2_attn.apps.viz.images import LoadedImage
 from dinov2_attn.apps.viz.inference import inference_on
-from dinov2_attn.backbone.backbone import Backbone, grafted_backbone
-from dinov2_attn.grafting.modules import runs_itself
+from dinov2_attn.apps.viz.model_input import as_picture, image_for
+from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError
+from dinov2_attn.maps.artifacts import ArtifactTokens
 from dinov2_attn.maps.find_artifacts import artifact_tokens
-from dinov2_attn.maps.record import record
-from dinov2_attn.typing import Heads, Layers
+from dinov2_attn.typing import Heads, RecordedLayers
 
 
 def explore(
-    model: Any,
-    image: LoadedImage,
+    maps_or_model: Any,
+    image: Any,
     path: str | Path | None = None,
-    layers: Layers = None,
+    layers: RecordedLayers = None,
     *,
     heads: Heads = None,
     title: str = "Attention",
     name: str = "",
     warning: str | None = None,
     max_mb: float = 25.0,
+    sample: int = 0,
+    artifacts: ArtifactTokens | None = None,
 ) -> ExplorerPage:
     """Show where every token of an image looks, in every layer and head, as an interactive page.
 
-    >>> viz.explore(model, viz.load_image("cat.jpg", model), "cat.html")
+    >>> viz.explore(model, "cat.jpg")                 # shown in a notebook
+    >>> viz.explore(model, "cat.jpg", "cat.html")     # and written
+    >>> viz.explore(maps, images[0]).save("cat.html")
 
-    Queries and keys are stored in place of weights where they are smaller. The page then
-    computes every weight of every layer. Otherwise, with ``heads="mean"``, and for layers that
-    have no room, the page is the one that ``write_page`` makes of ``attention_maps``: rows that
-    do not fit are left out. Outliers are marked.
+    Any model will do, as for ``attention_maps``. Its queries and keys are stored in place of
+    weights where they are smaller and decide alone. The page then computes every weight of every
+    layer. Otherwise, with ``heads="mean"``, of maps, and for layers that have no room, weights are
+    stored, and rows that do not fit are left out. Outliers are marked.
 
     Args:
-        model: A grafted vision transformer on any device.
-        image: What ``load_image`` returned for this model.
+        maps_or_model: A model with attention inside, on any device. Or the ``AttentionMaps`` of a
+            batch, or a ``Recording`` of one pass.
+        image: What ``load_image`` returned, an image of Pillow, an array with the channels last,
+            or the input tensor ``(C, H, W)``. For a model also the path of a file.
         path: Where to write the HTML file. Without it nothing is written; the returned page
             shows itself in a notebook, and ``.save(path)`` writes it.
-        layers: Which blocks, as in ``attention_maps``.
+        layers: Which layers, as in ``attention_maps``.
         heads: ``None`` for each head, ``"mean"`` for their mean.
         title: The title of the page.
         name: What the caption calls the model.
         warning: A line that stands out above everything else.
         max_mb: The maximum size of the page, in units of 1,000,000 bytes.
+        sample: Which image of the batch of maps.
+        artifacts: What ``artifact_tokens`` found in the batch of maps. A model is searched for
+            them.
 
     Returns:
         The page, with its size and what it keeps and leaves out.
 
     Raises:
-        InvalidInputError: if the model cannot be run on this image, or not one row fits.
-        NotGraftedError: if ``install`` has not reached the model.
+        InvalidInputError: if the model cannot be run on this image, its tokens or the maps cannot
+            be shown, or not one row fits.
         UnwritableOutputError: if the file cannot be written.
 
     """
-    backbone = grafted_backbone(model)
-    device = next(model.parameters()).device
-    images = image.tensor[None]
-    wanted = backbone.layers(layers)
-    shape = _shape(backbone, images, heads)
-    with inference_on(images):
-        images = images.to(device)
-        outliers = artifact_tokens(model, images)
-        limit = bytes_in(max_mb)
-        frame = Frame(
-            *(image.picture, shape, title, name, warning, outliers, 0, limit),
-            range_note=image.range_note(),
-        )
-        coded, whole = _coded(model, images, frame, wanted, heads)
-        kept = _rows_beside(coded, frame, wanted)
-        tables: dict[int, Tables] = dict(_tables(model, images, shape, heads, kept))
-    kept.update(dict.fromkeys(coded, everything(shape)))
-    tables.update({layer: {"coded": one} for layer, one in coded.items()})
-    page = page_of(frame, kept, dict(sorted(tables.items())), whole)
+    about: Any = {"title": title, "warning": warning, "max_mb": max_mb}
+    if isinstance(maps_or_model, nn.Module):
+        page = _of_model(maps_or_model, image, layers, heads, name=name, **about)
+    else:
+        maps = chosen(maps_or_model, layers, heads)
+        picture = as_picture(image)
+        page = page_of_maps(picture, maps, **about, model=name, outliers=artifacts, sample=sample)
     if path is not None:
         page.save(path)
     return page
 
 
-def _shape(backbone: Backbone, images: Tensor, heads: Heads) -> Shape:
-    prefix, (height, width) = backbone.prefix, backbone.grid(images)
-    queries = tuple(range(prefix + height * width))
-    return Shape(0 if heads else backbone.model.num_heads, queries, prefix, (height, width))
+def _of_model(
+    model: nn.Module,
+    image: Any,
+    layers: RecordedLayers,
+    heads: Heads,
+    *,
+    title: str,
+    name: str,
+    warning: str | None,
+    max_mb: float,
+) -> ExplorerPage:
+    loaded = image_for(model, image)
+    device = next(model.parameters()).device
+    with grafted_inside(model), inference_on(loaded.tensor[None]):
+        asked = asked_of(model, loaded.tensor[None].to(device), layers, heads)
+        frame = Frame(
+            *(loaded.picture, asked.shape, title, name, warning),
+            *(_outliers(model, asked.images), 0, bytes_in(max_mb)),
+            range_note=loaded.range_note(),
+        )
+        coded, whole = _coded(asked, frame)
+        kept = _rows_beside(coded, frame, asked.layers)
+        tables: dict[int, Tables] = dict(_tables(asked, kept))
+    kept.update(dict.fromkeys(coded, everything(asked.shape)))
+    tables.update({layer: {"coded": one} for layer, one in coded.items()})
+    return page_of(frame, kept, dict(sorted(tables.items())), whole)
 
 
-def _coded(
-    model: Any, images: Tensor, frame: Frame, layers: list[int], heads: Heads
-) -> tuple[dict[int, CodedLayer], dict[int, int]]:
+def _outliers(model: nn.Module, images: Tensor) -> ArtifactTokens | None:
+    """Return the outliers to mark, or None for a model in which there is no way to find them."""
+    with suppress(IncompatibleUpstreamError, InvalidInputError):
+        return artifact_tokens(model, images)
+    return None
+
+
+def _coded(asked: Asked, frame: Frame) -> tuple[dict[int, CodedLayer], dict[int, int]]:
     """Return the layers that are kept as queries and keys, and what each layer takes as such."""
-    if heads is not None or not layers:
+    layers = asked.layers
+    if asked.heads is not None:
         return {}, {}
-    found = _candidates(model, images, layers)
+    found = {one.layer: candidate(one) for one in asked.queries_and_keys()}
     if not found or not smaller(found, frame.shape):
         return {}, {}
     whole = {layer: int(one.at(COARSEST)) for layer, one in found.items()}
+    whole |= {layer: cost(everything(asked.shape), asked.shape) for layer in {*layers} - {*found}}
     room = room_for_layers(frame, layers)
     for share in (0.98, 0.9, 0.75, 0.5):  # estimates may be too low, of small layers above all
-        chosen = fit(found, frame.shape, int(share * room))
+        least = reserved(len(layers) - len(found), frame.shape)
+        chosen = fit(found, frame.shape, int(share * room) - least)
         if chosen is None:
             break
         numbers, coarseness = chosen
@@ -137,16 +164,6 @@ def _coded(
     return {}, whole
 
 
-def _candidates(model: Any, images: Tensor, layers: list[int]) -> dict[int, Candidate]:
-    backbone = Backbone(model)
-    modules = (module for block in backbone.blocks for module in block.modules())
-    # Where a key may be hidden, weights are not the softmax of products alone. Blocks that cannot
-    # be run from outside give weights.
-    if runs_itself(model) or any(getattr(module, "is_causal", False) for module in modules):
-        return {}
-    return {one.layer: candidate(one) for one in queries_and_keys(backbone, images, layers)}
-
-
 def _rows_beside(
     coded: Mapping[int, CodedLayer], frame: Frame, layers: list[int]
 ) -> dict[int, KeptRows]:
@@ -156,30 +173,20 @@ def _rows_beside(
     return rows_to_keep(frame, rest, layers, taken) if rest or not coded else {}
 
 
-def _tables(
-    model: Any, images: Tensor, shape: Shape, heads: Heads, kept: dict[int, KeptRows]
-) -> dict[int, dict[str, Table]]:
-    tables: dict[int, dict[str, Table]] = {}
-
-    def reduce(queries: tuple[int, ...]) -> Callable[[int, Tensor], None]:
-        def put(layer: int, weights: Tensor) -> None:
-            tables[layer] = quantise_layer(weights[0], queries, kept[layer])
-
-        return put
-
+def _tables(asked: Asked, kept: dict[int, KeptRows]) -> dict[int, dict[str, Table]]:
+    shape, tables = asked.shape, dict[int, dict[str, Table]]()
     # If a layer keeps only the first rows, no others are computed.
-    few = tuple(range(shape.prefix))
+    few = shape.queries[: max(shape.prefix, 1)]
     used = {layer: rows.queries for layer, rows in kept.items() if rows != NOTHING}
     groups = {
         few: [layer for layer, queries in used.items() if queries <= set(few)],
         shape.queries: [layer for layer, queries in used.items() if not queries <= set(few)],
     }
-    with ExitStack() as recordings:
-        for queries, layers in groups.items():
-            if layers:
-                recorded = record(
-                    model, layers, queries=queries, heads=heads, reduce=reduce(queries)
-                )
-                recordings.enter_context(recorded)
-        model(images)
+    of = {layer: queries for queries, layers in groups.items() for layer in layers}
+
+    def take(layer: int, weights: Tensor) -> None:
+        tables[layer] = quantise_layer(weights, of[layer], kept[layer])
+
+    if of:
+        asked.weights({queries: layers for queries, layers in groups.items() if layers}, take)
     return tables

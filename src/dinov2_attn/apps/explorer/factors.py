@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinov2_attn.backbone.backbone import Backbone
+from dinov2_attn.grafting.channel import Receiver, prove_once
 from dinov2_attn.grafting.modules import queries_and_keys_from
+from dinov2_attn.kernels.call import FusedCall, KernelCall
 from dinov2_attn.math.attention import attention_weights
 
 
@@ -71,10 +73,8 @@ class Factors:
         return float(self.size.norm() / len(self.left))
 
 
-def queries_and_keys(
-    backbone: Backbone, images: Tensor, layers: list[int]
-) -> Iterator[QueriesKeys]:
-    """Yield the queries and keys of ``layers`` on the only image in ``images``.
+def projected(backbone: Backbone, images: Tensor, layers: Sequence[int]) -> Iterator[QueriesKeys]:
+    """Yield the queries and keys of ``layers`` of a grafted model, from their projections.
 
     Raises:
         InvalidInputError: if a mask or bias decides about the weights too.
@@ -85,6 +85,41 @@ def queries_and_keys(
             ((piece, scale),) = queries_and_keys_from(block, tokens, None)
             query, key = piece.query[0].cpu(), piece.key[0].cpu()
             yield QueriesKeys(layer, query, key.expand(len(query), -1, -1), scale)
+
+
+@dataclass(eq=False)
+class Products(Receiver):
+    """Keeps the queries and keys of layers whose weights follow from their products alone.
+
+    Layers with a bias or a mask at their kernel, and explicit softmax code, are left out.
+
+    Attributes:
+        numbers: The attention modules and the numbers of their layers.
+        found: What the kernels were given, in the order of the pass.
+
+    """
+
+    numbers: Mapping[nn.Module, int]
+    found: list[QueriesKeys] = field(default_factory=list)
+
+    @property
+    def stops(self) -> bool:
+        """False: the pass runs to its end."""
+        return False
+
+    def wants(self, attention: nn.Module) -> bool:
+        """Return whether ``attention`` is that of a layer of the page."""
+        return attention in self.numbers
+
+    def take(self, attention: nn.Module, call: KernelCall) -> None:
+        """Keep the queries and keys of the only image."""
+        number = self.numbers[attention]
+        prove_once(attention, call, f"layer {number}")
+        call = call.kept()
+        if isinstance(call, FusedCall) and call.bias is None and not call.is_causal:
+            query, key = call.query[0].cpu(), call.key[0].cpu()
+            key = key.repeat_interleave(len(query) // len(key), 0)
+            self.found.append(QueriesKeys(number, query, key, call.scale))
 
 
 def factors(query: Tensor, key: Tensor, scale: float) -> Factors:

@@ -88,7 +88,7 @@ def smaller(candidates: Mapping[int, Candidate], shape: Shape) -> bool:
 
 def reserved(layers: int, shape: Shape) -> int:
     """Return the bytes of the rows of CLS and registers of so many layers."""
-    return layers * cost(KeptRows(each=tuple(range(shape.prefix))), shape)
+    return layers * cost(KeptRows(each=tuple(range(max(shape.prefix, 1)))), shape)
 
 
 def size_of(layer: CodedLayer) -> int:

@@ -35,7 +35,8 @@ function step(token, [down, across]) {
   if (token < PREFIX) return clamp(token + Math.sign(down + across), 0, TOKENS - 1);
   const row = Math.floor((token - PREFIX) / COLUMNS) + down;
   const column = clamp(((token - PREFIX) % COLUMNS) + across, 0, COLUMNS - 1);
-  return row < 0 ? PREFIX - 1 : PREFIX + Math.min(row, ROWS - 1) * COLUMNS + column;
+  if (row < 0) return PREFIX ? PREFIX - 1 : token;
+  return PREFIX + Math.min(row, ROWS - 1) * COLUMNS + column;
 }
 
 function chooseCursor() {
@@ -127,7 +128,7 @@ function fade() {
 const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
 const LETTERS = {
-  c: () => choose(0),
+  c: () => digit(0),
   m: () => !$("mean").disabled && $("mean").click(),
   r: () => flip("column"),
   l: () => flip("log"),

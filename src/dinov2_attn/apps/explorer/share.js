@@ -6,7 +6,7 @@ const code = (token) => {
 };
 
 function tokenOf(text) {
-  if (text === "cls") return 0;
+  if (text === "cls") return PREFIX ? 0 : null;
   const register = /^r(\d+)$/.exec(text);
   if (register) return register[1] < PREFIX ? Number(register[1]) : null;
   const [, row, column] = /^(\d+),(\d+)$/.exec(text ?? "") ?? [];

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,13 @@ from dinov2_attn.apps.explorer.assemble import Tables, assemble, what_is_missing
 from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, Shape, describe, left_out, plan
 from dinov2_attn.apps.explorer.content import Frame, Outliers, bytes_in
 from dinov2_attn.apps.explorer.quantise import Table, quantise
+from dinov2_attn.backbone.validation import layers_to_take
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.maps.attention_maps import AttentionMaps
+from dinov2_attn.maps.places import place_of_layer
+from dinov2_attn.maps.recording import Recording
+from dinov2_attn.math.attention import check_heads
+from dinov2_attn.typing import Grid, Heads, RecordedLayers
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,33 @@ def write_page(
         UnwritableOutputError: if the file cannot be written.
 
     """
-    if isinstance(maps, list | tuple):
+    page = page_of_maps(
+        picture,
+        maps,
+        title=title,
+        model=model,
+        warning=warning,
+        outliers=outliers,
+        sample=sample,
+        max_mb=max_mb,
+    )
+    page.save(path)
+    return page
+
+
+def page_of_maps(
+    picture: npt.NDArray[np.uint8],
+    maps: AttentionMaps,
+    *,
+    title: str,
+    model: str,
+    warning: str | None,
+    outliers: Outliers | None,
+    sample: int,
+    max_mb: float,
+) -> ExplorerPage:
+    """Return the page that ``write_page`` writes."""
+    if isinstance(maps, list | tuple):  # type: ignore[unreachable]  # of a list of batches
         raise InvalidInputError(
             "the maps of one batch",
             f"a {type(maps).__name__} of {len(maps)}",
@@ -116,9 +147,29 @@ def write_page(
         for layer, weights in entries.items()
         if kept[layer] != NOTHING
     }
-    page = page_of(frame, kept, tables)
-    page.save(path)
-    return page
+    return page_of(frame, kept, tables)
+
+
+def chosen(maps: Any, layers: RecordedLayers, heads: Heads) -> AttentionMaps:
+    """Return the maps of one batch, with some layers only, or with the mean of heads."""
+    check_heads(heads)
+    if isinstance(maps, Recording):
+        maps = maps.cpu()
+    if not isinstance(maps, AttentionMaps) or (layers is None and heads is None):
+        return maps  # type: ignore[no-any-return]  # page_of_maps refuses anything else
+    places = _places(maps, layers)
+    weights = [maps.weights[place] for place in places]
+    if heads == "mean":
+        weights = [each.mean(1) if each.ndim == 4 else each for each in weights]
+    return replace(maps, weights=tuple(weights), layers=tuple(maps.layers[i] for i in places))
+
+
+def _places(maps: AttentionMaps, layers: RecordedLayers) -> list[int]:
+    if isinstance(layers, str):
+        layers = [layers]
+    if isinstance(layers, Sequence):
+        return sorted({place_of_layer(maps.layers, layer) for layer in layers})  # type: ignore[arg-type]  # ints or paths
+    return layers_to_take(layers, len(maps.layers))
 
 
 def room_for_layers(frame: Frame, layers: list[int]) -> int:
@@ -204,7 +255,30 @@ def _entry(weights: Any, sample: int) -> Tensor:
     return torch.as_tensor(weights)[sample]
 
 
+def checked_grid(maps: AttentionMaps) -> Grid:
+    """Return the grid of ``maps``.
+
+    Raises:
+        InvalidInputError: unless the tokens of the maps are a prefix and one for each patch.
+
+    """
+    if maps.grid is not None and not maps.suffix and maps.per_cell == 1:
+        return maps.grid
+    tokens = f"{maps.suffix} tokens behind the patches"
+    if maps.grid is None:
+        tokens = f"no grid among {np.shape(maps.weights[0])[-1]} tokens"
+    elif maps.per_cell != 1:
+        tokens = f"{maps.per_cell} tokens for each cell"
+    raise InvalidInputError(
+        "a model whose last tokens are the patches, one for each cell of a grid",
+        tokens,
+        "A page cannot show it. Take its maps: attention_maps(model, images), or with a grid that "
+        "you know: record(model, grid=(h, w), prefix=p).",
+    )
+
+
 def _shape(maps: AttentionMaps, entries: Mapping[int, Tensor]) -> Shape:
+    grid = checked_grid(maps)
     maps.patch_maps()  # raises unless the columns are the prefix and the grid
     shapes = {tuple(weights.shape) for weights in entries.values()}
     if len(shapes) != 1 or 0 in next(iter(shapes)):
@@ -216,4 +290,4 @@ def _shape(maps: AttentionMaps, entries: Mapping[int, Tensor]) -> Shape:
     (shape,) = shapes
     queries = maps.queries or tuple(range(shape[-2]))
     heads = shape[0] if len(shape) == 3 else 0
-    return Shape(heads, tuple(queries), maps.prefix, maps.grid)  # type: ignore[arg-type]  # patch_maps checks
+    return Shape(heads, tuple(queries), maps.prefix, grid)

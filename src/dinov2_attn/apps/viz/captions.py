@@ -11,10 +11,11 @@ from matplotlib.colors import LogNorm, Normalize
 
 from dinov2_attn.apps.viz.bars import share, times
 from dinov2_attn.apps.viz.colours import Mask
-from dinov2_attn.apps.viz.rows import AttentionRow, Head, Values
+from dinov2_attn.apps.viz.rows import AttentionRow, Values
 from dinov2_attn.apps.viz.style import Style
 from dinov2_attn.apps.viz.text import percent
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.maps.places import Head
 from dinov2_attn.typing import Layer
 
 if TYPE_CHECKING:

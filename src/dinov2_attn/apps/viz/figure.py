@@ -22,16 +22,17 @@ from dinov2_attn.apps.viz.mosaic import Cells, Mosaic
 from dinov2_attn.apps.viz.pictures import PLAIN, Picture, draw_map, head_name
 from dinov2_attn.apps.viz.pixels import as_pixels
 from dinov2_attn.apps.viz.provenance import Facts
-from dinov2_attn.apps.viz.rows import AttentionRow, Drawable, Head, Values, select_row
+from dinov2_attn.apps.viz.rows import AttentionRow, Drawable, Values, select_row
 from dinov2_attn.apps.viz.saving import save, written
 from dinov2_attn.apps.viz.style import Style
 from dinov2_attn.apps.viz.text import POINTS_PER_INCH
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.maps.places import Head
 from dinov2_attn.typing import Layer
 
 if TYPE_CHECKING:
-    from dinov2_attn.apps.viz.tokens import Token
     from dinov2_attn.maps.artifacts import ArtifactTokens
+    from dinov2_attn.math.token_names import Token
 
 PHOTO = "photo"
 SCREEN = 150  # pixels per inch in a notebook

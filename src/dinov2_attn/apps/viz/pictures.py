@@ -27,11 +27,12 @@ from dinov2_attn.apps.viz.layout import SMALL, grid_sheet, line_width, single_sh
 from dinov2_attn.apps.viz.limits import scale, scales
 from dinov2_attn.apps.viz.mosaic import Cells, Mosaic
 from dinov2_attn.apps.viz.pixels import as_pixels, dimmed, greyed
-from dinov2_attn.apps.viz.rows import AttentionRow, Drawable, Head, Values, select_row
+from dinov2_attn.apps.viz.rows import AttentionRow, Drawable, Values, select_row
 from dinov2_attn.apps.viz.sheet import BAR_POINTS, POINTS
 from dinov2_attn.apps.viz.style import GREY, Style
 from dinov2_attn.apps.viz.text import FONT, percent, wrap
-from dinov2_attn.apps.viz.tokens import Token
+from dinov2_attn.maps.places import Head
+from dinov2_attn.math.token_names import Token
 from dinov2_attn.typing import Layer
 
 if TYPE_CHECKING:

@@ -8,12 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2_attn.apps.viz.colours import Mask
+from dinov2_attn.apps.viz.reading import DEVIATION, GREY_DEVIATION, GREY_MEAN, MEAN
 from dinov2_attn.errors import InvalidInputError
 
 # The brightness of red, green and blue (Rec. 709).
 BRIGHTNESS = (0.2126, 0.7152, 0.0722)
 # How bright a dimmed pixel stays.
 DIM = 0.4
+# How far past black and white a normalised image may be, which was resized or rounded.
+ROUNDING = 0.05
 
 
 def as_pixels(image: Any) -> npt.NDArray[Any]:
@@ -22,7 +25,9 @@ def as_pixels(image: Any) -> npt.NDArray[Any]:
     Args:
         image: A ``LoadedImage``, an image of Pillow, or an array or tensor ``(H, W)``,
             ``(H, W, 1)``, ``(H, W, 3)`` or ``(H, W, 4)`` on any device: integers of 0…255, floats
-            of 0…1 or booleans.
+            of 0…1 or booleans. Or the input tensor of a model, floats ``(C, H, W)`` or
+            ``(1, C, H, W)`` with 1 or 3 channels. One with negative numbers was normalised: that is
+            undone with the mean and deviation of ImageNet.
 
     Raises:
         InvalidInputError: for anything else. Floats may be of 0…255, of 12 bits or normalised,
@@ -30,6 +35,8 @@ def as_pixels(image: Any) -> npt.NDArray[Any]:
 
     """
     image = getattr(image, "picture", image)
+    if is_input(image):
+        image = _without_normalisation(image.detach().cpu().float())
     pixels = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
     if pixels.ndim == 2:
         pixels = pixels[..., np.newaxis]
@@ -45,6 +52,28 @@ def as_pixels(image: Any) -> npt.NDArray[Any]:
     elif pixels.dtype.itemsize < 4:
         pixels = pixels.astype(np.float32)
     return pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
+
+
+def is_input(image: Any) -> bool:
+    """Return whether ``image`` is the input tensor of a model: floats, with the channels first."""
+    if not (hasattr(image, "detach") and image.is_floating_point()):
+        return False
+    if image.ndim == 4 and len(image) == 1:
+        return True
+    return image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3, 4)
+
+
+def _without_normalisation(image: Any) -> Any:
+    """Return the input tensor of a model with the channels last, in the range 0…1."""
+    pixels = (image[0] if image.ndim == 4 else image).permute(1, 2, 0).numpy()
+    if pixels.shape[2] not in (1, 3) or pixels.size == 0 or pixels.min() >= 0:
+        return pixels
+    count = pixels.shape[2]
+    mean, std = (MEAN, DEVIATION) if count == 3 else (GREY_MEAN, GREY_DEVIATION)
+    undone = pixels * np.asarray(std) + np.asarray(mean)
+    # Roundings of black and white go a little past them.
+    near = (undone > -ROUNDING) & (undone < 1 + ROUNDING)
+    return np.clip(undone, 0, 1) if near.all() else pixels
 
 
 def greyed(pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dinov2_attn.apps.viz.tokens import Token, position_of
-from dinov2_attn.errors import InvalidInputError, OutOfRangeError
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.attention_maps import AttentionMaps
-from dinov2_attn.math.selection import name_token, whole_number
+from dinov2_attn.maps.places import (
+    Head,
+    place_of_head,
+    place_of_layer,
+    place_of_query,
+    place_of_sample,
+)
+from dinov2_attn.math.selection import name_token
+from dinov2_attn.math.token_names import Token, position_of
 from dinov2_attn.typing import Layer
 
 if TYPE_CHECKING:
     from dinov2_attn.maps.recording import Recording
 
 Values = npt.NDArray[np.float64]
-Head = int | str
 # What pictures show. A Recording must hold one pass.
 Drawable: TypeAlias = "AttentionMaps[Any] | Recording[Any]"
 
@@ -60,31 +66,14 @@ class AttentionRow:
 
     def layer(self, number: Layer | None) -> int:
         """Return the index of block ``number`` in ``layers``. ``None`` is the last."""
-        if number is None:
-            return len(self.layers) - 1
-        number = number if isinstance(number, str) else whole_number(number, "layers")
-        if number not in self.layers:
-            raise OutOfRangeError(
-                f"one of the layers {', '.join(map(str, self.layers))}",
-                str(number),
-                "Ask attention_maps or record for it: layers=None takes all.",
-            )
-        return self.layers.index(number)
+        return place_of_layer(self.layers, number)
 
     def row(self, layer: Layer | None, head: Head) -> Values:
         """Return the attention to all tokens ``(N,)`` in a layer, in a head or the mean."""
         rows = self.rows[self.layer(layer)]
-        if isinstance(head, str) and head == "mean":
-            mean: Values = rows.mean(axis=0)
-            return mean
-        if not isinstance(head, str) and whole_number(head, "heads") in self.heads:
-            one: Values = rows[self.heads.index(head)]
-            return one
-        raise OutOfRangeError(
-            f"a head among {', '.join(map(str, self.heads))}, or 'mean'",
-            repr(head),
-            "Leave heads out of attention_maps to have each.",
-        )
+        place = place_of_head(self.heads, head)
+        one: Values = rows.mean(axis=0) if place is None else rows[place]
+        return one
 
     def map(self, layer: Layer | None, head: Head) -> Values:
         """Return the attention to patches as a map ``(h, w)``."""
@@ -125,14 +114,7 @@ def select_row(maps: Any, query: Token = "cls", sample: int = 0) -> AttentionRow
     position = position_of(query, maps.prefix, maps.grid)
     length = rows[0].shape[-1]
     queries = tuple(range(length)) if maps.queries is None else maps.queries
-    if position not in queries:
-        raise OutOfRangeError(
-            "a query among the recorded rows: "
-            + ", ".join(name_token(q, maps.prefix, maps.grid) for q in queries[:8]),
-            name_token(position, maps.prefix, maps.grid),
-            "Ask attention_maps or record for it by queries=.",
-        )
-    row = queries.index(position)
+    row = place_of_query(queries, position, maps.prefix, maps.grid)
     averaged = maps.weights[0].ndim == 3
     heads = ("mean",) if averaged else tuple(range(rows[0].shape[0]))
     shown = np.stack([values[..., row, :].reshape(len(heads), length) for values in rows])
@@ -156,20 +138,7 @@ def _check(maps: Any) -> None:
 
 
 def _of_image(weights: Any, index: int) -> Values:
-    one = weights[_within(index, len(weights), "an image")]
+    one = weights[place_of_sample(index, len(weights))]
     if hasattr(one, "detach"):
         one = one.detach().cpu().double()
     return np.asarray(one, dtype=np.float64)
-
-
-def _within(number: object, count: int, what: str) -> int:
-    if isinstance(number, list | tuple):
-        raise InvalidInputError(
-            "sample as a number, maps being of one batch",
-            repr(number),
-            "Give the image's number; of a list of maps, draw one.",
-        )
-    place = whole_number(number, "sample")
-    if not 0 <= place < count:
-        raise OutOfRangeError(f"{what} from 0 to {count - 1}", str(place), "Images count from 0.")
-    return place

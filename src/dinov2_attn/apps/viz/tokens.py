@@ -12,40 +12,22 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
-from dinov2_attn.math.selection import positions, to_index, whole_number
+from dinov2_attn.math.selection import to_index, whole_number
+from dinov2_attn.math.token_names import (
+    TOKENS,
+    Token,
+    is_count,
+    pair,
+    position_of,
+    read_token,
+)
 from dinov2_attn.typing import Queries
 
-Token = int | str | tuple[int, int]
-
-TOKENS = "cls, register:K, ROW,COL or #POSITION"
 WORDS = ("registers", "patches", "all")
-HINT = "Registers count from 1, rows and columns of patches from 0. Write the position 17 as '#17'."
-
-
-def read_token(text: str) -> Token:
-    """Return the token that ``text`` names.
-
-    Args:
-        text: ``cls``, ``register:K``, ``ROW,COL`` or ``#POSITION``.
-
-    Returns:
-        A string for CLS and registers, ``(row, column)`` for a patch, an int for a position.
-
-    Raises:
-        InvalidInputError: If ``text`` names no token.
-
-    """
-    word, colon, number = text.partition(":")
-    if word == "cls" and not colon:
-        return word
-    if word == "register" and _is_count(number):
-        return text
-    if text.startswith("#") and _is_count(text[1:].removeprefix("-")):
-        return int(text[1:])
-    parts = text.split(",")
-    if len(parts) == 2 and all(map(_is_count, parts)):
-        return int(parts[0]), int(parts[1])
-    raise InvalidInputError(TOKENS, repr(text), HINT)
+HINT = (
+    "Registers count from 1, rows and columns of patches from 0. Write the position 17 as '#17', "
+    "and several of them as '#1:5'."
+)
 
 
 def read_query(text: str) -> Token | slice:
@@ -73,29 +55,6 @@ def read_query(text: str) -> Token | slice:
     except InvalidInputError as error:
         expected = f"{TOKENS}, or one of the words {', '.join(WORDS)}"
         raise InvalidInputError(expected, repr(text), HINT) from error
-
-
-def position_of(token: Token, prefix: int, grid: tuple[int, int]) -> int:
-    """Return the position of ``token`` in the sequence ``[CLS, registers, patches]``.
-
-    Args:
-        token: ``"cls"``, ``"register:K"`` with K from 1 to R, a patch ``(row, column)`` counted
-            from 0, or a position. Text of the grammar is read first.
-        prefix: The number of tokens before the patches, 1 + R.
-        grid: The rows and columns of patches.
-
-    Raises:
-        OutOfRangeError: If the model or the image has no such token.
-        InvalidInputError: If ``token`` is no token.
-
-    """
-    if isinstance(token, str):
-        token = read_token(token)
-    if isinstance(token, str):
-        return 0 if token == "cls" else _register(int(token.partition(":")[2]), prefix - 1)
-    if isinstance(token, tuple | list):
-        return prefix + _patch(token, grid)
-    return positions(token, prefix + math.prod(grid))[0]
 
 
 def file_name(token: Token) -> str:
@@ -195,7 +154,7 @@ def _as_text(query: object) -> str:
     if isinstance(query, str):
         text = query
     elif isinstance(query, tuple | list):
-        text = "{},{}".format(*_pair(query))
+        text = "{},{}".format(*pair(query))
     elif isinstance(query, slice):
         to_index(query, 1)  # raises what is no slice of whole numbers
         bounds = [query.start, query.stop, *([query.step] * (query.step is not None))]
@@ -206,42 +165,5 @@ def _as_text(query: object) -> str:
     return text
 
 
-def _is_count(text: str) -> bool:
-    # Python parses up to 4300 digits. No image has so many rows.
-    return text.isdecimal() and text.isascii() and len(text) < 20
-
-
 def _is_bound(text: str) -> bool:
-    return not text or _is_count(text.removeprefix("-"))
-
-
-def _register(number: int, count: int) -> int:
-    if count == 0:
-        raise OutOfRangeError(
-            "a model with registers",
-            f"register {number} of one without registers",
-            "Ask for cls, or for a patch by ROW,COL.",
-        )
-    if not 1 <= number <= count:
-        raise OutOfRangeError(
-            f"a register from 1 to {count}", str(number), "Registers count from 1."
-        )
-    return number
-
-
-def _pair(place: Any) -> tuple[int, int]:
-    if len(place) != 2:
-        raise InvalidInputError("a patch as (row, column)", repr(place), "Give two whole numbers.")
-    row, column = (whole_number(number, "row and column of a patch") for number in place)
-    return row, column
-
-
-def _patch(place: object, grid: tuple[int, int]) -> int:
-    row, column = _pair(place)
-    if not (0 <= row < grid[0] and 0 <= column < grid[1]):
-        raise OutOfRangeError(
-            f"a patch in the grid of {grid[0]} rows and {grid[1]} columns",
-            f"({row}, {column})",
-            f"Rows go from 0 to {grid[0] - 1}, columns from 0 to {grid[1] - 1}.",
-        )
-    return row * grid[1] + column
+    return not text or is_count(text.removeprefix("-"))
