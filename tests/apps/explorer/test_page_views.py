@@ -13,7 +13,10 @@ import torch
 import dinov2_attn
 from dinov2_attn import attention_maps
 from dinov2_attn.apps.explorer.explore import explore
+from dinov2_attn.apps.explorer.write import write_page
 from dinov2_attn.apps.viz.images import LoadedImage
+from dinov2_attn.apps.viz.text import NO_MEANING
+from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.math.selection import name_token
 from tests.support import upstreams
 from tests.support.exploring import NEEDS_CHROMIUM
@@ -170,6 +173,75 @@ def test_everything_is_in_one_view(chromium, coded, size, pinned):
     assert chromium.complaints() == []
 
 
+SHAPES = {
+    "vit-s": ((16, 16), 5, 6),
+    "vit-b-wide": ((14, 28), 1, 12),
+    "vit-l-tall": ((30, 16), 5, 16),
+    "vit-g": ((16, 20), 1, 24),
+    "column": ((60, 6), 5, 6),
+    "panorama": ((6, 60), 5, 12),
+}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Pages of many heads and of images that are wide or tall, with a warning and long names."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for name, (grid, prefix, heads) in SHAPES.items():
+        height, width = grid
+        count = prefix + height * width
+        rows = [*range(prefix), count - 1]
+        weights = noise(1, heads, len(rows), count, seed=1).mul(3).softmax(-1)
+        picture = np.random.default_rng(0).integers(0, 255, (14 * height, 14 * width, 3), np.uint8)
+        maps = AttentionMaps((weights, weights), (10, 11), grid, prefix, tuple(rows))
+        page = folder / f"{name}.html"
+        write_page(page, picture, maps, title=f"{name}.jpg", model=NAME, warning=NO_MEANING)
+    return folder
+
+
+NAME = "ViT/14 + 4 registers, random weights"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("size", [(1280, 720), (1400, 1000)])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_all_heads_of_any_model_are_in_one_view(chromium, shapes, name, size, pinned):
+    """Also after the readout has become longer."""
+    (height, width), _, heads = SHAPES[name]
+    if pinned and name == "column":
+        pytest.skip("three maps of an image ten times as high as wide do not fit with all heads")
+    open_at(chromium, shapes / f"{name}.html", width=size[0], height=size[1])
+    if pinned:
+        chromium.press("p")
+    for hovers in (False, True):
+        if hovers:
+            left, _, right, bottom = boxes(chromium, "#map")["#map"]
+            chromium.hover({"x": right - (right - left) / 2 / width, "y": bottom - 1})
+            assert chromium.text("cursor") == f"patch ({height - 1}, {width - 1})"
+        tiles = [f"#heads button:nth-child({i})" for i in (1, 2, heads, heads + 1)]
+        parts = ["#controls", "#photo", "#map", "#bar", "#chips", "#steps", "#cells", "#tools"]
+        found = boxes(chromium, *parts, *tiles, "#readout")
+        assert_in_view(found, *size)
+        assert found["#photo"][1] == found["#map"][1]
+        assert found["#map"][2] <= found[tiles[0]][0]
+    assert chromium.complaints() == []
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("size", [(390, 844), (640, 360), (700, 500)])
+def test_small_windows_show_both_pictures_and_reach_all_heads(chromium, shapes, name, size):
+    open_at(chromium, shapes / f"{name}.html", width=size[0], height=size[1], touch=size[0] < 400)
+    found = boxes(chromium, "#layer", "#head", "#photo", "#map", "#chips", "#bar")
+    assert_in_view(found, *size)
+    assert found["#photo"][2] <= found["#map"][0]
+    assert found["#photo"][1] == found["#map"][1]
+    assert chromium.run("return document.documentElement.scrollWidth") <= size[0]
+    for i in (1, SHAPES[name][2] + 1):
+        tile = f"#heads button:nth-child({i})"
+        chromium.run(f"document.querySelector('{tile}').scrollIntoView({{block: 'center'}})")
+        assert_in_view(boxes(chromium, tile), *size)
+
+
 def test_a_phone_shows_both_pictures_side_by_side(chromium, coded):
     open_at(chromium, coded[0] / "one.html", width=390, height=844, touch=True)
     found = boxes(
@@ -204,6 +276,73 @@ def test_sliders_say_what_is_kept(chromium, pages, coded):
     assert chromium.run(strip) == ["there" if one else "" for one in whole]
     assert not all(whole)
     assert_in_view(boxes(chromium, "#layers-kept"), 1200, 900)
+
+
+# Speed
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The page of two layers of a ViT-B at 518 pixels, as queries and keys."""
+    path = tmp_path_factory.mktemp("large") / "page.html"
+    sizes = {"img_size": 518, "patch_size": 14, "embed_dim": 768, "num_heads": 12, "depth": 2}
+    model = upstreams.DEPTH_ANYTHING.cls("DinoVisionTransformer")(**sizes, block_chunks=0)
+    tensor = torch.nn.functional.interpolate(noise(1, 3, 37, 37, seed=3), (518, 518))[0]
+    picture = np.random.default_rng(0).integers(0, 255, (37, 37, 3), np.uint8)
+    image = LoadedImage(tensor, picture.repeat(14, 0).repeat(14, 1))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight *= 3
+    assert explore(model.eval(), image, path).left_out == ""
+    return path
+
+
+HOVER = """
+const stage = document.getElementById("photo");
+const box = stage.getBoundingClientRect();
+const times = [];
+for (let i = 0; i < 51; i++) {
+  const [x, y] = [((i * 37) % 100) / 100, ((i * 53) % 100) / 100];
+  const place = { clientX: box.x + x * box.width, clientY: box.y + y * box.height };
+  const start = performance.now();
+  stage.dispatchEvent(new PointerEvent("pointermove", { pointerType: "mouse", ...place }));
+  document.body.offsetHeight;
+  times.push(performance.now() - start);
+}
+return times.sort((a, b) => a - b)[25];
+"""
+
+
+def test_vit_base_at_518_pixels_follows_the_hand(chromium, large):
+    """The best of some tries counts: other tests may run beside this one."""
+    shown = []
+    for _ in range(3):
+        open_at(chromium, large, width=1280, height=720)
+        shown.append(chromium.run("return performance.getEntriesByName('shown')[0].startTime"))
+    assert min(shown) < 1000
+    assert min(chromium.run(HOVER) for _ in range(8)) < 4
+    assert chromium.complaints() == []
+
+
+# Models without CLS
+
+
+def test_a_model_without_cls(chromium, tmp_path):
+    weights = noise(1, 2, 12, 12, seed=1).mul(3).softmax(-1)
+    picture = np.random.default_rng(0).integers(0, 255, (42, 56, 3), np.uint8)
+    path = tmp_path / "page.html"
+    write_page(path, picture, AttentionMaps((weights,), (0,), (3, 4), 0))
+    open_at(chromium, path)
+    assert chromium.text("token") == "patch (0, 0)"
+    assert "CLS" not in chromium.text("sentence")
+    assert chromium.run("return document.querySelectorAll('#chips button').length") == 0
+    chromium.press("c", "0", "ARROW_UP", "ARROW_DOWN", "ARROW_RIGHT")
+    assert chromium.text("token") == "patch (1, 1)"
+    chromium.hover(chromium.middle("#map", 2, 3, (3, 4)))
+    off = abs(chromium.value("weight") - float(weights[0, :, 5, 11].mean()))
+    assert off <= chromium.value("doubt")
+    wait_for(chromium, "return location.hash.includes('token=1,1')")
+    assert chromium.complaints() == []
 
 
 # The address, keys and files

@@ -306,7 +306,7 @@ function fitWindow() {
 function fitPictures() {
   const stage = $("photo").getBoundingClientRect();
   const rest = stage.top + scrollY + (lowest() - stage.bottom) + below();
-  const tall = Math.max(innerHeight - rest, 0.4 * innerHeight, 128);
+  const tall = Math.max(innerHeight - rest, innerHeight / 3, 112);
   document.documentElement.style.setProperty("--tall", `${tall}px`);
 }
 
@@ -318,12 +318,11 @@ const below = () => $("readout").getBoundingClientRect().height + 20;
 
 /** The fewest tiles in a row with which all rows fit: so they are largest. */
 function tilesAcross(width, height) {
-  if (height === Infinity) return clamp(Math.round(width / 90), 1, tiles.length);
-  const fits = (across) => {
-    const rows = Math.ceil(tiles.length / across);
-    return rows * ((width / across - 12) / RATIO + 32) <= height;
-  };
-  let across = 1;
+  const tall = (across) => (width / across - 12) / RATIO + 32;
+  const endless = height === Infinity; // as many rows as it takes, each lower than the window
+  const fits = (across) =>
+    endless ? tall(across) <= 0.45 * innerHeight : Math.ceil(tiles.length / across) * tall(across) <= height;
+  let across = endless ? clamp(Math.round(width / 90), 1, tiles.length) : 1;
   while (across < 3 * tiles.length && !fits(across)) across++;
   return across;
 }
