@@ -30,13 +30,13 @@ def lacking():
 
 
 @contextmanager
-def chromium():
-    """Start the browser, which can reach no network, and end it."""
+def chromium(reaches=""):
+    """Start the browser, which can reach no network but the host ``reaches``, and end it."""
     from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
     options = ChromeOptions()
     options.binary_location = _first_of(BROWSERS)
-    for argument in _arguments():
+    for argument in _arguments(reaches):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     options.timeouts = {"pageLoad": PATIENCE * 1000, "script": PATIENCE * 1000, "implicit": 0}
@@ -48,11 +48,11 @@ def chromium():
         driver.quit()
 
 
-def _arguments():
+def _arguments(reaches):
     yield "--headless=new"
     yield "--disable-dev-shm-usage"
     yield "--disable-background-networking"
-    yield "--host-resolver-rules=MAP * ~NOTFOUND"
+    yield "--host-resolver-rules=MAP * ~NOTFOUND" + (f", EXCLUDE {reaches}" if reaches else "")
     yield "--hide-scrollbars"
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         yield "--no-sandbox"  # root may not have one
@@ -66,12 +66,16 @@ class Browser:
 
     def open(self, path, width=1200, height=900, dark=False, touch=False):
         """Show the page at ``path`` on a screen of this size, in CSS pixels."""
-        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": touch}
-        self.devtools("Emulation.setDeviceMetricsOverride", **screen)
+        self.screen(width, height, touch)
         self.devtools("Emulation.setTouchEmulationEnabled", enabled=touch)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.devtools("Emulation.setEmulatedMedia", features=[scheme])
         self.driver.get(path.resolve().as_uri())
+
+    def screen(self, width, height, touch=False):
+        """Give the screen this size, in CSS pixels."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": touch}
+        self.devtools("Emulation.setDeviceMetricsOverride", **size)
 
     def devtools(self, command, **parameters):
         return self.driver.execute_cdp_cmd(command, parameters)

@@ -18,6 +18,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/explorer/test_page_in_browser.py",
         "apps/explorer/test_page_accessibility.py",
         "apps/explorer/test_page_views.py",
+        "apps/viz/test_notebook.py::test_jupyterlab_shows_pictures_and_the_page",
     ),
     "subprocess": (
         "apps/cli/test_cli.py::test_the_sample_runs_without_other_files",
@@ -41,6 +42,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/viz/test_load_image.py::test_a_library_that_is_missing_is_named",
         "apps/viz/test_pictures.py::test_pyplot_is_never_imported",
         "apps/viz/test_figure.py",
+        "apps/viz/test_notebook.py::test_every_cell_of_a_notebook_shows_something",
         "apps/viz/test_pictures_as_files.py::test_an_mp4_has_the_frames",
         "apps/weights/test_checkpoints.py::test_a_shard_is_recognised_by_its_class",
         "apps/weights/test_checkpoints.py::test_safetensors_without_their_library",

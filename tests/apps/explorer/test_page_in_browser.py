@@ -188,6 +188,7 @@ def test_the_map_fades(page):
 def test_a_notebook_shows_the_page_in_a_frame(chromium, tmp_path):
     """As the value of a cell: HTML that holds the whole page and runs it."""
     page = write_page(tmp_path / "page.html", PICTURE, maps_on(GRID, queries=range(16)))
+    assert 'sandbox="allow-scripts allow-downloads allow-modals"' in page._repr_html_()
     cell = tmp_path / "cell.html"
     cell.write_text(f"<!doctype html><meta charset=utf-8>{page._repr_html_()}", "utf-8")
     chromium.open(cell)

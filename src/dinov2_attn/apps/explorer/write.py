@@ -59,11 +59,11 @@ class ExplorerPage:
             (unfinished / path.name).write_bytes(self.content)
 
     def _repr_html_(self) -> str:
-        # In a frame without the notebook's origin: the page needs scripts and nothing else.
+        # In a frame without the notebook's origin: the page needs scripts, and saves files.
         page = escape(self.content.decode())
         return (
-            f'<iframe srcdoc="{page}" sandbox="allow-scripts" width="100%" height="900" '
-            'style="border: 0"></iframe>'
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts allow-downloads allow-modals" '
+            'width="100%" height="900" style="border: 0"></iframe>'
         )
 
 

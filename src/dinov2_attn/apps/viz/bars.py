@@ -36,6 +36,8 @@ class Bar:
         tokens: The number N of tokens: uniform attention is 1/N. ``None`` if images differ.
         beyond: At which ends colours stand for more: neither, min, max or both.
         ends: What stands at both ends in place of numbers, if scales differ.
+        label: What the numbers are.
+        unit: What stands behind each number.
 
     """
 
@@ -44,10 +46,12 @@ class Bar:
     tokens: int | None
     beyond: str = "neither"
     ends: tuple[str, str] | None = None
+    label: str = LABEL
+    unit: str = "×"
 
     def draw(self, figure: Figure, ax: Axes, points: float) -> None:
         """Draw the bar upright into ``ax``, with shares, in letters of ``points``."""
-        self._draw(figure, ax, points, "vertical", LABEL)
+        self._draw(figure, ax, points, "vertical", self.label)
 
     def draw_flat(self, figure: Figure, ax: Axes, points: float) -> None:
         """Draw the bar from left to right into ``ax``, in letters of ``points``."""
@@ -86,7 +90,10 @@ class Bar:
             return list(self.norm.inverse(np.array([0.0, 1.0]))), list(self.ends)
         places = ticks(self.norm, most)
         beside = [f"  {share(v / self.tokens)}" if self.tokens and shares else "" for v in places]
-        labels = [times(v) + part if v else "0" for v, part in zip(places, beside, strict=True)]
+        labels = [
+            f"{_short(v)}{self.unit}{part}" if v else "0"
+            for v, part in zip(places, beside, strict=True)
+        ]
         return places, labels
 
 

@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 PLAIN = Style()
 THIN = 0.6  # of the usual width: around an object that may be as small as a patch
 OUTLINED = "The thin white line is around the object that was marked."
-# An image: what load_image returns, an image of Pillow, or an array with the channels last.
+# An image: what load_image returns, an image of Pillow, an array with the channels last, or the
+# input tensor of a model.
 Picture: TypeAlias = "LoadedImage | npt.ArrayLike | PIL.Image.Image"
 
 
@@ -75,19 +76,22 @@ def plot(
     Colours stand for multiples of uniform attention: 1 is the N-th part, of N tokens.
 
     The patch (row, column) is centred at x = column, y = row. For a colour bar of your own, take
-    the map: ``ax.images[0]``, or ``ax.images[1]`` over an image. pyplot is not used.
+    the map: ``ax.images[0]``, or ``ax.images[1]`` over an image. pyplot is not used. In a notebook
+    the value shows its figure.
 
     Args:
         maps: An ``AttentionMaps``, or a ``Recording`` of one pass.
         ax: A matplotlib Axes, whose title becomes the caption. ``None`` creates a figure with a
-            colour bar (``ax.figure``).
-        layer: The number of a block in ``maps.layers``. ``None`` is the last of them.
+            colour bar (``ax.figure``), which a notebook shows.
+        layer: The number of a block in ``maps.layers``, or its path. ``None`` is the last of
+            them, and negative numbers count from it.
         head: The number of a head, or ``"mean"``.
         query: ``"cls"``, ``"register:2"``, a patch ``(row, column)``, or a position. A patch is
             framed in white.
         sample: Which image of the batch.
-        image: The image below the map: what ``load_image`` returned, an image of Pillow, or an
-            array ``(H, W, 3)`` or ``(H, W)``, integers of 0…255 or floats of 0…1.
+        image: The image below the map: what ``load_image`` returned, an image of Pillow, an
+            array ``(H, W, 3)`` or ``(H, W)``, integers of 0…255 or floats of 0…1, or the input
+            tensor of the model, ``(C, H, W)``. Normalisation by ImageNet's mean is undone.
         outline: A bool mask ``(H, W)`` of any resolution, such as that of an object. A line in
             white on black is drawn around it.
         artifacts: What ``artifact_tokens`` found in the same batch. ``style`` says how to draw

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dinov2_attn.apps.viz.mosaic import Cells
+from dinov2_attn.apps.viz.shown import ShownAxes, ShownFigure
 from dinov2_attn.apps.viz.text import FONT, POINTS_PER_INCH, wrap
 
 POINTS = 9.0  # of captions
@@ -53,11 +54,12 @@ class Sheet:
         below = MARGIN + (LINE * len(red) + MARGIN if red else 0)
         middle = max(height, LEAST_BAR) if self.bar else height
         total = above + middle + below
-        figure = Figure(figsize=(whole, total), facecolor="white")
+        figure = ShownFigure(figsize=(whole, total), facecolor="white")
         FigureCanvasAgg(figure)
 
         def axes(x: float, w: float, h: float) -> Axes:
-            return figure.add_axes((x / whole, (total - above - h) / total, w / whole, h / total))
+            box = x / whole, (total - above - h) / total, w / whole, h / total
+            return figure.add_axes(box, axes_class=ShownAxes)
 
         ax = axes(MARGIN + self.left, width, height)
         bar = axes(2 * MARGIN + self.left + width, BAR, middle) if self.bar else None

@@ -1,0 +1,109 @@
+"""The figures by which results show themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import singledispatch
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from dinov2_attn.apps.viz.bars import Bar, bar_of
+from dinov2_attn.apps.viz.captions import Outlying, colour_sentence
+from dinov2_attn.apps.viz.layout import line_width, single_sheet
+from dinov2_attn.apps.viz.limits import extend, scale
+from dinov2_attn.apps.viz.mosaic import Mosaic
+from dinov2_attn.apps.viz.pictures import PLAIN, draw_map, plot_heads
+from dinov2_attn.apps.viz.rows import Values
+from dinov2_attn.apps.viz.sheet import BAR_POINTS
+from dinov2_attn.maps.artifacts import ArtifactTokens
+from dinov2_attn.maps.attention_maps import AttentionMaps
+from dinov2_attn.maps.recording import Recording
+from dinov2_attn.maps.result import as_array
+from dinov2_attn.maps.rollout import Rollout
+from dinov2_attn.math.selection import name_token
+
+
+@singledispatch
+def figure_of(result: object) -> Figure | None:
+    """Return the figure of ``result``, or ``None`` if it holds nothing to draw."""
+    del result
+    return None
+
+
+@figure_of.register(AttentionMaps)
+def _of_maps(maps: AttentionMaps) -> Figure:
+    # One row of one layer: the others may be large, and would be copied.
+    weights: Any = maps.weights[-1]
+    query = 0 if maps.queries is None else maps.queries[0]
+    one = (weights[:1, ..., :1, :],)
+    first = replace(maps, weights=one, layers=maps.layers[-1:], queries=(query,), sources=())
+    return plot_heads(first, query=query)
+
+
+@figure_of.register(Recording)
+def _of_recording(recording: Recording) -> Figure | None:
+    return _of_maps(recording[0]) if len(recording) == 1 else None
+
+
+@figure_of.register(Rollout)
+def _of_rollout(rollout: Rollout) -> Figure:
+    tokens = int(rollout.weights.shape[-1])
+    values = _numbers(rollout.patch_maps()[0, 0]) * tokens
+    norm = scale(values, PLAIN)
+    named, patch = _first_query(rollout)
+    caption = [f"Attention rollout of {named}.", colour_sentence([tokens], [norm], [values])]
+    return _alone(values, caption, norm, bar_of(norm, [values], PLAIN, tokens), patch=patch)
+
+
+def _first_query(rollout: Rollout) -> tuple[str, tuple[int, int] | None]:
+    """Return the name of the first query, and its row and column if it is a patch."""
+    if not rollout.queries:
+        return "the first query", None
+    number = rollout.queries[0] - rollout.prefix
+    (height, width) = rollout.grid
+    patch = divmod(number, width) if 0 <= number < height * width else None
+    return name_token(rollout.queries[0], rollout.prefix, rollout.grid), patch
+
+
+@figure_of.register(ArtifactTokens)
+def _of_artifacts(artifacts: ArtifactTokens) -> Figure:
+    values = _numbers(artifacts.norms[0])
+    layer, threshold = int(artifacts.layer[0]), float(artifacts.threshold[0])
+    outlying = Outlying(_numbers(artifacts.mask[0]) > 0, layer, threshold)
+    norm = scale(values, PLAIN, outlying.mask)
+    count = int(outlying.mask.sum())
+    found = f"{count} (red frames)" if count else "none"
+    caption = [
+        f"Norms of patches after layer {layer}.",
+        f"Artifact tokens: {found}, with a norm above {threshold:.4g}.",
+    ]
+    bar = Bar(norm, PLAIN.colour_map(), None, extend(norm, values), label="norm", unit="")
+    return _alone(values, caption, norm, bar, outlying)
+
+
+def _alone(
+    values: Values,
+    caption: list[str],
+    norm: Normalize,
+    bar: Bar,
+    outlying: Outlying | None = None,
+    patch: tuple[int, int] | None = None,
+) -> Figure:
+    """Return a figure of one map ``(h, w)``, with the limits and the marks of all pictures."""
+    height, width = values.shape
+    sheet = single_sheet((height, width))
+    figure, ax, beside = sheet.figure(caption, None)
+    bar.draw(figure, beside, BAR_POINTS)
+    mosaic = Mosaic(ax, sheet.cells, PLAIN, line_width(sheet.patch))
+    draw_map(mosaic, (0, 0), values, norm, PLAIN, outlying)
+    mosaic.query((0, 0), patch)
+    mosaic.finish()
+    return figure
+
+
+def _numbers(values: Any) -> Values:
+    array = as_array(values) if hasattr(values, "detach") else values
+    return np.asarray(array, dtype=np.float64)
