@@ -296,7 +296,7 @@ def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(path):
 def test_nothing_is_fetched_and_nothing_but_the_pages_own_script_runs(path):
     page = written(path, maps_of(), title="http")
     text = path.read_text("utf-8")
-    assert not re.search(r"(https?|ftp|wss?):|//\w+\.\w", text)
+    assert not re.search(r"\b(https?|ftp|wss?):|//\w+\.\w", text)
     policy = page.one("meta", **{"http-equiv": "Content-Security-Policy"})["content"]
     script, style = page.one("script", type="module")["text"], page.one("style")["text"]
     for kind, content in (("script-src", script), ("style-src", style)):

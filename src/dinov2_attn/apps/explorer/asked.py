@@ -15,9 +15,8 @@ from dinov2_attn.apps.explorer.write import checked_grid
 from dinov2_attn.backbone.backbone import Backbone, transformers_in
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError
 from dinov2_attn.grafting.api import install
-from dinov2_attn.grafting.channel import unrecorded
+from dinov2_attn.grafting.channel import recording, unrecorded
 from dinov2_attn.grafting.models import is_grafted
-from dinov2_attn.grafting.recording import recording
 from dinov2_attn.maps.layers import recorded_in
 from dinov2_attn.maps.one_batch import attention_maps, run_model, walks_as_counted
 from dinov2_attn.maps.record import record
@@ -50,11 +49,7 @@ class Asked:
 
     def queries_and_keys(self) -> list[QueriesKeys]:
         """Return what the weights of each layer are made of, where nothing else decides them."""
-        modules = self.model.modules()
-        # Where a key may be hidden, weights are not the softmax of products alone.
-        if not any(getattr(module, "is_causal", False) for module in modules) and (
-            walks_as_counted(self.model, [self.images])
-        ):
+        if walks_as_counted(self.model, [self.images]):
             return list(projected(Backbone(self.model), self.images, self.layers))
         wanted = recorded_in(self.model, list(self.names.values())).wanted
         numbers = {name: number for number, name in self.names.items()}
@@ -122,5 +117,5 @@ def _numbered(model: nn.Module, layers: tuple[Layer, ...]) -> dict[int, Layer]:
     """Return ``layers`` by their numbers: paths count from 0 in the order of the model."""
     if all(isinstance(layer, int) for layer in layers):
         return {int(layer): layer for layer in layers}
-    known = list(dict.fromkeys(recorded_in(model, None).all.values()))
+    known = list(dict.fromkeys(recorded_in(model, list(layers)).all.values()))
     return {known.index(layer): layer for layer in layers}

@@ -18,12 +18,12 @@ from dinov2_attn.apps.explorer.assemble import Tables, assemble, what_is_missing
 from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, Shape, describe, left_out, plan
 from dinov2_attn.apps.explorer.content import Frame, Outliers, bytes_in
 from dinov2_attn.apps.explorer.quantise import Table, quantise
-from dinov2_attn.backbone.validation import layers_to_take
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.places import place_of_layer
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.math.attention import check_heads
+from dinov2_attn.math.selection import layers_to_take
 from dinov2_attn.typing import Grid, Heads, RecordedLayers
 
 
