@@ -71,6 +71,13 @@ def test_tokens_behind_the_patches_are_left_out():
     assert_same_bits(maps.at(0, 1), weights[0, 1, 0, 1:7].reshape(GRID))
 
 
+def test_maps_without_cls_have_patches_only():
+    maps = AttentionMaps((noise(1, 2, 6, 6, seed=1),), (0,), GRID, 0)
+    assert_same_bits(maps.at(0, 1, (0, 0)), maps[0][0, 1, 0].reshape(GRID))
+    with pytest.raises(OutOfRangeError, match="of a model without CLS"):
+        maps.at()
+
+
 def test_gradients_flow():
     weights = noise(1, 2, 9, 9, seed=1).requires_grad_()
     AttentionMaps((weights,), (0,), GRID, PREFIX).at(0, 1).sum().backward()

@@ -57,6 +57,12 @@ def position_of(token: Token, prefix: int, grid: tuple[int, int]) -> int:
     """
     if isinstance(token, str):
         token = read_token(token)
+    if isinstance(token, str) and not prefix:
+        raise OutOfRangeError(
+            "a patch or a position, of a model without CLS",
+            repr(token),
+            "Ask for a patch: (0, 0) in Python, 0,0 on the command line.",
+        )
     if isinstance(token, str):
         return 0 if token == "cls" else _register(int(token.partition(":")[2]), prefix - 1)
     if isinstance(token, tuple | list):

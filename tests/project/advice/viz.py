@@ -179,6 +179,12 @@ case(
 )
 case(
     "math",
+    "Ask for a patch: (0, 0) in Python",
+    lambda lab: drawn(lab, without_cls(lab)),
+    lambda lab: [drawn(lab, without_cls(lab), query=query) for query in ((0, 0), "0,0")],
+)
+case(
+    "math",
     "Give two whole numbers",
     lambda lab: drawn(lab, lab.maps(), query=(1, 2, 3)),
     lambda lab: drawn(lab, lab.maps(), query=(1, 2)),
@@ -254,6 +260,11 @@ case(
     lambda lab: page(lab, sample=2),
     lambda lab: page(lab, sample=1),
 )
+
+
+def without_cls(lab):
+    """Say of 7 columns that all are of patches."""
+    return replace(lab.maps(), prefix=0, grid=(1, 7))
 
 
 def with_registers(lab):
