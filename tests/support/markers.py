@@ -16,6 +16,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
     ),
     "browser": (
         "apps/explorer/test_page_in_browser.py",
+        "apps/extraction/test_contact_sheet_in_browser.py",
         "apps/explorer/test_page_accessibility.py",
         "apps/explorer/test_page_views.py",
         "apps/viz/test_notebook.py::test_jupyterlab_shows_pictures_and_the_page",
@@ -35,6 +36,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/cli/test_report.py::test_quiet_still_has_warnings_and_verbose_says_where_code_comes_from",
         "apps/explorer/test_explore.py::test_help_does_not_wait_for_torch",
         "apps/extraction/test_attention_dataset.py::test_workers_of_a_loader_open_their_own",
+        "apps/extraction/test_attention_dataset.py::test_without_pandas_the_error_names_the_extra",
         "apps/extraction/test_extract.py::test_workers_make_the_same_bytes",
         "apps/extraction/test_extract_datasets.py::test_workers_make_the_same_bytes",
         "apps/extraction/test_extract_interrupted.py",

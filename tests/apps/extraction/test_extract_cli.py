@@ -15,7 +15,7 @@ from dinov2_attn.apps.cli.main import main
 from dinov2_attn.apps.demo.load import PATH as DEMO
 from dinov2_attn.apps.viz.images import load_image
 from tests.support.extraction import draw, files_of, index_of, stored
-from tests.support.tolerances import assert_close
+from tests.support.tolerances import assert_close, assert_same_bits
 
 pytest_plugins = ["tests.support.cli_fixtures"]  # fixtures: imported, image, weights
 pytestmark = pytest.mark.usefixtures("imported")
@@ -90,11 +90,14 @@ def test_folder_list_and_tar_hold_the_same_maps(source, tmp_path):
             tar.add(source / name, arcname=name)
     for given in (source, tmp_path / "list.txt", tmp_path / "images.tar"):
         assert run(given, "-o", tmp_path / f"out-{given.name}") == 0
-    shards = [
-        (tmp_path / f"out-{name}" / "shards" / "00000.safetensors").read_bytes()
-        for name in ("in", "list.txt", "images.tar")
-    ]
-    assert shards[0] == shards[1] == shards[2]
+    folder, of_list, of_tar = (
+        list(stored(tmp_path / f"out-{name}")) for name in ("in", "list.txt", "images.tar")
+    )
+    for one, *others in zip(folder, of_list, of_tar, strict=True):
+        for entry, *tensors in others:
+            assert entry["checksum"] == one[0]["checksum"]
+            for ours, theirs in zip(tensors, one[1:], strict=True):
+                assert_same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["goes on", "strict"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 import tarfile
@@ -288,6 +289,39 @@ case(
 
 # Reading
 
+
+def of_format(lab, number):
+    extracted(lab)
+    about = json.loads((lab.folder / "out/extraction.json").read_text())
+    lab.written("out/extraction.json", json.dumps({**about, "format": number}).encode())
+    return AttentionDataset(lab.folder / "out")
+
+
+case(
+    "apps/extraction",
+    "extract again into another folder",
+    lambda lab: of_format(lab, 1),
+    lambda lab: extracted(lab, out="another")[0],
+)
+
+
+def twice(lab):
+    photographs(lab.folder / "two", 3)
+    return extracted(lab, [source(lab), lab.folder / "two"])
+
+
+case(
+    "apps/extraction",
+    "Choose one: dataset.positions(path, source)",
+    lambda lab: twice(lab)["000.png"],
+    lambda lab: twice(lab)[twice(lab).positions("000.png", "two")[0]],
+)
+case(
+    "apps/extraction",
+    "dataset.entries() has all paths",
+    lambda lab: extracted(lab)["absent.png"],
+    lambda lab: extracted(lab)[next(extracted(lab).entries())["path"]],
+)
 case(
     "apps/extraction",
     "Name the folder that `dinov2-attn extract -o` was given",

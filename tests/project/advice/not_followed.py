@@ -59,6 +59,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "Install it with `pip install",
             "Install them with `pip install",
         ),
+        "apps/extraction": ("Install it with `pip install 'dinov2-attn[pandas]'`",),
         "proof/verify": ("pip install 'dinov2-attn[test]'",),
         "apps/viz": (
             "Install it with `pip install",

@@ -119,6 +119,12 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         help="Try the images again that had no maps in an earlier run.",
     )
     group.add_argument(
+        "--verify",
+        action="store_true",
+        help="Read finished shards again and write those whose bytes were changed or damaged. "
+        "Their indexes are always compared.",
+    )
+    group.add_argument(
         "--dry-run",
         action="store_true",
         help="Print what would be written and skipped, and write nothing.",
@@ -166,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
             workers=_workers() if args.workers is None else args.workers,
             strict=args.strict,
             retry=args.retry,
+            verify=args.verify,
             progress=not args.quiet,
             name=loaded.name,
             random=loaded.random,

@@ -49,6 +49,7 @@ class ExtractOptions(TypedDict, total=False):
     workers: int
     strict: bool
     retry: bool
+    verify: bool
     progress: bool
     name: str | None
     random: bool
@@ -106,6 +107,7 @@ def extract(
     workers: int = 0,
     strict: bool = False,
     retry: bool = False,
+    verify: bool = False,
     progress: bool = False,
     name: str | None = None,
     random: bool = False,
@@ -158,6 +160,8 @@ def extract(
         strict: Whether to stop at the first image without maps.
         retry: Whether to try images again that had no maps in an earlier run. Their shards are
             rewritten.
+        verify: Whether to read finished shards again and compare their bytes with the checksums.
+            Damaged ones are rewritten. Indexes are always compared.
         progress: Whether to show a progress bar.
         name: The name of the model in ``extraction.json``.
         random: Whether the weights are random, which is recorded with the maps.
@@ -214,5 +218,7 @@ def extract(
     workers = at_least(0, workers, "workers")
     given = source_of(source, transform)
     warning = NO_MEANING if random else warning
-    job = Job(model, given, Path(out), options, workers, strict, retry, progress, name, warning)
+    job = Job(
+        model, given, Path(out), options, workers, strict, retry, verify, progress, name, warning
+    )
     return job.preview() if dry_run else job.run()

@@ -45,6 +45,8 @@ class BatchMaps:
         maps: ``(B, layers, heads, queries, H, W)`` in ``grid`` or in the grid of the options.
             Without the dimension of heads for their mean.
         prefix: The attention to CLS and registers, ``(B, layers, heads, queries, 1 + R)``.
+        entropy: That of the weights of a query in nats, ``(B, layers)``: the mean of heads and
+            queries.
         artifacts: The artifact tokens of the batch, if the options ask for them.
 
     """
@@ -53,6 +55,7 @@ class BatchMaps:
     grid: Grid
     maps: Tensor
     prefix: Tensor
+    entropy: Tensor
     artifacts: ArtifactTokens | None
 
 
@@ -119,6 +122,7 @@ def _attend(model: Model, pictures: list[Picture], options: Options) -> BatchMap
         grid=maps.grid,  # type: ignore[arg-type]  # one batch has one grid
         maps=patches.to(dtype),
         prefix=torch.stack([_others(w, maps) for w in maps.weights], dim=1).to(dtype),
+        entropy=torch.stack([_entropy(weights) for weights in maps.weights], dim=1),
         artifacts=artifacts,
     )
 
@@ -128,6 +132,12 @@ def _others(weights: Tensor, maps: AttentionMaps) -> Tensor:
     before = weights[..., : maps.prefix]
     behind = weights[..., weights.shape[-1] - maps.suffix :]
     return torch.cat([before, behind], -1) if maps.suffix else before
+
+
+def _entropy(weights: Tensor) -> Tensor:
+    """Return the entropy ``(B,)`` of weights ``(B, …, N)``: -Σ w ln w, averaged over rows."""
+    entropies: Tensor = torch.special.entr(weights.float()).sum(-1)
+    return entropies.flatten(1).mean(1)
 
 
 def _on_device(pictures: list[Picture], device: torch.device, reading: Reading) -> Tensor:

@@ -84,6 +84,7 @@ class Job:
     workers: int
     strict: bool
     retry: bool
+    verify: bool
     progress: bool
     name: str | None
     warning: str | None
@@ -165,7 +166,7 @@ class Job:
 
     def _done(self, made: Plan) -> list[int]:
         """Return the finished shards, without those to retry."""
-        done = shards.finished(self.folder, made.shards)
+        done = shards.finished(self.folder, made, self.verify)
         if self.retry:
             done = [shard for shard in done if not shards.refusals(self.folder, shard)]
         return done

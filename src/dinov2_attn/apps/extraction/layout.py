@@ -3,7 +3,9 @@
 ::
 
     OUT/extraction.json            everything that decides the bytes of the other files
-    OUT/shards/00000.safetensors   tensors "N.maps" and "N.prefix" for image number N
+    OUT/README.md                  the same for readers: files, axes, preprocessing
+    OUT/shards/00000.safetensors   tensors "N.maps" and "N.prefix" for image number N, and as
+                                   metadata axes, preprocessing and the sha256 of its index
     OUT/shards/00000.jsonl         a line for each of its images; exists when the shard is done
     OUT/index.jsonl                all lines with maps; exists when every shard is done
     OUT/unreadable.jsonl           all lines with the stage (decode, pass) that failed, and why
@@ -22,16 +24,19 @@ from torch import Tensor
 from dinov2_attn.errors import UnreadableFileError
 
 ABOUT, INDEX, UNREADABLE, SHARDS = "extraction.json", "index.jsonl", "unreadable.jsonl", "shards"
-LOCK = ".lock"
+README, LOCK = "README.md", ".lock"
+
+# The layout that this version writes and reads. Format 1 had no metadata.
+FORMAT = 2
 
 
 def read_about(folder: Path) -> dict[str, Any]:
     """Return ``extraction.json`` of ``folder``; raise ``UnreadableFileError`` if it has none."""
     try:
         about = json.loads((folder / ABOUT).read_text())
-        if isinstance(about, dict):
+        if isinstance(about, dict) and "format" in about:
             return about
-        reason = "no JSON object"
+        reason = "no JSON object with a format"
     except (OSError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise UnreadableFileError(
@@ -39,6 +44,25 @@ def read_about(folder: Path) -> dict[str, Any]:
         f"{ABOUT} that cannot be read ({reason})",
         "Name the folder that `dinov2-attn extract -o` was given.",
     )
+
+
+def check_format(folder: Path, about: dict[str, Any]) -> None:
+    """Raise ``UnreadableFileError`` if ``folder`` has another format than this version writes."""
+    found = about["format"]
+    # True equals 1, and 2.0 equals 2: neither was written here.
+    if type(found) is int and found == FORMAT:
+        return
+    raise UnreadableFileError(
+        f"an extraction of format {FORMAT} at {folder}",
+        f"format {_shortened(found)}",
+        "Read it with the version of dinov2-attn that wrote it, or extract again into another "
+        "folder.",
+    )
+
+
+def _shortened(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def names(entry: dict[str, Any]) -> tuple[str, str]:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 import dinov2_attn
+from dinov2_attn.apps.extraction.described import preprocessing_of, tensors_of
 from dinov2_attn.apps.extraction.items import Item
+from dinov2_attn.apps.extraction.layout import FORMAT
 from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.maps.geometry import geometry_of
 from dinov2_attn.typing import Model
 
-FORMAT = 1
 NO_MEANING = "random weights: these maps carry no meaning"
 
 
@@ -77,6 +78,8 @@ def plan(
             "code": _code(model),
             "warning": warning,
         },
+        "tensors": tensors_of(model, options),
+        "preprocessing": preprocessing_of(model, options, transform),
         "options": asdict(options),
         "source": {"images": len(items), "listing": _listing(items), "transform": transform},
     }

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import json
 from array import array
+from collections.abc import Iterator
 from operator import index
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinov2_attn import _imports
 from dinov2_attn.apps.extraction import layout
-from dinov2_attn.errors import OutOfRangeError, UnreadableFileError
+from dinov2_attn.apps.extraction.collate import collate
+from dinov2_attn.apps.extraction.frame import frame_of
+from dinov2_attn.errors import InvalidInputError, OutOfRangeError, UnreadableFileError
+
+if TYPE_CHECKING:
+    import pandas
+
+    from dinov2_attn.maps.attention_maps import AttentionMaps
+
+# An image by its number in the dataset, or by its path.
+Key = SupportsIndex | str | PathLike[str]
 
 # How many shards stay open. Only their headers are in memory.
 MOST_OPEN = 16
+# What a line of the index has.
+LINE = frozenset(
+    {"number", "source", "path", "size", "grid", "prefix_mass", "entropy", "artifacts"}
+    | {"shard", "sha256", "checksum"}
+)
 
 
 class AttentionDataset(Dataset[dict[str, Any]]):
@@ -26,37 +46,67 @@ class AttentionDataset(Dataset[dict[str, Any]]):
     >>> maps[0]["prefix"] # (layers, heads, queries, 1 + R): CLS and registers
     >>> maps[0]["path"]   # of the image
     >>> maps.entry(0)     # the whole line of the index
+    >>> maps["b/001.png"] # by its path
+    >>> maps[10:20]       # a dataset of ten images
+    >>> maps.frame()      # the index as a table of pandas
+    >>> maps.maps(0)      # AttentionMaps, for pictures
 
     Images without maps are not in it; ``unreadable()`` lists them. Shards are opened when they
     are first needed, in each worker of a ``DataLoader``. With a ``grid`` all maps have one shape,
-    and torch's own collation makes batches of them.
+    and torch's own collation makes batches of them. Otherwise ``collate`` does, by padding.
 
     Args:
         folder: The folder that was ``out`` of ``extract``.
         verify: Whether to check the sha256 of every map that is read.
 
     Attributes:
+        folder: The folder of the extraction.
         about: The model, the options and the source of the extraction.
 
     Raises:
-        UnreadableFileError: If there is no finished extraction or, at an item with ``verify``, if
-            a map differs from what was stored.
+        UnreadableFileError: If there is no finished extraction, one of another format or, at an
+            item with ``verify``, if a map differs from what was stored.
 
     """
 
+    collate = staticmethod(collate)
+
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
-        self._folder = Path(folder)
+        self.folder = Path(folder)
         self._verify = verify
-        self.about = layout.read_about(self._folder)
-        self._starts = _line_starts(self._folder)
+        self.about = layout.read_about(self.folder)
+        layout.check_format(self.folder, self.about)
+        self._starts = _line_starts(self.folder)
         self._open: dict[str, Any] = {}
+        self._places: dict[str, list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, i: int) -> Row:
-        """Return maps, prefix, path and number of the image at ``i``."""
-        entry = self.entry(i)
+    @overload
+    def __getitem__(self, i: Key) -> Row: ...
+    @overload
+    def __getitem__(self, i: slice) -> AttentionDataset: ...
+
+    def __getitem__(self, i: Key | slice) -> Row | AttentionDataset:
+        """Return maps, prefix, path and number of one image, or the dataset of a slice.
+
+        Args:
+            i: A position, negative ones counted from the end; a path of the index; or a slice.
+
+        Raises:
+            OutOfRangeError: If there is no such position.
+            InvalidInputError: If no image or several have the path.
+
+        """
+        return self._part(i) if isinstance(i, slice) else self._row(self.entry(i))
+
+    def _part(self, i: slice) -> AttentionDataset:
+        part = copy.copy(self)
+        part._starts, part._open, part._places = self._starts[i], {}, None
+        return part
+
+    def _row(self, entry: dict[str, Any]) -> Row:
         name = entry["shard"]
         try:
             file = self._shard(name)
@@ -67,19 +117,79 @@ class AttentionDataset(Dataset[dict[str, Any]]):
             raise self._wrong(f"other bytes for image {entry['number']} in {name}")
         return Row(maps=maps, prefix=prefix, path=entry["path"], number=entry["number"])
 
-    def entry(self, i: int) -> dict[str, Any]:
-        """Return the line of the index at ``i``; negative numbers count from the end."""
-        position = index(i)
+    def maps(self, i: Key) -> AttentionMaps[Tensor]:
+        """Return one image as ``AttentionMaps``, a batch of one: for pictures, or to save it.
+
+        With a ``grid``, queries that are patches are the cells that contain their centres.
+        """
+        from dinov2_attn.apps.extraction.restored import restored
+
+        entry = self.entry(i)
+        return restored(self._row(entry), entry, self.about)
+
+    def frame(self) -> pandas.DataFrame:
+        """Return the index as a table: a row for each image, at its position in the dataset.
+
+        ``prefix_mass_5`` and ``entropy_5`` are those of layer 5, ``height`` and ``width`` those of
+        the image in pixels, ``rows`` and ``columns`` those of its patches. ``artifacts`` is the
+        number of artifact tokens, missing if they were not looked for.
+
+        Raises:
+            UnavailableError: If pandas is missing.
+
+        """
+        return frame_of(self.entries(), self.about["tensors"]["layers"])
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Yield the line of the index of each image."""
+        with (self.folder / layout.INDEX).open("rb") as file:
+            for position, start in enumerate(self._starts):
+                file.seek(start)
+                yield self._parsed(file.readline(), position)
+
+    def positions(self, path: str | PathLike[str], source: str | None = None) -> list[int]:
+        """Return the positions of all images with this path, or of those in one source."""
+        if self._places is None:
+            self._places = {}
+            for position, entry in enumerate(self.entries()):
+                self._places.setdefault(entry["path"], []).append(position)
+        name = path if isinstance(path, str) else Path(path).as_posix()
+        found = self._places.get(name, [])
+        return [at for at in found if source in (None, self.entry(at)["source"])]
+
+    def _position_of(self, path: str | PathLike[str]) -> int:
+        found = self.positions(path)
+        if len(found) == 1:
+            return found[0]
+        expected = "the path of one image in the index"
+        if found:
+            raise InvalidInputError(
+                expected,
+                f"{_shown(path)} at {len(found)} positions",
+                "Choose one: dataset.positions(path, source) lists them.",
+            )
+        near = difflib.get_close_matches(str(path), self._places or {}, 1)
+        raise InvalidInputError(
+            expected,
+            _shown(path) + (f"; {_shown(near[0])} is there" if near else ""),
+            "dataset.entries() has all paths, and dataset.unreadable() those without maps.",
+        )
+
+    def entry(self, i: Key) -> dict[str, Any]:
+        """Return the line of the index at a position or of a path, as ``dataset[i]`` takes it."""
+        position = self._position_of(i) if isinstance(i, str | PathLike) else index(i)
         if not -len(self) <= position < len(self):
             raise OutOfRangeError(
                 f"an image from 0 to {len(self) - 1}", str(i), "len() counts them."
             )
-        with (self._folder / layout.INDEX).open("rb") as file:
+        with (self.folder / layout.INDEX).open("rb") as file:
             file.seek(self._starts[position])
-            line = file.readline()
+            return self._parsed(file.readline(), position)
+
+    def _parsed(self, line: bytes, position: int) -> dict[str, Any]:
         try:
             entry: dict[str, Any] = json.loads(line)
-            if {"number", "path", "shard", "checksum"} <= entry.keys():
+            if entry.keys() >= LINE:
                 return entry
             reason = "no line of an image"
         except (ValueError, AttributeError) as error:  # no JSON, or no object
@@ -88,22 +198,23 @@ class AttentionDataset(Dataset[dict[str, Any]]):
 
     def unreadable(self) -> list[dict[str, Any]]:
         """Return number, source, path, stage and reason of each image without maps."""
-        lines = (self._folder / layout.UNREADABLE).read_text().splitlines()
+        lines = (self.folder / layout.UNREADABLE).read_text().splitlines()
         return [json.loads(line) for line in lines]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # open files belong to this process
+        # Open files belong to this process, and paths are read again where they are needed.
+        return {**self.__dict__, "_open": {}, "_places": None}
 
     def _shard(self, name: str) -> Any:
         if name not in self._open:
             while len(self._open) >= MOST_OPEN:
                 self._open.pop(next(iter(self._open)))
-            self._open[name] = _imports.safetensors().safe_open(self._folder / name, "pt")
+            self._open[name] = _imports.safetensors().safe_open(self.folder / name, "pt")
         return self._open[name]
 
     def _wrong(self, found: str) -> UnreadableFileError:
         return UnreadableFileError(
-            f"the shards at {self._folder} as they were written",
+            f"the shards at {self.folder} as they were written",
             found,
             "Remove the shard, its .jsonl and index.jsonl, and run the extraction again.",
         )
@@ -135,3 +246,9 @@ def _line_starts(folder: Path) -> array[int]:
             "Run the same `dinov2-attn extract` again: it continues where it was stopped.",
         ) from error
     return starts
+
+
+def _shown(path: object) -> str:
+    """Return a path as a Python literal, in ASCII and at most 200 letters long."""
+    text = ascii(str(path))
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections import Counter
@@ -15,11 +16,13 @@ from torch import Tensor
 from dinov2_attn import _imports
 from dinov2_attn._files import UNFINISHED, atomic_file
 from dinov2_attn.apps.extraction.decode import Refused
+from dinov2_attn.apps.extraction.described import metadata_of, readme
 from dinov2_attn.apps.extraction.inference import BatchMaps
 from dinov2_attn.apps.extraction.layout import (
     ABOUT,
     INDEX,
     LOCK,
+    README,
     SHARDS,
     UNREADABLE,
     checksum,
@@ -28,6 +31,8 @@ from dinov2_attn.apps.extraction.layout import (
 )
 from dinov2_attn.apps.extraction.plan import Plan, differences
 from dinov2_attn.errors import InvalidInputError
+
+log = logging.getLogger(__name__)
 
 
 def check(folder: Path, plan: Plan) -> None:
@@ -58,27 +63,57 @@ def prepare(folder: Path, plan: Plan) -> None:
     # This file comes first: it marks the folder as an extraction.
     if not (folder / ABOUT).exists():
         _write(folder / ABOUT, json.dumps(plan.about, indent=1) + "\n")
+    if not (folder / README).exists():
+        _write(folder / README, readme(plan.about))
     (folder / SHARDS).mkdir(exist_ok=True)
 
 
-def finished(folder: Path, count: int) -> list[int]:
-    """Return which of ``count`` shards are complete and have their index."""
-    return [shard for shard in range(count) if _is_finished(folder, shard)]
+def finished(folder: Path, plan: Plan, verify: bool = False) -> list[int]:
+    """Return which shards of ``plan`` are complete and unchanged.
+
+    Each index is compared with the plan and with the sha256 in its shard, and the names of the
+    tensors with the index. With ``verify`` all tensors are read and compared with their checksums.
+    """
+    return [shard for shard in range(plan.shards) if _is_finished(folder, plan, shard, verify)]
 
 
-def _is_finished(folder: Path, shard: int) -> bool:
-    tensors, index = _paths(folder, shard)
+def _is_finished(folder: Path, plan: Plan, shard: int, verify: bool) -> bool:
+    path, index = _paths(folder, shard)
     if not index.exists():
         return False
     try:
-        expected = {name for line in _lines(index) if "shard" in line for name in names(line)}
-        with _imports.safetensors().safe_open(tensors, "pt") as file:
-            return set(file.keys()) == expected
-    except Exception:  # a shard that cannot be read is written again
-        return False
+        content = index.read_bytes()
+        lines = [json.loads(line) for line in content.splitlines()]
+        listed = [(line["number"], line["source"], line["path"]) for line in lines]
+        planned = [(number, item.source, item.path) for number, item in plan.numbered(shard)]
+        metadata = metadata_of(plan.about, content)
+        whole = listed == planned and _is_whole(path, metadata, lines, verify)
+    except Exception:  # the readers may raise any exception for foreign bytes
+        whole = False
+    if not whole:
+        log.warning("%s or its index was changed or damaged: it is written again", path)
+    return whole
 
 
-def write(folder: Path, shard: int, batches: list[BatchMaps], refused: list[Refused]) -> int:
+def _is_whole(
+    path: Path, metadata: dict[str, str], lines: list[dict[str, Any]], verify: bool
+) -> bool:
+    entries = [line for line in lines if "shard" in line]
+    expected = {name for entry in entries for name in names(entry)}
+    with _imports.safetensors().safe_open(path, "pt") as file:
+        if file.metadata() != metadata or set(file.keys()) != expected:
+            return False
+        return not verify or all(_is_stored(file, entry) for entry in entries)
+
+
+def _is_stored(file: Any, entry: dict[str, Any]) -> bool:
+    maps, prefix = (file.get_tensor(name) for name in names(entry))
+    return bool(checksum(maps, prefix) == entry["checksum"])
+
+
+def write(
+    folder: Path, plan: Plan, shard: int, batches: list[BatchMaps], refused: list[Refused]
+) -> int:
     """Write a shard, then its index; return the number of bytes."""
     path, index = _paths(folder, shard)
     tensors: dict[str, Tensor] = {}
@@ -89,10 +124,11 @@ def write(folder: Path, shard: int, batches: list[BatchMaps], refused: list[Refu
             tensors |= dict(zip(names(entry), (maps, prefix), strict=True))
             lines.append(entry)
     lines.sort(key=lambda entry: int(entry["number"]))
-    # No metadata: safetensors writes several entries in a random order.
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    metadata = metadata_of(plan.about, text.encode())
     with atomic_file(path) as unfinished:
-        unfinished.write_bytes(_imports.safetensors().torch.save(tensors))
-    _write(index, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+        unfinished.write_bytes(_imports.safetensors().torch.save(tensors, metadata))
+    _write(index, text)
     return path.stat().st_size + index.stat().st_size
 
 
@@ -124,22 +160,30 @@ def refusals(folder: Path, shard: int) -> list[dict[str, Any]]:
 def _entries(batch: BatchMaps) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
     """Yield each image's line of the index, without its shard, and its tensors."""
     reports = batch.artifacts.cpu().report() if batch.artifacts else [None] * len(batch.origins)
-    each = zip(batch.origins, batch.maps.cpu(), batch.prefix.cpu(), reports, strict=True)
-    for origin, maps, prefix, artifacts in each:
-        mass = prefix.float().sum(-1).flatten(1).mean(1).tolist()
+    tensors = (batch.maps.cpu(), batch.prefix.cpu(), batch.entropy.cpu())
+    for origin, maps, prefix, entropy, artifacts in zip(
+        batch.origins, *tensors, reports, strict=True
+    ):
+        mass = prefix.float().sum(-1).flatten(1).mean(1)
         entry = {
             "number": origin.number,
             "source": origin.item.source,
             "path": origin.item.path,
             "size": list(origin.size),
             "grid": list(batch.grid),
-            "prefix_mass": [number if math.isfinite(number) else None for number in mass],
+            "prefix_mass": _finite(mass),
+            "entropy": _finite(entropy),
             "artifacts": artifacts,
             "sha256": origin.sha256,
             "checksum": checksum(maps, prefix),
         }
         # Safetensors requires that tensors do not share memory.
         yield entry, maps.clone(), prefix.clone()
+
+
+def _finite(numbers: Tensor) -> list[float | None]:
+    """Return ``numbers`` as JSON has them: without NaN and infinity."""
+    return [number if math.isfinite(number) else None for number in numbers.tolist()]
 
 
 def _refusal(refused: Refused) -> dict[str, Any]:
@@ -163,4 +207,4 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _write(path: Path, text: str) -> None:
     with atomic_file(path) as unfinished:
-        unfinished.write_text(text)
+        unfinished.write_bytes(text.encode())

@@ -99,7 +99,9 @@ class Run:
             for shard in own:
                 batches, refused = self._attend(shard, pictures)
                 done += self._bytes_of(writing)
-                writing = writer.submit(shards.write, self.folder, shard, batches, refused)
+                writing = writer.submit(
+                    shards.write, self.folder, self.plan, shard, batches, refused
+                )
             return done + self._bytes_of(writing)
 
     def _bytes_of(self, writing: Future[int] | None) -> int:
