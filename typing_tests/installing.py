@@ -16,6 +16,7 @@ import dinov2_attn
 from dinov2_attn import AttentionMaps, Handle, Recording, viz
 from dinov2_attn.apps.extraction.job import Summary
 from dinov2_attn.apps.extraction.preview import Preview
+from dinov2_attn.apps.extraction.read import AttentionDataset, Row
 
 
 def install(model: nn.Module) -> None:
@@ -35,6 +36,16 @@ def extract(model: nn.Module, folder: Path, dry_run: bool) -> None:
     assert_type(done, Summary)
     assert_type(dinov2_attn.extract(model, folder, "out", dry_run=True), Preview)
     assert_type(dinov2_attn.extract(model, folder, "out", dry_run=dry_run), Summary | Preview)
+
+
+def read(folder: Path) -> None:
+    dataset = dinov2_attn.AttentionDataset(folder)
+    assert_type(dataset[0], Row)
+    assert_type(dataset["a.jpg"], Row)
+    assert_type(dataset[:10], AttentionDataset)
+    assert_type(dataset.maps(-1), AttentionMaps)
+    assert_type(dataset.positions(Path("a.jpg")), list[int])
+    dataset.sheet("entropy", lowest=True).save("sheet.html")
 
 
 def draw(maps: AttentionMaps, recording: Recording, ax: Axes) -> None:

@@ -324,6 +324,28 @@ case(
 )
 case(
     "apps/extraction",
+    "Sort by prefix mass or entropy, or extract with --artifacts",
+    lambda lab: extracted(lab).sheet("artifacts"),
+    lambda lab: [
+        extracted(lab).sheet("prefix_mass"),
+        extracted(lab).sheet("entropy"),
+        extracted(lab, artifacts=True, out="another").sheet("artifacts"),
+    ],
+)
+case(
+    "apps/extraction",
+    "Name one.",
+    lambda lab: extracted(lab).sheet("mass"),
+    lambda lab: [extracted(lab).sheet(by) for by in ("prefix_mass", "entropy")],
+)
+case(
+    "apps/extraction",
+    "Leave it out for the last one",
+    lambda lab: extracted(lab).sheet(layer=0),
+    lambda lab: extracted(lab).sheet(),
+)
+case(
+    "apps/extraction",
     "Name the folder that `dinov2-attn extract -o` was given",
     lambda lab: (extracted(lab), AttentionDataset(lab.folder)),
     lambda lab: AttentionDataset(lab.folder / "out")[0],

@@ -24,6 +24,7 @@ from dinov2_attn.errors import InvalidInputError, OutOfRangeError, UnreadableFil
 if TYPE_CHECKING:
     import pandas
 
+    from dinov2_attn.apps.extraction.contact_sheet import ContactSheet, SortKey
     from dinov2_attn.maps.attention_maps import AttentionMaps
 
 # An image by its number in the dataset, or by its path.
@@ -146,6 +147,37 @@ class AttentionDataset(Dataset[dict[str, Any]]):
             for position, start in enumerate(self._starts):
                 file.seek(start)
                 yield self._parsed(file.readline(), position)
+
+    def sheet(
+        self,
+        by: SortKey = "prefix_mass",
+        *,
+        layer: int | None = None,
+        count: int = 100,
+        lowest: bool = False,
+        images: str | Path | None = None,
+    ) -> ContactSheet:
+        """Return a page with the maps of the images that come first in an order.
+
+        It shows the first query that is stored, and the mean of heads.
+
+        Args:
+            by: ``"prefix_mass"``; ``"entropy"``, as a share of its maximum; or ``"artifacts"``,
+                the number of artifact tokens.
+            layer: One of the layers that are stored, by default the last.
+            count: How many images to show at most.
+            lowest: Whether the lowest come first.
+            images: The folder of the images, to show them too. A file that is not the one of the
+                extraction is not shown.
+
+        Raises:
+            InvalidInputError: If ``by`` or ``count`` is wrong, or artifacts were not looked for.
+            OutOfRangeError: If the layer is not stored.
+
+        """
+        from dinov2_attn.apps.extraction.contact_sheet import contact_sheet
+
+        return contact_sheet(self, by, layer, count, lowest, images)
 
     def positions(self, path: str | PathLike[str], source: str | None = None) -> list[int]:
         """Return the positions of all images with this path, or of those in one source."""

@@ -1,0 +1,81 @@
+"""``dinov2-attn summary``: the maps of a dataset on one page, in an order."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from dinov2_attn.apps.cli.argtypes import add_output, positive, whole
+from dinov2_attn.apps.cli.image_options import require_libraries
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = """\
+Write one HTML page with a small map of each image of an extraction, in the order of a number:
+the attention to tokens that are no patches, the entropy, or the number of artifact tokens. The
+page works offline and has no script.
+"""
+
+EPILOG = """\
+Example: dinov2-attn summary out -o sheet.html --sort entropy --images photos
+"""
+
+
+def add(subparsers: Any) -> None:
+    """Declare the subcommand."""
+    parser = subparsers.add_parser(
+        "summary",
+        help="Show the maps of an extraction on one page.",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    parser.add_argument("folder", type=Path, metavar="OUT", help="The folder that extract wrote.")
+    add_output(parser, "SHEET.html", "The file of the page.")
+    parser.add_argument(
+        "--sort",
+        choices=("prefix-mass", "entropy", "artifacts"),
+        default="prefix-mass",
+        help="The number that orders the images. Artifacts need `extract --artifacts`. Default: "
+        "prefix-mass.",
+    )
+    parser.add_argument(
+        "--lowest", action="store_true", help="Show the images with the lowest number first."
+    )
+    parser.add_argument(
+        "--layer",
+        type=whole,
+        metavar="I",
+        help="The layer, one of those that are stored. Default: the last of them.",
+    )
+    parser.add_argument(
+        "--count",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="How many images to show at most. Default: 100.",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="The folder of the images, to show them beside their maps. Files that were changed "
+        "since are not shown.",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the sheet, and say what it shows."""
+    require_libraries()
+    from dinov2_attn.apps.extraction.read import AttentionDataset
+
+    by: Any = args.sort.replace("-", "_")
+    sheet = AttentionDataset(args.folder).sheet(
+        by, layer=args.layer, count=args.count, lowest=args.lowest, images=args.images
+    )
+    sheet.save(args.output)
+    size = len(sheet.content) / 1e6
+    log.info("%s, %.1f MB, shows %d of %d images", args.output, size, sheet.shown, sheet.images)
+    return 0
