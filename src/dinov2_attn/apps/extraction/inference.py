@@ -136,8 +136,10 @@ def _others(weights: Tensor, maps: AttentionMaps) -> Tensor:
 
 def _entropy(weights: Tensor) -> Tensor:
     """Return the entropy ``(B,)`` of weights ``(B, …, N)``: -Σ w ln w, averaged over rows."""
-    entropies: Tensor = torch.special.entr(weights.float()).sum(-1)
-    return entropies.flatten(1).mean(1)
+    wide = weights.float()
+    # torch.special.entr takes ten times as long on a CPU.
+    logarithms = wide.clamp_min(torch.finfo(wide.dtype).tiny).log()
+    return -(wide * logarithms).sum(-1).flatten(1).mean(1)
 
 
 def _on_device(pictures: list[Picture], device: torch.device, reading: Reading) -> Tensor:
