@@ -40,6 +40,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/extraction/test_extract.py::test_workers_make_the_same_bytes",
         "apps/extraction/test_extract_datasets.py::test_workers_make_the_same_bytes",
         "apps/extraction/test_extract_interrupted.py",
+        "apps/extraction/test_extract_killed.py",
         "apps/extraction/test_extract_ranks.py",
         "apps/viz/test_load_image.py::test_a_library_that_is_missing_is_named",
         "apps/viz/test_pictures.py::test_pyplot_is_never_imported",

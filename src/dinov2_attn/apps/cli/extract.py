@@ -29,6 +29,7 @@ from dinov2_attn.apps.cli.image_options import (
 )
 from dinov2_attn.apps.cli.model_options import add_options, load_model
 from dinov2_attn.apps.cli.report import say
+from dinov2_attn.apps.extraction.processes import end_with
 
 DESCRIPTION = """\
 Store the attention maps of every image of SOURCE. The folder OUT gets shards of maps (safetensors),
@@ -134,6 +135,8 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Extract, print the summary, and return 1 if images have no maps."""
     require_libraries()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid())  # torchrun: if it is killed, this process has no purpose
     size, swallowed = image_size(args.image_size or [])
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from dinov2_attn.apps.extraction.items import Item
@@ -52,6 +53,14 @@ class Picture:
     pixels: npt.NDArray[np.uint8] | Tensor
     doubt: str | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker would send a tensor by a name in shared memory, which stays if it is killed.
+        if not isinstance(self.pixels, Tensor):
+            return Picture, (self.origin, self.pixels, self.doubt)
+        content = self.pixels.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        form = (self.pixels.dtype, tuple(self.pixels.shape))
+        return _received, (self.origin, content, *form, self.doubt)
+
     @property
     def sides(self) -> Size:
         """Height and width."""
@@ -59,6 +68,16 @@ class Picture:
             self.pixels.shape[-2:] if isinstance(self.pixels, Tensor) else self.pixels.shape[:2]
         )
         return height, width
+
+
+def _received(
+    origin: Origin,
+    content: npt.NDArray[np.uint8],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    doubt: str | None,
+) -> Picture:
+    return Picture(origin, torch.from_numpy(content).view(dtype).reshape(shape), doubt)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from dinov2_attn.apps.extraction.inference import BatchMaps, attend_batch
 from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.apps.extraction.plan import Plan
+from dinov2_attn.apps.extraction.processes import ending_context
 from dinov2_attn.apps.viz.reading import warn
 from dinov2_attn.errors import (
     Dinov2AttnError,
@@ -185,7 +186,7 @@ def decoded(
         num_workers=workers,
         # A fork of a process with threads may hang, and may hold on to the folder's lock when
         # this process is killed.
-        multiprocessing_context="spawn" if workers else None,
+        multiprocessing_context=ending_context() if workers else None,
         prefetch_factor=AHEAD if workers else None,
         generator=torch.Generator(),  # leave the global generator unchanged
     )
