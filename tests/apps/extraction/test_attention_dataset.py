@@ -225,7 +225,7 @@ def test_the_index_is_a_table(model, tmp_path):
             assert getattr(row, name) == entry[name]
     highest = table.sort_values("entropy_2").index[-1]
     assert dataset[highest]["path"] == table.path[highest]
-    assert dataset[:0].frame().columns.tolist() == table.columns.tolist()
+    assert list(dataset[:0].frame()) == list(table)
 
 
 def test_what_is_missing_is_missing_in_the_table(out):
