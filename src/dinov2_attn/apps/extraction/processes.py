@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from multiprocessing.context import SpawnContext, SpawnProcess
-from multiprocessing.resource_tracker import ensure_running
 from typing import Any, TypeVar
 
 # Of Linux: the signal that a process gets when its parent ends.
@@ -46,6 +45,8 @@ def ending_context() -> EndingContext:
     is made.
     """
     if os.name == "posix":
+        from multiprocessing.resource_tracker import ensure_running
+
         ensure_running()
     return EndingContext()
 
@@ -58,6 +59,7 @@ def end_with(parent: int) -> None:
     if os.name != "posix":
         return
     if sys.platform == "linux":
+        # It comes when the thread ends that started this process, which runs the extraction.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # The parent may have ended before the request for a signal.
     if os.getppid() != parent:

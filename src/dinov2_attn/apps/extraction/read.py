@@ -144,9 +144,13 @@ class AttentionDataset(Dataset[dict[str, Any]]):
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield the line of the index of each image."""
         with (self.folder / layout.INDEX).open("rb") as file:
+            at = 0
             for position, start in enumerate(self._starts):
-                file.seek(start)
-                yield self._parsed(file.readline(), position)
+                if start != at:  # a seek would empty the buffer
+                    file.seek(start)
+                line = file.readline()
+                at = start + len(line)
+                yield self._parsed(line, position)
 
     def sheet(
         self,
