@@ -260,17 +260,19 @@ def test_a_notebook_shows_it_without_scripts(out):
     assert "<figure" not in html
 
 
-def test_the_command_writes_the_same_page(out, images, tmp_path, caplog):
+def test_the_command_writes_the_same_page(out, images, tmp_path, caplog, capsys):
     page = tmp_path / "new" / "sheet.html"
     options = ["--sort", "entropy", "--lowest", "--layer", "0", "--count", "4"]
     options += ["--images", str(images)]
-    with caplog.at_level("INFO"):
-        assert main(["summary", str(out), "-o", str(page), *options]) == 0
+    assert main(["summary", str(out), "-o", str(page), *options]) == 0
     dataset = AttentionDataset(out)
     sheet = dataset.sheet("entropy", lowest=True, layer=0, count=4, images=images)
     assert page.read_bytes() == sheet.content
-    assert "shows 4 of 10 images" in caplog.text
+    assert f"wrote {page}: 4 of 10 images" in capsys.readouterr().out
     assert main(["summary", str(tmp_path), "-o", str(page)]) == 2
     assert "Name the folder that" in caplog.text
     assert main(["summary", str(out), "-o", str(page), "--sort", "artifacts"]) == 0
-    assert main(["summary", str(out), "-o", str(tmp_path)]) == 2
+    (tmp_path / "folder.html").mkdir()
+    assert main(["summary", str(out), "-o", str(tmp_path / "folder.html")]) == 2
+    for wrong in (["absent"], [str(out), "--images", "absent"]):
+        assert main(["summary", *wrong, "-o", str(page)]) == 2

@@ -11,7 +11,7 @@ from dinov2_attn.errors import UnavailableError
 SHELLS = ("bash", "zsh")
 
 _FILES = ("output", "weights", "images", "sources", "json", "junit")
-_FOLDERS = ("repo",)
+_FOLDERS = ("repo", "folder")
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:

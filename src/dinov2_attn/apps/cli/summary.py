@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
-from dinov2_attn.apps.cli.argtypes import add_output, positive, whole
+from dinov2_attn.apps.cli import early
+from dinov2_attn.apps.cli.argtypes import positive, whole
+from dinov2_attn.apps.cli.explore import output
 from dinov2_attn.apps.cli.image_options import require_libraries
-
-log = logging.getLogger(__name__)
+from dinov2_attn.apps.cli.report import add_open, open_file, say
 
 DESCRIPTION = """\
 Write one HTML page with a small map of each image of an extraction, in the order of a number:
@@ -32,7 +32,15 @@ def add(subparsers: Any) -> None:
         epilog=EPILOG,
     )
     parser.add_argument("folder", type=Path, metavar="OUT", help="The folder that extract wrote.")
-    add_output(parser, "SHEET.html", "The file of the page.")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=output,
+        required=True,
+        metavar="SHEET.html",
+        help="The file of the page.",
+    )
+    add_open(parser, "the page")
     parser.add_argument(
         "--sort",
         choices=("prefix-mass", "entropy", "artifacts"),
@@ -69,6 +77,10 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the sheet, and say what it shows."""
     require_libraries()
+    early.check_input(args.folder, "the folder of an extraction")
+    if args.images is not None:
+        early.check_input(args.images, "the folder of its images")
+    early.check_file(args.output)
     from dinov2_attn.apps.extraction.read import AttentionDataset
 
     by: Any = args.sort.replace("-", "_")
@@ -76,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
         by, layer=args.layer, count=args.count, lowest=args.lowest, images=args.images
     )
     sheet.save(args.output)
-    size = len(sheet.content) / 1e6
-    log.info("%s, %.1f MB, shows %d of %d images", args.output, size, sheet.shown, sheet.images)
+    size = f"{len(sheet.content) / 1e6:.1f} MB"
+    count = f"{sheet.shown} of {sheet.images} images"
+    say(args, f"wrote {args.output}: {count}, {size}  <- open this")
+    if args.open:
+        open_file(args.output)
     return 0
