@@ -37,7 +37,9 @@ def test_a_folder_is_written(source, tmp_path, capsys):
     said = capsys.readouterr()
     assert "4 images, 0 of them unreadable, in 1 shard;" in said.out
     assert said.err == ""  # no bar outside of a terminal
-    assert f"wrote {tmp_path / 'out' / 'index.jsonl'}: a line for each image" in said.out
+    assert f"wrote {tmp_path / 'out' / 'README.md'}: what the files hold" in said.out
+    assert f"in Python: dinov2_attn.AttentionDataset('{tmp_path / 'out'}')" in said.out
+    assert f"next: dinov2-attn summary {tmp_path / 'out'} -o sheet.html" in said.out
     shapes = [tuple(maps.shape) for _, maps, _ in stored(tmp_path / "out")]
     assert shapes == [(1, 2, 1, 3, 3), (1, 2, 1, 3, 5), (1, 2, 1, 5, 3), (1, 2, 1, 3, 3)]
     about = json.loads((tmp_path / "out" / "extraction.json").read_text())
@@ -216,3 +218,11 @@ def test_maps_are_those_of_the_python_call(source, tmp_path):
                 model, images, layers=1, queries="cls"
             ).patch_maps()[0]
             assert_close(maps, expected, size=1.0)
+
+
+def test_a_name_cannot_steer_the_terminal(source, tmp_path, capsys):
+    (source / "red\x1b[31m.png").write_bytes(b"no image")
+    assert run(source, "-o", tmp_path / "out") == 1
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "red\\x1b[31m.png: expected a complete image file" in said

@@ -43,7 +43,7 @@ EPILOG = """\
 Example: dinov2-attn extract photos -o out --layers 5,11 --queries cls registers --heads mean
 """
 
-READ = "import dinov2_attn; print(dinov2_attn.AttentionDataset({!r})[0])"
+READ = "dinov2_attn.AttentionDataset({!r})"
 
 SOURCES = """\
 A folder, an uncompressed tar (such as a shard of WebDataset), a glob, or a text file with one path
@@ -185,20 +185,20 @@ def run(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         say(args, str(done))
         if not args.dry_run:
-            say(args, f"wrote {args.output / 'index.jsonl'}: a line for each image  <- open this")
-            say(args, f'next: python -c "{READ.format(str(args.output))}"')
+            _end(args)
     return 1 if done.unreadable else 0
 
 
 def _end(args: argparse.Namespace) -> None:
     """Print the files, the first image without maps with its reason, and how to go on."""
-    say(args, f"wrote {args.output / 'index.jsonl'}: a line for each image  <- open this")
+    say(args, f"wrote {args.output / 'README.md'}: what the files hold  <- open this")
+    say(args, f"in Python: {READ.format(str(args.output))}")
     unreadable = args.output / "unreadable.jsonl"
     with unreadable.open(encoding="utf-8") as lines:
         for line in islice(lines, 1):
             first = json.loads(line)
             say(args, f"{unreadable}, first: {first['path']}: {first['reason']}")
-    say(args, f"next: python -c {shlex.quote(READ.format(str(args.output)))}")
+    say(args, f"next: dinov2-attn summary {shlex.quote(str(args.output))} -o sheet.html")
 
 
 def _workers() -> int:

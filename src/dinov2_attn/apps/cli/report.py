@@ -42,9 +42,15 @@ def add_open(parser: Options, what: str) -> None:
 
 
 def say(args: argparse.Namespace, text: str) -> None:
-    """Print ``text``, unless the user wants it quiet."""
+    """Print ``text``, unless the user wants it quiet. Names in it cannot steer the terminal."""
     if not args.quiet:
-        print(text, flush=True)
+        print("".join(map(_visible, text)), flush=True)
+
+
+def _visible(letter: str) -> str:
+    if letter.isprintable() or letter == "\n":
+        return letter
+    return letter.encode("unicode_escape").decode("ascii")
 
 
 def wrote(args: argparse.Namespace, folder: Path, files: Sequence[str], first: str) -> str:
