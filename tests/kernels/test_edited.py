@@ -255,7 +255,7 @@ def test_rows_that_the_module_masks_itself_stay_as_they_were():
         pytest.skip("this torch gives NaN for such rows; the other kinds run")
     output, call, _ = edited(masked, [("hide", None, [1], False)])
     assert not call.weights()[:, :, 3].any()
-    assert_close(output.isfinite().sum(), torch.tensor(output.numel()))
+    assert output.isfinite().all()
 
 
 def test_dropout_of_explicit_code_drops_the_edited_weights():
@@ -295,7 +295,7 @@ def test_dropout_of_a_fused_kernel_drops_the_edited_weights():
         return F.scaled_dot_product_attention(q, k, torch.ones_like(v), dropout_p=0.5)
 
     for edits in ([("hide", (2,), [1], False)], [("put", (2,))]):
-        rows = torch.stack([only_edited(dropped, edits)[0][:, 2] for _ in range(200)])
+        rows = torch.stack([only_edited(dropped, edits)[0][:, 2].detach() for _ in range(200)])
         mean = 0.5 if edits[0][0] == "put" else 1.0
         assert_close(rows.mean(), torch.tensor(mean), within=0.1)
         assert float(rows.std()) > 0.05
