@@ -223,11 +223,11 @@ def test_fewer_heads_of_keys_serve_several_of_the_query():
     ("kind", "rows", "keys", "words"),
     [
         ("sdpa", None, range(N), "any query"),
-        ("sdpa", (2,), range(N), "position 2"),
-        ("sdpa causal", None, [0], "position 0"),
-        ("sdpa causal", (3,), [0, 1, 2, 3], "position 3"),
-        ("sdpa boolean mask", (1, 2), [0, 1], "position 1"),
-        ("softmax @", (1,), range(N), "have none, in torch.float64"),
+        ("sdpa", (2,), range(N), "query 2"),
+        ("sdpa causal", None, [0], "query 0"),
+        ("sdpa causal", (3,), [0, 1, 2, 3], "query 3"),
+        ("sdpa boolean mask", (1, 2), [0, 1], "query 1"),
+        ("softmax @", (1,), range(N), "query 1"),
     ],
 )
 def test_a_row_without_any_key_is_an_error(kind, rows, keys, words):
@@ -237,7 +237,7 @@ def test_a_row_without_any_key_is_an_error(kind, rows, keys, words):
 
 def test_a_second_edit_that_takes_the_last_key_is_an_error():
     first, second = ("hide", None, [0, 1, 2], False), ("hide", (4,), [3, 4, 5], False)
-    with pytest.raises(InvalidInputError, match="position 4"):
+    with pytest.raises(InvalidInputError, match="query 4"):
         edited(KINDS["sdpa"], [first, second])
     with pytest.raises(InvalidInputError, match="have none"):
         edited(KINDS["sdpa"], [("put", (4,)), ("hide", None, [0, 1, 2], False), second])

@@ -282,13 +282,7 @@ class EditedCall:
                 first = int(lost.nonzero()[0, -1])  # 0 too where one row of the mask serves all
                 every = rows is None and lost.shape[-1] == 1
                 position = first if rows is None else rows[first]
-                raise InvalidInputError(
-                    "at least one key for each query",
-                    f"none of {self.columns} keys left for "
-                    + ("any query" if every else f"the query at position {position}"),
-                    "Leave a key, or name other queries=. To remove all that a head reads, "
-                    "ablate it: heads={layer: [head]}.",
-                )
+                raise _no_key(self.columns, "any query" if every else f"query {position}")
 
     def _attend(self, rows: SomeRows, hidden: Sequence[Hidden]) -> Tensor:
         """Call PyTorch's kernel for some rows, with ``hidden`` keys masked."""
@@ -385,6 +379,8 @@ class EditedProduct:
             InvalidInputError: If a row is left without any weight.
 
         """
+        if keys.all(-1).any():
+            raise _no_key(self.columns, "any query" if rows is None else f"query {rows[0]}")
         return self.with_weights(rows, _renormalised(self.weights_of(rows), keys))
 
     def weights_of(self, rows: SomeRows) -> Tensor:
@@ -521,6 +517,15 @@ def _combined(bias: Tensor | None, seen: Tensor) -> Tensor:
 
 def _sees_any(mask: Tensor) -> Tensor:
     return (mask if mask.dtype == torch.bool else mask > -math.inf).any(-1)
+
+
+def _no_key(columns: int, query: str) -> InvalidInputError:
+    return InvalidInputError(
+        "at least one key for each query",
+        f"none of {columns} keys left for {query}",
+        "Leave a key, or name other queries=. To remove all that a head reads, ablate it: "
+        "heads={layer: [head]}.",
+    )
 
 
 def _renormalised(weights: Tensor, keys: Tensor) -> Tensor:
