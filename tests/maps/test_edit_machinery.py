@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import copy
 import pickle
 import threading
@@ -178,6 +179,20 @@ class TestCheckpoints:
                 return images.grad
 
         assert_close(gradient(checkpointed), expected)
+
+    def test_a_thread_of_autograds_runs_edited_again(self):
+        """As on a GPU, whose backward pass is in a thread that Python did not start."""
+        model = build(upstreams.FIRST)
+        images = IMAGES.clone().requires_grad_()
+        with edit(model, heads={1: 0}):
+            (expected,) = torch.autograd.grad(model(images).square().sum(), images)
+            x = model.prepare_tokens_with_masks(images)
+            for block in model.blocks:
+                x = checkpoint(block, x, use_reentrant=True)
+            loss, done = model.head(model.norm(x)[:, 0]).square().sum(), threading.Event()
+            _thread.start_new_thread(lambda: (loss.backward(), done.set()), ())
+            assert done.wait(60)
+        assert_close(images.grad, expected)
 
     def test_a_backward_pass_after_the_block_is_no_other_gradient(self):
         model = build(upstreams.FIRST)

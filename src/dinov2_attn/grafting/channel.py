@@ -20,7 +20,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn._compat import is_compiling, is_in_backward, is_transformed
+from dinov2_attn._compat import (
+    is_compiling,
+    is_foreign_thread,
+    is_in_backward,
+    is_transformed,
+)
 from dinov2_attn.backbone.structure import looks_like_attention, name_of
 from dinov2_attn.errors import NotEditedError, NotRecordedError
 from dinov2_attn.grafting.registry import LOCK, REGISTRY, Owner, RecordingTarget
@@ -90,6 +95,7 @@ class _Active:
 
     def __init__(self) -> None:
         self.on = False
+        self.edits = False  # whether any thread has an editor
         self._users = 0
         self._lock = threading.Lock()
 
@@ -192,7 +198,7 @@ def graft_captured(original: Forward) -> Forward:
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.on and (STATE.receivers or STATE.editors):
+        if ACTIVE.on and (STATE.receivers or ACTIVE.edits):
             return run_captured(original, self, args, kwargs)
         return original(self, *args, **kwargs)
 
@@ -204,7 +210,7 @@ def graft_captured_list(original: Forward) -> Forward:
 
     @functools.wraps(original, updated=())
     def forward_list(self: nn.Module, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.on and (STATE.receivers or STATE.editors) and isinstance(tensors, list | tuple):
+        if ACTIVE.on and (STATE.receivers or ACTIVE.edits) and isinstance(tensors, list | tuple):
             return run_captured(original, self, (tensors, *args), kwargs, calls=len(tensors))
         return original(self, tensors, *args, **kwargs)
 
@@ -271,7 +277,7 @@ def run_captured(
 
     """
     wanting = [receiver for receiver in STATE.receivers if receiver.wants(module)]
-    editing = [editor for editor in STATE.editors if editor.wants(module)]
+    editing = _editors_of(module)
     if not (wanting or editing):
         return original(module, *args, **kwargs)
     if is_transformed():
@@ -360,12 +366,45 @@ def editing(
         entrances: Modules that are given the images of a pass.
 
     """
-    with _grafts(attentions, entrances), ACTIVE.active():
+    with _grafts(attentions, entrances), ACTIVE.active(), _known(editor):
         STATE.editors = (*STATE.editors, editor)
         try:
             yield
         finally:
             STATE.editors = tuple(other for other in STATE.editors if other is not editor)
+
+
+# The editors of all threads, each with its thread.
+_EDITORS: list[tuple[int, Editor]] = []
+
+
+@contextmanager
+def _known(editor: Editor) -> Iterator[None]:
+    """Let threads of autograd find ``editor`` inside."""
+    entry = (threading.get_ident(), editor)
+    with LOCK:
+        _EDITORS.append(entry)
+        ACTIVE.edits = True
+    try:
+        yield
+    finally:
+        with LOCK:
+            _EDITORS.remove(entry)
+            ACTIVE.edits = bool(_EDITORS)
+
+
+def _editors_of(module: nn.Module) -> list[Editor]:
+    """Return the editors of ``module`` in this thread.
+
+    The backward pass of a GPU runs in a thread of its own, where checkpointing runs modules again.
+    It has the editors of the one thread that edits the module.
+    """
+    editors: Iterable[Editor] = STATE.editors
+    if not editors and not is_compiling() and is_in_backward() and is_foreign_thread():
+        with LOCK:
+            found = [(thread, editor) for thread, editor in _EDITORS if editor.wants(module)]
+        editors = [editor for _, editor in found] if len({i for i, _ in found}) == 1 else ()
+    return [editor for editor in editors if editor.wants(module)]
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def graft_attention(original: Forward, kernel: Kernel | None) -> Forward:
             if asked is Returns.QUERIES_AND_KEYS and kernel is not None:
                 return publish(queries_and_keys(self, kernel, **_by_name(names, args, kwargs)))
             return publish(weights_of(self, args, kwargs))
-        if ACTIVE.on and (STATE.receivers or STATE.editors):
+        if ACTIVE.on and (STATE.receivers or ACTIVE.edits):
             return run_captured(original, self, args, kwargs)
         return original(self, *args, **kwargs)
 

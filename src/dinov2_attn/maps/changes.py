@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
+from dinov2_attn.grafting.tokens import named
 from dinov2_attn.kernels.capture import heads_of
 from dinov2_attn.kernels.edited import Part, SomeRows
 from dinov2_attn.maps.artifacts import ArtifactTokens
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.layers import Recorded, recorded_in, some_of
 from dinov2_attn.maps.recording import Recording
-from dinov2_attn.maps.tokens import named
 from dinov2_attn.math.selection import positions, resolve_names, whole_number
 from dinov2_attn.typing import Layer, Queries, QueryWord, RecordedLayers
 

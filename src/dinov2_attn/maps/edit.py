@@ -15,6 +15,7 @@ from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import InvalidInputError, NotEditedError
 from dinov2_attn.grafting.channel import Editor, edited_in_a_graph, editing
+from dinov2_attn.grafting.tokens import Tokens
 from dinov2_attn.kernels.capture import heads_of
 from dinov2_attn.kernels.edited import EditedProduct, Part, Pattern
 from dinov2_attn.maps.artifacts import ArtifactTokens
@@ -30,7 +31,6 @@ from dinov2_attn.maps.changes import (
 )
 from dinov2_attn.maps.layers import Recorded, kind_of, recorded_in, some_of
 from dinov2_attn.maps.recording import Recording
-from dinov2_attn.maps.tokens import Tokens
 from dinov2_attn.math.selection import resolve_names
 from dinov2_attn.typing import EditedHeads, HiddenKeys, Layer, Model, Queries, RecordedLayers
 
