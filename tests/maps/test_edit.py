@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -454,3 +456,61 @@ def test_registers_and_other_sizes_are_found_by_their_names():
             assert not weights[:, :, 3:, 1:3].any()
             assert weights[:, :, :3].all()
             assert weights[..., 3:].all()
+
+
+def test_a_class_that_hands_on_to_its_base_is_edited_once(grafted):
+    block = partial(grafted.cls("Block"), attn_class=grafted.cls("MemEffAttention"))
+    model = build(grafted, block_fn=block)
+    with eager_attention(model, lambda _, weights: sharper(weights)):
+        expected = model(IMAGES)
+    with edit(model, weights=lambda _, weights: sharper(weights)) as report:
+        assert_close(model(IMAGES), expected)
+    assert set(report.calls.values()) == {1}
+
+
+def test_a_pass_that_ends_early_has_edited_what_it_ran(plain):
+    model = build(plain)
+    for _ in range(2):
+        with edit(model, heads=-1) as report:
+            maps = attention_maps(model, IMAGES, [0])
+        assert not maps.weights[0][:, 1].any()
+    assert set(report.calls) == {0}
+
+
+@torch.no_grad()
+def test_a_rollout_of_a_fused_model_sees_the_edited_weights():
+    model = models_at_kernel.build(upstreams.FIRST)
+    images = noise(2, 3, 8, 8, seed=0, dtype=torch.float64)
+    for arguments in (
+        {"heads": {-1: -1, 0: 0}},
+        {"keys": [1, 2], "queries": "patches"},
+        {"weights": lambda _, weights: sharper(weights), "queries": [0, 3]},
+    ):
+        with edit(model, **arguments):
+            rolled = rollout(model, images, queries=[0, 2]).weights
+            with record(model) as maps:
+                model(images)
+        product = torch.eye(maps.weights[0].shape[-1], dtype=torch.float64)
+        for weights in maps.weights:
+            layer = (torch.eye(product.shape[-1]) + weights.mean(1)) / 2
+            product = layer / layer.sum(-1, keepdim=True) @ product
+        assert_close(rolled, product[:, [0, 2]])
+
+
+def test_an_attention_module_that_is_asked_answers_with_edited_weights(grafted):
+    model, tokens = build(grafted), noise(1, 5, 8, seed=3, dtype=torch.float64)
+    attention = model.blocks[1].attn
+    plainly = attention(tokens, return_attn=True)
+    with edit(attention, heads=0):
+        weights = attention(tokens, return_attn=True)
+        assert_close(weights, without_heads([0])(plainly))
+        assert_close(attention(tokens, return_attn=True, queries=[2])[:, :, 0], weights[:, :, 2])
+
+
+def test_a_probe_of_the_layout_is_not_edited(plain):
+    model = build(plain)
+    with edit(model, weights=lambda _, weights: sharper(weights)) as report:
+        with record(model) as maps:
+            model(IMAGES)
+        assert maps.grid == (2, 3)
+    assert set(report.calls.values()) == {1}

@@ -244,6 +244,18 @@ class TestGraphs:
         with pytest.raises(NotEditedError, match=r"torch\.func"), edit(model, heads={1: 0}):
             torch.func.grad(lambda images: model(images).sum())(IMAGES)
 
+    @pytest.mark.usefixtures("fresh_dynamo")
+    def test_a_graph_that_asks_is_refused(self, grafted):
+        model = build(grafted)
+        ask = torch.compile(model.get_last_self_attention, backend="eager", fullgraph=True)
+        with pytest.raises(NotEditedError, match="_orig_mod"), edit(model, heads={1: 0}):
+            ask(IMAGES)
+        weights = torch.func.grad(lambda x: model.blocks[1].attn(x, return_attn=True)[0, 0, 0, 1])
+        tokens = noise(1, 5, 8, seed=3, dtype=torch.float64)
+        weights(tokens)
+        with pytest.raises(NotEditedError, match=r"torch\.func"), edit(model, heads={1: 0}):
+            weights(tokens)
+
 
 class TestLists:
     def test_lists_are_edited_batch_by_batch(self, grafted):

@@ -189,7 +189,7 @@ class _Editor(Editor):
                 modules.whole, modules.backbone, attention, part.columns, images, sibling
             )
             layout = tokens.layout()
-            if layout is not None and layout.length == part.columns:
+            if layout is not None:
                 return layout
         if modules.backbone is not None and part.columns >= modules.backbone.prefix:
             prefix = modules.backbone.prefix  # counted, for tokens that came from no images
