@@ -510,7 +510,7 @@ def test_an_attention_module_that_is_asked_answers_with_edited_weights(grafted):
 def test_a_probe_of_the_layout_is_not_edited(plain):
     model = build(plain)
     with edit(model, weights=lambda _, weights: sharper(weights)) as report:
-        with record(model) as maps:
+        with record(model, [2]) as maps:
             model(IMAGES)
         assert maps.grid == (2, 3)
     assert set(report.calls.values()) == {1}
