@@ -17,11 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.kernels.call import ExplicitCall, FusedCall, KernelCall
 from dinov2_attn.math.attention import past, without_autocast
 from dinov2_attn.math.bias import Group, groups, is_block_diagonal
 from dinov2_attn.math.buffers import NewResult, new_result
+from dinov2_attn.math.patterns import (
+    no_key,
+    renormalised,
+    sees_any,
+    with_hidden,
+    with_rows,
+    without_heads,
+)
 from dinov2_attn.math.selection import positions
 from dinov2_attn.typing import Heads, Queries
 
@@ -120,7 +127,7 @@ class EditedCall:
 
     def zero(self, heads: Sequence[int]) -> EditedCall:
         """Return the call with all weights of ``heads`` zero."""
-        put = None if self.put is None else _without_heads(self.put, heads)
+        put = None if self.put is None else without_heads(self.put, heads)
         return replace(self, zeroed=tuple({*self.zeroed, *heads}), put=put)
 
     def hide(self, rows: SomeRows, keys: Tensor) -> EditedCall:
@@ -133,7 +140,7 @@ class EditedCall:
         put = self.put
         places = [i for i, row in enumerate(self.put_rows) if rows is None or row in rows]
         if put is not None and places:
-            put = _copied(put, places, _renormalised(put[:, :, places], keys))
+            put = with_rows(put, places, renormalised(put[:, :, places], keys))
         edited = replace(self, hidden=(*self.hidden, Hidden(rows, keys)), put=put)
         edited._check_rows()
         return edited
@@ -168,7 +175,7 @@ class EditedCall:
             if hidden:
                 output = _joined(output, self.rows, rows, self._attend(rows, hidden))
         if output is not None and self.zeroed:
-            output = _without_heads(output, self.zeroed)
+            output = without_heads(output, self.zeroed)
         if self.put is not None:
             output = _joined(output, self.rows, self.put_rows, self._mixed(self.put))
         assert output is not None  # a call without rows has one part
@@ -213,20 +220,20 @@ class EditedCall:
         found = self._rows(positions(queries, self.rows))
         return found.to(self._wide).mean(1).to(found.dtype) if heads == "mean" else found
 
-    def check(self, module: str) -> None:
+    def check(self, module: str, *, one_head: bool = False) -> None:
         """Raise ``UnfaithfulError`` unless ``weights @ value`` is the output, on a few rows.
 
         Weights that were put in, and rows of zeros, make the output by definition.
         """
         if self.put is None and not self.zeroed:
-            replace(self.masked, output=self.output).check(module)
+            replace(self.masked, output=self.output).check(module, one_head=one_head)
 
     @cached_property
     def masked(self) -> FusedCall:
         """The call with the hidden keys in its bias, as one for all rows."""
         if not self.hidden:
             return self.base
-        bias = _combined(self.base._dense_bias, self._seen(self.hidden))
+        bias = with_hidden(self.base._dense_bias, self._seen(self.hidden))
         return replace(self.base, bias=bias, output=None)
 
     @property
@@ -269,20 +276,20 @@ class EditedCall:
         seen = self._seen(hidden, whole=False)
         if self.base.is_causal:
             seen = seen & past(torch.arange(self.rows, device=self.device)[index], self.columns)
-        return _combined(bias, seen)
+        return with_hidden(bias, seen)
 
     def _check_rows(self) -> None:
         for rows, hidden in self._groups():
             if not hidden:
                 continue
-            after = _sees_any(self._mask(rows, hidden))
+            after = sees_any(self._mask(rows, hidden))
             if after.all():
                 continue
-            if (lost := _sees_any(self._mask(rows, ())) & ~after).any():
+            if (lost := sees_any(self._mask(rows, ())) & ~after).any():
                 first = int(lost.nonzero()[0, -1])  # 0 too where one row of the mask serves all
                 every = rows is None and lost.shape[-1] == 1
                 position = first if rows is None else rows[first]
-                raise _no_key(self.columns, "any query" if every else f"query {position}")
+                raise no_key(self.columns, "any query" if every else f"query {position}")
 
     def _attend(self, rows: SomeRows, hidden: Sequence[Hidden]) -> Tensor:
         """Call PyTorch's kernel for some rows, with ``hidden`` keys masked."""
@@ -312,8 +319,8 @@ class EditedCall:
         weights = self.masked.weights(list(rows))
         assert isinstance(weights, Tensor)  # the parts of a list are calls of their own
         if self.zeroed:
-            weights = _without_heads(weights, self.zeroed)
-        return weights if put is None or not found else _copied(weights, found, put)
+            weights = without_heads(weights, self.zeroed)
+        return weights if put is None or not found else with_rows(weights, found, put)
 
 
 @dataclass(frozen=True, eq=False)
@@ -366,8 +373,8 @@ class EditedProduct:
 
     def zero(self, heads: Sequence[int]) -> EditedProduct:
         """Return the call with all weights of ``heads`` zero."""
-        base = replace(self.base, matrix=_without_heads(self.base.matrix, heads))
-        return EditedProduct(base, _without_heads(self.factor, heads), is_changed=True)
+        base = replace(self.base, matrix=without_heads(self.base.matrix, heads))
+        return EditedProduct(base, without_heads(self.factor, heads), is_changed=True)
 
     def hide(self, rows: SomeRows, keys: Tensor) -> EditedProduct:
         """Return the call with ``keys (B or 1, N)`` hidden from ``rows``.
@@ -380,8 +387,8 @@ class EditedProduct:
 
         """
         if keys.all(-1).any():
-            raise _no_key(self.columns, "any query" if rows is None else f"query {rows[0]}")
-        return self.with_weights(rows, _renormalised(self.weights_of(rows), keys))
+            raise no_key(self.columns, "any query" if rows is None else f"query {rows[0]}")
+        return self.with_weights(rows, renormalised(self.weights_of(rows), keys))
 
     def weights_of(self, rows: SomeRows) -> Tensor:
         """Return the weights ``(B, heads, R, N)`` of ``rows``."""
@@ -393,8 +400,8 @@ class EditedProduct:
         if self.base.dropout:
             dropped = F.dropout(weights, self.base.dropout)
         if rows is not None:
-            weights = _copied(self.base.matrix, rows, weights)
-            dropped = _copied(self.factor, rows, dropped)
+            weights = with_rows(self.base.matrix, rows, weights)
+            dropped = with_rows(self.factor, rows, dropped)
         return EditedProduct(replace(self.base, matrix=weights), dropped, is_changed=True)
 
     def call(self) -> ExplicitCall:
@@ -460,7 +467,7 @@ class EditedList:
         found: list[Any] = [part.weights(queries, heads, new) for part in self.parts]
         return found
 
-    def check(self, module: str) -> None:
+    def check(self, module: str, *, one_head: bool = False) -> None:
         """Do nothing: the call was proved before it was edited."""
 
 
@@ -486,58 +493,10 @@ def editable(call: KernelCall, factor: Tensor | None = None) -> Pattern:
     return EditedList(call, found, [EditedCall(part) for part in call._groups()])
 
 
-def _without_heads(tensor: Tensor, heads: Sequence[int]) -> Tensor:
-    """Return ``tensor (B, heads, …)`` with zeros for some heads."""
-    chosen = torch.zeros(tensor.shape[1], dtype=torch.bool, device=tensor.device)
-    chosen[list(heads)] = True
-    return tensor.masked_fill(chosen[:, None, None], 0)
-
-
-def _copied(tensor: Tensor, rows: Sequence[int], part: Tensor) -> Tensor:
-    """Return ``tensor`` with ``part`` as its ``rows`` of dimension 2."""
-    index = torch.tensor(list(rows), device=tensor.device)
-    return tensor.index_copy(2, index, part.to(tensor.dtype))
-
-
 def _joined(output: Tensor | None, length: int, rows: SomeRows, part: Tensor) -> Tensor:
     """Return ``output (B, heads, length, d)`` with ``part`` as some of its rows."""
     if rows is None or (output is None and rows == tuple(range(length))):
         return part
     if output is None:
         output = part.new_zeros((*part.shape[:2], length, part.shape[3]))
-    return _copied(output, rows, part)
-
-
-def _combined(bias: Tensor | None, seen: Tensor) -> Tensor:
-    """Return ``bias`` with all keys masked that are not ``seen``."""
-    if bias is None:
-        return seen
-    return bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, -math.inf)
-
-
-def _sees_any(mask: Tensor) -> Tensor:
-    return (mask if mask.dtype == torch.bool else mask > -math.inf).any(-1)
-
-
-def _no_key(columns: int, query: str) -> InvalidInputError:
-    return InvalidInputError(
-        "at least one key for each query",
-        f"none of {columns} keys left for {query}",
-        "Leave a key, or name other queries=. To remove all that a head reads, ablate it: "
-        "heads={layer: [head]}.",
-    )
-
-
-def _renormalised(weights: Tensor, keys: Tensor) -> Tensor:
-    """Return ``weights`` without ``keys (B or 1, N)``, with the sums of the rows that they had."""
-    left = weights.masked_fill(keys.to(weights.device)[:, None, None], 0)
-    before, after = weights.sum(-1, keepdim=True), left.sum(-1, keepdim=True)
-    empty = before == 0
-    if bool(((after == 0) & ~empty).any()):
-        raise InvalidInputError(
-            "weights of other keys in each row, which take the place of the hidden ones",
-            f"a row of explicit weights whose other keys have none, in {weights.dtype}",
-            "Leave a key, or name other queries=. A fused kernel masks before its softmax: "
-            'attn_implementation="sdpa" in transformers, fused_attn in timm.',
-        )
-    return left * (before / after.masked_fill(empty, 1))
+    return with_rows(output, rows, part)

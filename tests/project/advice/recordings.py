@@ -429,13 +429,13 @@ def sees_nothing(lab):
 
 
 case(
-    "kernels",
+    "math",
     "To remove all that a head reads",
     lambda lab: edited(lab, keys=slice(None)),
     lambda lab: (edited(lab, keys=slice(1, None)), edited(lab, heads={0: [0]})),
 )
 case(
-    "kernels",
+    "math",
     "A fused kernel masks before its softmax",
     sees_nothing,
     lambda lab: edited(lab, keys=[1], queries=[0]),
