@@ -6,9 +6,7 @@ import _thread
 import copy
 import pickle
 import threading
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -25,25 +23,13 @@ from dinov2_attn.errors import (
     OutOfRangeError,
     UnfaithfulError,
 )
-from dinov2_attn.grafting.channel import ACTIVE, STATE
+from dinov2_attn.grafting.channel import ACTIVE
 from tests.maps.test_record_any_model import Aggregator, Attention, ByHand, FromOutside
 from tests.support import upstreams
-from tests.support.compiling import Graphs, compiling_questions
-from tests.support.recordings import IMAGES, N, assert_all_close, assert_nothing_on, build
+from tests.support.edits import nothing_left
+from tests.support.recordings import IMAGES, N, assert_all_close, build
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close, assert_same_bits, same_bits
-from tests.support.xformers_visibility import quiet
-
-
-@contextmanager
-def nothing_left(model):
-    """Compare the classes of ``model`` with what they were, and look for what is left on it."""
-    classes = {type(module) for module in model.modules()}
-    before = {cls: dict(vars(cls)) for cls in classes}
-    yield
-    assert {cls: dict(vars(cls)) for cls in classes} == before
-    assert STATE.editors == ()
-    assert_nothing_on(model)
 
 
 def in_another_thread(run):
@@ -205,58 +191,6 @@ class TestCheckpoints:
             x.sum().backward()
 
 
-class TestGraphs:
-    pytestmark = compiling_questions
-
-    @pytest.mark.usefixtures("fresh_dynamo")
-    @pytest.mark.parametrize("first", ["compiled", "edited"])
-    @pytest.mark.parametrize("fullgraph", [False, True])
-    def test_a_compiled_model_is_refused_and_says_what_works(self, first, fullgraph):
-        model, graphs = build(upstreams.FIRST), Graphs()
-        expected = model(IMAGES)
-        compiled = torch.compile(model, backend=graphs, fullgraph=fullgraph)
-        if first == "compiled":
-            assert_close(compiled(IMAGES), expected)
-        with pytest.raises(NotEditedError, match="_orig_mod"), edit(compiled, heads={1: 0}):
-            compiled(IMAGES)
-        with edit(model, heads={1: 0}):
-            edited = model(IMAGES)
-        with edit(compiled, heads={1: 0}):
-            assert_close(compiled._orig_mod(IMAGES), edited)
-        if hasattr(torch.compiler, "set_stance"):
-            with torch.compiler.set_stance("force_eager"), edit(compiled, heads={1: 0}):
-                assert_close(compiled(IMAGES), edited)
-        graphs.runs = 0
-        assert_close(compiled(IMAGES), expected)
-        assert graphs.runs
-
-    def test_an_export_inside_is_refused(self):
-        model = build(upstreams.FIRST)
-        with (
-            nothing_left(model),
-            pytest.raises(NotEditedError, match="_orig_mod"),
-            edit(model, heads={1: 0}),
-        ):
-            torch.export.export(model, (IMAGES,))
-
-    def test_a_transform_is_refused(self):
-        model = build(upstreams.FIRST)
-        with pytest.raises(NotEditedError, match=r"torch\.func"), edit(model, heads={1: 0}):
-            torch.func.grad(lambda images: model(images).sum())(IMAGES)
-
-    @pytest.mark.usefixtures("fresh_dynamo")
-    def test_a_graph_that_asks_is_refused(self, grafted):
-        model = build(grafted)
-        ask = torch.compile(model.get_last_self_attention, backend="eager", fullgraph=True)
-        with pytest.raises(NotEditedError, match="_orig_mod"), edit(model, heads={1: 0}):
-            ask(IMAGES)
-        weights = torch.func.grad(lambda x: model.blocks[1].attn(x, return_attn=True)[0, 0, 0, 1])
-        tokens = noise(1, 5, 8, seed=3, dtype=torch.float64)
-        weights(tokens)
-        with pytest.raises(NotEditedError, match=r"torch\.func"), edit(model, heads={1: 0}):
-            weights(tokens)
-
-
 class TestLists:
     def test_lists_are_edited_batch_by_batch(self, grafted):
         model = build(grafted)
@@ -267,36 +201,6 @@ class TestLists:
             assert_all_close(found[0][1:], model.get_self_attention(images[1])[:1])
         assert not found[0][0][:, :, 0, 1:].any()
         assert found[0][0][:, :, 1:].all()
-
-    @quiet
-    @pytest.mark.parametrize("kind", ["heads", "keys", "rows", "weights"])
-    def test_nested_lists_of_xformers_are_edited_element_by_element(self, nested, kind):
-        block = partial(nested.cls("NestedTensorBlock"), attn_class=nested.cls("MemEffAttention"))
-        model = build(nested, block_fn=block)
-        images = [IMAGES, noise(1, 3, 4, 4, seed=3, dtype=torch.float64)]
-        arguments = {
-            "heads": {"heads": {1: [1]}},
-            "keys": {"keys": [1, 2]},
-            "rows": {"keys": "patches", "queries": "cls"},
-            "weights": {"weights": lambda _, weights: weights.flip(1), "queries": [0, 3]},
-        }[kind]
-
-        def run(batches):
-            tokens = [model.prepare_tokens_with_masks(batch) for batch in batches]
-            for block in model.blocks:
-                tokens = block(tokens)
-            return tokens
-
-        plain = run(images)
-        with edit(model, **arguments), record(model, check="every") as maps:
-            together = run(images)
-        assert len(maps.passes) == 2
-        for i, batch in enumerate(images):
-            with edit(model, **arguments), record(model) as alone:
-                (tokens,) = run([batch])
-            assert_close(together[i], tokens)
-            assert_all_close(maps.passes[i].weights, alone.weights)
-            assert not same_bits(tokens, plain[i])
 
 
 class TestCopies:
