@@ -36,5 +36,7 @@ def look(model: nn.Module, images: Tensor, recording: Recording) -> AttentionMap
     print(dinov2_attn.artifact_tokens(model, images).outliers)  # type: ignore[attr-defined]
     print(dinov2_attn.attention_maps(model, [images]).weights)  # type: ignore[attr-defined]
     dinov2_attn.record(model, reduce=len)  # type: ignore[arg-type]
+    dinov2_attn.edit(model, keys="csl")  # type: ignore[arg-type]
+    dinov2_attn.edit(model, heads={3: "all"})  # type: ignore[dict-item]
     print(recording.weight)  # type: ignore[attr-defined]
     return dinov2_attn.attention_maps(model, [images])  # type: ignore[return-value]

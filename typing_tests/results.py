@@ -44,6 +44,25 @@ def look_at_maps_of_a_list(model: nn.Module, batches: list[Tensor]) -> None:
     assert_type(maps[0].patch_maps(), tuple[Tensor, ...])
 
 
+def change(model: nn.Module, images: Tensor, maps: AttentionMaps, recording: Recording) -> None:
+    def flip(layer: int | str, weights: Tensor) -> Tensor:
+        return weights.flip(1)
+
+    found = dinov2_attn.artifact_tokens(model, images)
+    with (
+        dinov2_attn.edit(model, heads={3: [0, 2], "blocks.1.attn": 1}) as edit,
+        dinov2_attn.edit(model, 2, heads=0),
+        dinov2_attn.edit(model, ["blocks.0.attn"], keys="registers", queries=[0, 3]),
+        dinov2_attn.edit(model, keys=found),
+        dinov2_attn.edit(model, keys=found.mask),
+        dinov2_attn.edit(model, weights=flip, queries="cls"),
+        dinov2_attn.edit(model, frozen=maps),
+        dinov2_attn.edit(model, frozen=recording),
+    ):
+        model(images)
+    assert_type(edit.layers, tuple[int | str, ...])
+
+
 def roll_out(model: nn.Module, images: Tensor) -> None:
     rollout = dinov2_attn.rollout(model, images, heads="max")
     assert_type(rollout, Rollout)

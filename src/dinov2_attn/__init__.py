@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dinov2_attn.grafting.grafted import grafted
     from dinov2_attn.maps.artifacts import ArtifactTokens
     from dinov2_attn.maps.attention_maps import AttentionMaps
+    from dinov2_attn.maps.edit import edit
     from dinov2_attn.maps.find_artifacts import artifact_tokens
     from dinov2_attn.maps.one_batch import attention_maps
     from dinov2_attn.maps.record import record
@@ -40,6 +41,7 @@ __all__ = [
     "Status",
     "artifact_tokens",
     "attention_maps",
+    "edit",
     "errors",
     "extract",
     "grafted",
@@ -64,6 +66,7 @@ __getattr__, __dir__ = lazily(
         "Recording": "dinov2_attn.maps.recording",
         "artifact_tokens": "dinov2_attn.maps.find_artifacts",
         "attention_maps": "dinov2_attn.maps.one_batch",
+        "edit": "dinov2_attn.maps.edit",
         "extract": "dinov2_attn.apps.extraction.extract",
         "grafted": "dinov2_attn.grafting.grafted",
         "load_checkpoint": "dinov2_attn.apps.weights.checkpoints",

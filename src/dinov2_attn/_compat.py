@@ -6,6 +6,7 @@ Each function has one job, so that a new version of torch is followed in this fi
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -70,6 +71,12 @@ def without_modes() -> AbstractContextManager[object]:
     # No version has a public function for it.
     modes: AbstractContextManager[object] = _disable_current_modes()
     return modes
+
+
+def is_foreign_thread() -> bool:
+    """Return whether Python did not start this thread, as those of autograd on a GPU."""
+    # Every version. There is no public name for it.
+    return isinstance(threading.current_thread(), threading._DummyThread)
 
 
 def raised_by_dynamo(error: BaseException) -> bool:

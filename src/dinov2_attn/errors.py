@@ -62,6 +62,10 @@ class NotRecordedError(Dinov2AttnError, RuntimeError):
     """A forward pass that should have been recorded was not, or not all of it."""
 
 
+class NotEditedError(Dinov2AttnError, RuntimeError):
+    """An edit that should have changed a forward pass did not reach it, or not all of it."""
+
+
 class UnfaithfulError(Dinov2AttnError, RuntimeError):
     """Weights times values are not what the kernel returned."""
 

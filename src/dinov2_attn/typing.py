@@ -52,6 +52,9 @@ Layers = SupportsIndex | Sequence[SupportsIndex] | None
 # What a layer is called: the number of its block, or the path of its attention module.
 Layer = int | str
 RecordedLayers = Layers | str | Sequence[str] | Sequence[int | str]
+# Heads to ablate, and keys to hide: names, positions, or a boolean mask.
+EditedHeads: TypeAlias = "SupportsIndex | Sequence[SupportsIndex]"
+HiddenKeys: TypeAlias = "Queries | Tensor"
 Grid = tuple[int, int]
 # Where weights come from: the call of a kernel, or the proved projection of a class.
 Source = Literal["kernel", "projection"]

@@ -114,7 +114,7 @@ def test_what_is_read_out_of_an_extraction_is_there(folder):
 def test_pages_that_are_named_hold_python():
     assert {page.name for page in PAGES if blocks(page)} >= {
         *("README.md", "quickstart.md", "recording.md", "pictures.md", "checkpoints.md"),
-        *("extraction.md", "api.md"),
+        *("extraction.md", "editing.md", "api.md"),
     }
 
 

@@ -105,6 +105,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "grafting/test_threads_and_leaks.py::test_ten_thousand_calls_leave_nothing_behind",
         "grafting/test_bit_identity.py::test_intermediate_layers_are_bit_identical",
         "grafting/test_hooks_and_adapters.py::test_features_and_gradients_are_unchanged",
+        "kernels/test_nested_edits.py",
         "maps/test_record.py::test_a_full_matrix_does_not_outlive_its_layer",
         "maps/test_rollout.py::test_shares_are_made_where_the_images_are",
         "math/test_buffers.py::test_a_tensor_kept_by_reduce_is_never_overwritten",

@@ -11,6 +11,8 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -18,12 +20,18 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn._compat import is_compiling, is_in_backward, is_transformed
+from dinov2_attn._compat import (
+    is_compiling,
+    is_foreign_thread,
+    is_in_backward,
+    is_transformed,
+)
 from dinov2_attn.backbone.structure import looks_like_attention, name_of
-from dinov2_attn.errors import NotRecordedError
+from dinov2_attn.errors import NotEditedError, NotRecordedError
 from dinov2_attn.grafting.registry import LOCK, REGISTRY, Owner, RecordingTarget
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import Capture, StopPassError, check_calls
+from dinov2_attn.kernels.edited import EditedProduct, Pattern
 from dinov2_attn.kernels.xformers import KERNEL, graft_captured_kernel, kernel_homes
 from dinov2_attn.typing import Forward
 
@@ -50,12 +58,29 @@ class Receiver(Protocol):
         return  # for those who count layers
 
 
+class Editor(Protocol):
+    """What changes the weights that kernels use in a thread."""
+
+    def begin(self, images: Tensor) -> None:
+        """Note the ``images (B, C, H, W)`` with which a pass begins."""
+
+    def wants(self, attention: nn.Module) -> bool:
+        """Return whether to call ``edit`` when ``attention`` runs."""
+
+    def edit(self, attention: nn.Module, pattern: Pattern) -> Pattern:
+        """Return the pattern that ``attention`` is to use."""
+
+    def stopped(self) -> None:
+        """Note that a pass is ended before its last layer."""
+
+
 class _State(threading.local):
-    """The receivers in this thread: usually none."""
+    """The receivers and the editors in this thread: usually none."""
 
     def __init__(self) -> None:
         # On the instance from the start, in every thread: Dynamo guards on their presence too.
         self.receivers: tuple[Receiver, ...] = ()
+        self.editors: tuple[Editor, ...] = ()
 
 
 STATE = _State()
@@ -70,6 +95,7 @@ class _Active:
 
     def __init__(self) -> None:
         self.on = False
+        self.edits = False  # whether any thread has an editor
         self._users = 0
         self._lock = threading.Lock()
 
@@ -119,6 +145,21 @@ def unrecorded() -> Iterator[tuple[Receiver, ...]]:
         STATE.receivers = before
 
 
+@contextmanager
+def unedited() -> Iterator[None]:
+    """Edit nothing that runs inside."""
+    before, STATE.editors = STATE.editors, ()
+    try:
+        yield
+    finally:
+        STATE.editors = before
+
+
+def are_edited() -> bool:
+    """Return whether something edits weights in this thread."""
+    return ACTIVE.on and bool(STATE.editors)
+
+
 def unpacked() -> AbstractContextManager[object]:
     """Hide the tensors saved for the backward of the weights from surrounding hooks.
 
@@ -157,7 +198,7 @@ def graft_captured(original: Forward) -> Forward:
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.on and STATE.receivers:
+        if ACTIVE.on and (STATE.receivers or ACTIVE.edits):
             return run_captured(original, self, args, kwargs)
         return original(self, *args, **kwargs)
 
@@ -169,7 +210,7 @@ def graft_captured_list(original: Forward) -> Forward:
 
     @functools.wraps(original, updated=())
     def forward_list(self: nn.Module, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.on and STATE.receivers and isinstance(tensors, list | tuple):
+        if ACTIVE.on and (STATE.receivers or ACTIVE.edits) and isinstance(tensors, list | tuple):
             return run_captured(original, self, (tensors, *args), kwargs, calls=len(tensors))
         return original(self, tensors, *args, **kwargs)
 
@@ -190,12 +231,14 @@ def graft_entrance(original: Forward) -> Forward:
 
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tell receivers of the images that ``module`` is given."""
-    if not STATE.receivers or is_compiling() or is_in_backward():
+    if not (STATE.receivers or STATE.editors) or is_compiling() or is_in_backward():
         return
     given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 3)
     for images in islice(given, 1):
         for receiver in STATE.receivers:
             receiver.begin(module, images)
+        for editor in STATE.editors:
+            editor.begin(images)
 
 
 def graft_whole(original: Forward) -> Forward:
@@ -223,31 +266,41 @@ def run_captured(
 ) -> Any:
     """Run ``original`` on an attention ``module``, and give its kernel calls to receivers.
 
-    There is one of them, or one for each tensor of a list. Nothing inside is recorded: the graft of
-    the base class runs for the same module, and a receiver may run models itself.
+    Editors change their weights before. There is one call, or one for each tensor of a list.
+    Nothing inside is recorded or edited: the graft of the base class runs for the same module, and
+    a receiver may run models itself.
 
     Raises:
         NotRecordedError: If there were not so many ``calls`` of a kernel, or the pass becomes a
             graph.
+        NotEditedError: If an edited pass becomes a graph.
 
     """
     wanting = [receiver for receiver in STATE.receivers if receiver.wants(module)]
-    if not wanting:
+    editing = _editors_of(module)
+    if not (wanting or editing):
         return original(module, *args, **kwargs)
     if is_transformed():
-        raise in_a_graph()
+        raise edited_in_a_graph() if editing else in_a_graph()
+    if is_in_backward():  # what checkpointing runs again is edited again
+        wanting = []
+    stops = bool(wanting) and all(receiver.stops for receiver in wanting)
+    if stops:
+        for editor in STATE.editors:
+            editor.stopped()
 
-    def take(call: KernelCall) -> None:
+    def take(call: Any) -> None:
         with unpacked():
             for receiver in wanting:
                 receiver.take(module, call)
 
-    with unrecorded():
-        if is_in_backward():
+    with unrecorded(), unedited():
+        if not (wanting or editing):
             return original(module, *args, **kwargs)
-        stops = all(receiver.stops for receiver in wanting)
         # The first time all of it runs, to see that there is one call, and what it returns.
-        with Capture(module, take, stops=stops and module in _PROVED) as capture:
+        early = stops and module in _PROVED
+        edit = partial(_edited, module, editing) if editing else None
+        with Capture(module, take, stops=early, edit=edit) as capture:
             output = original(module, *args, **kwargs)
     # Code that only looks like attention is left out; a module with its projections is not.
     if capture.calls != calls and (capture.calls or looks_like_attention(module)):
@@ -255,6 +308,21 @@ def run_captured(
     if stops:
         raise StopPassError
     return output
+
+
+def _edited(
+    module: nn.Module, editors: list[Editor], pattern: Pattern, original: Callable[[], Tensor]
+) -> Pattern:
+    """Return ``pattern`` as ``editors`` change it, one after the other.
+
+    The first call of a module is proved as it is, so that editors are given its true weights.
+    """
+    is_proved = module in _PROVED or isinstance(pattern, EditedProduct)
+    if not is_proved and not pattern.base.dropout:  # another run would draw other numbers
+        prove_once(module, replace(pattern.base, output=original()), name_of(type(module)))
+    for editor in editors:
+        pattern = editor.edit(module, pattern)
+    return pattern
 
 
 def in_a_graph() -> NotRecordedError:
@@ -269,10 +337,74 @@ def in_a_graph() -> NotRecordedError:
     )
 
 
+def edited_in_a_graph() -> NotEditedError:
+    """Return the error for an edit that a graph would not repeat, or keep for ever."""
+    return NotEditedError(
+        "a forward pass in eager mode inside edit(...)",
+        "one that torch.compile, torch.export or torch.func makes another function of, which "
+        "would not see where the edit ends",
+        "Run the eager module: compiled._orig_mod(images), or compiled(images) under "
+        'torch.compiler.set_stance("force_eager"). Outside of edit(...) the graph runs as before.',
+    )
+
+
 Graft = Callable[[Forward], Forward]
 
 # DINOv3's blocks call this method of their attention in training with stochastic depth.
 LIST = "forward_list"
+
+
+@contextmanager
+def editing(
+    editor: Editor, attentions: Iterable[nn.Module], entrances: Iterable[nn.Module] = ()
+) -> Iterator[None]:
+    """Let ``editor`` change the weights of ``attentions`` in this thread.
+
+    Args:
+        editor: Changes them, after editors that are there already.
+        attentions: The attention modules.
+        entrances: Modules that are given the images of a pass.
+
+    """
+    with _grafts(attentions, entrances), ACTIVE.active(), _known(editor):
+        STATE.editors = (*STATE.editors, editor)
+        try:
+            yield
+        finally:
+            STATE.editors = tuple(other for other in STATE.editors if other is not editor)
+
+
+# The editors of all threads, each with its thread.
+_EDITORS: list[tuple[int, Editor]] = []
+
+
+@contextmanager
+def _known(editor: Editor) -> Iterator[None]:
+    """Let threads of autograd find ``editor`` inside."""
+    entry = (threading.get_ident(), editor)
+    with LOCK:
+        _EDITORS.append(entry)
+        ACTIVE.edits = True
+    try:
+        yield
+    finally:
+        with LOCK:
+            _EDITORS.remove(entry)
+            ACTIVE.edits = bool(_EDITORS)
+
+
+def _editors_of(module: nn.Module) -> list[Editor]:
+    """Return the editors of ``module`` in this thread.
+
+    The backward pass of a GPU runs in a thread of its own, where checkpointing runs modules again.
+    It has the editors of the one thread that edits the module.
+    """
+    editors: Iterable[Editor] = STATE.editors
+    if not editors and not is_compiling() and is_in_backward() and is_foreign_thread():
+        with LOCK:
+            found = [(thread, editor) for thread, editor in _EDITORS if editor.wants(module)]
+        editors = [editor for _, editor in found] if len({i for i, _ in found}) == 1 else ()
+    return [editor for editor in editors if editor.wants(module)]
 
 
 @contextmanager
@@ -291,6 +423,17 @@ def recording(
         wholes: Modules whose return ends a pass.
 
     """
+    with _grafts(attentions, entrances, wholes), receiving(receiver):
+        yield
+
+
+@contextmanager
+def _grafts(
+    attentions: Iterable[nn.Module],
+    entrances: Iterable[nn.Module] = (),
+    wholes: Iterable[nn.Module] = (),
+) -> Iterator[None]:
+    """Have the grafts on the classes of these modules inside."""
     target, attentions = RecordingTarget(), list(attentions)
     with LOCK:
         for graft, modules in (
@@ -307,8 +450,7 @@ def recording(
             if not REGISTRY.claim(home, KERNEL, target):
                 REGISTRY.set(home, KERNEL, graft_captured_kernel(home[KERNEL]), target)
     try:
-        with receiving(receiver):
-            yield
+        yield
     finally:
         with LOCK:
             REGISTRY.release(target)

@@ -25,13 +25,19 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from dinov2_attn._compat import is_compiling
+from dinov2_attn._compat import is_compiling, is_transformed
 from dinov2_attn.backbone.backbone import MARK, accepts
 from dinov2_attn.backbone.contract import argument_names
 from dinov2_attn.backbone.projection import Piece, check_tokens, module_weights, queries_and_keys
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role, name_of
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
-from dinov2_attn.grafting.channel import ACTIVE, STATE, run_captured
+from dinov2_attn.grafting.channel import (
+    ACTIVE,
+    STATE,
+    are_edited,
+    edited_in_a_graph,
+    run_captured,
+)
 from dinov2_attn.grafting.collector import weights_at_kernel
 from dinov2_attn.kernels.xformers import Kernel, check_stochastic_depth
 from dinov2_attn.math.attention import check_heads
@@ -69,7 +75,12 @@ def classes_at_kernel(classes: Iterable[type]) -> dict[type, str]:
 
 
 def runs_itself(model: nn.Module) -> bool:
-    """Return whether ``model`` has to run its own pass, because a part goes by the kernel."""
+    """Return whether ``model`` has to run its own pass, because a part goes by the kernel.
+
+    Where weights are edited, all parts do.
+    """
+    if are_edited():
+        return True
     return bool(_AT_KERNEL) and any(
         reason_for_kernel(cls) is not None for cls in {type(m) for m in model.modules()}
     )
@@ -102,7 +113,9 @@ def graft_attention(original: Forward, kernel: Kernel | None) -> Forward:
     names = argument_names(original)
 
     def weights_of(self: nn.Module, args: Any, kwargs: Any) -> Any:
-        if kernel is None:
+        if are_edited() and is_transformed():
+            raise edited_in_a_graph()
+        if kernel is None or are_edited():
             selection = {name: kwargs.pop(name, None) for name in ("queries", "heads")}
             check_heads(selection["heads"])
             run = partial(forward, self, *args, **kwargs)
@@ -115,7 +128,7 @@ def graft_attention(original: Forward, kernel: Kernel | None) -> Forward:
             if asked is Returns.QUERIES_AND_KEYS and kernel is not None:
                 return publish(queries_and_keys(self, kernel, **_by_name(names, args, kwargs)))
             return publish(weights_of(self, args, kwargs))
-        if ACTIVE.on and STATE.receivers:
+        if ACTIVE.on and (STATE.receivers or ACTIVE.edits):
             return run_captured(original, self, args, kwargs)
         return original(self, *args, **kwargs)
 

@@ -12,7 +12,7 @@ from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.probe import probe
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.grafting.channel import unrecorded
+from dinov2_attn.grafting.channel import unedited, unrecorded
 from dinov2_attn.math.selection import resolve_names
 from dinov2_attn.typing import Grid, Queries
 
@@ -104,7 +104,7 @@ class Tokens:
     def _probed(self, image: Tensor) -> Layout | None:
         for attention in dict.fromkeys((self._attention, self._sibling)):
             if attention is not None:
-                with unrecorded():
+                with unrecorded(), unedited():
                     found = probe(self._model, attention, image).layout
                 if found is not None and self._length in (None, found.length):
                     return found

@@ -321,6 +321,7 @@ class ExplicitCall:
         matrix: ``(B, heads, Q, N)``, the tensor that is multiplied, before dropout.
         value: The right factor of the product.
         output: The product, or None if it did not run.
+        dropout: The probability with which weights are dropped before the product.
 
     """
 
@@ -328,6 +329,7 @@ class ExplicitCall:
     value: Tensor
     output: Tensor | None = None
     kernel: str = "softmax"
+    dropout: float = 0.0
 
     @property
     def rows(self) -> int:

@@ -10,12 +10,13 @@ the mode, so its replacement reports the call (see xformers.py).
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -23,8 +24,13 @@ from torch.overrides import TorchFunctionMode
 from dinov2_attn._compat import storage_of
 from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.kernels.call import ExplicitCall, KernelCall, by_heads, fused_call
+from dinov2_attn.kernels.edited import Pattern, editable
 
-Take = Callable[[KernelCall], None]
+# What a receiver is given: a call as the module made it, or an edited one.
+Take = Callable[[Any], None]
+
+# Changes a pattern. The second argument runs the kernel as the module called it, once.
+Edit = Callable[[Pattern, Callable[[], Tensor]], Pattern]
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "linalg_matmul", "einsum", "baddbmm"}
 
@@ -42,6 +48,37 @@ class StopPassError(BaseException):
     """Ends a forward pass whose rest is not needed. No code of a model should catch it."""
 
 
+class _Softmax(NamedTuple):
+    """A softmax that is followed.
+
+    Attributes:
+        tensor: What the next operation is given.
+        weights: The same before dropout.
+        dropout: The probability with which ``tensor`` has lost weights.
+
+    """
+
+    tensor: Tensor
+    weights: Tensor
+    dropout: float = 0.0
+
+
+class _Factor(NamedTuple):
+    """A factor of a product: the tensor that was given, and its dimension that is summed."""
+
+    given: Tensor
+    dim: int
+
+    @property
+    def last(self) -> Tensor:
+        """The tensor with that dimension at the end."""
+        return self.given.movedim(self.dim, -1)
+
+    def like(self, last: Tensor) -> Tensor:
+        """Return another tensor of the shape of ``last`` as it has to be given."""
+        return last.movedim(-1, self.dim)
+
+
 class Capture(TorchFunctionMode):
     """Calls ``take`` with the kernel call of ``module`` while its forward runs.
 
@@ -49,18 +86,22 @@ class Capture(TorchFunctionMode):
         module: The attention module.
         take: Called after the kernel.
         stops: Whether to call ``take`` before the kernel, and to end the pass then.
+        edit: Changes the weights that the kernel uses.
 
     Attributes:
         calls: The kernel calls seen.
 
     """
 
-    def __init__(self, module: nn.Module, take: Take, *, stops: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, take: Take, *, stops: bool = False, edit: Edit | None = None
+    ) -> None:
         super().__init__()
         self._module = module
         self._take = take
         self._stops = stops
-        self._softmaxes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._edit = edit
+        self._softmaxes: dict[int, _Softmax] = {}
         self.calls = 0
 
     def __enter__(self) -> Capture:
@@ -91,7 +132,13 @@ class Capture(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             call = fused_call(*args, **kwargs, heads=heads_of(self._module))
-            return self.ran(call, lambda: func(*args, **kwargs), self._heads_first)
+            shape = shape_of_output(*args, **kwargs)
+            return self.ran(
+                call,
+                lambda: func(*args, **kwargs),
+                self._heads_first,
+                lambda out: out.reshape(shape),
+            )
         if name == "softmax":
             return self._after_softmax(func(*args, **kwargs), args, kwargs)
         if not self._softmaxes:
@@ -101,7 +148,12 @@ class Capture(TorchFunctionMode):
         return self._other(name, func, args, kwargs)
 
     def ran(
-        self, call: KernelCall, run: Callable[[], Any], heads_first: Callable[[Tensor], Tensor]
+        self,
+        call: KernelCall,
+        run: Callable[[], Any],
+        heads_first: Callable[[Tensor], Tensor],
+        restored: Callable[[Tensor], Any],
+        factor: Tensor | None = None,
     ) -> Any:
         """Run a kernel and take its ``call``. With ``stops``, only take it.
 
@@ -109,18 +161,27 @@ class Capture(TorchFunctionMode):
             call: What the kernel is given.
             run: Runs it.
             heads_first: Makes its output ``(B, heads, N, d)``.
+            restored: Makes the kernel's output of an edited one, which is ``(B, heads, N, d)``.
+                For explicit code it is given the edited factor.
+            factor: What explicit code multiplies, ``(B, heads, Q, N)``.
 
         Returns:
-            What ``run`` returns.
+            What ``run`` returns, or what it would return with the edited weights.
 
         """
         self.calls += 1
+        taken: Any = call
         with unseen():  # a kernel may call another one, and so does what takes the call
+            if self._edit is not None:
+                run = functools.cache(run)
+                pattern = self._edit(editable(call, factor), lambda: heads_first(run()))
+                if pattern.is_changed:
+                    taken, run = pattern.call(), _edited(pattern, run, heads_first, restored)
             if self._stops:
-                self._take(call)
+                self._take(taken)
                 raise StopPassError
             output = run()
-            self._take(replace(call, output=heads_first(output)))
+            self._take(replace(taken, output=heads_first(output)))
         return output
 
     def _heads_first(self, output: Tensor) -> Tensor:
@@ -131,40 +192,55 @@ class Capture(TorchFunctionMode):
         if isinstance(out, Tensor) and out.ndim > 1 and dim in (-1, out.ndim - 1):
             # What is written into may be a buffer that the next layer writes into.
             weights = out.clone() if "out" in kwargs else out
-            self._softmaxes[storage_of(out)] = (out, weights)
+            self._softmaxes[storage_of(out)] = _Softmax(out, weights)
         return out
 
     def _other(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``func``, and follow a softmax through it."""
         source = next(filter(None, map(self._found, args[:3])), None)
-        if source is not None and "dropout" in name and _drops_in_place(args, kwargs):
-            source = (source[0], source[0].clone())
+        drops = "dropout" in name
+        if source is not None and drops and _drops_in_place(args, kwargs):
+            source = _Softmax(source.tensor, source.weights.clone())
         out = func(*args, **kwargs)
-        if source is not None and isinstance(out, Tensor) and out.numel() == source[0].numel():
+        if source is not None and isinstance(out, Tensor) and out.numel() == source.tensor.numel():
             # Before dropout; after a cast, a mask or a gate.
-            weights = source[1] if "dropout" in name else out
-            if storage_of(out) not in self._softmaxes or "dropout" in name:
-                self._softmaxes[storage_of(out)] = (out, weights)
+            if drops:
+                found = _Softmax(out, source.weights, _probability(args, kwargs))
+                self._softmaxes[storage_of(out)] = found
+            else:
+                self._softmaxes.setdefault(storage_of(out), _Softmax(out, out))
         return out
 
     def _product(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self._explicit(_factors(name, args, kwargs))
-        if call is None:
+        found = self._explicit(_factors(name, args, kwargs))
+        if found is None:
             return func(*args, **kwargs)
+        factor, call = found
         self._softmaxes.clear()
-        return self.ran(call, lambda: func(*args, **kwargs), self._heads_first)
 
-    def _explicit(self, factors: Sequence[Tensor]) -> ExplicitCall | None:
+        def multiplied(edited: Tensor) -> Any:
+            given = factor.like(edited.reshape(factor.last.shape))
+            return func(
+                *_with(args, factor.given, given),
+                **{key: given if value is factor.given else value for key, value in kwargs.items()},
+            )
+
+        multiply = functools.partial(func, *args, **kwargs)
+        last = self._heads_first(factor.last)
+        return self.ran(call, multiply, self._heads_first, multiplied, last)
+
+    def _explicit(self, factors: Sequence[_Factor]) -> tuple[_Factor, ExplicitCall] | None:
         """Return the call if one of two factors is a softmax whose last dimension is summed."""
         for factor, value in zip(factors, factors[::-1], strict=True):
-            found = self._found(factor)
-            if found is not None and _along_last(found[0], factor):
+            found = self._found(factor.given)
+            if found is not None and _along_last(found.tensor, factor.last):
                 heads = heads_of(self._module)
-                matrix = by_heads(found[1].to(factor.dtype), heads)
-                return ExplicitCall(matrix, by_heads(value.transpose(-2, -1), heads))
+                matrix = by_heads(found.weights.to(factor.given.dtype), heads)
+                right = by_heads(value.last.transpose(-2, -1), heads)
+                return factor, ExplicitCall(matrix, right, dropout=found.dropout)
         return None
 
-    def _found(self, tensor: object) -> tuple[Tensor, Tensor] | None:
+    def _found(self, tensor: object) -> _Softmax | None:
         return self._softmaxes.get(storage_of(tensor)) if isinstance(tensor, Tensor) else None
 
 
@@ -212,8 +288,36 @@ def check_calls(calls: int, module: str, expected: int = 1) -> None:
     )
 
 
-def _factors(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the two factors of a product, each with the dimension that is summed at the end."""
+def _edited(
+    pattern: Pattern,
+    original: Callable[[], Any],
+    heads_first: Callable[[Tensor], Tensor],
+    restored: Callable[[Tensor], Any],
+) -> Callable[[], Any]:
+    """Return what runs the kernel with another ``pattern``."""
+    return lambda: restored(pattern.run(lambda: heads_first(original())))
+
+
+def shape_of_output(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> list[int]:
+    """Return the shape of what a fused kernel returns."""
+    del key
+    return [*query.shape[:-1], value.shape[-1]]
+
+
+def _with(args: tuple[Any, ...], old: Tensor, new: Tensor) -> tuple[Any, ...]:
+    """Return ``args`` with ``new`` in the place of ``old``, in lists of operands too."""
+    return tuple(
+        type(arg)(_with(tuple(arg), old, new))
+        if isinstance(arg, list | tuple)
+        else new
+        if arg is old
+        else arg
+        for arg in args
+    )
+
+
+def _factors(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Factor]:
+    """Return the two factors of a product, each with the dimension that is summed."""
     if name == "einsum":
         return _factors_of_einsum(*args)
     given = [
@@ -222,10 +326,10 @@ def _factors(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
     ]
     left, right = given[1:3] if name == "baddbmm" else given[:2]
     matrices = isinstance(right, Tensor) and right.ndim > 1
-    return [left, right.transpose(-2, -1)] if matrices else []
+    return [_Factor(left, -1), _Factor(right, -2)] if matrices else []
 
 
-def _factors_of_einsum(equation: Any, *operands: Any) -> list[Tensor]:
+def _factors_of_einsum(equation: Any, *operands: Any) -> list[_Factor]:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     if len(operands) != 2 or not isinstance(equation, str):
@@ -235,11 +339,7 @@ def _factors_of_einsum(equation: Any, *operands: Any) -> list[Tensor]:
     summed = [letter for letter in names[0] if letter in names[1] and letter not in output]
     if len(summed) != 1 or "." in inputs:
         return []
-    return [_with_last(t, own, summed[0]) for t, own in zip(operands, names, strict=True)]
-
-
-def _with_last(tensor: Tensor, names: str, last: str) -> Tensor:
-    return tensor.movedim(names.index(last), -1)
+    return [_Factor(t, own.index(summed[0])) for t, own in zip(operands, names, strict=True)]
 
 
 def _along_last(softmax: Tensor, factor: Tensor) -> bool:
@@ -249,6 +349,12 @@ def _along_last(softmax: Tensor, factor: Tensor) -> bool:
         and factor.shape[-1] == softmax.shape[-1]
         and factor.stride(-1) == softmax.stride(-1)
     )
+
+
+def _probability(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Return the probability with which this call of dropout drops."""
+    training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+    return float(kwargs.get("p", args[1] if len(args) > 1 else 0.5)) if training else 0.0
 
 
 def _drops_in_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dinov2_attn._compat import is_compiling
 from dinov2_attn.errors import InvalidInputError, KernelFallbackWarning, NoOperatorError
 from dinov2_attn.kernels.call import FusedCall
-from dinov2_attn.kernels.capture import current_capture
+from dinov2_attn.kernels.capture import current_capture, shape_of_output
 from dinov2_attn.math.bias import dense, groups, is_block_diagonal, is_known, unknown
 from dinov2_attn.typing import Forward
 
@@ -171,7 +171,13 @@ def graft_captured_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
         if capture is None:
             return original(*args, **kwargs)
         call = _fused_call(*args, **kwargs)
-        return capture.ran(call, lambda: original(*args, **kwargs), _heads_first)
+        shape = shape_of_output(*args, **kwargs)
+        return capture.ran(
+            call,
+            lambda: original(*args, **kwargs),
+            _heads_first,
+            lambda out: out.transpose(1, 2).reshape(shape),
+        )
 
     return memory_efficient_attention
 

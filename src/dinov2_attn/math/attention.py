@@ -76,10 +76,10 @@ def attention_weights(
         ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean, in the dtype of ``query``.
 
     """
-    with _without_autocast(query.device):
+    with without_autocast(query.device):
         dtype = torch.promote_types(query.dtype, torch.float32)
         wide = key.to(dtype)
-        seen = None if causal_rows is None else _past(causal_rows, key.shape[2])
+        seen = None if causal_rows is None else past(causal_rows, key.shape[2])
         if bias is not None and bias.dtype == torch.bool:
             bias = torch.zeros_like(bias, dtype=dtype).masked_fill_(~bias, -math.inf)
         if may_tile(query):
@@ -193,13 +193,14 @@ def chunks(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def _past(rows: Tensor, length: int) -> Tensor:
+def past(rows: Tensor, length: int) -> Tensor:
     """Return a mask ``(Q, N)`` of the keys that are not after the position of each row."""
     keys = torch.arange(length, device=rows.device)
     return keys[None, :] <= rows[:, None]
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off inside, where there is one for ``device``."""
     if device.type in _AUTOCAST_DEVICES:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

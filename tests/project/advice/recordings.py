@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dinov2_attn
-from dinov2_attn import artifact_tokens, attention_maps, record, rollout
+from dinov2_attn import artifact_tokens, attention_maps, edit, record, rollout
 from dinov2_attn.backbone.backbone import backbone_in, grafted_backbone
 from dinov2_attn.kernels.call import fused_call
 from dinov2_attn.maps.attention_maps import AttentionMaps
@@ -385,4 +385,186 @@ case(
     "Name the .safetensors file itself",
     lambda lab: AttentionMaps.load(saved(lab, lab.maps()).parent),
     lambda lab: AttentionMaps.load(saved(lab, lab.maps())),
+)
+
+
+# Edits
+
+
+def edited(lab, run=None, *args, model=None, **options):
+    with edit(lab.model if model is None else model, *args, **options):
+        (run or (lambda: lab.model(lab.x)))()
+
+
+def without_heads(layer, weights):
+    return torch.zeros_like(weights[:, :1])
+
+
+def normalised(weights):
+    return weights / weights.sum(-1, keepdim=True).clamp_min(1e-9)
+
+
+def edit_compiled(lab):
+    model = compiled(lab)
+    edited(lab, lambda: model._orig_mod(lab.x), model=model, heads=0)
+    with torch.compiler.set_stance("force_eager"):
+        edited(lab, lambda: model(lab.x), model=model, heads=0)
+
+
+case(
+    "grafting",
+    "Outside of edit(...) the graph runs as before",
+    lambda lab: edited(lab, lambda: torch.func.grad(lambda x: lab.model(x).sum())(lab.x), heads=0),
+    edit_compiled,
+)
+
+
+def sees_nothing(lab):
+    """Keep all weight of explicit code on one key, and hide that."""
+    with (
+        edit(lab.model, [0], weights=lambda _, w: torch.eye(w.shape[-1]).to(w).expand_as(w)),
+        edit(lab.model, [0], keys=[1], queries=[1]),
+    ):
+        lab.model(lab.x)
+
+
+case(
+    "math",
+    "To remove all that a head reads",
+    lambda lab: edited(lab, keys=slice(None)),
+    lambda lab: (edited(lab, keys=slice(1, None)), edited(lab, heads={0: [0]})),
+)
+case(
+    "math",
+    "A fused kernel masks before its softmax",
+    sees_nothing,
+    lambda lab: edited(lab, keys=[1], queries=[0]),
+)
+case(
+    "maps",
+    "Heads count from 0",
+    lambda lab: edited(lab, heads={0: [2]}),
+    lambda lab: edited(lab, heads={0: [0, 1]}),
+)
+case(
+    "maps",
+    "Leave layers out, or pass the heads alone",
+    lambda lab: edited(lab, None, [1], heads={1: [0]}),
+    lambda lab: (edited(lab, heads={1: [0]}), edited(lab, None, [1], heads=[0])),
+)
+case(
+    "maps",
+    "Pass one of these, or positions",
+    lambda lab: edited(lab, keys=torch.ones(1, 1, 1, 1, dtype=torch.bool)),
+    lambda lab: (edited(lab, keys=lab.mask), edited(lab, keys=[1, 2])),
+)
+case(
+    "maps",
+    "Make the mask for this batch",
+    lambda lab: edited(lab, keys=lab.mask[..., :1]),
+    lambda lab: edited(lab, keys=lab.mask),
+)
+case(
+    "maps",
+    "Look for a division by zero",
+    lambda lab: edited(lab, weights=lambda _, w: w / 0),
+    lambda lab: (edited(lab, weights=lambda _, w: normalised(w)), edited(lab, keys=[1])),
+)
+case(
+    "maps",
+    "Return a tensor of the same shape, dtype and device",
+    lambda lab: edited(lab, weights=lambda _, w: w.float()),
+    lambda lab: edited(lab, weights=lambda _, w: w.float().to(w)),
+)
+case(
+    "maps",
+    "Record every head",
+    lambda lab: edited(lab, frozen=lab.maps(heads="mean")),
+    lambda lab: (
+        edited(lab, frozen=lab.maps()),
+        edited(lab, frozen=recorded(lab.model, lambda: lab.model(lab.x)).passes[0]),
+    ),
+)
+case(
+    "maps",
+    "Leave layers out for all that the maps have",
+    lambda lab: edited(lab, None, [1], frozen=attention_maps(lab.model, lab.x, [0])),
+    lambda lab: edited(lab, frozen=attention_maps(lab.model, lab.x, [0])),
+)
+case(
+    "maps",
+    "Record images of the same size",
+    lambda lab: edited(lab, frozen=attention_maps(lab.model, lab.x[..., :4])),
+    lambda lab: edited(lab, frozen=attention_maps(lab.model, lab.x[:1])),
+)
+case(
+    "maps",
+    "Pass positions, or a boolean mask",
+    lambda lab: edited(lab, lambda: chain(lab)(lab.tokens), model=chain(lab), keys="registers"),
+    lambda lab: [
+        edited(lab, lambda: chain(lab)(lab.tokens), model=chain(lab), keys=keys)
+        for keys in ([1], torch.zeros(2, lab.tokens.shape[1], dtype=torch.bool))
+    ],
+)
+
+
+def chain(lab):
+    """Blocks without what makes tokens of images."""
+    if not hasattr(lab, "chain"):
+        lab.chain = nn.Sequential(*lab.model.blocks)
+    return lab.chain
+
+
+case(
+    "maps",
+    "Say what to change",
+    lambda lab: edited(lab, heads=0, keys=[1]),
+    lambda lab: edited(lab, lambda: edited(lab, keys=[1]), heads=0),
+)
+case(
+    "maps",
+    "Leave queries out. To change some rows of a head",
+    lambda lab: edited(lab, heads=0, queries="cls"),
+    lambda lab: (edited(lab, heads=0), edited(lab, weights=lambda _, w: w * 0.5)),
+)
+case(
+    "maps",
+    "Weights that are known before",
+    lambda lab: edited(lab, weights=lab.maps()),
+    lambda lab: (
+        edited(lab, weights=lambda _, w: w.roll(1, dims=1)),
+        edited(lab, frozen=lab.maps()),
+    ),
+)
+
+
+class OddHeads(nn.Module):
+    """Explicit code that keeps its heads behind the queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.num_heads = nn.Linear(8, 24, dtype=torch.float64), 2
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).unbind(2)
+        weights = torch.einsum("bqhd,bkhd->bqhk", q, k).softmax(-1)
+        return torch.einsum("bqhk,bkhd->bqhd", weights, v).flatten(2)
+
+
+def with_odd_heads(lab, *layers):
+    model = nn.Sequential(OddHeads(), lab.block.attn)
+    edited(lab, lambda: model(lab.tokens), *layers, model=model, heads=0)
+
+
+case(
+    "maps",
+    "This code keeps its heads elsewhere",
+    with_odd_heads,
+    lambda lab: with_odd_heads(lab, ["1"]),
+)
+case(
+    "maps",
+    "of a compiled one compiled._orig_mod(images)",
+    lambda lab: edited(lab, lambda: None, heads=0),
+    lambda lab: (edited(lab, heads=0), edited(lab, lambda: lab.block(lab.tokens), [0], heads=0)),
 )
