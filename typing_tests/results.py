@@ -44,23 +44,27 @@ def look_at_maps_of_a_list(model: nn.Module, batches: list[Tensor]) -> None:
     assert_type(maps[0].patch_maps(), tuple[Tensor, ...])
 
 
-def change(model: nn.Module, images: Tensor, maps: AttentionMaps, recording: Recording) -> None:
+def change(model: nn.Module, images: Tensor) -> None:
     def flip(layer: int | str, weights: Tensor) -> Tensor:
         return weights.flip(1)
 
+    maps = dinov2_attn.attention_maps(model, images)
     found = dinov2_attn.artifact_tokens(model, images)
+    with dinov2_attn.record(model) as recording:
+        model(images)
     with (
-        dinov2_attn.edit(model, heads={3: [0, 2], "blocks.1.attn": 1}) as edit,
-        dinov2_attn.edit(model, 2, heads=0),
-        dinov2_attn.edit(model, ["blocks.0.attn"], keys="registers", queries=[0, 3]),
-        dinov2_attn.edit(model, keys=found),
-        dinov2_attn.edit(model, keys=found.mask),
+        dinov2_attn.edit(model, heads={0: [0, 1], 1: 1}) as edit,
+        dinov2_attn.edit(model, ["blocks.0.attn"], heads=0),
+        dinov2_attn.edit(model, 2, keys=[3, 4], queries=[0, 3]),
         dinov2_attn.edit(model, weights=flip, queries="cls"),
         dinov2_attn.edit(model, frozen=maps),
         dinov2_attn.edit(model, frozen=recording),
     ):
         model(images)
     assert_type(edit.layers, tuple[int | str, ...])
+    if found.mask.any():
+        with dinov2_attn.edit(model, keys=found), dinov2_attn.edit(model, keys=found.mask):
+            model(images)
 
 
 def roll_out(model: nn.Module, images: Tensor) -> None:

@@ -9,8 +9,8 @@ import torch
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.recording import Recording
-from dinov2_attn.proof.conformance.tolerances import assert_close, assert_same_bits
 from tests.support.strategies import noise
+from tests.support.tolerances import assert_close, assert_same_bits
 
 GRID, PREFIX, N = (2, 3), 3, 9
 

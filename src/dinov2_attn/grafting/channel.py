@@ -180,13 +180,13 @@ _PROVED: WeakSet[nn.Module] = WeakSet()
 def prove_once(attention: nn.Module, call: KernelCall, name: str) -> bool:
     """Prove the first call of ``attention``, and return whether it was proved now.
 
-    A call that has no output yet is proved another time.
+    A call without an output, or whose kernel drops weights, is proved another time.
 
     Raises:
         UnfaithfulError: If its weights are not those of the kernel.
 
     """
-    if attention in _PROVED or call.output is None:
+    if attention in _PROVED or call.output is None or call.dropout:
         return False
     call.check(name)
     _PROVED.add(attention)
