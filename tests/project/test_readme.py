@@ -112,7 +112,7 @@ def test_each_block_of_the_readme_runs_in_an_empty_file(folder):
     first, second = ({}, {})
     for names, block in zip((first, second), blocks(README), strict=True):
         exec(compile(block, "README.md", "exec"), names)
-    assert first["weights"].shape == (1, 6, 1549, 1549)  # 43 × 36 patches, and CLS
+    assert first["weights"].shape == (1, 6, 1513, 1513)  # 42 × 36 patches, and CLS
     assert (folder / "attention.png").stat().st_size > 1000
     assert second["maps"].patch_maps()[11].shape == (1, 6, 1, 16, 16)
 

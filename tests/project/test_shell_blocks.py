@@ -17,13 +17,14 @@ from tests.support.extraction import draw
 # Where such a line begins, and why no test of this file runs it.
 NOT_RUN = {
     "pip install 'dinov2-attn[viz] @ git+": "needs GitHub",
+    "pip install '.[viz]'": ".ci/run does it by the next line",
     "python3 -m venv .venv && .venv/bin/pip install -q '.[viz]'": "the first thing .ci/run does",
     "python3 -m venv .venv && .venv/bin/pip install -q -e": "these tests; .ci/run runs it",
     "hf download": "downloads weights",
     "dinov2-attn heatmap photo.jpg -o out --weights facebook/dinov2-small": (
         "needs what `hf download` brings; tests/apps/weights/test_other_checkpoints.py"
     ),
-    "dinov2-attn heatmap photo.jpg -o out --arch dinov3_vits16": "needs weights under a licence",
+    "dinov2-attn heatmap photo.jpg -o out --model dinov3_vits16": "needs weights under a licence",
     "pytest --pyargs dinov2_attn.conformance": "minutes; tests/proof/test_conformance.py",
     "dinov2-attn verify": "minutes; tests/proof/test_verify.py",
     "torchrun": "eight GPUs; tests/apps/extraction/test_extract_ranks.py",
