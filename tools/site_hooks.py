@@ -47,13 +47,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         names = [name for name in public_names("__init__") if name not in MODULES]
         markdown += "\n## Functions and classes\n\n" + _directives("dinov2_attn", names)
     folder = "" if name in ELSEWHERE else "docs"
-    return LINK.sub(lambda found: _led(found, folder, config.repo_url), markdown)
+    return LINK.sub(lambda found: _led(found, folder, config.extra["repository"]), markdown)
 
 
 def on_post_build(config: Any) -> None:
     """Publish llms.txt, with the addresses of the files that it names."""
     text = (ROOT / "llms.txt").read_text("utf-8")
-    text = LINK.sub(lambda found: _led(found, "", config.repo_url, site=False), text)
+    text = LINK.sub(lambda found: _led(found, "", config.extra["repository"], site=False), text)
     Path(config.site_dir, "llms.txt").write_text(text, "utf-8")
 
 

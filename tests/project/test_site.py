@@ -82,6 +82,7 @@ def test_links_of_the_site_lead_to_files(site):
 def test_no_page_asks_another_server(site):
     for file in site.rglob("*.html"):
         text = file.read_text("utf-8")
+        assert 'data-md-component="source"' not in text, "it asks GitHub for stars"
         assert re.findall(r'<(?:script|img|iframe)[^>]*src="?https?:', text) == []
         assert re.findall(r'<link[^>]*rel="stylesheet"[^>]*href="?https?:', text) == []
 
@@ -96,7 +97,9 @@ def test_links_to_the_repository_name_files_that_exist(site):
 
 
 def test_the_repository_is_that_of_the_project():
-    assert CONFIG["repo_url"] == PROJECT["urls"]["Source"]
+    source = PROJECT["urls"]["Source"]
+    assert CONFIG["extra"]["repository"] == source
+    assert {"Repository": source} in CONFIG["nav"]
 
 
 def test_llms_txt_names_every_page():
