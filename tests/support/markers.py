@@ -114,7 +114,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "project/test_advice.py",
         "project/test_readme.py::test_its_python_runs_from_top_to_bottom",
         "project/test_readme.py::test_each_block_of_the_readme_runs_in_an_empty_file",
-        "project/test_shell_blocks.py::test_it_runs",
+        "project/test_shell_blocks.py::test_its_commands_run_one_after_the_other",
         "proof/",
         "torch_features/",
     ),
