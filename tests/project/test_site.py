@@ -37,7 +37,8 @@ def site(tmp_path_factory):
         pytest.skip(f"{', '.join(lacking)} not installed: pip install 'dinov2-attn[docs]'")
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        # Not --quiet: with it warnings are not counted.
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
         cwd=ROOT,
         capture_output=True,
         text=True,
