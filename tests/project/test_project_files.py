@@ -24,7 +24,7 @@ ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-FOR_DEVELOPERS = {"test", "lint", "mutation"}
+FOR_DEVELOPERS = {"test", "lint", "docs", "mutation"}
 
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

@@ -17,7 +17,10 @@ from tests.support.strategies import randomise
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-OUTER = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md", ROOT / "SECURITY.md"]
+OUTER = [
+    *PAGES,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "AGENTS.md", "SECURITY.md", "tests/README.md")),
+]
 
 # A block that cannot run everywhere says why, in the line above it.
 NOT_RUN = r"<!-- not run: [^>]+ -->\n"
@@ -57,11 +60,19 @@ def test_the_table_of_costs_is_quoted_from_the_benchmark():
 
 
 def test_the_costs_in_the_readme_are_those_of_the_table():
-    quoted = re.findall(r"(\d\.\d\d) ×", README.read_text("utf-8"))
+    quoted = re.findall(r"^\| (.+) \| (\d\.\d\d) × \|$", README.read_text("utf-8"), re.M)
     costs = (ROOT / "docs" / "costs.md").read_text("utf-8")
-    last, timm = quoted
-    assert f"| last block, full | vit_small, 518 | {last} × upstream's forward" in costs
+    assert len(quoted) == 5
+    for what, times in quoted:
+        assert f"| {what} | vit_small, 518 | {times} × upstream's forward" in costs
+
+
+def test_the_costs_of_timm_are_those_of_the_table():
+    text = (ROOT / "docs" / "migration.md").read_text("utf-8")
+    timm, ours = re.findall(r"takes (\d\.\d\d) times", text)
+    costs = (ROOT / "docs" / "costs.md").read_text("utf-8")
     assert f"| timm AttentionExtract, last block, full | vit_small, 518 | {timm} ×" in costs
+    assert f"| last block, full | vit_small, 518 | {ours} ×" in costs
 
 
 def test_the_rate_of_extraction_is_that_of_the_benchmark():
@@ -95,12 +106,13 @@ def test_its_python_runs_from_top_to_bottom(page, folder):
     dinov2_attn.uninstall()
 
 
-def test_the_first_screen_gives_weights_and_a_picture(folder):
-    (block,) = blocks(README)
-    names = {}
-    exec(block, names)
-    assert names["weights"].shape == (1, 6, 46, 46)
-    assert (folder / "cat-attention.png").stat().st_size > 1000
+def test_each_block_of_the_readme_runs_in_an_empty_file(folder):
+    first, second = ({}, {})
+    for names, block in zip((first, second), blocks(README), strict=True):
+        exec(compile(block, "README.md", "exec"), names)
+    assert first["weights"].shape == (1, 6, 1513, 1513)  # 42 × 36 patches, and CLS
+    assert (folder / "attention.png").stat().st_size > 1000
+    assert second["maps"].patch_maps()[11].shape == (1, 6, 1, 16, 16)
 
 
 def test_what_is_read_out_of_an_extraction_is_there(folder):
@@ -114,7 +126,7 @@ def test_what_is_read_out_of_an_extraction_is_there(folder):
 def test_pages_that_are_named_hold_python():
     assert {page.name for page in PAGES if blocks(page)} >= {
         *("README.md", "quickstart.md", "recording.md", "pictures.md", "checkpoints.md"),
-        *("extraction.md", "editing.md", "api.md"),
+        *("extraction.md", "editing.md", "api.md", "migration.md", "mathematics.md", "types.md"),
     }
 
 
@@ -122,6 +134,13 @@ def test_pages_that_are_named_hold_python():
 def test_its_commands_are_understood(page):
     for arguments in commands(page):
         assert callable(_parser().parse_args(arguments).run)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_its_blocks_are_of_languages_that_are_run_or_are_text(page):
+    fences = re.findall(r"^ *```(.*)$", page.read_text("utf-8"), re.M)
+    assert set(fences[::2]) <= {"python", "sh", "text"}
+    assert set(fences[1::2]) <= {""}
 
 
 def test_each_function_that_pages_name_is_there():
@@ -157,6 +176,6 @@ def test_files_that_it_names_exist(page):
 def test_the_readme_is_short_and_begins_with_what_runs():
     text = README.read_text("utf-8")
     assert len(text.splitlines()) <= 120
-    assert text.index("```python") < text.index("```sh")
+    assert text.index("```python") < text.index("bin/pytest")
     for command in ("bin/dinov2-attn demo", "bin/pytest"):  # .ci/run takes these lines
         assert sum(command in line for line in text.splitlines()) == 1
