@@ -157,3 +157,47 @@ def test_asking_is_recording(grafted):
         last = model.get_last_self_attention(images, queries="cls")
     assert_close(list(asked), list(maps.weights))
     assert_close(last, maps.weights[-1][:, :, :1])
+
+
+def flipped(layer, weights):
+    return weights.flip(-1)
+
+
+EDITS = {
+    "heads": {"heads": {0: [1], 1: [0, 2]}},
+    "keys": {"keys": "registers"},
+    "keys of some queries": {"keys": [7, 9], "queries": "cls"},
+    "weights": {"weights": flipped, "queries": [0, 3]},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_edits_are_those_of_the_cpu(edit):
+    model, images = model_of().double(), noise(2, 3, 98, 98, seed=1, dtype=torch.float64).cuda()
+    found = []
+    for device in ("cuda", "cpu"):
+        model, images = model.to(device), images.to(device)
+        with torch.no_grad(), dinov2_attn.edit(model, **edit), record(model) as maps:
+            found.append((model(images).cpu(), [w.cpu() for w in maps.weights]))
+    assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=lambda v: str(v).removeprefix("torch."))
+def test_edits_keep_what_they_do_not_change(name, dtype):
+    model, images = model_of().to(dtype), noise(2, 3, 98, 98, seed=1, dtype=dtype).cuda()
+    with torch.no_grad(), kernels.sdpa_kernel(getattr(kernels.SDPBackend, name)):
+        with observed(model) as plain:
+            model(images)
+        with dinov2_attn.edit(model, heads={0: [1]}), observed(model) as seen:
+            model(images)
+        with dinov2_attn.edit(model, keys=[7], queries=[0]), observed(model) as hidden:
+            model(images)
+    before, after = (x[0]["out"].unflatten(-1, (3, -1)) for x in (plain, seen))
+    assert_same_bits(after[:, :, 1], torch.zeros_like(after[:, :, 1]))
+    assert_same_bits(after[:, :, [0, 2]], before[:, :, [0, 2]])
+    assert_same_bits(hidden[0]["out"][:, 1:], plain[0]["out"][:, 1:])
+    weights, value = truth(plain[0], 3)
+    row = weights[:, :, :1].clone()
+    row[..., 7] = 0
+    mixed = (row / row.sum(-1, keepdim=True) @ value).transpose(1, 2).flatten(2)
+    assert_close(hidden[0]["out"][:, :1], mixed, dtype=dtype)
