@@ -185,7 +185,10 @@ class FusedCall:
         out = self.output
         if out is None:
             query, key, value = (t[:1, :1, :1] for t in (self.query, self.key, self.value))
-            out = F.scaled_dot_product_attention(query, key, value)
+            try:
+                out = F.scaled_dot_product_attention(query, key, value)
+            except RuntimeError:  # sdpa_kernel may leave a kernel that takes no single key
+                out = query @ key.transpose(-2, -1)
         if all(tensor.dtype == out.dtype for tensor in (self.query, self.key, self.value)):
             return self
         query, key, value = (t.to(out.dtype) for t in (self.query, self.key, self.value))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_attn.errors import NotEditedError
 from dinov2_attn.kernels.call import ExplicitCall, FusedCall, KernelCall
 from dinov2_attn.math.attention import past, without_autocast
 from dinov2_attn.math.bias import Group, groups, is_block_diagonal
@@ -302,7 +303,16 @@ class EditedCall:
         usual = 1 / math.sqrt(query.shape[-1])
         if self.base.scale != usual:
             query = query * (self.base.scale / usual)
-        return F.scaled_dot_product_attention(query, key, value, mask, self.base.dropout)
+        try:
+            return F.scaled_dot_product_attention(query, key, value, mask, self.base.dropout)
+        except RuntimeError as error:
+            if torch.backends.cuda.math_sdp_enabled():
+                raise
+            raise NotEditedError(
+                "a kernel that takes a mask, which hides keys",
+                "that sdpa_kernel(...) allows none",
+                "Allow one more: sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]).",
+            ) from error
 
     def _mixed(self, weights: Tensor) -> Tensor:
         with without_autocast(self.device):
