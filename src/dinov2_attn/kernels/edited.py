@@ -306,7 +306,7 @@ class EditedCall:
         try:
             return F.scaled_dot_product_attention(query, key, value, mask, self.base.dropout)
         except RuntimeError as error:
-            if torch.backends.cuda.math_sdp_enabled():
+            if torch.backends.cuda.math_sdp_enabled():  # type: ignore[no-untyped-call]
                 raise
             raise NotEditedError(
                 "a kernel that takes a mask, which hides keys",
