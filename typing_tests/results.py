@@ -103,6 +103,15 @@ def record_passes(model: nn.Module, images: Tensor) -> None:
     assert_type(recording.numpy(), AttentionMaps[npt.NDArray[Any]])
 
 
+def record_beside_weights(model: nn.Module, images: Tensor) -> None:
+    with dinov2_attn.record(model, gradients=True, facets=("key", "value")) as recording:
+        model(images)
+    assert_type(recording, Recording[Tensor])
+    assert_type(recording.gradients, tuple[Tensor, ...])
+    assert_type(recording[0].gradients, tuple[Tensor, ...])
+    assert_type(recording.facet("key", joined=True), tuple[Any, ...])
+
+
 def record_what_is_made_of_weights(model: nn.Module, images: Tensor) -> None:
     def largest(layer: int, weights: Tensor) -> float:
         return layer + float(weights.detach().max())
