@@ -38,6 +38,6 @@ def look(model: nn.Module, images: Tensor, recording: Recording) -> AttentionMap
     dinov2_attn.record(model, reduce=len)  # type: ignore[arg-type]
     dinov2_attn.edit(model, keys="csl")  # type: ignore[arg-type]
     dinov2_attn.edit(model, heads={3: "all"})  # type: ignore[dict-item]
-    dinov2_attn.record(model, facets=("keys",))  # type: ignore[call-overload]
+    dinov2_attn.record(model, facets=("keys",))  # type: ignore[arg-type]
     print(recording.weight)  # type: ignore[attr-defined]
     return dinov2_attn.attention_maps(model, [images])  # type: ignore[return-value]

@@ -105,7 +105,7 @@ def record_passes(model: nn.Module, images: Tensor) -> None:
 
 def record_beside_weights(model: nn.Module, images: Tensor) -> None:
     with dinov2_attn.record(model, gradients=True, facets=("key", "value")) as recording:
-        model(images)
+        model(images).sum().backward()
     assert_type(recording, Recording[Tensor])
     assert_type(recording.gradients, tuple[Tensor, ...])
     assert_type(recording[0].gradients, tuple[Tensor, ...])

@@ -73,7 +73,7 @@ class AttentionMaps(Result, Generic[W]):
     planes: bool = False
     sources: tuple[Source, ...] = ()
     facets: Mapping[Facet, tuple[Any, ...]] = field(default_factory=dict)
-    later: Gradients | None = None
+    _later: Gradients | None = None
 
     @property
     def gradients(self) -> tuple[W, ...]:
@@ -86,13 +86,13 @@ class AttentionMaps(Result, Generic[W]):
             NotRecordedError: There was no backward pass, or it missed a layer.
 
         """
-        if self.later is None:
+        if self._later is None:
             raise InvalidInputError(
                 "a recording of gradients by the weights",
                 "one without",
                 "Ask for them before the pass: with record(model, gradients=True) as maps.",
             )
-        return self.later.read()
+        return self._later.read()
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -263,13 +263,13 @@ class AttentionMaps(Result, Generic[W]):
         }
 
     def _with(self, change: Callable[[Tensor], Any]) -> Any:
-        later = None if self.later is None else self.later.changed(lambda v: changed(v, change))
-        return replace(super()._with(change), later=later)
+        _later = None if self._later is None else self._later.changed(lambda v: changed(v, change))
+        return replace(super()._with(change), _later=_later)
 
     def _tensors(self) -> dict[str, Any]:
         kinds: dict[str, tuple[Any, ...]] = {"layer": self.weights}
         kinds.update(self.facets.items())
-        if self.later is not None and self.later.are_there:
+        if self._later is not None and self._later.are_there:
             kinds["gradient"] = self.gradients
         return {
             f"{kind}.{layer}": one
@@ -286,8 +286,8 @@ class AttentionMaps(Result, Generic[W]):
 
         held = {name.partition(".")[0] for name in tensors}
         facets = {name: of(name) for name in FACETS if name in held}
-        later = Gradients.of(layers, of("gradient")) if "gradient" in held else None
-        return cls(of("layer"), **about, facets=facets, later=later)
+        _later = Gradients.of(layers, of("gradient")) if "gradient" in held else None
+        return cls(of("layer"), **about, facets=facets, _later=_later)
 
 
 def placed(maps: AttentionMaps[W], layout: Layout | None) -> AttentionMaps[W]:

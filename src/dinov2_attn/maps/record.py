@@ -400,7 +400,7 @@ class _Recorder:
             columns - prefix - math.prod(grid) if grid is not None and fits else 0,
             sources=_AT_KERNEL * len(found),
             facets=of_layers([batch.facets for batch in found.values()], self.beside.facets),
-            later=_gradients(found),
+            _later=_gradients(found),
         )
         first = next(iter(found))
         attention = next(m for m, layer in self.modules.wanted.items() if layer == first)
