@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import dinov2_attn
-from dinov2_attn import ArtifactTokens, AttentionMaps, Recording
+from dinov2_attn import ArtifactTokens, AttentionMaps, Recording, Relevance
 from dinov2_attn.maps.rollout import Rollout
 from dinov2_attn.typing import Grid, Source
 
@@ -74,6 +74,15 @@ def roll_out(model: nn.Module, images: Tensor) -> None:
     assert_type(rollout.to("cpu"), Rollout)
     assert_type(rollout.numpy(), Rollout[npt.NDArray[Any]])
     assert_type(dinov2_attn.rollout(model, [images]), list[Rollout])
+
+
+def explain(model: nn.Module, images: Tensor) -> None:
+    found = dinov2_attn.relevance(model, images, 3, "legrad")
+    assert_type(found, Relevance)
+    assert_type(found.weights, Tensor)
+    assert_type(found.patch_maps(), Tensor)
+    target = dinov2_attn.token_similarity(1)
+    assert_type(dinov2_attn.relevance(model, [images], target), list[Relevance])
 
 
 def find_artifacts(model: nn.Module, images: Tensor) -> None:

@@ -130,7 +130,8 @@ class FusedCall:
     def wide(self) -> FusedCall:
         """Return the call in float32 at least."""
         query, key = self.query.to(self._wide), self.key.to(self._wide)
-        return replace(self, query=query, key=key, value=key)
+        value = key if self.value is self.key else self.value.to(self._wide)
+        return replace(self, query=query, key=key, value=value)
 
     def tile(
         self, sample: int, heads: slice, lines: slice, positions: Tensor, memory: Tensor
@@ -153,21 +154,26 @@ class FusedCall:
         shape = (*query.shape[:3], self.columns)
         return attention_weights(
             query,
-            self._keys(sample, heads),
+            self._of_heads(self.key, sample, heads),
             self.scale,
             bias=bias,
             causal_rows=positions if self.is_causal else None,
             out=memory[: math.prod(shape)].view(shape),
         )[0]
 
-    def _keys(self, sample: int, heads: slice) -> Tensor:
-        """Return the keys of some heads of a sample. All heads may share one."""
-        if self.key.shape[1] == 1:
-            return self.key[None, sample]
-        each = self.heads // self.key.shape[1]
+    def gradient_tile(self, gradient: Tensor, sample: int, heads: slice, lines: slice) -> Tensor:
+        """Return the gradient by a ``tile``, given that by the output."""
+        value = self._of_heads(self.value, sample, heads)[0]
+        return gradient[sample, heads, lines].to(value.dtype) @ value.transpose(-2, -1)
+
+    def _of_heads(self, keys: Tensor, sample: int, heads: slice) -> Tensor:
+        """Return the keys or values of some heads of a sample. All heads may share one."""
+        if keys.shape[1] == 1:
+            return keys[None, sample]
+        each = self.heads // keys.shape[1]
         if each == 1:
-            return self.key[None, sample, heads]
-        return self.key[None, sample, [i // each for i in range(self.heads)[heads]]]
+            return keys[None, sample, heads]
+        return keys[None, sample, [i // each for i in range(self.heads)[heads]]]
 
     def weights(
         self, queries: Queries = None, heads: Heads = None, new: NewResult = new_result
@@ -453,8 +459,11 @@ class ExplicitCall:
     ) -> Tensor:
         """Return some rows of the weights of one sample, ``(heads, lines, N)``."""
         del positions, memory
-        rows = self.matrix[sample, heads, lines]
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return _at_least_float32(self.matrix[sample, heads, lines])
+
+    def gradient_tile(self, gradient: Tensor, sample: int, heads: slice, lines: slice) -> Tensor:
+        """Return the gradient by a ``tile``, given that by the matrix."""
+        return _at_least_float32(gradient[sample, heads, lines])
 
     def weights(
         self, queries: Queries = None, heads: Heads = None, new: NewResult = new_result
@@ -484,6 +493,10 @@ class ExplicitCall:
 
 
 KernelCall = FusedCall | ExplicitCall
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _copy(tensor: Tensor) -> Tensor:
