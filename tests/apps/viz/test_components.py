@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2_attn import record
+from dinov2_attn import record, relevance
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.math.components import principal_components
 from tests.maps.test_gradients import of_fork
@@ -67,3 +67,13 @@ def test_what_was_not_recorded_is_said(maps):
         viz.pca(maps, "query")
     with pytest.raises(OutOfRangeError, match="0, 1, 2"):
         viz.pca(maps, layer=3)
+
+
+@pytest.mark.parametrize("method", ["chefer", "legrad"])
+def test_a_relevance_shows_itself(method):
+    model, images = of_fork()
+    found = relevance(model, images, lambda out: out[:, 0], method)
+    assert found._repr_png_()[:4] == b"\x89PNG"
+    assert method in found._repr_html_()
+    token = relevance(model, images, lambda out: out[:, 0], queries=[3])
+    assert token._repr_png_() is not None
