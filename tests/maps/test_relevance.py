@@ -13,7 +13,7 @@ from dinov2_attn.errors import InvalidInputError, NotRecordedError, OutOfRangeEr
 from dinov2_attn.maps import tiles
 from dinov2_attn.maps.relevance import Relevance
 from tests.maps.test_gradients import MODELS, Explicit, of_dinov3, of_fork, of_upstream
-from tests.support.eager import Eager
+from tests.support.explicit import Eager
 from tests.support.recordings import assert_nothing_on
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close, assert_same_bits

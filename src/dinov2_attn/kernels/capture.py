@@ -45,18 +45,6 @@ SEEN_KERNELS = (
 )
 
 
-class _Softmax(NamedTuple):
-    """What became of a softmax, the weights that it stands for, and what these were made of.
-
-    ``place`` is that of the weights in autograd's graph if dropout writes into them.
-    """
-
-    tensor: Tensor
-    weights: Tensor
-    factors: Factors | None = None
-    place: Place | None = None
-
-
 class StopPassError(BaseException):
     """Ends a forward pass whose rest is not needed. No code of a model should catch it."""
 
@@ -68,12 +56,16 @@ class _Softmax(NamedTuple):
         tensor: What the next operation is given.
         weights: The same before dropout.
         dropout: The probability with which ``tensor`` has lost weights.
+        factors: What the scores are the product of, if that was seen.
+        place: That of the weights in autograd's graph, if dropout writes into them.
 
     """
 
     tensor: Tensor
     weights: Tensor
     dropout: float = 0.0
+    factors: Factors | None = None
+    place: Place | None = None
 
 
 class _Factor(NamedTuple):
