@@ -15,9 +15,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.nn import functional as F
 
 import dinov2_attn
-from dinov2_attn import AttentionMaps, record
+from dinov2_attn import AttentionMaps, edit, record
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
 from tests.support import dinov3, models_at_kernel, upstreams
+from tests.support import eager as textbook
 from tests.support.explicit import eager_gradients
 from tests.support.recordings import IMAGES, N, assert_nothing_on, build
 from tests.support.strategies import noise
@@ -414,3 +415,48 @@ def test_an_answer_beside_a_fused_output_is_no_part_of_it():
         output, attentions = model(images, return_attention=True)
     with pytest.raises(RuntimeError, match="to not have been used in the graph"):
         torch.autograd.grad(target(output), attentions)
+
+
+def textbook_gradients(model, images, change, *, explicit):
+    """Return the changed weights of each call, and the gradients by them."""
+    weights = []
+
+    def keep(number, one):
+        weights.append(change(number, one))
+        return weights[-1]
+
+    # Upstream's explicit code is replaced on the instances, calls of PyTorch's kernel by a mode.
+    with textbook.eager_attention(model, keep) if explicit else textbook.Eager(keep):
+        output = model(images)
+    return weights, list(torch.autograd.grad(target(output), weights))
+
+
+def without_key(_, weights):
+    seen = weights * (torch.arange(weights.shape[-1]) != 3)
+    return seen / seen.sum(-1, keepdim=True)
+
+
+def without_head(number, weights):
+    kept = torch.tensor([number != 1, True])[:, None, None]
+    return weights * kept
+
+
+EDITS = {
+    "keys": (without_key, {"keys": [3]}),
+    "heads": (without_head, {"heads": {1: [0]}}),
+}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+@pytest.mark.parametrize("models", [of_fork, of_upstream])
+def test_of_an_edited_pass_they_are_those_by_the_edited_weights(models, kind):
+    change, options = EDITS[kind]
+    model, images = models()
+    weights, expected = textbook_gradients(model, images, change, explicit=models is of_upstream)
+    with edit(model, **options), record(model, gradients=True, facets="value") as maps:
+        output = model(images)
+    target(output).backward()
+    assert_close(maps.weights, weights)
+    assert_close(maps.gradients, expected)
+    assert len(maps.facet("value")) == 3
+    assert_nothing_on(model)

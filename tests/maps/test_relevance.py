@@ -8,11 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinov2_attn import relevance, rollout, token_similarity
+from dinov2_attn import edit, relevance, rollout, token_similarity
 from dinov2_attn.errors import InvalidInputError, NotRecordedError, OutOfRangeError
 from dinov2_attn.maps import tiles
 from dinov2_attn.maps.relevance import Relevance
-from tests.maps.test_gradients import MODELS, Explicit, of_dinov3, of_fork, of_upstream
+from tests.maps.test_gradients import MODELS, Explicit, of_dinov3, of_fork, of_upstream, without_key
+from tests.support import eager as textbook
 from tests.support.explicit import Eager
 from tests.support.recordings import assert_nothing_on
 from tests.support.strategies import noise
@@ -318,6 +319,32 @@ def test_of_explicit_code_too():
 
 
 # Around it
+
+
+def test_of_an_edited_model_it_is_that_of_the_edited_weights():
+    model, images = of_fork()
+
+    def total(output):
+        return weigh(output).sum()
+
+    each = []
+    for image in images:
+        weights = []
+
+        def keep(number, one, weights=weights):
+            weights.append(without_key(number, one))
+            return weights[-1]
+
+        with textbook.Eager(keep):
+            output = model(image[None])
+        gradients = torch.autograd.grad(total(output), weights)
+        each.append([(a.detach()[0], g[0]) for a, g in zip(weights, gradients, strict=True)])
+    with edit(model, keys=[3]):
+        for method, formula in FORMULAS.items():
+            found = relevance(model, images, weigh, method, queries=[0, 4])
+            expected = torch.stack([formula(one) for one in each])[:, [0, 4]]
+            assert_close(found.weights, expected, **NEAR)
+    assert_nothing_on(model)
 
 
 def test_frozen_models_and_modes_without_gradients_do_not_matter():
