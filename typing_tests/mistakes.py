@@ -33,10 +33,13 @@ def install() -> None:
 
 def look(model: nn.Module, images: Tensor, recording: Recording) -> AttentionMaps:
     dinov2_attn.rollout(model, images, heads="median")  # type: ignore[call-overload]
+    dinov2_attn.relevance(model, images, "cat")  # type: ignore[arg-type]
+    dinov2_attn.relevance(model, images, 3, "gradcam")  # type: ignore[call-overload]
     print(dinov2_attn.artifact_tokens(model, images).outliers)  # type: ignore[attr-defined]
     print(dinov2_attn.attention_maps(model, [images]).weights)  # type: ignore[attr-defined]
     dinov2_attn.record(model, reduce=len)  # type: ignore[arg-type]
     dinov2_attn.edit(model, keys="csl")  # type: ignore[arg-type]
     dinov2_attn.edit(model, heads={3: "all"})  # type: ignore[dict-item]
+    dinov2_attn.record(model, facets=("keys",))  # type: ignore[arg-type]
     print(recording.weight)  # type: ignore[attr-defined]
     return dinov2_attn.attention_maps(model, [images])  # type: ignore[return-value]

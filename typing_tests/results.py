@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import dinov2_attn
-from dinov2_attn import ArtifactTokens, AttentionMaps, Recording
+from dinov2_attn import ArtifactTokens, AttentionMaps, Recording, Relevance
 from dinov2_attn.maps.rollout import Rollout
 from dinov2_attn.typing import Grid, Source
 
@@ -76,6 +76,15 @@ def roll_out(model: nn.Module, images: Tensor) -> None:
     assert_type(dinov2_attn.rollout(model, [images]), list[Rollout])
 
 
+def explain(model: nn.Module, images: Tensor) -> None:
+    found = dinov2_attn.relevance(model, images, 3, "legrad")
+    assert_type(found, Relevance)
+    assert_type(found.weights, Tensor)
+    assert_type(found.patch_maps(), Tensor)
+    target = dinov2_attn.token_similarity(1)
+    assert_type(dinov2_attn.relevance(model, [images], target), list[Relevance])
+
+
 def find_artifacts(model: nn.Module, images: Tensor) -> None:
     found = dinov2_attn.artifact_tokens(model, images)
     assert_type(found, ArtifactTokens)
@@ -101,6 +110,15 @@ def record_passes(model: nn.Module, images: Tensor) -> None:
     assert_type(recording.cpu(), AttentionMaps[Tensor])
     assert_type(recording.to("cpu"), AttentionMaps[Tensor])
     assert_type(recording.numpy(), AttentionMaps[npt.NDArray[Any]])
+
+
+def record_beside_weights(model: nn.Module, images: Tensor) -> None:
+    with dinov2_attn.record(model, gradients=True, facets=("key", "value")) as recording:
+        model(images).sum().backward()
+    assert_type(recording, Recording[Tensor])
+    assert_type(recording.gradients, tuple[Tensor, ...])
+    assert_type(recording[0].gradients, tuple[Tensor, ...])
+    assert_type(recording.facet("key", joined=True), tuple[Any, ...])
 
 
 def record_what_is_made_of_weights(model: nn.Module, images: Tensor) -> None:

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from dinov2_attn.maps.one_batch import attention_maps
     from dinov2_attn.maps.record import record
     from dinov2_attn.maps.recording import Recording
+    from dinov2_attn.maps.relevance import Relevance, relevance
     from dinov2_attn.maps.rollout import rollout
+    from dinov2_attn.maps.targets import token_similarity
 
 __all__ = [
     "ArtifactTokens",
@@ -38,6 +40,7 @@ __all__ = [
     "Dinov2AttnError",
     "Handle",
     "Recording",
+    "Relevance",
     "Status",
     "artifact_tokens",
     "attention_maps",
@@ -48,8 +51,10 @@ __all__ = [
     "install",
     "load_checkpoint",
     "record",
+    "relevance",
     "rollout",
     "status",
+    "token_similarity",
     "uninstall",
     "viz",
 ]
@@ -64,6 +69,7 @@ __getattr__, __dir__ = lazily(
         "AttentionDataset": "dinov2_attn.apps.extraction.read",
         "AttentionMaps": "dinov2_attn.maps.attention_maps",
         "Recording": "dinov2_attn.maps.recording",
+        "Relevance": "dinov2_attn.maps.relevance",
         "artifact_tokens": "dinov2_attn.maps.find_artifacts",
         "attention_maps": "dinov2_attn.maps.one_batch",
         "edit": "dinov2_attn.maps.edit",
@@ -71,7 +77,9 @@ __getattr__, __dir__ = lazily(
         "grafted": "dinov2_attn.grafting.grafted",
         "load_checkpoint": "dinov2_attn.apps.weights.checkpoints",
         "record": "dinov2_attn.maps.record",
+        "relevance": "dinov2_attn.maps.relevance",
         "rollout": "dinov2_attn.maps.rollout",
+        "token_similarity": "dinov2_attn.maps.targets",
         "viz": "dinov2_attn.viz",
     },
 )

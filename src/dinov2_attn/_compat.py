@@ -79,6 +79,12 @@ def is_foreign_thread() -> bool:
     return isinstance(threading.current_thread(), threading._DummyThread)
 
 
+def backward_pass() -> int:
+    """Return the number of the backward pass of this thread. A later one has a larger number."""
+    # No version has a public function for it.
+    return int(torch._C._current_graph_task_id())
+
+
 def raised_by_dynamo(error: BaseException) -> bool:
     """Return whether Dynamo wrapped ``error`` in one of its own."""
     # By name: importing torch._dynamo takes seconds. Every version has these errors there.

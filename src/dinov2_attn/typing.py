@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
+    "Facet",
     "Features",
     "Forward",
     "GraftedAttention",
@@ -58,6 +59,8 @@ HiddenKeys: TypeAlias = "Queries | Tensor"
 Grid = tuple[int, int]
 # Where weights come from: the call of a kernel, or the proved projection of a class.
 Source = Literal["kernel", "projection"]
+# What a kernel is given.
+Facet = Literal["query", "key", "value"]
 
 Images: TypeAlias = "Tensor | Sequence[Tensor]"
 Masks: TypeAlias = "Tensor | Sequence[Tensor | None] | None"

@@ -17,6 +17,7 @@ from dinov2_attn._imports import lazily, require
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.explorer.explore import explore
+    from dinov2_attn.apps.viz.components import pca
     from dinov2_attn.apps.viz.figure import PaperFigure, figure
     from dinov2_attn.apps.viz.images import LoadedImage, load_image
     from dinov2_attn.apps.viz.pictures import plot, plot_heads, plot_layers, plot_masks
@@ -31,6 +32,7 @@ __all__ = [
     "explore",
     "figure",
     "load_image",
+    "pca",
     "plot",
     "plot_heads",
     "plot_layers",
@@ -46,6 +48,7 @@ _MODULES = {
     "explore": "dinov2_attn.apps.explorer.explore",
     "figure": "dinov2_attn.apps.viz.figure",
     "load_image": "dinov2_attn.apps.viz.images",
+    "pca": "dinov2_attn.apps.viz.components",
     "picture_of": "dinov2_attn.apps.viz.notebook",
     "plot": "dinov2_attn.apps.viz.pictures",
     "plot_heads": "dinov2_attn.apps.viz.pictures",

@@ -9,7 +9,7 @@ from torch import nn
 import dinov2_attn
 from dinov2_attn import artifact_tokens, attention_maps, record, rollout
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, OutOfRangeError
-from dinov2_attn.maps import rollout as module_of_rollout
+from dinov2_attn.maps import tiles
 from tests.maps.test_record_any_model import (
     IMAGES,
     TRANSFORMERS,
@@ -130,7 +130,7 @@ def assert_is_the_product(model, images, layers=None, queries=(0, 3), heads="mea
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(module_of_rollout, "TILE_BYTES", 500)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 500)
 
 
 @pytest.mark.parametrize("heads", ["mean", "min", "max"])

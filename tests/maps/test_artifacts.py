@@ -596,7 +596,7 @@ def test_nothing_is_differentiated(grafted):
 
 def test_the_matrix_is_not_kept(grafted, monkeypatch):
     """Its rows are made a few at a time, whatever its size."""
-    from dinov2_attn.maps import rollout
+    from dinov2_attn.maps import rollout, tiles
 
     sizes = []
     fused = rollout.Layer._fused
@@ -607,7 +607,7 @@ def test_the_matrix_is_not_kept(grafted, monkeypatch):
             yield lines, rows, part
 
     monkeypatch.setattr(rollout.Layer, "_fused", watched)
-    monkeypatch.setattr(rollout, "TILE_BYTES", 2000)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 2000)
     model = CASE.build(grafted)
     found = artifact_tokens(model, noise(1, 3, 40, 40, seed=1, dtype=torch.float64))
     assert 0 < max(sizes) <= 401  # one row at a time here

@@ -17,6 +17,7 @@ from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.modules import Returns, queries_and_keys_from
 from dinov2_attn.kernels.call import FusedCall
 from dinov2_attn.maps import rollout as module_of_rollout
+from dinov2_attn.maps import tiles
 from tests.support import reference, upstreams
 from tests.support.strategies import ModelCase, model_cases, noise, randomise
 from tests.support.tolerances import assert_close
@@ -46,7 +47,7 @@ def textbook(model, images, *, heads="mean", residual=0.5, n=None, masks=None):
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """A few rows at a time, so that every cut is made; one test below restores them."""
-    monkeypatch.setattr(module_of_rollout, "TILE_BYTES", 500)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 500)
 
 
 @given(case=model_cases(), heads=st.sampled_from(list(FUSE)), residual=RESIDUAL)
@@ -180,7 +181,7 @@ def largest(monkeypatch):
 
     largest, plain = Largest(), module_of_rollout._one
     monkeypatch.setattr(module_of_rollout, "_one", watched)
-    monkeypatch.setattr(module_of_rollout, "TILE_BYTES", 2**16)
+    monkeypatch.setattr(tiles, "TILE_BYTES", 2**16)
     return largest
 
 

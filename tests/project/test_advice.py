@@ -17,6 +17,7 @@ from tests.project.advice import (
     cli,
     datasets,
     engine,
+    explaining,
     extraction,
     images,
     models,
@@ -28,7 +29,7 @@ from tests.project.advice import (
 from tests.project.advice.lab import Lab
 from tests.support.advice import Hint, hints, unanswered
 
-TABLES = (engine, recordings, weights, models, images, viz, extraction, datasets, cli)
+TABLES = (engine, recordings, explaining, weights, models, images, viz, extraction, datasets, cli)
 CASES = [case for table in TABLES for case in table.CASES]
 NOT_FOLLOWED = not_followed.ENTRIES
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_attn.errors import InvalidInputError, UnfaithfulError
+from dinov2_attn.kernels.place import Place, place_of
 from dinov2_attn.math.attention import attention_weights, may_tile, shape_of_weights
 from dinov2_attn.math.bias import (
     Group,
@@ -28,6 +30,7 @@ from dinov2_attn.math.bias import (
     unknown,
 )
 from dinov2_attn.math.buffers import NewResult, new_result
+from dinov2_attn.math.gradients import weight_gradients
 from dinov2_attn.math.selection import Rows, to_index
 from dinov2_attn.typing import Heads, Queries
 
@@ -52,6 +55,7 @@ class FusedCall:
         is_causal: Whether query ``i`` sees the keys ``0 … i`` only.
         dropout: The probability with which the kernel drops weights.
         output: ``(B, heads, Q, d)``, or None if the kernel did not run.
+        place: Where autograd makes the gradient by ``output``, or None without one.
 
     """
 
@@ -64,6 +68,7 @@ class FusedCall:
     is_causal: bool = False
     dropout: float = 0.0
     output: Tensor | None = None
+    place: Place | None = None
 
     @property
     def rows(self) -> int:
@@ -103,7 +108,17 @@ class FusedCall:
     def kept(self) -> FusedCall:
         """Return the call without values and output, which the weights do not need."""
         call = self._same_dtype()
-        return replace(call, value=call.key, output=None)
+        return replace(call, value=call.key, output=None, place=None)
+
+    def ran(self, output: Tensor, heads_first: Callable[[Tensor], Tensor]) -> FusedCall:
+        """Return the call with what the kernel returned, which ``heads_first`` rearranges."""
+        return replace(self, output=heads_first(output), place=place_of(output, heads_first))
+
+    def detached(self) -> FusedCall:
+        """Return the call outside of autograd's graph, without output."""
+        call = self._same_dtype()
+        query, key, value = (tensor.detach() for tensor in (call.query, call.key, call.value))
+        return replace(call, query=query, key=key, value=value, output=None, place=None)
 
     def at(self, rows: list[int]) -> FusedCall:
         """Return the call of some queries only. ``tile`` is told their positions."""
@@ -115,7 +130,8 @@ class FusedCall:
     def wide(self) -> FusedCall:
         """Return the call in float32 at least."""
         query, key = self.query.to(self._wide), self.key.to(self._wide)
-        return replace(self, query=query, key=key, value=key)
+        value = key if self.value is self.key else self.value.to(self._wide)
+        return replace(self, query=query, key=key, value=value)
 
     def tile(
         self, sample: int, heads: slice, lines: slice, positions: Tensor, memory: Tensor
@@ -138,21 +154,26 @@ class FusedCall:
         shape = (*query.shape[:3], self.columns)
         return attention_weights(
             query,
-            self._keys(sample, heads),
+            self._of_heads(self.key, sample, heads),
             self.scale,
             bias=bias,
             causal_rows=positions if self.is_causal else None,
             out=memory[: math.prod(shape)].view(shape),
         )[0]
 
-    def _keys(self, sample: int, heads: slice) -> Tensor:
-        """Return the keys of some heads of a sample. All heads may share one."""
-        if self.key.shape[1] == 1:
-            return self.key[None, sample]
-        each = self.heads // self.key.shape[1]
+    def gradient_tile(self, gradient: Tensor, sample: int, heads: slice, lines: slice) -> Tensor:
+        """Return the gradient by a ``tile``, given that by the output."""
+        value = self._of_heads(self.value, sample, heads)[0]
+        return gradient[sample, heads, lines].to(value.dtype) @ value.transpose(-2, -1)
+
+    def _of_heads(self, keys: Tensor, sample: int, heads: slice) -> Tensor:
+        """Return the keys or values of some heads of a sample. All heads may share one."""
+        if keys.shape[1] == 1:
+            return keys[None, sample]
+        each = self.heads // keys.shape[1]
         if each == 1:
-            return self.key[None, sample, heads]
-        return self.key[None, sample, [i // each for i in range(self.heads)[heads]]]
+            return keys[None, sample, heads]
+        return keys[None, sample, [i // each for i in range(self.heads)[heads]]]
 
     def weights(
         self, queries: Queries = None, heads: Heads = None, new: NewResult = new_result
@@ -166,6 +187,31 @@ class FusedCall:
             return call._weights(queries, heads, new)
         return [part._weights(queries, heads, new) for part in call._groups()]
 
+    def gradients(
+        self, gradient: Tensor, queries: Queries = None, heads: Heads = None
+    ) -> Tensor | list[Tensor]:
+        """Return the gradients by the weights, which have the shapes of ``weights``.
+
+        Args:
+            gradient: That by the output, ``(B, heads, Q, d)``.
+            queries: The rows.
+            heads: None for each head, ``"mean"`` for the mean of their gradients.
+
+        """
+        call = replace(self, output=gradient)
+        found = [part._gradients(queries, heads) for part in call._parts()]
+        return found if is_block_diagonal(self.bias) else found[0]
+
+    def facets(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return copies of the query, the key or the value, one dict for each result."""
+        return [
+            {
+                name: getattr(part, name).clone(memory_format=torch.contiguous_format)
+                for name in names
+            }
+            for part in self._same_dtype()._parts()
+        ]
+
     def check(self, module: str, *, one_head: bool = False) -> None:
         """Raise ``UnfaithfulError`` unless ``weights @ value`` is the output, on a few rows.
 
@@ -176,7 +222,7 @@ class FusedCall:
         if self.output is None or self.dropout:
             return
         call = self._same_dtype()
-        for part in call._groups() if is_block_diagonal(self.bias) else [call]:
+        for part in call._parts():
             if part.query.numel() and part.key.numel():
                 (part._one_head() if one_head else part)._check(module)
 
@@ -240,6 +286,15 @@ class FusedCall:
             heads=heads,
             out=out,
         )
+
+    def _gradients(self, queries: Queries, heads: Heads) -> Tensor:
+        rows = to_index(queries, self.query.shape[2])
+        gradient = self.query if self.output is None else self.output
+        return weight_gradients(gradient[:, :, rows], self._by_query_head[1], heads)
+
+    def _parts(self) -> list[FusedCall]:
+        """Return the call of each element of a nested list, or this one."""
+        return self._groups() if is_block_diagonal(self.bias) else [self]
 
     def _groups(self) -> list[FusedCall]:
         """Return the call of each element of a nested list."""
@@ -323,16 +378,23 @@ class ExplicitCall:
         kernel: ``"softmax"``.
         matrix: ``(B, heads, Q, N)``, the tensor that is multiplied, before dropout.
         value: The right factor of the product.
+        query: What the scores are the product of, ``(B, heads, Q, d)``, or None if that is not
+            seen. A scale may be in it.
+        key: The other factor, ``(B, heads, N, d)``.
         output: The product, or None if it did not run.
         dropout: The probability with which weights are dropped before the product.
+        place: Where autograd makes the gradient by the matrix, or None without one.
 
     """
 
     matrix: Tensor
     value: Tensor
+    query: Tensor | None = None
+    key: Tensor | None = None
     output: Tensor | None = None
     kernel: str = "softmax"
     dropout: float = 0.0
+    place: Place | None = None
 
     @property
     def rows(self) -> int:
@@ -371,7 +433,21 @@ class ExplicitCall:
 
     def kept(self) -> ExplicitCall:
         """Return the call without values and output."""
-        return replace(self, value=self.matrix, output=None)
+        return self._without_graph(value=self.matrix, query=None, key=None)
+
+    def ran(self, output: Tensor, heads_first: Callable[[Tensor], Tensor]) -> ExplicitCall:
+        """Return the call with the product, which ``heads_first`` rearranges."""
+        return replace(self, output=heads_first(output))
+
+    def detached(self) -> ExplicitCall:
+        """Return the call outside of autograd's graph, without product."""
+        names = ("matrix", "value", "query", "key")
+        given = {name: getattr(self, name) for name in names}
+        return self._without_graph(**{k: v if v is None else v.detach() for k, v in given.items()})
+
+    def _without_graph(self, **changes: Tensor | None) -> ExplicitCall:
+        changed: Any = changes
+        return replace(self, **changed, output=None, place=None)
 
     def at(self, rows: list[int]) -> ExplicitCall:
         """Return the call of some queries only."""
@@ -386,23 +462,54 @@ class ExplicitCall:
     ) -> Tensor:
         """Return some rows of the weights of one sample, ``(heads, lines, N)``."""
         del positions, memory
-        rows = self.matrix[sample, heads, lines]
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return _at_least_float32(self.matrix[sample, heads, lines])
+
+    def gradient_tile(self, gradient: Tensor, sample: int, heads: slice, lines: slice) -> Tensor:
+        """Return the gradient by a ``tile``, given that by the matrix."""
+        return _at_least_float32(gradient[sample, heads, lines])
 
     def weights(
         self, queries: Queries = None, heads: Heads = None, new: NewResult = new_result
     ) -> Tensor:
         """Return the weights ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads."""
         del new  # nothing is computed, so nothing is allocated
-        rows = to_index(queries, self.matrix.shape[2])
-        chosen = self.matrix if queries is None else self.matrix[:, :, rows]
-        return chosen.mean(dim=1) if heads == "mean" else chosen
+        return _chosen(self.matrix, queries, heads)
+
+    def gradients(self, gradient: Tensor, queries: Queries = None, heads: Heads = None) -> Tensor:
+        """Return the gradients by the weights, given all of them."""
+        return _chosen(gradient.to(self.matrix.dtype), queries, heads)
+
+    def facets(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return copies of what the two products were given, one dict."""
+        found = {name: getattr(self, name) for name in names}
+        if unseen := [name for name, tensor in found.items() if tensor is None]:
+            raise InvalidInputError(
+                f"explicit code whose product of queries and keys is seen, for the {unseen[0]}",
+                "a softmax of something else",
+                'Record facets=("value",), or let the model use its fused kernel: '
+                'attn_implementation="sdpa" in transformers, fused_attn in timm.',
+            )
+        return [{name: _copy(tensor) for name, tensor in found.items()}]
 
     def check(self, module: str, *, one_head: bool = False) -> None:
         """Do nothing: the weights are the very tensor that was multiplied."""
 
 
 KernelCall = FusedCall | ExplicitCall
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _chosen(matrix: Tensor, queries: Queries, heads: Heads) -> Tensor:
+    rows = to_index(queries, matrix.shape[2])
+    chosen = matrix if queries is None else matrix[:, :, rows]
+    return chosen.mean(dim=1) if heads == "mean" else chosen
 
 
 def fused_call(

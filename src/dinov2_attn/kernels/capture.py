@@ -14,7 +14,6 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -25,6 +24,8 @@ from dinov2_attn._compat import storage_of
 from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.kernels.call import ExplicitCall, KernelCall, by_heads, fused_call
 from dinov2_attn.kernels.edited import Pattern, editable
+from dinov2_attn.kernels.place import Place, place_of
+from dinov2_attn.kernels.scores import Factors, Scores
 
 # What a receiver is given: a call as the module made it, or an edited one.
 Take = Callable[[Any], None]
@@ -55,12 +56,16 @@ class _Softmax(NamedTuple):
         tensor: What the next operation is given.
         weights: The same before dropout.
         dropout: The probability with which ``tensor`` has lost weights.
+        factors: What the scores are the product of, if that was seen.
+        place: That of the weights in autograd's graph, if dropout writes into them.
 
     """
 
     tensor: Tensor
     weights: Tensor
     dropout: float = 0.0
+    factors: Factors | None = None
+    place: Place | None = None
 
 
 class _Factor(NamedTuple):
@@ -102,6 +107,7 @@ class Capture(TorchFunctionMode):
         self._stops = stops
         self._edit = edit
         self._softmaxes: dict[int, _Softmax] = {}
+        self._scores = Scores()
         self.calls = 0
 
     def __enter__(self) -> Capture:
@@ -118,6 +124,7 @@ class Capture(TorchFunctionMode):
         super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         _CURRENT.capture = self._outer
         self._softmaxes.clear()
+        self._scores.clear()
 
     def __torch_function__(
         self,
@@ -142,7 +149,7 @@ class Capture(TorchFunctionMode):
         if name == "softmax":
             return self._after_softmax(func(*args, **kwargs), args, kwargs)
         if not self._softmaxes:
-            return func(*args, **kwargs)
+            return self._before_softmax(name, func, args, kwargs)
         if name in _PRODUCTS:
             return self._product(name, func, args, kwargs)
         return self._other(name, func, args, kwargs)
@@ -181,18 +188,31 @@ class Capture(TorchFunctionMode):
                 self._take(taken)
                 raise StopPassError
             output = run()
-            self._take(replace(taken, output=heads_first(output)))
+            self._take(taken.ran(output, heads_first))
         return output
 
     def _heads_first(self, output: Tensor) -> Tensor:
         return by_heads(output, heads_of(self._module))
 
+    def _before_softmax(
+        self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        out = func(*args, **kwargs)
+        if name in _PRODUCTS:
+            self._scores.note_product(name, args, kwargs, out)
+        else:
+            self._scores.follow(args, out)
+        return out
+
     def _after_softmax(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        scores = args[0] if args else kwargs.get("input")
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if isinstance(out, Tensor) and out.ndim > 1 and dim in (-1, out.ndim - 1):
             # What is written into may be a buffer that the next layer writes into.
             weights = out.clone() if "out" in kwargs else out
-            self._softmaxes[storage_of(out)] = _Softmax(out, weights)
+            self._softmaxes[storage_of(out)] = _Softmax(
+                out, weights, factors=self._scores.of(scores)
+            )
         return out
 
     def _other(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -200,15 +220,17 @@ class Capture(TorchFunctionMode):
         source = next(filter(None, map(self._found, args[:3])), None)
         drops = "dropout" in name
         if source is not None and drops and _drops_in_place(args, kwargs):
-            source = _Softmax(source.tensor, source.weights.clone())
+            place = place_of(source.weights, self._heads_first)
+            source = source._replace(weights=source.weights.clone(), place=place)
         out = func(*args, **kwargs)
         if source is not None and isinstance(out, Tensor) and out.numel() == source.tensor.numel():
             # Before dropout; after a cast, a mask or a gate.
             if drops:
-                found = _Softmax(out, source.weights, _probability(args, kwargs))
+                found = source._replace(tensor=out, dropout=_probability(args, kwargs))
                 self._softmaxes[storage_of(out)] = found
             else:
-                self._softmaxes.setdefault(storage_of(out), _Softmax(out, out))
+                followed = _Softmax(out, out, factors=source.factors)
+                self._softmaxes.setdefault(storage_of(out), followed)
         return out
 
     def _product(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -234,11 +256,21 @@ class Capture(TorchFunctionMode):
         for factor, value in zip(factors, factors[::-1], strict=True):
             found = self._found(factor.given)
             if found is not None and _along_last(found.tensor, factor.last):
-                heads = heads_of(self._module)
-                matrix = by_heads(found.weights.to(factor.given.dtype), heads)
-                right = by_heads(value.last.transpose(-2, -1), heads)
-                return factor, ExplicitCall(matrix, right, dropout=found.dropout)
+                return factor, self._call(found, factor, value)
         return None
+
+    def _call(self, found: _Softmax, factor: _Factor, value: _Factor) -> ExplicitCall:
+        """Return the call of a product of a softmax and values."""
+        made_of = found.factors and [self._heads_first(one) for one in found.factors]
+        query, key = made_of or (None, None)
+        return ExplicitCall(
+            self._heads_first(found.weights.to(factor.given.dtype)),
+            self._heads_first(value.last.transpose(-2, -1)),
+            query,
+            key,
+            dropout=found.dropout,
+            place=found.place or place_of(found.weights, self._heads_first),
+        )
 
     def _found(self, tensor: object) -> _Softmax | None:
         return self._softmaxes.get(storage_of(tensor)) if isinstance(tensor, Tensor) else None

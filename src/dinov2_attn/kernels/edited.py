@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dinov2_attn.errors import NotEditedError
 from dinov2_attn.kernels.call import ExplicitCall, FusedCall, KernelCall
+from dinov2_attn.kernels.place import Place, place_of
 from dinov2_attn.math.attention import past, without_autocast
 from dinov2_attn.math.bias import Group, groups, is_block_diagonal
 from dinov2_attn.math.buffers import NewResult, new_result
@@ -62,6 +63,7 @@ class EditedCall:
         put: ``(B, heads, R, N)``: weights in the place of the kernel's.
         put_rows: The positions of these R rows.
         output: ``(B, heads, Q, d)``, or None if it was not computed.
+        place: Where autograd makes the gradient by ``output``, or None without one.
 
     """
 
@@ -71,6 +73,7 @@ class EditedCall:
     put: Tensor | None = None
     put_rows: tuple[int, ...] = ()
     output: Tensor | None = None
+    place: Place | None = None
 
     @property
     def kernel(self) -> str:
@@ -121,6 +124,34 @@ class EditedCall:
     def is_changed(self) -> bool:
         """Whether anything is edited."""
         return bool(self.hidden or self.zeroed or self.put_rows)
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which the kernel drops weights."""
+        return self.base.dropout
+
+    def ran(self, output: Tensor, heads_first: Callable[[Tensor], Tensor]) -> EditedCall:
+        """Return the call with the edited output, which ``heads_first`` rearranges."""
+        return replace(self, output=heads_first(output), place=place_of(output, heads_first))
+
+    def detached(self) -> EditedCall:
+        """Return the call outside of autograd's graph, without output."""
+        put = None if self.put is None else self.put.detach()
+        return replace(self, base=self.base.detached(), put=put, output=None, place=None)
+
+    def gradients(
+        self, gradient: Tensor, queries: Queries = None, heads: Heads = None
+    ) -> Tensor | list[Tensor]:
+        """Return the gradients by the edited weights, given that by the edited output."""
+        return self.base.gradients(gradient, queries, heads)
+
+    def facets(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return copies of what the kernel was given."""
+        return self.base.facets(names)
+
+    def gradient_tile(self, gradient: Tensor, sample: int, heads: slice, lines: slice) -> Tensor:
+        """Return the gradient by a ``tile``, given that by the output."""
+        return self.base.gradient_tile(gradient, sample, heads, lines)
 
     def each(self, change: Callable[[Part], Part]) -> Pattern:
         """Return what ``change`` makes of this call."""
@@ -416,7 +447,11 @@ class EditedProduct:
 
     def call(self) -> ExplicitCall:
         """Return the call for those who take its weights."""
-        return self.base
+        if not self.is_changed:
+            return self.base
+        # Behind dropout the gradient is no longer that by the matrix.
+        place = None if self.base.dropout else place_of(self.factor, lambda gradient: gradient)
+        return replace(self.base, place=place)
 
     def run(self, original: Callable[[], Tensor]) -> Tensor:
         """Return the factor ``(B, heads, Q, N)`` that the module is to multiply."""
@@ -433,6 +468,7 @@ class EditedList:
         found: The elements, as consecutive blocks of the tokens.
         parts: Their calls.
         output: ``(1, heads, ΣN, d)``, or None if it was not computed.
+        place: Where autograd makes the gradient by ``output``, or None without one.
 
     """
 
@@ -440,6 +476,7 @@ class EditedList:
     found: list[Group]
     parts: list[EditedCall]
     output: Tensor | None = None
+    place: Place | None = None
 
     def __getattr__(self, name: str) -> Any:
         # Sizes and dtype are those of the whole.
@@ -449,6 +486,30 @@ class EditedList:
     def is_changed(self) -> bool:
         """Whether anything is edited."""
         return any(part.is_changed for part in self.parts)
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which the kernel drops weights."""
+        return self.base.dropout
+
+    def ran(self, output: Tensor, heads_first: Callable[[Tensor], Tensor]) -> EditedList:
+        """Return the call with the edited output, which ``heads_first`` rearranges."""
+        return replace(self, output=heads_first(output), place=place_of(output, heads_first))
+
+    def detached(self) -> EditedList:
+        """Return the call outside of autograd's graph, without output."""
+        parts = [part.detached() for part in self.parts]
+        return replace(self, base=self.base.detached(), parts=parts, output=None, place=None)
+
+    def gradients(
+        self, gradient: Tensor, queries: Queries = None, heads: Heads = None
+    ) -> Tensor | list[Tensor]:
+        """Return the gradients by the edited weights, given that by the edited output."""
+        return self.base.gradients(gradient, queries, heads)
+
+    def facets(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Return copies of what the kernel was given."""
+        return self.base.facets(names)
 
     def each(self, change: Callable[[Part], Part]) -> Pattern:
         """Return the call with each of its parts changed."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic
 
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from dinov2_attn.backbone.layout import Layout, check_columns, cut_maps
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps import _facts
+from dinov2_attn.maps.facets import FACETS, channels_first, joined_heads, one_facet
+from dinov2_attn.maps.gradients import Gradients
 from dinov2_attn.maps.places import (
     Head,
     place_of_head,
@@ -18,9 +20,9 @@ from dinov2_attn.maps.places import (
     place_of_query,
     place_of_sample,
 )
-from dinov2_attn.maps.result import Array, Result, W, as_array
+from dinov2_attn.maps.result import Array, Result, W, as_array, changed
 from dinov2_attn.math.token_names import Token, position_of
-from dinov2_attn.typing import Grid, Layer, Source
+from dinov2_attn.typing import Facet, Grid, Layer, Source
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,6 +47,8 @@ class AttentionMaps(Result, Generic[W]):
         sources: Where the weights of each layer come from: ``"kernel"`` if they follow from what
             its kernel was given, ``"projection"`` if they were computed from its projection alone,
             which is proved. Empty if that is not known.
+        facets: What the kernels were given, by the names ``"query"``, ``"key"`` and ``"value"``:
+            ``(B, heads, N, d)`` of each layer for all tokens. See ``record``.
 
     """
 
@@ -68,6 +72,27 @@ class AttentionMaps(Result, Generic[W]):
     per_cell: int = 1
     planes: bool = False
     sources: tuple[Source, ...] = ()
+    facets: Mapping[Facet, tuple[Any, ...]] = field(default_factory=dict)
+    _later: Gradients | None = None
+
+    @property
+    def gradients(self) -> tuple[W, ...]:
+        """The gradients by the weights, which the last backward pass made; with their shapes.
+
+        They are outside of autograd's graph.
+
+        Raises:
+            InvalidInputError: ``record`` was not asked for them.
+            NotRecordedError: There was no backward pass, or it missed a layer.
+
+        """
+        if self._later is None:
+            raise InvalidInputError(
+                "a recording of gradients by the weights",
+                "one without",
+                "Ask for them before the pass: with record(model, gradients=True) as maps.",
+            )
+        return self._later.read()
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -161,6 +186,37 @@ class AttentionMaps(Result, Generic[W]):
         """
         return tuple(map(self._prefix_mass, self.weights))
 
+    def facet(self, name: Facet, *, joined: bool = False) -> tuple[Any, ...]:
+        """Return queries, keys or values, ``(B, heads, N, d)`` for each layer.
+
+        Args:
+            name: ``"query"``, ``"key"`` or ``"value"``.
+            joined: Whether to join the heads, ``(B, N, heads · d)``: the channels of the module.
+
+        Raises:
+            InvalidInputError: The facet was not recorded.
+
+        """
+        found = one_facet(self.facets, name)
+        return tuple(map(joined_heads, found)) if joined else found
+
+    def facet_maps(self, name: Facet, *, joined: bool = True) -> tuple[Any, ...]:
+        """Return queries, keys or values of the patches on their grid.
+
+        Args:
+            name: ``"query"``, ``"key"`` or ``"value"``.
+            joined: Whether to join the heads.
+
+        Returns:
+            ``(B, heads · d, h, w)`` for each layer, or ``(B, heads, d, h, w)`` by heads.
+
+        Raises:
+            InvalidInputError: The facet was not recorded, or the grid is unknown.
+
+        """
+        found = (channels_first(one, joined=joined) for one in one_facet(self.facets, name))
+        return tuple(map(self._map, found))
+
     def numpy(self: AttentionMaps[Tensor]) -> AttentionMaps[Array]:
         """Return the same with NumPy arrays; bfloat16, which NumPy lacks, becomes float32."""
         maps: AttentionMaps[Array] = self._with(as_array)
@@ -203,16 +259,35 @@ class AttentionMaps(Result, Generic[W]):
             **({"suffix": f"{self.suffix}"} if self.suffix else {}),
             "queries": _facts.tokens(self.queries, self.prefix, self.grid),
             **({"sources": ", ".join(dict.fromkeys(self.sources))} if self.sources else {}),
+            **({"facets": ", ".join(self.facets)} if self.facets else {}),
         }
 
+    def _with(self, change: Callable[[Tensor], Any]) -> Any:
+        _later = None if self._later is None else self._later.changed(lambda v: changed(v, change))
+        return replace(super()._with(change), _later=_later)
+
     def _tensors(self) -> dict[str, Any]:
-        named = zip(self.layers, self.weights, strict=True)
-        return {f"layer.{layer}": weights for layer, weights in named}
+        kinds: dict[str, tuple[Any, ...]] = {"layer": self.weights}
+        kinds.update(self.facets.items())
+        if self._later is not None and self._later.are_there:
+            kinds["gradient"] = self.gradients
+        return {
+            f"{kind}.{layer}": one
+            for kind, values in kinds.items()
+            for layer, one in zip(self.layers, values, strict=True)
+        }
 
     @classmethod
     def _restored(cls, tensors: dict[str, Tensor], about: dict[str, Any]) -> Any:
-        weights = tuple(tensors[f"layer.{layer}"] for layer in about["layers"])
-        return cls(weights, **about)  # type: ignore[arg-type]  # a file holds tensors
+        layers = about["layers"]
+
+        def of(kind: str) -> tuple[Any, ...]:
+            return tuple(tensors[f"{kind}.{layer}"] for layer in layers)
+
+        held = {name.partition(".")[0] for name in tensors}
+        facets = {name: of(name) for name in FACETS if name in held}
+        _later = Gradients.of(layers, of("gradient")) if "gradient" in held else None
+        return cls(of("layer"), **about, facets=facets, _later=_later)
 
 
 def placed(maps: AttentionMaps[W], layout: Layout | None) -> AttentionMaps[W]:

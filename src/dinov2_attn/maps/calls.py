@@ -92,14 +92,20 @@ def calls_of_pass(
         NotRecordedError: If a layer that was named did not run, or a layer ran more than once.
 
     """
-    _check_depth(model)
     calls = Calls(recorded_in(model, layers), whole)
-    modules = calls.modules
-    with unrecorded(), recording(calls, modules.wanted), suppress(StopPassError):
+    keep_calls(calls, model, layers, run)
+    return calls
+
+
+def keep_calls(
+    calls: Calls, model: nn.Module, layers: RecordedLayers, run: Callable[[], object]
+) -> None:
+    """Let ``calls`` keep those of one pass. Raises what ``calls_of_pass`` raises."""
+    _check_depth(model)
+    with unrecorded(), recording(calls, calls.modules.wanted), suppress(StopPassError):
         run()
     _check_complete(calls)
     _check_kinds(calls, layers)
-    return calls
 
 
 def _check_depth(model: nn.Module) -> None:

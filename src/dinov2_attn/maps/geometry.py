@@ -33,6 +33,7 @@ class Geometry:
         prefix: The number of tokens before the patches.
         depth: The number of layers.
         heads: The number of heads of a layer.
+        width: The number of channels of a query, a key or a value, all heads together.
 
     """
 
@@ -41,6 +42,7 @@ class Geometry:
     prefix: int
     depth: int
     heads: int
+    width: int
 
     @property
     def registers(self) -> int:
@@ -99,16 +101,24 @@ def _measured(model: nn.Module) -> Geometry:
     modules = recorded_in(model, None)
     attention = next(iter(modules.wanted))
     heads = heads_of(attention) or 1
+    width = _width_of(attention)
     depth = len(set(modules.wanted.values()))
     if modules.backbone is not None and modules.backbone.model is modules.whole:
         backbone = modules.backbone
-        return Geometry(patch_size, channels, backbone.prefix, depth, heads)
+        return Geometry(patch_size, channels, backbone.prefix, depth, heads, width)
     like = next(model.parameters())
     size = _size_of_images(model, patch_size)
     images = torch.zeros(1, channels, *size, dtype=like.dtype, device=like.device)
     layout = Tokens(modules.whole, modules.backbone, attention, None, images).layout()
     _check_layout(model, layout)
-    return Geometry(patch_size, channels, layout.prefix if layout else 0, depth, heads)
+    prefix = layout.prefix if layout else 0
+    return Geometry(patch_size, channels, prefix, depth, heads, width)
+
+
+def _width_of(attention: nn.Module) -> int:
+    """Return the channels of the narrowest projection: of values, or that of the output."""
+    linear = [one.out_features for one in attention.modules() if isinstance(one, nn.Linear)]
+    return min(linear, default=1)
 
 
 def _size_of_images(model: Any, patch_size: Grid) -> Grid:

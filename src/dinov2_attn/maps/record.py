@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from dinov2_attn._compat import raised_by_dynamo
@@ -18,13 +20,15 @@ from dinov2_attn.grafting.tokens import Tokens, named
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import StopPassError
 from dinov2_attn.maps.attention_maps import AttentionMaps
+from dinov2_attn.maps.facets import check_facets, of_layers
+from dinov2_attn.maps.gradients import Gradients, Slot, check_differentiable, watch
 from dinov2_attn.maps.layers import Course, Recorded, advice, kind_of, recorded_in, some_of
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import W
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.buffers import Preallocated, ReusableBuffer
 from dinov2_attn.math.selection import positions, resolve_names
-from dinov2_attn.typing import Grid, Heads, Layer, Model, Queries, RecordedLayers, Source
+from dinov2_attn.typing import Facet, Grid, Heads, Layer, Model, Queries, RecordedLayers, Source
 
 # The first argument is a layer: an int in a DINOv2, a path in any other model.
 Reduce = Callable[[Any, Tensor], W]
@@ -39,6 +43,8 @@ def record(
     queries: Queries = None,
     heads: Heads = None,
     reduce: None = None,
+    gradients: bool = False,
+    facets: Sequence[Facet] | Facet = (),
     check: Check = "first",
     grid: Grid | None = None,
     prefix: int | None = None,
@@ -51,6 +57,8 @@ def record(
     queries: Queries = None,
     heads: Heads = None,
     reduce: Reduce[W],
+    gradients: bool = False,
+    facets: Sequence[Facet] | Facet = (),
     check: Check = "first",
     grid: Grid | None = None,
     prefix: int | None = None,
@@ -65,6 +73,8 @@ def record(
     queries: Queries = None,
     heads: Heads = None,
     reduce: Reduce[Any] | None = None,
+    gradients: bool = False,
+    facets: Sequence[Facet] | Facet = (),
     check: Check = "first",
     grid: Grid | None = None,
     prefix: int | None = None,
@@ -82,6 +92,17 @@ def record(
     In training with stochastic depth the weights are those of the samples that upstream kept.
     With grad on they are part of the graph and keep it alive. Under reentrant checkpointing they
     are not.
+
+    With ``gradients=True`` the weights are outside of the graph. A backward pass from the output
+    fills ``maps.gradients`` beside ``maps.weights``, inside the block or after it:
+
+    >>> with record(model, gradients=True, queries="cls") as maps:
+    ...     logits = model(images)
+    >>> logits[:, 3].sum().backward()
+    >>> maps.weights[-1] * maps.gradients[-1]
+
+    They are the gradients by the weights before dropout, as if explicit code had made them. Each
+    backward pass replaces those of the one before.
 
     Recordings may be nested, of the same model or another. A question inside the block
     (``get_self_attention``, ``return_attn``) is answered and not recorded. A pass with
@@ -101,7 +122,12 @@ def record(
         reduce: ``reduce(layer, weights)`` is kept in place of the weights of one batch. It is
             called when the kernel of the layer has run, so that a full matrix need not outlive
             it: all layers take the memory of one. Weights, or a view of them, that something
-            refers to are kept. Other memory is reused by the next layer.
+            refers to are kept. Other memory is reused by the next layer. Gradients go through
+            it as well, in the backward pass.
+        gradients: Whether to keep the gradients by the weights of each backward pass.
+        facets: Which of ``"query"``, ``"key"`` and ``"value"`` to keep, as the kernel was given
+            them: behind norms and rotation, in its dtype, for all tokens. They do not go through
+            ``reduce``.
         check: When to prove that ``weights @ values`` is what the kernel returned, on a few rows
             of each layer: in its ``"first"`` pass, in ``"every"`` pass, or never (``False``).
             The first pass proves rows of every head, later ones those of a head drawn at random.
@@ -124,6 +150,7 @@ def record(
     """
     modules = recorded_in(model, layers, every=True)
     recorder = _Recorder(modules, queries, heads, reduce, check, grid, prefix)
+    recorder.beside = Beside(gradients, check_facets(facets))
     attentions = [*modules.wanted, *modules.others]
     try:
         with recording(recorder, attentions, modules.entrances, [modules.whole]):
@@ -184,12 +211,21 @@ def record_one(
 _AT_KERNEL: tuple[Source, ...] = ("kernel",)
 
 
+class Beside(NamedTuple):
+    """What is kept beside the weights."""
+
+    gradients: bool = False
+    facets: tuple[Facet, ...] = ()
+
+
 class _Batch(NamedTuple):
     """The weights of a layer for one batch, or what ``reduce`` made of them."""
 
     kept: Any
     columns: int
     rows: int
+    slot: Slot | None
+    facets: dict[str, Tensor]
 
 
 class _Recorder:
@@ -231,6 +267,7 @@ class _Recorder:
         self._begun, self._clean = False, True
         self.recording: Recording[Any] = Recording()
         self.may_stop = False
+        self.beside = Beside()
 
     @property
     def stops(self) -> bool:
@@ -264,12 +301,8 @@ class _Recorder:
         if layer in self._kept and not self._runs_again_for_a_list(layer):
             self._end_or_break_off()
         self._resolve_names(attention, call)
-        weights = call.weights(self._queries, self._heads, self._new)
-        kept = self._kept.setdefault(layer, [])
-        if isinstance(weights, list):
-            kept.extend(self._batch(layer, one, one.shape[-1]) for one in weights)
-        else:
-            kept.append(self._batch(layer, weights, call.rows))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.beside.gradients):
+            self._kept.setdefault(layer, []).extend(self._batches(layer, call))
         self._last = layer
         if self.modules.is_chosen and self._is_whole():
             self._end_layers()
@@ -306,9 +339,22 @@ class _Recorder:
         counts = {len(kept) for other, kept in self._kept.items() if other != layer}
         return layer == self._last and all(len(self._kept[layer]) < count for count in counts)
 
-    def _batch(self, layer: Layer, weights: Tensor, rows: int) -> _Batch:
-        kept = weights if self._reduce is None else self._reduce(layer, weights)
-        return _Batch(kept, int(weights.shape[-1]), int(rows))  # tensors in a trace
+    def _batches(self, layer: Layer, call: KernelCall) -> Iterator[_Batch]:
+        """Yield what is kept of each batch of a ``call``."""
+        reduce = None if self._reduce is None else partial(self._reduce, layer)
+        own = call
+        if self.beside.gradients:
+            check_differentiable(call, layer)
+            own = call.detached()
+        weights = own.weights(self._queries, self._heads, self._new)
+        each = weights if isinstance(weights, list) else [weights]
+        slots: list[Slot | None] = [None] * len(each)
+        if call.place is not None and self.beside.gradients:
+            slots = [*watch(call.place, own, len(each), self._queries, self._heads, reduce)]
+        for one, slot, facets in zip(each, slots, own.facets(self.beside.facets), strict=True):
+            rows = one.shape[-1] if isinstance(weights, list) else call.rows
+            kept = one if reduce is None else reduce(one)
+            yield _Batch(kept, int(one.shape[-1]), int(rows), slot, facets)  # tensors in a trace
 
     def _end_or_break_off(self) -> None:
         if self.modules.is_chosen:
@@ -353,6 +399,8 @@ class _Recorder:
             positions(self._queries, rows),
             columns - prefix - math.prod(grid) if grid is not None and fits else 0,
             sources=_AT_KERNEL * len(found),
+            facets=of_layers([batch.facets for batch in found.values()], self.beside.facets),
+            _later=_gradients(found),
         )
         first = next(iter(found))
         attention = next(m for m, layer in self.modules.wanted.items() if layer == first)
@@ -429,6 +477,11 @@ class _Recorder:
         kinds = {kind_of(layer) for layer in ran}
         wanted = self.modules.wanted.values()
         return [str(layer) for layer in wanted if layer not in ran and kind_of(layer) in kinds]
+
+
+def _gradients(found: dict[Layer, _Batch]) -> Gradients | None:
+    slots = {layer: batch.slot for layer, batch in found.items() if batch.slot is not None}
+    return Gradients(slots) if slots else None
 
 
 def _check_options(reduce: object, check: object) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import SupportsIndex, overload
+from typing import Any, SupportsIndex, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from dinov2_attn.maps.attention_maps import AttentionMaps, placed
 from dinov2_attn.maps.places import Head
 from dinov2_attn.maps.result import Array, Face, W
 from dinov2_attn.math.token_names import Token
-from dinov2_attn.typing import Grid, Layer, Source
+from dinov2_attn.typing import Facet, Grid, Layer, Source
 
 
 class Recording(Face, Sequence[AttentionMaps[W]]):
@@ -69,6 +69,16 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
     def weights(self) -> tuple[W, ...]:
         """The ``weights`` of the one pass."""
         return self._one("weights").weights
+
+    @property
+    def gradients(self) -> tuple[W, ...]:
+        """The ``gradients`` of the one pass."""
+        return self._one("gradients").gradients
+
+    @property
+    def facets(self) -> Mapping[Facet, tuple[Any, ...]]:
+        """The ``facets`` of the one pass."""
+        return self._one("facets").facets
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -133,6 +143,14 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
     def prefix_mass(self) -> tuple[W, ...]:
         """Return the ``prefix_mass()`` of the one pass."""
         return self._one("prefix_mass").prefix_mass()
+
+    def facet(self, name: Facet, *, joined: bool = False) -> tuple[Any, ...]:
+        """Return the ``facet`` of the one pass."""
+        return self._one("facets").facet(name, joined=joined)
+
+    def facet_maps(self, name: Facet, *, joined: bool = True) -> tuple[Any, ...]:
+        """Return the ``facet_maps`` of the one pass."""
+        return self._one("facets").facet_maps(name, joined=joined)
 
     def to(self, device: torch.device | str | int) -> AttentionMaps[W]:
         """Return the one pass on ``device``."""

@@ -120,7 +120,7 @@ class Result(Face):
 
     def _with(self, change: Callable[[Tensor], Any]) -> Any:
         names = [f.name for f in fields(self) if f.name not in self._LAYOUT]
-        return replace(self, **{name: _changed(getattr(self, name), change) for name in names})
+        return replace(self, **{name: changed(getattr(self, name), change) for name in names})
 
 
 def as_array(tensor: Tensor) -> Array:
@@ -132,14 +132,14 @@ def as_array(tensor: Tensor) -> Array:
         return tensor.float().numpy()
 
 
-def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
+def changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """Return ``value`` with every tensor in it changed; ``reduce`` may have nested them."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: _changed(one, change) for key, one in value.items()}
+        return {key: changed(one, change) for key, one in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_changed(one, change) for one in value)
+        return type(value)(changed(one, change) for one in value)
     return value
 
 

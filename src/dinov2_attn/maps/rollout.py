@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any, ClassVar, Generic, Literal, get_args, overload
 
 import torch
@@ -27,15 +26,12 @@ from dinov2_attn.maps.calls import calls_of_pass
 from dinov2_attn.maps.layers import has_paths
 from dinov2_attn.maps.one_batch import batches_of, run_model, walks_as_counted
 from dinov2_attn.maps.result import Array, Result, W, as_array
-from dinov2_attn.math.attention import chunks
+from dinov2_attn.maps.tiles import tiles, without_lowest
 from dinov2_attn.math.selection import positions
 from dinov2_attn.typing import Grid, Images, Masks, Model, Queries, RecordedLayers
 
 Fusion = Literal["mean", "min", "max"]
 Tokens = Callable[[], Tensor]
-
-# Bytes of the rows that exist at a time: few against one layer's matrix, many against a call.
-TILE_BYTES = 2**23
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,6 +106,7 @@ def rollout(
     queries: Queries = "cls",
     heads: Fusion = "mean",
     residual: float = 0.5,
+    discard_ratio: float = 0.0,
     masks: Tensor | None = None,
 ) -> Rollout: ...
 @overload
@@ -121,6 +118,7 @@ def rollout(
     queries: Queries = "cls",
     heads: Fusion = "mean",
     residual: float = 0.5,
+    discard_ratio: float = 0.0,
     masks: Sequence[Tensor | None] | None = None,
 ) -> list[Rollout]: ...
 
@@ -134,6 +132,7 @@ def rollout(
     queries: Queries = "cls",
     heads: Fusion = "mean",
     residual: float = 0.5,
+    discard_ratio: float = 0.0,
     masks: Masks = None,
 ) -> Rollout | list[Rollout]:
     """Return the attention rollout of some tokens.
@@ -158,6 +157,9 @@ def rollout(
         queries: The tokens to start from, as in ``attention_maps``, in the order of the rows.
         heads: How the heads of a layer are fused: ``"mean"``, ``"min"`` or ``"max"``.
         residual: The share, from 0 to 1, of the residual connection around the attention.
+        discard_ratio: The share, from 0 and less than 1, of the lowest weights of each layer that
+            become zero, but never that from CLS to itself. vit-explain discards 0.9 of them. The
+            fused matrix of one layer and one image exists then.
         masks: ``None`` or boolean ``(B, h·w)``; for a list, one for each batch.
 
     Returns:
@@ -170,11 +172,12 @@ def rollout(
         NotRecordedError: A layer did not run, or not once.
 
     Sources: Abnar and Zuidema, *Quantifying Attention Flow in Transformers*, 2020. The fusion
-    of heads by min and max: Gildenblat, vit-explain.
+    of heads by min and max, and ``discard_ratio``: Gildenblat, vit-explain (``vit_rollout.py``).
+    That code divides column ``j`` by the sum of row ``j``; here each row is divided by its own sum.
 
     """
     _check(heads, residual)
-    layer = Layer(heads, float(residual))
+    layer = Layer(heads, float(residual), check_ratio(discard_ratio))
     pairs = batches_of(model, images, masks)
     if not has_paths(layers) and walks_as_counted(model, [batch for batch, _ in pairs]):
         found = _of_blocks(Backbone(model), images, masks, layer, layers, queries)
@@ -207,9 +210,10 @@ def _of_pass(
     layout, calls = found.layout(images), found.take_all()
     rows = positions(named(queries, layout), layout.length)
     every = torch.arange(layout.length, device=images.device)
-    start = every[list(rows)]
-    shares = torch.eye(len(start), device=images.device).expand(calls[-1].batch, -1, -1)
-    shares = layer.push(shares, start, calls.pop().at(list(rows)))
+    start, shares = starting(every, rows, whole=layer.discard_ratio > 0)
+    last = calls.pop()
+    shares = shares.expand(last.batch, -1, -1)
+    shares = layer.push(shares, start, last if layer.discard_ratio else last.at(list(rows)))
     while calls:  # each is released when it is used
         shares = layer.push(shares, every, calls.pop())
     place = (layout.suffix, layout.per_cell, layout.planes)
@@ -229,6 +233,22 @@ def _check(heads: object, residual: object) -> None:
             repr(residual),
             "0.5 weighs what goes past the attention of a layer as much as what goes through.",
         )
+
+
+def check_ratio(ratio: object) -> float:
+    """Return ``discard_ratio`` as a float.
+
+    Raises:
+        InvalidInputError: If it is no number from 0 and less than 1.
+
+    """
+    if isinstance(ratio, int | float) and 0 <= ratio < 1:
+        return float(ratio)
+    raise InvalidInputError(
+        "discard_ratio as a number from 0 and less than 1",
+        repr(ratio),
+        "Leave it out to keep all weights. 0.9 keeps a tenth of them.",
+    )
 
 
 def _inputs(
@@ -260,14 +280,29 @@ def _one(
     length = backbone.length(images)
     rows = positions(queries, length)
     every = torch.arange(length, device=images.device)
-    start = every[list(rows)]
-    # Of the last layer only the rows of the tokens to start from are needed.
-    shares = torch.eye(len(start), device=images.device).expand(len(images), -1, -1)
+    start, shares = starting(every, rows, whole=layer.discard_ratio > 0)
+    shares = shares.expand(len(images), -1, -1)
+    queries = None if layer.discard_ratio else queries
     for block, tokens in reversed(inputs):
         pieces = calls_from(block, tokens(), queries)
         shares = torch.cat([layer.push(shares[own], start, call) for own, call in pieces])
         queries, start = None, every
     return Rollout(shares, backbone.grid(images), backbone.prefix, rows)
+
+
+def starting(every: Tensor, rows: Sequence[int], *, whole: bool) -> tuple[Tensor, Tensor]:
+    """Return rows of the last layer, and the shares ``(S, rows)`` of the tokens to start from.
+
+    Args:
+        every: All positions.
+        rows: The tokens to start from.
+        whole: Whether all rows are needed, although the others have no shares.
+
+    """
+    start = every[list(rows)]
+    if whole:
+        return every, (start[:, None] == every).float()
+    return start, torch.eye(len(start), device=every.device)
 
 
 def calls_from(
@@ -286,6 +321,7 @@ class Layer:
 
     heads: Fusion
     residual: float
+    discard_ratio: float = 0.0
 
     def push(self, shares: Tensor, positions: Tensor, call: KernelCall) -> Tensor:
         """Return ``shares (b, S, L) @ A``, ``(b, S, N)``, for the rows ``positions (L,)`` of A."""
@@ -303,25 +339,24 @@ class Layer:
 
     def _goes_by_heads(self, call: KernelCall) -> bool:
         """Return whether heads can be added one by one: the rows of each sum to one."""
-        return self.heads == "mean" and call.sums_to_one
+        return self.heads == "mean" and call.sums_to_one and not self.discard_ratio
 
     def _fused(
         self, call: KernelCall, sample: int, positions: Tensor
     ) -> Iterator[tuple[slice, Tensor, float]]:
         """Yield lines, rows ``(l, N)`` and the part of the fused heads that these are."""
-        alone = self._goes_by_heads(call)
-        count, length = call.heads, call.columns
-        together = 1 if alone else count
-        dtype = torch.promote_types(call.dtype, torch.float32)
-        step = max(1, TILE_BYTES // (together * length * (torch.finfo(dtype).bits // 8)))
-        # One tile for all: fresh memory costs as much as what is written into it.
-        memory = positions.new_empty(together * min(step, call.rows) * length, dtype=dtype)
-        for heads, lines in product(chunks(count, together), chunks(call.rows, step)):
-            weights = call.tile(sample, heads, lines, positions[lines], memory)
-            if alone:
-                yield lines, weights[0], 1 / count
-            else:
-                yield lines, _FUSE[self.heads](weights), 1
+        if self._goes_by_heads(call):
+            for tile in tiles(call, sample, positions, 1):
+                yield tile.lines, tile.weights[0], 1 / call.heads
+            return
+        fuse = _FUSE[self.heads]
+        fused = ((t.lines, fuse(t.weights)) for t in tiles(call, sample, positions, call.heads))
+        if self.discard_ratio:
+            whole = torch.cat([rows for _, rows in fused])
+            yield slice(None), without_lowest(whole, self.discard_ratio, keep_first=True), 1
+            return
+        for lines, rows in fused:
+            yield lines, rows, 1
 
 
 _FUSE: dict[Fusion, Callable[[Tensor], Tensor]] = {

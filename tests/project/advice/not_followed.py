@@ -11,6 +11,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "grafting": ("Pass the position of the token that you mean, or slice(None) for all",),
     },
+    "of facets of several kinds of attention, which attention_maps refuses in the same way": {
+        "apps/extraction": ("or leave facets out",),
+    },
     "of biases and lists of tensors, which test_bias, test_call and test_nested follow": {
         "math": (
             "Pass the dense tensor of what is added to the scores",

@@ -89,6 +89,13 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Report artifact tokens, which are found in the same pass.",
     )
+    group.add_argument(
+        "--facets",
+        nargs="+",
+        choices=("query", "key", "value"),
+        default=(),
+        help="Store what the kernel was given for the patches too, with heads joined.",
+    )
 
 
 def _add_how(parser: argparse.ArgumentParser) -> None:
@@ -165,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             grid=args.grid,
             artifacts=args.artifacts,
+            facets=args.facets,
             image_size=size,
             max_pixels=args.max_pixels,
             range=args.range,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_attn.maps.facets import FACETS
+
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return a batch of images, for ``DataLoader(dataset, collate_fn=dataset.collate)``.
@@ -24,18 +26,24 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``maps`` ``(B, layers, heads, queries, h, w)`` and ``prefix`` ``(B, layers, heads,
-        queries, tokens)``, both without heads for their mean; ``mask``, bool ``(B, queries, h,
+        queries, tokens)``, both without heads for their mean; each facet that is stored,
+        ``(B, layers, C, h, w)``; ``mask``, bool ``(B, queries, h,
         w)``, true where a map has a number; ``shape``, int64 ``(B, 3)``: queries, rows and
         columns of each; ``number``, int64 ``(B,)``; ``path``, a list.
 
     """
     shapes = torch.tensor([row["maps"].shape[-3:] for row in rows])
     queries, height, width = shapes.amax(0).tolist()
+    facets = {name: [row[name] for row in rows] for name in FACETS if name in rows[0]}
     return {
         "maps": torch.stack([_padded(row["maps"], (queries, height, width)) for row in rows]),
         "prefix": torch.stack(
             [_padded(row["prefix"], (queries, row["prefix"].shape[-1])) for row in rows]
         ),
+        **{
+            name: torch.stack([_padded(one, (height, width)) for one in each])
+            for name, each in facets.items()
+        },
         "mask": torch.stack([_mask(shape, (queries, height, width)) for shape in shapes.tolist()]),
         "shape": shapes,
         "number": torch.tensor([row["number"] for row in rows]),

@@ -8,6 +8,7 @@ from typing import Any
 
 from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.apps.viz.images import LARGEST_SHORT_SIDE
+from dinov2_attn.maps.facets import FACETS
 from dinov2_attn.maps.geometry import geometry_of
 from dinov2_attn.typing import Model
 
@@ -18,7 +19,7 @@ LONGEST = 300
 
 
 def tensors_of(model: Model, options: Options) -> dict[str, Any]:
-    """Return the names of the axes of both tensors of an image, and what lies along them."""
+    """Return the names of the axes of the tensors of an image, and what lies along them."""
     geometry = geometry_of(model)
     each = options.heads != "mean"
     axes = ["layers", *["heads"] * each, "queries"]
@@ -30,6 +31,7 @@ def tensors_of(model: Model, options: Options) -> dict[str, Any]:
         "heads": list(range(geometry.heads)) if each else "mean",
         "queries": list(options.queries),
         "tokens": ["cls", *(f"register:{i}" for i in range(1, geometry.prefix))][: geometry.prefix],
+        **{name: ["layers", "channels", "rows", "columns"] for name in options.facets},
     }
 
 
@@ -82,6 +84,7 @@ def _rows(about: dict[str, Any]) -> list[str]:
         "queries (whose attention)": tensors["queries"],
         "tokens of `N.prefix`": tensors["tokens"],
         "dtype": tensors["dtype"],
+        **{f"axes of `N.{name}`": tensors[name] for name in FACETS if name in tensors},
         "rows and columns": f"resampled to {grid}" if grid else "one for each patch of the image",
         "images": {key: made[key] for key in ("transform", "range", "resize", "crop")},
         "normalised with": {key: made[key] for key in ("mean", "std")},
@@ -120,7 +123,7 @@ _TEXT = """\
 - `prefix_mass` in the index is the share that `N.prefix` holds. `entropy` is that of a query's
   weights, in nats. Both have one number for each layer: the mean of heads and queries.
 - `grid`: rows and columns of patches that the model saw. `size`: height and width of the image.
-- `sha256` is of the image's file. `checksum` is of the bytes of both tensors.
+- `sha256` is of the image's file. `checksum` is of the bytes of all tensors.
 
 ```python
 from dinov2_attn import AttentionDataset

@@ -12,7 +12,7 @@ from dinov2_attn import _imports
 from dinov2_attn.backbone.backbone import Backbone, transformers_in
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.geometry import geometry_of
-from dinov2_attn.typing import Heads, Layers, Model
+from dinov2_attn.typing import Facet, Heads, Layers, Model
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,6 +38,7 @@ class ExtractOptions(TypedDict, total=False):
     dtype: str
     grid: Sequence[int] | None
     artifacts: bool
+    facets: Sequence[Facet] | Facet
     image_size: ImageSize
     max_pixels: int | None
     range: Range
@@ -96,6 +97,7 @@ def extract(
     dtype: str = "float32",
     grid: Sequence[int] | None = None,
     artifacts: bool = False,
+    facets: Sequence[Facet] | Facet = (),
     image_size: ImageSize = None,
     max_pixels: int | None = None,
     range: Range = None,
@@ -142,6 +144,10 @@ def extract(
         dtype: The dtype of the stored maps: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         grid: ``(H, W)`` in patches, to resample all maps to one shape.
         artifacts: Whether to report artifact tokens, which are found in the same pass.
+        facets: Which of ``"query"``, ``"key"`` and ``"value"`` to store of the patches, as the
+            kernel was given them, with heads joined: ``(layers, C, h, w)``. On another ``grid`` a
+            cell has the mean of what lies in it. Each image then runs through the whole model, and
+            ``artifacts`` take a second pass.
         image_size: The length of the short side in pixels, or ``(height, width)``. By default
             the size of the image, up to 518.
         max_pixels: The maximum number of pixels. Larger images count as unreadable.
@@ -207,6 +213,7 @@ def extract(
         dtype=dtype,
         grid=grid,
         artifacts=artifacts,
+        facets=facets,
         image_size=image_size,
         max_pixels=max_pixels,
         range=range,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn.apps.extraction.decode import Origin, Picture, Refused
+from dinov2_attn.apps.extraction.facets import maps_with_facets, stored_facets
 from dinov2_attn.apps.extraction.options import DTYPES, Options
 from dinov2_attn.apps.viz.images import normalise
 from dinov2_attn.apps.viz.inference import cannot_run, check_alive
@@ -48,6 +49,7 @@ class BatchMaps:
         entropy: That of the weights of a query in nats, ``(B, layers)``: the mean of heads and
             queries.
         artifacts: The artifact tokens of the batch, if the options ask for them.
+        facets: ``(B, layers, C, H, W)`` of each facet of the options, heads joined.
 
     """
 
@@ -57,6 +59,7 @@ class BatchMaps:
     prefix: Tensor
     entropy: Tensor
     artifacts: ArtifactTokens | None
+    facets: dict[str, Tensor]
 
 
 def attend_batch(
@@ -124,6 +127,7 @@ def _attend(model: Model, pictures: list[Picture], options: Options) -> BatchMap
         prefix=torch.stack([_others(w, maps) for w in maps.weights], dim=1).to(dtype),
         entropy=torch.stack([_entropy(weights) for weights in maps.weights], dim=1),
         artifacts=artifacts,
+        facets=stored_facets(maps, options),
     )
 
 
@@ -162,13 +166,14 @@ def _maps(
     grid = geometry.grid(*images.shape[-2:])
     queries = resolve_names(resolve(options.queries, geometry.prefix, grid), geometry.registers)
     choice: dict[str, Any] = {"queries": queries, "heads": options.heads}
+    if options.facets:
+        maps = maps_with_facets(model, images, options, **choice)
+        return maps, _artifacts(model, images) if options.artifacts else None
     if not options.artifacts:
         return attention_maps(model, images, options.layers, **choice), None
     if not walks_as_counted(model, [images]):
         maps = attention_maps(model, images, options.layers, **choice)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SuspiciousArtifactsWarning)
-            return maps, artifact_tokens(model, images)
+        return maps, _artifacts(model, images)
     backbone, weights = Backbone(model), {}
 
     def visit(i: int, block: nn.Module, tokens: Tensor) -> None:
@@ -179,3 +184,10 @@ def _maps(
     each = tuple(weights[layer] for layer in options.layers)
     rows = positions(queries, backbone.length(images))
     return AttentionMaps(each, options.layers, grid, backbone.prefix, rows), artifacts
+
+
+def _artifacts(model: Model, images: Tensor) -> ArtifactTokens:
+    """Return the artifact tokens of ``images``, in a pass of their own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SuspiciousArtifactsWarning)
+        return artifact_tokens(model, images)

@@ -4,8 +4,9 @@
 
     OUT/extraction.json            everything that decides the bytes of the other files
     OUT/README.md                  the same for readers: files, axes, preprocessing
-    OUT/shards/00000.safetensors   tensors "N.maps" and "N.prefix" for image number N, and as
-                                   metadata axes, preprocessing and the sha256 of its index
+    OUT/shards/00000.safetensors   tensors "N.maps" and "N.prefix" for image number N, "N.key" and
+                                   so on if facets were asked for, and as metadata axes,
+                                   preprocessing and the sha256 of its index
     OUT/shards/00000.jsonl         a line for each of its images; exists when the shard is done
     OUT/index.jsonl                all lines with maps; exists when every shard is done
     OUT/unreadable.jsonl           all lines with the stage (decode, pass) that failed, and why
@@ -65,14 +66,19 @@ def _shortened(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def names(entry: dict[str, Any]) -> tuple[str, str]:
-    """Return the names of the two tensors of an image."""
-    return f"{entry['number']}.maps", f"{entry['number']}.prefix"
+def kinds(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Return what is stored of an image: maps, prefix, and the facets that were asked for."""
+    return ("maps", "prefix", *entry.get("facets", ()))
 
 
-def checksum(maps: Tensor, prefix: Tensor) -> str:
-    """Return the sha256 of the bytes of both tensors, in this order."""
+def names(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of the tensors of an image."""
+    return tuple(f"{entry['number']}.{kind}" for kind in kinds(entry))
+
+
+def checksum(*tensors: Tensor) -> str:
+    """Return the sha256 of the bytes of all tensors of an image, in this order."""
     digest = hashlib.sha256()
-    for tensor in (maps, prefix):
+    for tensor in tensors:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

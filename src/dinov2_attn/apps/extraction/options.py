@@ -13,10 +13,11 @@ from dinov2_attn.apps.viz.images import LARGEST_SHORT_SIDE, ImageSize
 from dinov2_attn.apps.viz.reading import IMAGENET, Numbers, Reading, reading_for
 from dinov2_attn.apps.viz.tokens import as_texts, check_queries, count
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.maps.facets import check_facets
 from dinov2_attn.maps.geometry import geometry_of
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.selection import layers_to_take, whole_number
-from dinov2_attn.typing import Grid, Heads, Layers, Model
+from dinov2_attn.typing import Facet, Grid, Heads, Layers, Model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -44,6 +45,7 @@ class Options:
     batch_size: int
     shard_size: int
     reading: Reading = IMAGENET
+    facets: tuple[Facet, ...] = ()
 
 
 def check_options(
@@ -61,6 +63,7 @@ def check_options(
     range: object = None,
     mean: Numbers = None,
     std: Numbers = None,
+    facets: Sequence[Facet] | Facet = (),
     **others: Any,
 ) -> Options:
     """Return the options for ``model``; raise ``InvalidInputError`` if one is wrong."""
@@ -86,6 +89,7 @@ def check_options(
         batch_size=1,
         shard_size=1,
         reading=reading_for(geometry.channels, range, mean, std),
+        facets=check_facets(facets),
         **others,
     )
     weights, stored = _bytes_of_one(model, options)
@@ -106,8 +110,10 @@ def rows_of(model: Model, options: Options, grid: Grid) -> int:
 
 def stored_bytes(model: Model, options: Options, grid: Grid) -> int:
     """Return the bytes that an image of ``grid`` takes in a shard."""
-    columns = geometry_of(model).prefix + math.prod(options.grid or grid)
-    return rows_of(model, options, grid) * columns * torch.finfo(DTYPES[options.dtype]).bits // 8
+    geometry, cells = geometry_of(model), math.prod(options.grid or grid)
+    numbers = rows_of(model, options, grid) * (geometry.prefix + cells)
+    numbers += len(options.layers) * len(options.facets) * geometry.width * cells
+    return numbers * torch.finfo(DTYPES[options.dtype]).bits // 8
 
 
 def _bytes_of_one(model: Model, options: Options) -> tuple[int, int]:

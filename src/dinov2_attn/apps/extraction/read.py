@@ -45,6 +45,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
     >>> maps = AttentionDataset("out")
     >>> maps[0]["maps"]   # (layers, heads, queries, h, w), without heads for their mean
     >>> maps[0]["prefix"] # (layers, heads, queries, 1 + R): CLS and registers
+    >>> maps[0]["key"]    # (layers, C, h, w), if extract was asked for facets="key"
     >>> maps[0]["path"]   # of the image
     >>> maps.entry(0)     # the whole line of the index
     >>> maps["b/001.png"] # by its path
@@ -90,7 +91,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, i: slice) -> AttentionDataset: ...
 
     def __getitem__(self, i: Key | slice) -> Row | AttentionDataset:
-        """Return maps, prefix, path and number of one image, or the dataset of a slice.
+        """Return maps, prefix, facets, path and number of one image, or the dataset of a slice.
 
         Args:
             i: A position, negative ones counted from the end; a path of the index; or a slice.
@@ -111,12 +112,13 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         name = entry["shard"]
         try:
             file = self._shard(name)
-            maps, prefix = (file.get_tensor(tensor) for tensor in layout.names(entry))
+            found = [file.get_tensor(tensor) for tensor in layout.names(entry)]
         except Exception as error:  # the reader may raise any exception for foreign bytes
             raise self._wrong(f"{name} ({type(error).__name__}: {error})") from error
-        if self._verify and layout.checksum(maps, prefix) != entry["checksum"]:
+        if self._verify and layout.checksum(*found) != entry["checksum"]:
             raise self._wrong(f"other bytes for image {entry['number']} in {name}")
-        return Row(maps=maps, prefix=prefix, path=entry["path"], number=entry["number"])
+        tensors = dict(zip(layout.kinds(entry), found, strict=True))
+        return Row(**tensors, path=entry["path"], number=entry["number"])
 
     def maps(self, i: Key) -> AttentionMaps[Tensor]:
         """Return one image as ``AttentionMaps``, a batch of one: for pictures, or to save it.

@@ -107,8 +107,8 @@ def _is_whole(
 
 
 def _is_stored(file: Any, entry: dict[str, Any]) -> bool:
-    maps, prefix = (file.get_tensor(name) for name in names(entry))
-    return bool(checksum(maps, prefix) == entry["checksum"])
+    tensors = (file.get_tensor(name) for name in names(entry))
+    return bool(checksum(*tensors) == entry["checksum"])
 
 
 def write(
@@ -119,9 +119,9 @@ def write(
     tensors: dict[str, Tensor] = {}
     lines = [_refusal(one) for one in refused]
     for batch in batches:
-        for entry, maps, prefix in _entries(batch):
+        for entry, own in _entries(batch):
             entry["shard"] = path.relative_to(folder).as_posix()
-            tensors |= dict(zip(names(entry), (maps, prefix), strict=True))
+            tensors |= dict(zip(names(entry), own, strict=True))
             lines.append(entry)
     lines.sort(key=lambda entry: int(entry["number"]))
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
@@ -157,14 +157,13 @@ def refusals(folder: Path, shard: int) -> list[dict[str, Any]]:
     return [line for line in _lines(_paths(folder, shard)[1]) if "reason" in line]
 
 
-def _entries(batch: BatchMaps) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+def _entries(batch: BatchMaps) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
     """Yield each image's line of the index, without its shard, and its tensors."""
     reports = batch.artifacts.cpu().report() if batch.artifacts else [None] * len(batch.origins)
-    tensors = (batch.maps.cpu(), batch.prefix.cpu(), batch.entropy.cpu())
-    for origin, maps, prefix, entropy, artifacts in zip(
-        batch.origins, *tensors, reports, strict=True
-    ):
-        mass = prefix.float().sum(-1).flatten(1).mean(1)
+    stored = [one.cpu() for one in (batch.maps, batch.prefix, *batch.facets.values())]
+    each = zip(batch.origins, reports, batch.entropy.cpu(), *stored, strict=True)
+    for origin, artifacts, entropy, *tensors in each:
+        mass = tensors[1].float().sum(-1).flatten(1).mean(1)
         entry = {
             "number": origin.number,
             "source": origin.item.source,
@@ -175,10 +174,11 @@ def _entries(batch: BatchMaps) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]
             "entropy": _finite(entropy),
             "artifacts": artifacts,
             "sha256": origin.sha256,
-            "checksum": checksum(maps, prefix),
+            "checksum": checksum(*tensors),
+            **({"facets": list(batch.facets)} if batch.facets else {}),
         }
         # Safetensors requires that tensors do not share memory.
-        yield entry, maps.clone(), prefix.clone()
+        yield entry, [tensor.clone() for tensor in tensors]
 
 
 def _finite(numbers: Tensor) -> list[float | None]:

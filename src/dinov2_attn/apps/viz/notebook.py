@@ -10,7 +10,7 @@ def picture_of(result: object) -> bytes | None:
     """Return a PNG of ``result``, or ``None`` if it cannot be drawn or matplotlib is missing.
 
     It shows the first image: of maps every head of the last layer and the first query, of a
-    rollout the first query, of artifact tokens the norms.
+    rollout and a relevance the first query, of artifact tokens the norms.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return None

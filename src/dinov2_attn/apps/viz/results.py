@@ -21,6 +21,7 @@ from dinov2_attn.apps.viz.sheet import BAR_POINTS
 from dinov2_attn.maps.artifacts import ArtifactTokens
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.recording import Recording
+from dinov2_attn.maps.relevance import Relevance
 from dinov2_attn.maps.result import as_array
 from dinov2_attn.maps.rollout import Rollout
 from dinov2_attn.math.selection import name_token
@@ -66,6 +67,15 @@ def _first_query(rollout: Rollout) -> tuple[str, tuple[int, int] | None]:
     (height, width) = rollout.grid
     patch = divmod(number, width) if 0 <= number < height * width else None
     return name_token(rollout.queries[0], rollout.prefix, rollout.grid), patch
+
+
+@figure_of.register(Relevance)
+def _of_relevance(relevance: Relevance) -> Figure:
+    values = _numbers(relevance.patch_maps()[0, 0])
+    norm = scale(values, PLAIN)
+    named, patch = _first_query(relevance) if relevance.queries else ("all tokens", None)
+    bar = Bar(norm, PLAIN.colour_map(), None, extend(norm, values), label="relevance", unit="")
+    return _alone(values, [f"Relevance by {relevance.method}, of {named}."], norm, bar, patch=patch)
 
 
 @figure_of.register(ArtifactTokens)
