@@ -155,11 +155,6 @@ def unedited() -> Iterator[None]:
         STATE.editors = before
 
 
-def are_edited() -> bool:
-    """Return whether something edits weights in this thread."""
-    return ACTIVE.on and bool(STATE.editors)
-
-
 def unpacked() -> AbstractContextManager[object]:
     """Hide the tensors saved for the backward of the weights from surrounding hooks.
 

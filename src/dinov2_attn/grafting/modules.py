@@ -34,7 +34,6 @@ from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.grafting.channel import (
     ACTIVE,
     STATE,
-    are_edited,
     edited_in_a_graph,
     run_captured,
 )
@@ -72,6 +71,11 @@ def reason_for_kernel(cls: type) -> str | None:
 def classes_at_kernel(classes: Iterable[type]) -> dict[type, str]:
     """Return those of ``classes`` whose weights are taken at the kernel, with the reasons."""
     return {cls: _AT_KERNEL[cls] for cls in classes if cls in _AT_KERNEL}
+
+
+def are_edited() -> bool:
+    """Return whether something edits weights in this thread."""
+    return ACTIVE.on and bool(STATE.editors)
 
 
 def runs_itself(model: nn.Module) -> bool:

@@ -19,16 +19,19 @@ from dinov2_attn.typing import Grid, Queries
 
 @dataclass(frozen=True)
 class _Known:
-    """A layout, and the size of the images for which it was probed."""
+    """A layout of ``length`` tokens, and the size of the images for which it was probed."""
 
     layout: Layout
     size: Grid
+    length: int
 
     def at(self, size: Grid, length: int | None) -> Layout | None:
         """Return the layout of ``length`` tokens of images of another ``size``, if they fit."""
         old = self.layout
+        if size == self.size:
+            return old if length in (None, self.length) else None
         if any(pixels % cells for pixels, cells in zip(self.size, old.grid, strict=True)):
-            return old if size == self.size and length in (None, old.length) else None
+            return None
         patch = [pixels // cells for pixels, cells in zip(self.size, old.grid, strict=True)]
         grid = (size[0] // patch[0], size[1] // patch[1])
         new = Layout(old.prefix, old.suffix, grid, old.per_cell, old.planes)
@@ -98,7 +101,8 @@ class Tokens:
             if found is None:
                 self._without.add(self._key)
             else:
-                _KNOWN.setdefault(self._attention, []).append(_Known(found, self._size))
+                known = _Known(found, self._size, found.length)
+                _KNOWN.setdefault(self._attention, []).append(known)
         return self._known()
 
     def _probed(self, image: Tensor) -> Layout | None:

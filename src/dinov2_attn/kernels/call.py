@@ -112,7 +112,8 @@ class FusedCall:
 
     def ran(self, output: Tensor, heads_first: Callable[[Tensor], Tensor]) -> FusedCall:
         """Return the call with what the kernel returned, which ``heads_first`` rearranges."""
-        return replace(self, output=heads_first(output), place=place_of(output, heads_first))
+        place = None if output.grad_fn is None else place_of(output, heads_first)
+        return replace(self, output=heads_first(output), place=place)
 
     def detached(self) -> FusedCall:
         """Return the call outside of autograd's graph, without output."""

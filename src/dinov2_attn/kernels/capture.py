@@ -107,7 +107,7 @@ class Capture(TorchFunctionMode):
         self._stops = stops
         self._edit = edit
         self._softmaxes: dict[int, _Softmax] = {}
-        self._scores = Scores()
+        self._scores: Scores | None = None  # most kernels have no product to follow
         self.calls = 0
 
     def __enter__(self) -> Capture:
@@ -124,7 +124,7 @@ class Capture(TorchFunctionMode):
         super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         _CURRENT.capture = self._outer
         self._softmaxes.clear()
-        self._scores.clear()
+        self._scores = None
 
     def __torch_function__(
         self,
@@ -199,8 +199,9 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         out = func(*args, **kwargs)
         if name in _PRODUCTS:
+            self._scores = self._scores or Scores()
             self._scores.note_product(name, args, kwargs, out)
-        else:
+        elif self._scores is not None:
             self._scores.follow(args, out)
         return out
 
@@ -211,7 +212,7 @@ class Capture(TorchFunctionMode):
             # What is written into may be a buffer that the next layer writes into.
             weights = out.clone() if "out" in kwargs else out
             self._softmaxes[storage_of(out)] = _Softmax(
-                out, weights, factors=self._scores.of(scores)
+                out, weights, factors=self._scores.of(scores) if self._scores else None
             )
         return out
 

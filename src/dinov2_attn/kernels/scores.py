@@ -50,10 +50,6 @@ class Scores:
         held, factors = self._found.get(storage_of(tensor), (None, None))
         return factors if held is not None and held() is not None else None
 
-    def clear(self) -> None:
-        """Forget all."""
-        self._found.clear()
-
 
 def _factors(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors | None:
     if name == "einsum":

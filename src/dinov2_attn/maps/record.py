@@ -399,12 +399,16 @@ class _Recorder:
             positions(self._queries, rows),
             columns - prefix - math.prod(grid) if grid is not None and fits else 0,
             sources=_AT_KERNEL * len(found),
-            facets=of_layers([batch.facets for batch in found.values()], self.beside.facets),
+            facets=self._facets_of(found),
             _later=_gradients(found),
         )
         first = next(iter(found))
         attention = next(m for m, layer in self.modules.wanted.items() if layer == first)
         self.recording.add(maps, None if fits else self._tokens(attention, images, columns))
+
+    def _facets_of(self, found: dict[Layer, _Batch]) -> dict[Facet, tuple[Any, ...]]:
+        names = self.beside.facets
+        return of_layers([batch.facets for batch in found.values()], names) if names else {}
 
     def _tokens(self, attention: nn.Module, images: Tensor | None, columns: int) -> Tokens:
         modules = self.modules
