@@ -289,3 +289,98 @@ def test_attention_beside_a_dinov2_is_recorded_too(models):
 
 def paths_of(model):
     return [name for name, module in model.named_modules() if hasattr(module, "qkv")]
+
+
+def tiny(**options):
+    timm = pytest.importorskip("timm", reason="these cases need timm's models; others run")
+    given = {"depth": 2, "img_size": 32, "patch_size": 16, "embed_dim": 48, "num_heads": 2}
+    return sharp(timm.create_model("vit_tiny_patch16_224", **{**given, **options}))
+
+
+def test_a_pass_that_failed_leaves_nothing_in_the_next():
+    model, (a, b) = tiny(), noise(2, 1, 3, 32, 32, seed=0).float()
+    calls = []
+
+    def fail_once(*_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+
+    model.blocks[1].register_forward_pre_hook(fail_once)
+    recording = record(model)
+    maps = recording.__enter__()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(a)
+    model(b)
+    with pytest.raises(NotRecordedError, match="1 without some of these layers"):
+        recording.__exit__(None, None, None)
+    expected = dinov2_attn.attention_maps(model, b)
+    assert_close(list(maps.weights), list(expected.weights))
+
+
+def test_a_pass_of_some_layers_is_one_of_its_own():
+    model, (a, b) = tiny(), noise(2, 1, 3, 32, 32, seed=0).float()
+    with record(model) as maps:
+        model.forward_intermediates(a, indices=[0], stop_early=True, intermediates_only=True)
+        model.forward_features(b)
+    assert [one.layers for one in maps] == [("blocks.0.attn",), ("blocks.0.attn", "blocks.1.attn")]
+    assert_close(maps[0].weights[0], dinov2_attn.attention_maps(model, a).weights[0])
+    assert_close(list(maps[1].weights), list(dinov2_attn.attention_maps(model, b).weights))
+
+
+class Tiled(nn.Module):
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images):
+        return torch.stack([self.vit(tile) for tile in images.split(32, -1)])
+
+
+def test_an_earlier_call_does_not_end_a_later_one_too_soon():
+    model, wide = Tiled(tiny()), noise(1, 3, 32, 64, seed=0).float()
+    for images in (wide, wide[..., :32], wide):
+        if images.shape[-1] == 32:
+            assert len(dinov2_attn.attention_maps(model, images, 1).layers) == 1
+            continue
+        with pytest.raises(InvalidInputError, match="by each layer once"):
+            dinov2_attn.attention_maps(model, images, 1)
+
+
+class Resizing(nn.Module):
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images):
+        return self.vit(F.interpolate(images, (64, 64)))
+
+
+def test_the_grid_of_one_size_is_not_taken_for_another():
+    model = Resizing(tiny(img_size=64))
+    for size in ((128, 128), (64, 256), (64, 64)):
+        maps = dinov2_attn.attention_maps(model, noise(1, 3, *size, seed=0).float())
+        assert maps.grid == (4, 4)
+
+
+class Two(nn.Module):
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, images):
+        return self.first(images).mean() + self.second(images).mean()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_names_of_rows_are_those_of_each_encoder(order):
+    encoders = [tiny(class_token=False, global_pool="avg"), tiny()][::order]
+    images = noise(1, 3, 32, 32, seed=0).float()
+    model = Two(*encoders)
+    with record(model, queries="patches") as maps:
+        model(images)
+    assert [(one.prefix, one.queries) for one in maps] == [
+        (prefix, tuple(range(prefix, prefix + 4))) for prefix in [0, 1][::order]
+    ]
+    with pytest.raises(InvalidInputError, match="for CLS"), record(model, queries="cls"):
+        model(images)

@@ -53,6 +53,10 @@ class Receiver(Protocol):
     def take(self, attention: nn.Module, call: KernelCall) -> None:
         """Keep what the kernel of ``attention`` was given."""
 
+    def failed(self, module: nn.Module) -> None:
+        """Note that ``module``, which contains all others, has raised an exception."""
+        return  # for those who count layers
+
     def left(self, module: nn.Module) -> None:
         """Note that ``module``, which contains all others, has returned."""
         return  # for those who count layers
@@ -243,10 +247,17 @@ def graft_whole(original: Forward) -> Forward:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if ACTIVE.on:
             _begin(self, args, kwargs)
-        output = original(self, *args, **kwargs)
-        if ACTIVE.on and not is_compiling():
-            for receiver in STATE.receivers:
-                receiver.left(self)
+        if not ACTIVE.on or is_compiling():
+            return original(self, *args, **kwargs)
+        try:
+            output = original(self, *args, **kwargs)
+        except BaseException as error:
+            if not isinstance(error, StopPassError):
+                for receiver in STATE.receivers:
+                    receiver.failed(self)
+            raise
+        for receiver in STATE.receivers:
+            receiver.left(self)
         return output
 
     return forward

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import nn
 
 from dinov2_attn._compat import is_transformed
@@ -77,7 +78,9 @@ def collect(
         raise _in_a_graph(modules)
     known = all(module in _CALLED_ONCE for module in modules)
     collector = Collector(modules, last if known else None, **selection)
-    with unrecorded(), recording(collector, modules), suppress(StopPassError):
+    # A pass that ends early may not come to the line that switches grad mode on again.
+    grad = torch.set_grad_enabled(torch.is_grad_enabled())
+    with unrecorded(), recording(collector, modules), grad, suppress(StopPassError):
         run()
     if len(collector.weights) == last == len(collector.calls) == len(modules):
         _CALLED_ONCE.update(modules)

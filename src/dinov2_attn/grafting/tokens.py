@@ -124,6 +124,8 @@ class Tokens:
 
     def _known(self) -> Layout | None:
         known = _KNOWN.get(self._attention, [])
+        if self._backbone is None:  # another model may resize, turn or cut its images
+            known = [one for one in known if one.size == self._size]
         fitting = (one.at(self._size, self._length) for one in known)
         return next((layout for layout in fitting if layout is not None), None)
 

@@ -249,10 +249,13 @@ class FusedCall:
     @property
     def _by_query_head(self) -> tuple[Tensor, Tensor]:
         """Key and value with one head for each head of the query."""
-        each = self.query.shape[1] // max(1, self.key.shape[1])
-        if each == 1:
-            return self.key, self.value
-        return self.key.repeat_interleave(each, 1), self.value.repeat_interleave(each, 1)
+        heads = self.query.shape[1]
+        return self._repeated(self.key, heads), self._repeated(self.value, heads)
+
+    @staticmethod
+    def _repeated(tensor: Tensor, heads: int) -> Tensor:
+        each = heads // max(1, tensor.shape[1])
+        return tensor if each == 1 else tensor.repeat_interleave(each, 1)
 
     @cached_property
     def _dense_bias(self) -> Tensor | None:
@@ -530,27 +533,44 @@ def fused_call(
     ``heads`` of the module are needed where they are part of the batch.
     """
     del enable_gqa  # fewer heads of keys say the same
-    query, key, value = (by_heads(tensor, heads) for tensor in (query, key, value))
+    dim = dim_of_heads(query.shape, heads)
+    query, key, value = (by_heads(tensor, heads, dim) for tensor in (query, key, value))
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
     name = "scaled_dot_product_attention"
     return FusedCall(name, query, key, value, scale, attn_mask, is_causal, dropout_p)
 
 
-def by_heads(tensor: Tensor, heads: int | None) -> Tensor:
+def dim_of_heads(shape: Sequence[int], heads: int | None) -> int:
+    """Return the dimension of the heads: -3, or another one before windows."""
+    if len(shape) < 5 or shape[-3] == heads:
+        return -3
+    found = [dim for dim in range(len(shape) - 3) if shape[dim] == heads]
+    return found[0] if len(found) == 1 else -3
+
+
+def by_heads(tensor: Tensor, heads: int | None, dim: int | None = None) -> Tensor:
     """Return ``tensor`` as ``(B, heads, N, d)``.
 
-    A tensor ``(B · heads, N, d)`` is split, and one ``(B, windows, heads, N, d)`` has its windows
-    in the batch.
+    A tensor ``(B · heads, N, d)`` is split. One ``(B, windows, heads, N, d)`` or ``(B, heads,
+    windows, N, d)`` has its windows in the batch. ``dim`` is that of the heads, where it is known.
     """
     if tensor.ndim > 4:
-        return tensor.flatten(0, -4)
+        dim = dim_of_heads(tensor.shape, heads) if dim is None else dim
+        return tensor.movedim(dim, -3).flatten(0, -4)
     if tensor.ndim == 4:
         return tensor
     tensor = tensor if tensor.ndim == 3 else tensor[None]
     if heads is None or len(tensor) % heads:
         return tensor[:, None]
     return tensor.reshape(-1, heads, *tensor.shape[1:])
+
+
+def as_given(tensor: Tensor, shape: Sequence[int], heads: int | None) -> Tensor:
+    """Return ``(B, heads, N, d)`` in the ``shape`` of which ``by_heads`` made it."""
+    dim = dim_of_heads(shape, heads)
+    moved = torch.empty(shape, device="meta").movedim(dim, -3).shape
+    return tensor.reshape(moved).movedim(-3, dim)
 
 
 def some_rows(length: int) -> list[int]:

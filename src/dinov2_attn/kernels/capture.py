@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dinov2_attn._compat import storage_of
-from dinov2_attn.errors import NotRecordedError
-from dinov2_attn.kernels.call import ExplicitCall, KernelCall, by_heads, fused_call
+from dinov2_attn.errors import NotEditedError, NotRecordedError
+from dinov2_attn.kernels.call import ExplicitCall, KernelCall, as_given, by_heads, fused_call
 from dinov2_attn.kernels.edited import Pattern, editable
 from dinov2_attn.kernels.place import Place, place_of
 from dinov2_attn.kernels.scores import Factors, Scores
@@ -107,6 +107,9 @@ class Capture(TorchFunctionMode):
         self._stops = stops
         self._edit = edit
         self._softmaxes: dict[int, _Softmax] = {}
+        # What dropout was given, for each tensor that came out of it, in the same layout.
+        self._undropped: dict[Hashable, Tensor] = {}
+        self._used: Tensor | None = None  # the softmax that was edited
         self._scores: Scores | None = None  # most kernels have no product to follow
         self.calls = 0
 
@@ -124,6 +127,8 @@ class Capture(TorchFunctionMode):
         super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         _CURRENT.capture = self._outer
         self._softmaxes.clear()
+        self._undropped.clear()
+        self._used = None
         self._scores = None
 
     def __torch_function__(
@@ -144,10 +149,12 @@ class Capture(TorchFunctionMode):
                 call,
                 lambda: func(*args, **kwargs),
                 self._heads_first,
-                lambda out: out.reshape(shape),
+                lambda out: as_given(out, shape, heads_of(self._module)),
             )
         if name == "softmax":
             return self._after_softmax(func(*args, **kwargs), args, kwargs)
+        if self._used is not None and name in _PRODUCTS:
+            self._refuse_second(args)
         if not self._softmaxes:
             return self._before_softmax(name, func, args, kwargs)
         if name in _PRODUCTS:
@@ -217,21 +224,52 @@ class Capture(TorchFunctionMode):
         return out
 
     def _other(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run ``func``, and follow a softmax through it."""
-        source = next(filter(None, map(self._found, args[:3])), None)
-        drops = "dropout" in name
-        if source is not None and drops and _drops_in_place(args, kwargs):
-            place = place_of(source.weights, self._heads_first)
-            source = source._replace(weights=source.weights.clone(), place=place)
+        """Run ``func``, and follow a softmax through it: a cast, a mask, a gate, a view."""
+        given = next((arg for arg in args[:3] if self._found(arg) is not None), None)
+        source = self._found(given)
+        if source is None or given is None or name.endswith("_like"):
+            return func(*args, **kwargs)
+        if "dropout" in name and (p := _probability(args, kwargs)):
+            return self._dropped(given, source, p, func, args, kwargs)
+        before = self._undropped.get(_layout(given))
+        if before is not None and name.endswith("_"):  # in place
+            before = before.clone()
         out = func(*args, **kwargs)
-        if source is not None and isinstance(out, Tensor) and out.numel() == source.tensor.numel():
-            # Before dropout; after a cast, a mask or a gate.
-            if drops:
-                found = source._replace(tensor=out, dropout=_probability(args, kwargs))
-                self._softmaxes[storage_of(out)] = found
-            else:
-                followed = _Softmax(out, out, factors=source.factors)
-                self._softmaxes.setdefault(storage_of(out), followed)
+        if not isinstance(out, Tensor) or out.numel() != source.tensor.numel():
+            return out
+        if before is not None:
+            with unseen():
+                before = func(*_with(args, given, before), **kwargs)
+            self._undropped[_layout(out)] = before
+            self._softmaxes.setdefault(storage_of(out), source._replace(tensor=out, weights=before))
+        elif "dropout" in name:
+            self._softmaxes[storage_of(out)] = _Softmax(out, out, factors=source.factors)
+        else:
+            # What is written into other memory may be a buffer of all layers.
+            copied = name.endswith("_") and storage_of(out) != storage_of(given)
+            followed = _Softmax(out, out.clone() if copied else out, factors=source.factors)
+            self._softmaxes.setdefault(storage_of(out), followed)
+        return out
+
+    def _dropped(
+        self,
+        given: Tensor,
+        source: _Softmax,
+        probability: float,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run dropout on ``given``, and keep what it was given."""
+        place, weights = None, self._undropped.get(_layout(given), given)
+        if _drops_in_place(args, kwargs):
+            place = place_of(weights, self._heads_first)
+            weights = weights.clone()
+        out = func(*args, **kwargs)
+        self._undropped[_layout(out)] = weights
+        place = source.place or place or place_of(weights, self._heads_first)
+        found = _Softmax(out, weights, probability, source.factors, place)
+        self._softmaxes[storage_of(out)] = found
         return out
 
     def _product(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -239,10 +277,15 @@ class Capture(TorchFunctionMode):
         if found is None:
             return func(*args, **kwargs)
         factor, call = found
+        if self._edit is not None:
+            self._used = factor.given
+            if factor.given.numel() != call.matrix.numel():
+                raise _in_parts(self._module, "a product of a part of it")
         self._softmaxes.clear()
 
         def multiplied(edited: Tensor) -> Any:
-            given = factor.like(edited.reshape(factor.last.shape))
+            edited = as_given(edited, factor.last.shape, heads_of(self._module))
+            given = factor.like(edited)
             return func(
                 *_with(args, factor.given, given),
                 **{key: given if value is factor.given else value for key, value in kwargs.items()},
@@ -251,6 +294,13 @@ class Capture(TorchFunctionMode):
         multiply = functools.partial(func, *args, **kwargs)
         last = self._heads_first(factor.last)
         return self.ran(call, multiply, self._heads_first, multiplied, last)
+
+    def _refuse_second(self, args: tuple[Any, ...]) -> None:
+        """Raise ``NotEditedError`` if a product takes weights whose edit it would not see."""
+        for arg in args:
+            used = self._used
+            if isinstance(arg, Tensor) and used is not None and storage_of(arg) == storage_of(used):
+                raise _in_parts(self._module, "another product of it")
 
     def _explicit(self, factors: Sequence[_Factor]) -> tuple[_Factor, ExplicitCall] | None:
         """Return the call if one of two factors is a softmax whose last dimension is summed."""
@@ -264,13 +314,20 @@ class Capture(TorchFunctionMode):
         """Return the call of a product of a softmax and values."""
         made_of = found.factors and [self._heads_first(one) for one in found.factors]
         query, key = made_of or (None, None)
+        weights, place = found.weights, found.place or place_of(found.weights, self._heads_first)
+        before = self._undropped.get(_layout(factor.given))
+        if before is not None:
+            weights = before.movedim(factor.dim, -1)
+        elif _is_whole(found, factor.given):  # the very tensor, also if it was permuted
+            weights = factor.last
+            place = place_of(factor.given, lambda g: self._heads_first(g.movedim(factor.dim, -1)))
         return ExplicitCall(
-            self._heads_first(found.weights.to(factor.given.dtype)),
+            self._heads_first(weights.to(factor.given.dtype)),
             self._heads_first(value.last.transpose(-2, -1)),
             query,
             key,
             dropout=found.dropout,
-            place=found.place or place_of(found.weights, self._heads_first),
+            place=place,
         )
 
     def _found(self, tensor: object) -> _Softmax | None:
@@ -318,6 +375,15 @@ def check_calls(calls: int, module: str, expected: int = 1) -> None:
         f"{calls} calls" if calls else "none that can be seen",
         "Leave this module out with layers=[...]. Weights made by exp and a sum, by "
         "flex_attention, or inside a custom or compiled operator cannot be seen.",
+    )
+
+
+def _in_parts(module: nn.Module, found: str) -> NotEditedError:
+    return NotEditedError(
+        f"one product of the whole softmax in {type(module).__name__}, so that an edit changes all "
+        "of its use",
+        found,
+        "Leave this layer out with layers=[...]. record(model) gives its weights.",
     )
 
 
@@ -373,6 +439,17 @@ def _factors_of_einsum(equation: Any, *operands: Any) -> list[_Factor]:
     if len(summed) != 1 or "." in inputs:
         return []
     return [_Factor(t, own.index(summed[0])) for t, own in zip(operands, names, strict=True)]
+
+
+def _is_whole(found: _Softmax, factor: Tensor) -> bool:
+    """Return whether ``factor`` has all numbers of a softmax, which nothing has written over."""
+    is_own = not found.dropout and storage_of(found.weights) == storage_of(factor)
+    return is_own and factor.numel() == found.weights.numel()
+
+
+def _layout(tensor: Tensor) -> Hashable:
+    """Return what tells ``tensor`` from other views of its memory."""
+    return storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _along_last(softmax: Tensor, factor: Tensor) -> bool:

@@ -129,7 +129,7 @@ class _Editor(Editor):
     """Changes the patterns of some layers, and counts how often."""
 
     def __init__(self, modules: Recorded, change: Change) -> None:
-        self._modules, self._change = modules, change
+        self._recorded, self._change = modules, change
         self._images: dict[tuple[int, int], Tensor] = {}
         self._stopped = False
         self.report = Edit(tuple(dict.fromkeys(modules.wanted.values())))
@@ -140,11 +140,11 @@ class _Editor(Editor):
 
     def wants(self, attention: nn.Module) -> bool:
         """Return whether ``attention`` is that of a layer to edit."""
-        return attention in self._modules.wanted
+        return attention in self._recorded.wanted
 
     def edit(self, attention: nn.Module, pattern: Pattern) -> Pattern:
         """Return the changed pattern."""
-        layer = self._modules.wanted[attention]
+        layer = self._recorded.wanted[attention]
         heads = heads_of(attention)
         if heads is not None and isinstance(pattern, EditedProduct) and pattern.heads != heads:
             raise NotEditedError(
@@ -165,7 +165,7 @@ class _Editor(Editor):
         """Raise ``NotEditedError`` if a layer to edit did not run."""
         ran = set(self.report.calls)
         missing = [layer for layer in self.report.layers if layer not in ran]
-        if ran and not self._modules.is_chosen:
+        if ran and not self._recorded.is_chosen:
             kinds = set(map(kind_of, ran))
             missing = [layer for layer in missing if kind_of(layer) in kinds]
         if not missing or (ran and self._stopped):
@@ -181,7 +181,7 @@ class _Editor(Editor):
 
     def _layout(self, attention: nn.Module, part: Part) -> Layout:
         """Return where the patches are among the tokens of ``part``."""
-        modules = self._modules
+        modules = self._recorded
         kind = kind_of(modules.wanted[attention])
         sibling = next(m for m, layer in modules.all.items() if kind_of(layer) == kind)
         for images in reversed(self._images.values()):

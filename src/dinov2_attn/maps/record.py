@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, NamedTuple, overload
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +163,9 @@ def record(
     recorder.check()
 
 
-# Models that ran their layers once in a pass, so that the next pass may end with the last of them.
-_RAN_ONCE: WeakSet[nn.Module] = WeakSet()
+# The sizes of images for which models ran their layers once in a pass. The next pass of that size
+# may end with the last of them. Other sizes may be cut into tiles.
+_RAN_ONCE: WeakKeyDictionary[nn.Module, set[tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def record_one(
@@ -178,7 +179,7 @@ def record_one(
     """Return the recording of one pass, which ends with the last of ``layers`` where it may.
 
     The first pass of a model that only contains a DINOv2, or none, runs to its end. It shows
-    whether the layers run once in a pass.
+    whether the layers run once in a pass with images of this size.
 
     Args:
         model: Any module with attention inside.
@@ -194,17 +195,19 @@ def record_one(
     modules = recorded_in(model, layers)
     recorder = _Recorder(modules, queries, heads, None, "first", None, None)
     whole = modules.whole
-    recorder.may_stop = modules.is_chosen and (modules.is_backbone or whole in _RAN_ONCE)
+    recorder.may_stop = modules.is_chosen
     attentions = [*modules.wanted, *modules.others]
     with (
         unrecorded(),
         recording(recorder, attentions, modules.entrances, [whole]),
+        # A pass that ends early may not come to the line that switches grad mode on again.
+        torch.set_grad_enabled(torch.is_grad_enabled()),
         suppress(StopPassError),
     ):
         run()
     recorder.check()
-    if modules.is_chosen and len(recorder.recording) == 1:
-        _RAN_ONCE.add(whole)
+    if modules.is_chosen and len(recorder.recording) == 1 and recorder.size is not None:
+        _RAN_ONCE.setdefault(whole, set()).add(recorder.size)
     return recorder.recording
 
 
@@ -243,6 +246,7 @@ class _Recorder:
     ) -> None:
         check_heads(heads)
         _check_options(reduce, check)
+        _check_layout(grid, prefix)
         self.modules = modules
         self._grid, self._queries = grid, queries
         if prefix is not None and grid is not None and queries == "patches":
@@ -260,6 +264,8 @@ class _Recorder:
         self._new = buffer.allocate
         self._course = Course()
         self._images: list[Tensor] = []
+        self._entered: set[nn.Module] = set()
+        self._rows: dict[str, Queries] = {}  # of each kind of attention
         self._kept: dict[Layer, list[_Batch]] = {}
         self._last: Layer | None = None
         self._whole, self._broken, self._seen = 0, 0, 0
@@ -267,19 +273,26 @@ class _Recorder:
         self._begun, self._clean = False, True
         self.recording: Recording[Any] = Recording()
         self.may_stop = False
+        self.size: tuple[int, ...] | None = None  # of the images, without their batch
         self.beside = Beside()
 
     @property
     def stops(self) -> bool:
         """Whether the next layer is the last one that is needed."""
-        needed = len(set(self.modules.wanted.values()))
-        return self.may_stop and len(self._kept) + 1 == needed
+        if not self.may_stop or len(self._kept) + 1 != len(set(self.modules.wanted.values())):
+            return False
+        return self.modules.is_backbone or self.size in _RAN_ONCE.get(self.modules.whole, ())
 
     def begin(self, entrance: nn.Module, images: Tensor) -> None:
         """Note the ``images`` of a pass; batches of a list come one by one."""
+        if self.size is None or entrance is self.modules.whole:
+            self.size = tuple(map(int, images.shape[1:]))
         if entrance in self.modules.entrances:
             self._seen += 1
         if self.modules.backbone is None:
+            if entrance is not self.modules.whole and entrance in self._entered and self._kept:
+                self._end_or_break_off()  # its layers ran, and another pass begins
+            self._entered.add(entrance)
             if entrance is self.modules.whole or not self._images:
                 self._images = [images]
         elif entrance in self.modules.entrances:
@@ -300,7 +313,8 @@ class _Recorder:
         self._course.ran(layer)
         if layer in self._kept and not self._runs_again_for_a_list(layer):
             self._end_or_break_off()
-        self._resolve_names(attention, call)
+        if kind_of(layer) not in self._rows:
+            self._rows[kind_of(layer)] = self._rows_of(attention, call)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.beside.gradients):
             self._kept.setdefault(layer, []).extend(self._batches(layer, call))
         self._last = layer
@@ -313,6 +327,11 @@ class _Recorder:
             self._seen += 1
             if self._kept and not self.modules.is_chosen:
                 self._end_layers()
+
+    def failed(self, module: nn.Module) -> None:
+        """Break a pass off that an exception ended."""
+        if module is self.modules.whole and (self._kept or self._images):
+            self._break_off()
 
     def check(self) -> None:
         """Raise ``NotRecordedError`` unless there were passes, and each with all of its layers."""
@@ -342,15 +361,15 @@ class _Recorder:
     def _batches(self, layer: Layer, call: KernelCall) -> Iterator[_Batch]:
         """Yield what is kept of each batch of a ``call``."""
         reduce = None if self._reduce is None else partial(self._reduce, layer)
-        own = call
+        own, queries = call, self._rows[kind_of(layer)]
         if self.beside.gradients:
             check_differentiable(call, layer)
             own = call.detached()
-        weights = own.weights(self._queries, self._heads, self._new)
+        weights = own.weights(queries, self._heads, self._new)
         each = weights if isinstance(weights, list) else [weights]
         slots: list[Slot | None] = [None] * len(each)
         if call.place is not None and self.beside.gradients:
-            slots = [*watch(call.place, own, len(each), self._queries, self._heads, reduce)]
+            slots = [*watch(call.place, own, len(each), queries, self._heads, reduce)]
         for one, slot, facets in zip(each, slots, own.facets(self.beside.facets), strict=True):
             rows = one.shape[-1] if isinstance(weights, list) else call.rows
             kept = one if reduce is None else reduce(one)
@@ -382,6 +401,7 @@ class _Recorder:
                 self._append(found, images, columns, rows)
         self._whole += 1
         self._images, self._kept, self._last = [], {}, None
+        self._entered = set()
         if self._clean and not self._begun:
             self._course.end(whole=True)
 
@@ -389,20 +409,19 @@ class _Recorder:
         self, found: dict[Layer, _Batch], images: Tensor | None, columns: int, rows: int
     ) -> None:
         """Append the maps of one batch and one kind of attention to the recording."""
-        prefix, grid = self._prefix_or_counted, self._grid
+        prefix, grid, first = self._prefix_or_counted, self._grid, next(iter(found))
         fits = grid is not None and prefix + math.prod(grid) <= columns
         maps: AttentionMaps[Any] = AttentionMaps(
             tuple(batch.kept for batch in found.values()),
             tuple(found.keys()),
             grid if fits else None,
             prefix,
-            positions(self._queries, rows),
+            positions(self._rows[kind_of(first)], rows),
             columns - prefix - math.prod(grid) if grid is not None and fits else 0,
             sources=_AT_KERNEL * len(found),
             facets=self._facets_of(found),
             _later=_gradients(found),
         )
-        first = next(iter(found))
         attention = next(m for m, layer in self.modules.wanted.items() if layer == first)
         self.recording.add(maps, None if fits else self._tokens(attention, images, columns))
 
@@ -416,25 +435,24 @@ class _Recorder:
         sibling = next(m for m, layer in modules.all.items() if kind_of(layer) == kind)
         return Tokens(modules.whole, modules.backbone, attention, columns, images, sibling)
 
-    def _resolve_names(self, attention: nn.Module, call: KernelCall) -> None:
-        """Replace the name of rows by the positions that it means."""
-        backbone = self.modules.backbone
-        if not isinstance(self._queries, str) or (self._queries == "cls" and backbone is not None):
-            return
+    def _rows_of(self, attention: nn.Module, call: KernelCall) -> Queries:
+        """Return the positions that the names of rows mean, for attention of this kind."""
+        backbone, queries = self.modules.backbone, self._queries
+        if not isinstance(queries, str) or (queries == "cls" and backbone is not None):
+            return queries
         images = self._images[-1] if self._images else None
         layout = self._tokens(attention, images, call.rows).layout()
-        if layout is None and backbone is not None:
-            self._queries = resolve_names(self._queries, backbone.registers)
-        elif layout is None and self._queries == "cls":
-            self._queries = 0  # of a sequence without images
-        elif layout is None:
-            raise InvalidInputError(
-                f"queries={self._queries!r} of a model whose token layout is known",
-                "a model in which no patch grid was found",
-                "Pass positions, or say prefix= too.",
-            )
-        else:
-            self._queries = named(self._queries, layout)
+        if layout is not None:
+            return named(queries, layout)
+        if backbone is not None:
+            return resolve_names(queries, backbone.registers)
+        if queries == "cls":
+            return 0  # of a sequence without images
+        raise InvalidInputError(
+            f"queries={queries!r} of a model whose token layout is known",
+            "a model in which no patch grid was found",
+            "Pass positions, or say prefix= too.",
+        )
 
     def _end_pass(self) -> None:
         if self._kept and not self.modules.is_chosen:
@@ -449,6 +467,7 @@ class _Recorder:
         self._broken += 1
         self._clean = False
         self._images, self._kept, self._last = [], {}, None
+        self._entered = set()
 
     def _not_recorded(self) -> NotRecordedError:
         layers = list(dict.fromkeys(self.modules.wanted.values()))
@@ -500,4 +519,19 @@ def _check_options(reduce: object, check: object) -> None:
             'check="first", check="every" or check=False',
             f"check={check!r}",
             'Leave it out to prove each layer in its first pass, or say "every".',
+        )
+
+
+def _check_layout(grid: object, prefix: object) -> None:
+    if not (prefix is None or (isinstance(prefix, int) and prefix >= 0)):
+        raise InvalidInputError(
+            "prefix as the number of tokens before the patches",
+            repr(prefix),
+            "Count CLS and the registers: prefix=5 for four registers.",
+        )
+    sides = list(grid) if isinstance(grid, tuple | list) else []
+    whole = all(isinstance(side, int) and side > 0 for side in sides)
+    if grid is not None and not (whole and len(sides) == 2):
+        raise InvalidInputError(
+            "grid as height and width of the patch grid", repr(grid), "Pass a pair: grid=(16, 16)."
         )

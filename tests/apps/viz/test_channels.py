@@ -226,7 +226,7 @@ def test_every_command_shows_the_model_its_channels(tmp_path, channels, checkpoi
 def test_an_image_of_other_channels_stops_before_anything_is_run(
     tmp_path, image, checkpoint, command, caplog
 ):
-    out = tmp_path / "out"
+    out = tmp_path / "page.html"
     given = [command, str(image), "-o", str(out), "--weights", str(checkpoint(5))]
     assert main([*given, "--mean", "0.5", "--std", "0.5"]) == (1 if command == "heatmap" else 2)
     assert "an image of 5 channels, as the model takes.\nFound" in caplog.text

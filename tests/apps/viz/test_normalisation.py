@@ -165,7 +165,8 @@ def test_what_is_typed_wrong(option, value, capsys):
 @pytest.mark.usefixtures("imported")
 @pytest.mark.parametrize("command", ["heatmap", "explore", "extract"])
 def test_a_mean_of_other_channels_stops_before_anything_is_read(tmp_path, command, caplog):
-    out = tmp_path / "out"
-    assert run(command, tmp_path / "absent.png", out, "--mean", "0.5,0.5") == 2
+    image, out = tmp_path / "broken.png", tmp_path / "page.html"
+    image.write_bytes(b"no image")  # which nothing may read
+    assert run(command, image, out, "--mean", "0.5,0.5") == 2
     assert "mean as one number, or 3, the model taking 3 channels.\nFound 2" in caplog.text
     assert not out.exists()

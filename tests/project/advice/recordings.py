@@ -86,6 +86,18 @@ case(
 )
 case(
     "maps",
+    "Count CLS and the registers: prefix=5",
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), prefix=-1),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), prefix=1),
+)
+case(
+    "maps",
+    "Pass a pair: grid=(16, 16)",
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), grid=6),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), grid=(2, 3)),
+)
+case(
+    "maps",
     "Pass positions, or say prefix= too",
     lambda lab: recorded(*from_tokens(lab), queries="patches"),
     lambda lab: (

@@ -1,0 +1,160 @@
+"""Where heads stand in what a kernel is given: before windows, behind them, in the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dinov2_attn
+from dinov2_attn.errors import NotEditedError
+from tests.support.strategies import noise
+from tests.support.tolerances import assert_close, assert_same_bits
+
+B, H, W, N, D = 2, 3, 4, 5, 6
+
+
+class Windows(nn.Module):
+    """Attention in windows, with the heads before or behind them."""
+
+    num_heads = H
+
+    def __init__(self, order, kernel):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(H * D, 3 * H * D), nn.Linear(H * D, H * D)
+        self.order, self.kernel, self.seen = order, kernel, {}
+
+    def forward(self, x):
+        parts = self.qkv(x).unflatten(-1, (3, H, D)).movedim(-3, 0)  # (3, B, W, N, H, D)
+        query, key, value = (part.transpose(2, 3) for part in parts)  # (B, W, H, N, D)
+        scores = torch.einsum("bwhqd,bwhkd->bwhqk", query, key) / D**0.5
+        self.seen = {"truth": scores.softmax(-1).detach().flatten(0, 1), "value": value}
+        if self.order == "heads first":
+            query, key, value = (t.transpose(1, 2).contiguous() for t in (query, key, value))
+        out = self.kernel(query, key, value)
+        if self.order == "heads first":
+            out = out.transpose(1, 2)
+        self.seen["out"] = out
+        return self.proj(out.transpose(2, 3).flatten(-2))
+
+
+def explicit(query, key, value):
+    return (query @ key.mT / D**0.5).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("kernel", [F.scaled_dot_product_attention, explicit])
+@pytest.mark.parametrize("order", ["heads first", "windows first"])
+def test_heads_are_told_from_windows(order, kernel):
+    model = nn.Sequential(Windows(order, kernel)).eval()
+    x = noise(B, W, N, H * D, seed=0).float()
+    with torch.no_grad():
+        with dinov2_attn.record(model, check="every") as maps:
+            model(x)
+        assert_close(maps.weights[0], model[0].seen["truth"])
+        with dinov2_attn.edit(model, heads=[1]):
+            model(x)
+        gone = model[0].seen["out"]
+        assert gone[:, :, 1].abs().max() == 0
+        assert gone[:, :, 0].abs().min() > 0
+        with dinov2_attn.edit(model, weights=lambda layer, weights: weights.flip(-1)):
+            model(x)
+        flipped = model[0].seen["truth"].flip(-1).unflatten(0, (B, W))
+        assert_close(model[0].seen["out"], flipped @ model[0].seen["value"])
+
+
+class Explicit(nn.Module):
+    """Explicit attention, with something between the softmax and the product."""
+
+    num_heads = H
+
+    def __init__(self, between):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(H * D, 3 * H * D), nn.Linear(H * D, H * D)
+        self.mix = nn.Linear(H, H)
+        self.between, self.truth = between, None
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
+        weights = (query @ key.mT / D**0.5).softmax(-1)
+        out = self.between(self, weights, value)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def talking(module, weights, value):
+    mixed = module.mix(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    module.truth = mixed.clone()
+    return F.dropout(mixed, 0.3, training=False) @ value
+
+
+def cast_after_dropout(module, weights, value):
+    module.truth = weights.clone()
+    return F.dropout(weights.double(), 0.5, training=True).to(value.dtype) @ value
+
+
+def viewed_after_dropout(module, weights, value):
+    module.truth = weights.clone()
+    dropped = F.dropout(weights.transpose(1, 2), 0.5, training=True)
+    return dropped.transpose(1, 2) @ value
+
+
+def twice_dropped(module, weights, value):
+    module.truth = weights.clone()
+    return F.dropout(F.dropout(weights, 0.3, training=True), 0.3, training=True) @ value
+
+
+def out_of_a_buffer(module, weights, value):
+    module.truth = weights.clone()
+    module.buffer = torch.empty_like(weights) if not hasattr(module, "buffer") else module.buffer
+    module.buffer.copy_(weights)
+    out = module.buffer @ value
+    module.buffer.zero_()
+    return out
+
+
+def transposed_product(module, weights, value):
+    module.truth = weights.clone()
+    return (value.mT @ weights.mT).mT
+
+
+KINDS = (
+    talking,
+    cast_after_dropout,
+    viewed_after_dropout,
+    twice_dropped,
+    out_of_a_buffer,
+    transposed_product,
+)
+
+
+@pytest.mark.parametrize("between", KINDS)
+def test_what_is_multiplied_comes_back_before_dropout(between):
+    model = nn.Sequential(Explicit(between))
+    with torch.no_grad(), dinov2_attn.record(model) as maps:
+        model(noise(B, N, H * D, seed=0).float())
+    assert_close(maps.weights[0], model[0].truth)
+
+
+def relative(module, weights, value):
+    """Products with values and with embeddings of positions, as of Shaw et al."""
+    return weights @ value + torch.einsum("bhij,ijd->bhid", weights, torch.ones(N, N, D))
+
+
+def in_chunks(module, weights, value):
+    return torch.cat([weights[:, :, i : i + 2] @ value for i in range(0, N, 2)], 2)
+
+
+@pytest.mark.parametrize("between", [relative, in_chunks])
+@pytest.mark.parametrize("change", [{"heads": [0]}, {"keys": [1]}], ids=str)
+def test_an_edit_that_would_miss_a_product_is_refused(between, change):
+    model, x = nn.Sequential(Explicit(between)).eval(), noise(B, N, H * D, seed=0).float()
+    with torch.no_grad(), dinov2_attn.record(model) as maps:
+        plain = model(x)
+    assert maps.weights[0].shape == (B, H, N, N)
+    with (
+        pytest.raises(NotEditedError, match="one product of the whole softmax in Explicit"),
+        torch.no_grad(),
+        dinov2_attn.edit(model, **change),
+    ):
+        model(x)
+    assert_same_bits(model(x), plain)
