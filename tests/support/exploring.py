@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import matplotlib
 import numpy as np
 import pytest
 
+from dinov2_attn.apps.viz.limits import scale
+from dinov2_attn.apps.viz.style import Style
 from dinov2_attn.math.selection import name_token
 from tests.support import browser
 
@@ -74,7 +78,7 @@ def assert_reads(page, query, key, expected):
 def assert_colours(page, line, *, log=False, limits=None):
     """The canvas is viridis of the line that is shown, by default with robust limits."""
     pixels = np.array(page.run(PIXELS)).reshape(*GRID, 4)
-    low, high = limits or robust(line, log=log)
+    low, high = limits or limits_of(line, log=log)
     assert page.value("low") == pytest.approx(low, rel=1e-9, abs=1e-15)
     assert page.value("high") == pytest.approx(high, rel=1e-9)
     share = (line[PREFIX:] - low) / (high - low)
@@ -85,10 +89,20 @@ def assert_colours(page, line, *, log=False, limits=None):
     assert len(np.unique(colours.reshape(-1, 4), axis=0)) > 5
 
 
-def robust(lines, *, log=False):
-    """Limits that a few large patches do not decide."""
-    patches = lines[..., PREFIX:]
-    return (patches.min() if log else 0.0), np.percentile(patches, 99.5)
+def limits_of(lines, limits="robust", *, log=False):
+    """The limits that pictures give the maps of these lines, the outlier being marked."""
+    mask = np.zeros(GRID, bool)
+    mask[OUTLIER] = True
+    maps = N * lines[..., PREFIX:].reshape(-1, *GRID)
+    norm = scale(maps, Style(limits=limits, log=log), mask)
+    return norm.vmin / N, norm.vmax / N
+
+
+def wait_for(page, script, *arguments):
+    end = time.monotonic() + 20
+    while not page.run(script, *arguments):
+        assert time.monotonic() < end, script
+        time.sleep(0.05)
 
 
 PIXELS = """

@@ -19,11 +19,11 @@ from tests.support.exploring import (
     assert_reads,
     choose,
     click,
+    limits_of,
     option,
     over,
     photo,
     position,
-    robust,
     weights,
 )
 
@@ -73,9 +73,9 @@ def test_letters_and_digits(page, exact, shown):
     page.press("2", "m", ".", "[", "r")
     page.hover(over(page, (2, 1)))
     assert_reads(page, position((2, 1)), 2, weights(exact, layer=1, head=1))
-    page.press("l", "r", "s", "s", "o")
+    page.press("l", "r", "s", "o")
     heads = np.stack([weights(shown, 1, head)[2] for head in range(HEADS)])
-    limits = robust(heads, log=True)
+    limits = limits_of(heads, "shared", log=True)
     assert_colours(page, weights(shown, 1, 1)[2], log=True, limits=limits)
     assert not page.run("return document.getElementById('outliers').checked")
     page.press("c", ",", "]")

@@ -6,8 +6,11 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
+from dinov2_attn import AttentionMaps, viz
 from dinov2_attn.apps.explorer.write import write_page
+from dinov2_attn.apps.viz.limits import scale
 from tests.support.exploring import (
     CORNERS,
     GRID,
@@ -20,14 +23,16 @@ from tests.support.exploring import (
     assert_reads,
     choose,
     click,
+    limits_of,
     option,
     over,
     photo,
     position,
-    robust,
+    wait_for,
     weights,
 )
-from tests.support.figure_probes import maps_on
+from tests.support.figure_probes import artifacts_at, maps_on
+from tests.support.pages import Page
 
 pytest_plugins = ["tests.support.open_pages"]  # fixtures: exact, shown, pages, chromium, page
 pytestmark = NEEDS_CHROMIUM
@@ -113,7 +118,7 @@ def test_the_head_slider_and_the_mean(page, exact, shown):
         assert_colours(page, weights(shown, head=head)[position((1, 1))])
     click(page, "label:has(#mean)")
     page.hover(over(page, (0, 3)))
-    assert page.text("head-value") == "mean"
+    assert page.text("head-value") == "off, mean is on"
     assert_reads(page, position((1, 1)), position((0, 3)), weights(exact))
 
 
@@ -147,21 +152,75 @@ def test_linear_and_log(page, exact, shown):
     assert_colours(page, line)
 
 
-def test_limits_are_robust_of_the_map_or_shared(page, shown):
+def test_limits_are_those_of_pictures_by_name(page, shown):
     choose(page, (2, 2))
     line = weights(shown)[position((2, 2))]
     heads = np.stack([weights(shown, head=head)[position((2, 2))] for head in range(HEADS)])
     assert_colours(page, line)
-    assert "lie above the colours" in page.text("sentence")
-    click(page, option("limits", on="map"))
-    assert_colours(page, line, limits=(line[PREFIX:].min(), line[PREFIX:].max()))
-    assert "lie above the colours" not in page.text("sentence")
+    click(page, option("limits", on="each"))
+    assert_colours(page, line, limits=limits_of(line, "each"))
     click(page, option("limits", on="shared"))
-    assert_colours(page, line, limits=robust(heads))
+    assert_colours(page, line, limits=limits_of(heads, "shared"))
     click(page, "label:has(#mean)")
-    assert_colours(page, heads[0], limits=robust(heads))
+    assert_colours(page, heads[0], limits=limits_of(heads, "shared"))
     click(page, option("limits", on="robust"))
     assert_colours(page, heads[0])
+
+
+# What stands out in a map: how many patches, how high, and whether the first is an artifact.
+SPOTS = {
+    "nothing": (0, 1, False),
+    "three patches, far above": (3, 20, False),
+    "three patches that hold most": (3, 2000, False),
+    "three patches, not twice as high": (3, 1.9, False),
+    "one more than may": (4, 20, False),
+    "an artifact": (1, 20, True),
+    "an artifact and three others": (4, 20, True),
+}
+
+
+@pytest.fixture(scope="module")
+def spotted(tmp_path_factory):
+    """A page with one layer for each of ``SPOTS``, and its stored weights by layer."""
+    grid, random = (18, 16), np.random.default_rng(0)
+    matrices = []
+    for count, size, _ in SPOTS.values():
+        row = random.uniform(0.5, 1, (1, 2, 1, 1 + 18 * 16))
+        row[..., 1 : 1 + count] = size * random.uniform(1, 1.01, count)
+        matrices.append(torch.from_numpy(row / row.sum(-1, keepdims=True)))
+    path = tmp_path_factory.mktemp("spotted")
+    maps = AttentionMaps(tuple(matrices), tuple(range(len(matrices))), grid, 1, (0,))
+    picture = np.zeros((18, 16, 3), np.uint8)
+    write_page(path / "plain.html", picture, maps)
+    write_page(path / "marked.html", picture, maps, outliers=artifacts_at(grid, (0, 0)))
+    return path
+
+
+@pytest.mark.parametrize("limits", ["robust", "shared", "each"])
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("name", ["plain", "marked"])
+def test_limits_are_the_numbers_of_pictures(chromium, spotted, name, limits, log):
+    mask = np.zeros((18, 16), bool)
+    mask[0, 0] = name == "marked"
+    stored = Page(spotted / f"{name}.html")
+    chromium.open(spotted / f"{name}.html")
+    for layer in range(len(SPOTS)):
+        heads = np.stack([stored.layer(layer)["each"][head, 0] for head in (0, 1)])
+        maps = heads[:, 1:].reshape(2, 18, 16) * 289
+        style = viz.Style(limits=limits, log=log)
+        norm = scale(maps if limits == "shared" else maps[:1], style, mask)
+        chromium.run(
+            "location.hash = arguments[0]",
+            f"layer={layer}&head=0&limits={limits}&scale={'log' if log else 'linear'}",
+        )
+        wait_for(
+            chromium, f"return document.getElementById('layer-value').textContent === '{layer}'"
+        )
+        assert chromium.value("low") * 289 == pytest.approx(norm.vmin, rel=1e-9)
+        assert chromium.value("high") * 289 == pytest.approx(norm.vmax, rel=1e-9)
+        assert chromium.run("return document.getElementById('above').hidden") == (
+            maps[0].max() <= norm.vmax * (1 + 1e-9)
+        )
 
 
 def test_outliers_are_marked_or_not(page):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import time
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from dinov2_attn.apps.viz.text import NO_MEANING
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.math.selection import name_token
 from tests.support import upstreams
-from tests.support.exploring import NEEDS_CHROMIUM
+from tests.support.exploring import NEEDS_CHROMIUM, wait_for
 from tests.support.strategies import noise, randomise
 
 pytest_plugins = ["tests.support.open_pages"]  # fixtures: exact, pages, chromium
@@ -71,13 +70,6 @@ def open_at(page, path, fragment="", **options):
     page.open(path, **options)
     page.run("location.hash = arguments[0]", fragment)
     wait_for(page, "return document.getElementById('sentence').textContent !== ''")
-
-
-def wait_for(page, script, *arguments):
-    end = time.monotonic() + 20
-    while not page.run(script, *arguments):
-        assert time.monotonic() < end, script
-        time.sleep(0.05)
 
 
 def position(patch):

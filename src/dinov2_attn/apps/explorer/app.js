@@ -7,7 +7,7 @@ const TOKENS = PREFIX + ROWS * COLUMNS;
 const VIRIDIS = fromBase64(about.viridis);
 const OUTLIERS = new Set(about.outliers);
 const layers = about.layers.map((layer) => new Layer(layer, TOKENS, document));
-const LIMITS = ["robust", "map", "shared"];
+const LIMITS = ["robust", "shared", "each"];
 
 const $ = (id) => document.getElementById(id);
 const form = $("controls");
@@ -39,7 +39,8 @@ function times(weight, digits = 3) {
   const value = weight * TOKENS;
   if (value === 0) return "0";
   const size = Math.abs(value);
-  return size >= 1000 || size < 0.001 ? value.toExponential(digits - 1) : value.toPrecision(digits);
+  const text = size >= 1000 || size < 0.001 ? value.toExponential(digits - 1) : value.toPrecision(digits);
+  return text.replace(/^-/, "−");
 }
 
 function put(id, value, text) {
@@ -64,7 +65,7 @@ function describe(layer, line, limits) {
   put("doubt", doubt ?? "", doubt === null ? "" : `± ${number(doubt, 2)}`);
   put("low", line ? limits[0] : "", line ? times(limits[0]) : "");
   put("high", line ? limits[1] : "", line ? times(limits[1]) : "");
-  $("above").hidden = !line || extremesOf([line], false)[1] <= limits[1];
+  $("above").hidden = !line || extremesOf(line)[1] <= limits[1];
   $("missing").hidden = Boolean(line);
   $("missing").textContent = line ? "" : lacking(layer, column);
   $("sentence").textContent = line ? inOneSentence(line, layer, column, limits) : lacking(layer, column);
@@ -89,7 +90,7 @@ function inOneSentence(line, layer, column, limits) {
   const above = patches.reduce((count, weight) => count + (weight > limits[1]), 0);
   const share = (part) => `${((100 * sum(part)) / (whole || 1)).toFixed(1)} %`;
   const holders = PREFIX > 1 ? "CLS and registers" : "CLS";
-  const holding = `${column ? "give" : PREFIX > 1 ? "hold" : "holds"} ${share(line.subarray(0, PREFIX))}`;
+  const holding = `${PREFIX > 1 ? (column ? "give" : "hold") : column ? "gives" : "holds"} ${share(line.subarray(0, PREFIX))}`;
   const parts = [
     `${nameOf(chosen())}, layer ${layer.number}, ${headName()}: highest ` +
       `${column ? "from" : "at"} ${nameOf(PREFIX + high)} (${times(patches[high])} × uniform)`,
@@ -189,7 +190,7 @@ function showHeads(layer, lines, line, together, kind, log) {
     lines.length || !line
       ? together
         ? "Click one to show it. One scale for all."
-        : "Click one to show it. Each on its own scale."
+        : "Click one to show it. Each on its own scale; heads.png of heatmap has one for all."
       : "Only the mean of heads is kept for this token.";
   for (const { head, button, sheet } of tiles) {
     const own = head === MEAN ? (lines.length ? meanOf(lines) : line) : lines[head];
@@ -207,7 +208,7 @@ function controls(layer) {
   $("mean").checked = lone;
   $("head").disabled = lone;
   if (!lone) $("head").value = view.head;
-  $("head-value").textContent = lone ? "mean" : view.head;
+  $("head-value").textContent = lone ? "off, mean is on" : view.head;
   $("head").setAttribute("aria-valuetext", headName());
   const column = isOn("column");
   mark($("layers-kept"), layers, (one) => one.has(view.head, chosen(), column));

@@ -45,7 +45,15 @@ what each token gets if attention is spread evenly. The share beside it is the w
 <b id="worst">{error}</b>. The number after ± is the error bound of one weight. Numbers are shown
 with four digits; the data elements of the page hold all digits.</p>
 <p>{mean}</p>
-<p>Outliers {outliers} are patches with an unusually large norm. Their weights are not changed.</p>
+<p>Colours begin at 0. With Log they begin at the smallest weight above 0, at most four decades
+below the end. They end by the rules of the command line. <b>Robust</b> ends at the highest patch
+of this map, or below the few highest patches: 0.5 % of them, in small maps 2 % but at most three.
+It ends below them if the highest is more than twice the next patch, and if they hold at most two
+thirds of the attention to patches. <b>Shared</b> ends at the highest patch of all heads of the
+layer, <b>Each</b> at that of this map. overlay.png of heatmap has the same limits. In heads.png
+one robust scale is for the mean and all heads together.</p>
+<p>Outliers {outliers} are patches with an unusually large norm. Their weights are not changed. If
+they are marked, Robust and Each leave them out of the limits.</p>
 {read}<p>Kept: {kept}.{left_out}</p>"""
 
 _AS_WEIGHTS = (

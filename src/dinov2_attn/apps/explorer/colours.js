@@ -1,31 +1,19 @@
 // Colours: limits of a map, and what is painted.
 
-/** The minimum and maximum of the patches; for logarithms the minimum above zero. */
-function extremesOf(lines, log) {
+/** The minimum and maximum of the patches. */
+function extremesOf(line) {
   let low = Infinity;
   let high = -Infinity;
-  for (const line of lines) {
-    for (let i = PREFIX; i < line.length; i++) {
-      if (line[i] < low && !(log && line[i] <= 0)) low = line[i];
-      if (line[i] > high) high = line[i];
-    }
+  for (let i = PREFIX; i < line.length; i++) {
+    if (line[i] < low) low = line[i];
+    if (line[i] > high) high = line[i];
   }
-  return [Math.min(low, high), high];
-}
-
-/** The 99.5th percentile of the patches, interpolated as numpy.percentile does. */
-function nearlyHighest(lines) {
-  const count = lines.length * (TOKENS - PREFIX);
-  const place = 0.995 * (count - 1);
-  const top = new Float64Array(count - Math.floor(place)).fill(-Infinity);
-  for (const line of lines) collectHighest(line, PREFIX, top);
-  const next = Math.min(1, top.length - 1);
-  return top[0] + (place - Math.floor(place)) * (top[next] - top[0]);
+  return [low, high];
 }
 
 /** Put the highest numbers of `line` into `top`, which is ascending. */
-function collectHighest(line, start, top) {
-  for (let i = start; i < line.length; i++) {
+function collectHighest(line, top) {
+  for (let i = 0; i < line.length; i++) {
     if (line[i] <= top[0]) continue;
     let at = 0;
     for (; at + 1 < top.length && top[at + 1] < line[i]; at++) top[at] = top[at + 1];
@@ -35,16 +23,53 @@ function collectHighest(line, start, top) {
 
 function highest(line, count) {
   const top = new Float64Array(count).fill(-Infinity);
-  collectHighest(line, 0, top);
+  collectHighest(line, top);
   return top;
 }
 
-/** Where the colours of a map begin and end. */
-function limitsOf(lines, kind, log) {
-  const [low, high] = extremesOf(lines, log);
-  if (kind === "map") return [low, high];
-  const end = nearlyHighest(lines);
-  return [log ? Math.min(low, end) : 0, end];
+// The rule of limits is that of apps/viz/limits.py: pictures and page give a map the same ones.
+const DECADES = 4;
+const [ABOVE, ABOVE_SMALL, FEW] = [0.005, 0.02, 3];
+const STANDS_OUT = 2;
+const MOST = 2 / 3;
+const NONE = new Set();
+
+/** The outliers that have no part in limits: those that are marked. */
+const spared = () => ($("outliers").checked ? OUTLIERS : NONE);
+
+/** The patches that may set limits: all but the outliers, unless they are all. */
+function counted(line, outliers) {
+  const patches = line.subarray(PREFIX);
+  if (!outliers.size || outliers.size === patches.length) return patches;
+  return patches.filter((_, patch) => !outliers.has(PREFIX + patch));
+}
+
+/** Where robust colours end: at the highest patch, or below a few that stand out. */
+function robustEnd(patches) {
+  const count = patches.length;
+  const above = Math.floor(Math.max(ABOVE * count, Math.min(FEW, ABOVE_SMALL * count)));
+  const top = highest(patches, above + 1);
+  const [usual, most] = [top[0], top[above]];
+  if (!(usual > 0 && usual * STANDS_OUT < most)) return most;
+  const sum = (total, weight) => total + weight;
+  const held = top.filter((weight) => weight > usual).reduce(sum, 0);
+  return held <= MOST * patches.reduce(sum, 0) ? usual : most;
+}
+
+/** Where the colours of maps begin and end: robust of one, of each one, or shared by several. */
+function limitsOf(lines, kind, log, outliers = spared()) {
+  const maps = lines.map((line) => counted(line, kind === "shared" ? NONE : outliers));
+  const ends = maps.map((patches) => (kind === "robust" ? robustEnd(patches) : highest(patches, 1)[0]));
+  const high = Math.max(...ends) || 1 / TOKENS;
+  if (!log) return [0, high];
+  const low = Math.max(leastAboveZero(maps, high), high / 10 ** DECADES);
+  return [low, high > low ? high : 10 * low];
+}
+
+function leastAboveZero(maps, otherwise) {
+  let least = Infinity;
+  for (const patches of maps) for (const weight of patches) if (weight > 0 && weight < least) least = weight;
+  return least === Infinity ? otherwise : least;
 }
 
 function shade(weight, [low, high], log) {

@@ -29,14 +29,14 @@ function compare(line) {
   if (!pinned) return;
   const other = pinned.line();
   $("pinned-name").textContent = pinned.name;
-  paint(pinnedSheet, other, other && limitsOf([other], pinned.kind, pinned.log), pinned.log);
+  paint(pinnedSheet, other, other && limitsOf([other], pinned.kind, pinned.log, pinned.outliers?.()), pinned.log);
   const both = Boolean(line && other);
   const difference = both ? line.map((weight, i) => weight - other[i]) : new Float64Array(TOKENS);
-  const [low, high] = extremesOf([difference], false);
+  const [low, high] = extremesOf(difference);
   const most = Math.max(-low, high, 0);
   paintDifference(differenceSheet, difference, most);
   put("difference-high", most, `+${times(most)} ×`);
-  put("difference-low", -most, `−${times(most)} ×`);
+  put("difference-low", -most, `${times(-most)} ×`);
   $("difference-sentence").textContent = both ? differenceInWords(difference, low, high) : "Not kept on this page.";
 }
 
@@ -72,7 +72,9 @@ async function pinPage(page) {
     if (layer && !layer.ready) layer.load().then(show, cannotRead);
     return layer?.ready ? layer.line(view.head, chosen(), isOn("column")) : null;
   };
-  setPin({ name: `the same token, layer and head of ${name}`, line, kind: "robust", log: false });
+  const found = new Set(other.outliers);
+  const outliers = () => ($("outliers").checked ? found : NONE);
+  setPin({ name: `the same token, layer and head of ${name}`, line, outliers, kind: "robust", log: false });
 }
 
 function bars() {
