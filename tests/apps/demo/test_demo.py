@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 import sys
 
@@ -305,6 +306,9 @@ def test_the_command_draws_scenes_and_attention(tmp_path, capsys):
     assert f"wrote {first / 'heads.png'}: the target is outlined" in printed
     assert f"page: {first / 'page.html'}: " in printed
     assert "\nThe model is a small" in printed
+    known = inspect.signature(type(load_demo_model())).parameters
+    named = "dinov2_vits14_reg" if "num_register_tokens" in known else "dinov2_vits14"
+    assert f"next: dinov2-attn heatmap YOUR_IMAGE.jpg -o maps --model {named}\n" in printed
     assert (first / "page.html").read_text().count("scene 7 (square)") > 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -95,11 +96,11 @@ def run(args: argparse.Namespace) -> int:
             say(args, f"{drawn.folder}: the map's maximum is {place}")
             found += hit
             shown.append(drawn)
-        _end(args, found, shown)
+        _end(args, found, shown, loaded.model)
     return 0
 
 
-def _end(args: argparse.Namespace, found: int, shown: list[Drawn]) -> None:
+def _end(args: argparse.Namespace, found: int, shown: list[Drawn], model: object) -> None:
     first = shown[0]
     say(args, f"pointing game: {found} of {args.count}")
     say(args, wrote(args, first.folder, first.files, WHAT_TO_SEE))
@@ -111,9 +112,15 @@ def _end(args: argparse.Namespace, found: int, shown: list[Drawn]) -> None:
         if drawn.removed:
             say(args, removed(args, drawn.folder, drawn.removed))
     say(args, WHAT_IT_IS)
-    say(args, "next: dinov2-attn heatmap YOUR_IMAGE.jpg -o maps --model dinov2_vits14_reg")
+    say(args, f"next: dinov2-attn heatmap YOUR_IMAGE.jpg -o maps --model {_published(model)}")
     if args.open:
         open_file(first.folder / first.files[0])
+
+
+def _published(model: object) -> str:
+    """Return the name of a published model that the code of ``model`` can build."""
+    known = inspect.signature(type(model)).parameters
+    return "dinov2_vits14_reg" if "num_register_tokens" in known else "dinov2_vits14"
 
 
 def _show(
