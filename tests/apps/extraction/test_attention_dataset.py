@@ -52,6 +52,15 @@ def test_each_image_is_read_in_any_order(out):
     assert len(dataset._open) <= MOST_OPEN
 
 
+def test_it_is_said_in_one_line(out):
+    maps = AttentionDataset(out)
+    said = f"AttentionDataset({str(out)!r}, images={len(maps)}, layers="
+    assert repr(maps).startswith(said)
+    assert "queries=[" in repr(maps)
+    assert "\n" not in repr(maps)
+    assert f"images={len(maps[:2])}, " in repr(maps[:2])
+
+
 def test_what_was_not_read_is_listed(out):
     dataset = AttentionDataset(out)
     (refused,) = dataset.unreadable()

@@ -382,6 +382,13 @@ def test_another_extraction_is_refused_and_the_first_stays(model, images, tmp_pa
     assert files_of(tmp_path) == before
 
 
+def test_a_difference_is_said_once(model, images, tmp_path):
+    extract(model, images, tmp_path)
+    with pytest.raises(InvalidInputError) as refused:
+        extract(model, images, tmp_path, layers=2)
+    assert str(refused.value).count("layers: ") == 1
+
+
 def test_other_weights_and_other_images_are_another_extraction(grafted, model, images, tmp_path):
     extract(model, images, tmp_path / "out")
     other = build(grafted)

@@ -39,7 +39,10 @@ def test_a_folder_is_written(source, tmp_path, capsys):
     assert said.err == ""  # no bar outside of a terminal
     assert f"wrote {tmp_path / 'out' / 'README.md'}: what the files hold" in said.out
     assert f"in Python: dinov2_attn.AttentionDataset('{tmp_path / 'out'}')" in said.out
-    assert f"next: dinov2-attn summary {tmp_path / 'out'} -o sheet.html" in said.out
+    assert (
+        f"next: dinov2-attn summary {tmp_path / 'out'} -o sheet.html --images {source}\n"
+        in said.out
+    )
     shapes = [tuple(maps.shape) for _, maps, _ in stored(tmp_path / "out")]
     assert shapes == [(1, 2, 1, 3, 3), (1, 2, 1, 3, 5), (1, 2, 1, 5, 3), (1, 2, 1, 3, 3)]
     about = json.loads((tmp_path / "out" / "extraction.json").read_text())

@@ -193,11 +193,11 @@ def run(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         say(args, str(done))
         if not args.dry_run:
-            _end(args)
+            _end(args, sources)
     return 1 if done.unreadable else 0
 
 
-def _end(args: argparse.Namespace) -> None:
+def _end(args: argparse.Namespace, sources: list[Path]) -> None:
     """Print the files, the first image without maps with its reason, and how to go on."""
     say(args, f"wrote {args.output / 'README.md'}: what the files hold  <- open this")
     say(args, f"in Python: {READ.format(str(args.output))}")
@@ -206,7 +206,10 @@ def _end(args: argparse.Namespace) -> None:
         for line in islice(lines, 1):
             first = json.loads(line)
             say(args, f"{unreadable}, first: {first['path']}: {first['reason']}")
-    say(args, f"next: dinov2-attn summary {shlex.quote(str(args.output))} -o sheet.html")
+    next_one = ["dinov2-attn", "summary", str(args.output), "-o", "sheet.html"]
+    if len(sources) == 1 and sources[0].is_dir():
+        next_one += ["--images", str(sources[0])]
+    say(args, f"next: {shlex.join(next_one)}")
 
 
 def _workers() -> int:

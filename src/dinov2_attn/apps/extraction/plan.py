@@ -89,11 +89,11 @@ def plan(
 
 
 def differences(mine: object, theirs: object, where: str = "") -> list[str]:
-    """Return one line for each difference between the contents of two plans."""
+    """Return one line for each difference between the contents of two plans, each once."""
     if isinstance(mine, dict) and isinstance(theirs, dict):
         keys = list(dict.fromkeys([*theirs, *mine]))
         nested = (differences(mine.get(key), theirs.get(key), key) for key in keys)
-        return [line for lines in nested for line in lines]
+        return list(dict.fromkeys(line for lines in nested for line in lines))
     return [] if mine == theirs else [f"{where}: {json.dumps(theirs)}, now {json.dumps(mine)}"]
 
 

@@ -20,6 +20,7 @@ from dinov2_attn.apps.extraction import layout
 from dinov2_attn.apps.extraction.collate import collate
 from dinov2_attn.apps.extraction.frame import frame_of
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError, UnreadableFileError
+from dinov2_attn.maps import _facts
 
 if TYPE_CHECKING:
     import pandas
@@ -81,6 +82,17 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         self._starts = _line_starts(self.folder)
         self._open: dict[str, Any] = {}
         self._places: dict[str, list[int]] | None = None
+
+    def __repr__(self) -> str:
+        tensors = self.about["tensors"]
+        layers, queries = (
+            _facts.layers(tensors["layers"]),
+            _facts.listed([*map(str, tensors["queries"])]),
+        )
+        return (
+            f"AttentionDataset({str(self.folder)!r}, images={len(self)}, layers={layers}, "
+            f"queries=[{queries}])"
+        )
 
     def __len__(self) -> int:
         return len(self._starts)
