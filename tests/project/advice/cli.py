@@ -319,3 +319,10 @@ PROPOSED = [
     ("extract", "--grid", "16"),
     ("extract", "--workers", "-1"),
 ]
+
+case(
+    "apps/cli",
+    "Choose one of these, or mean",
+    lambda lab: figure(lab, lab.image, "--columns", "photo,mean,99"),
+    lambda lab: figure(lab, lab.image, "--columns", "photo,mean,0"),
+)

@@ -179,7 +179,7 @@ case(
 case(
     "apps/viz",
     "Pass the model, or its patch size: 14 for the published ones",
-    lambda lab: viz.load_image(lab.image, 0),
+    lambda lab: viz.load_image(lab.image),
     lambda lab: (
         viz.load_image(lab.image, lab.small),
         viz.load_image(lab.image, 2),

@@ -31,7 +31,12 @@ from dinov2_attn.apps.cli.report import (
     wrote,
 )
 from dinov2_attn.apps.viz.tokens import check_queries
-from dinov2_attn.errors import InvalidInputError, UnwritableOutputError, in_one_line
+from dinov2_attn.errors import (
+    InvalidInputError,
+    OutOfRangeError,
+    UnwritableOutputError,
+    in_one_line,
+)
 from dinov2_attn.math.token_names import Token, position_of, read_token
 from dinov2_attn.typing import Layer
 
@@ -156,6 +161,7 @@ def run(args: argparse.Namespace) -> int:
     check_reading(loaded, args)
     if isinstance(args.query, str):
         check_queries([args.query], loaded.registers)
+    _check_heads(loaded, args.columns)
     figure, layer = _figure(loaded, paths, size, args)
     files = _write(figure, layer, loaded, paths, args)
     width, height = figure.figure.get_size_inches()
@@ -176,6 +182,17 @@ def _check(args: argparse.Namespace, paths: list[Path]) -> None:
     early.check_file(args.output)
     for path in paths:
         early.check_image(path)
+
+
+def _check_heads(loaded: Loaded, chosen: list[int | str]) -> None:
+    heads = loaded.geometry.heads
+    for column in chosen:
+        if isinstance(column, int) and column >= heads:
+            raise OutOfRangeError(
+                f"--columns with heads from 0 to {heads - 1}",
+                f"head {column}",
+                "Choose one of these, or mean.",
+            )
 
 
 def _figure(

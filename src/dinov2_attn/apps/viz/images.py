@@ -75,7 +75,7 @@ class LoadedImage:
 
 def load_image(
     path: str | Path,
-    model_or_patch_size: nn.Module | PatchSize,
+    model_or_patch_size: nn.Module | PatchSize | None = None,
     image_size: ImageSize = None,
     max_pixels: int | None = None,
     *,
@@ -101,7 +101,7 @@ def load_image(
         path: The image file.
         model_or_patch_size: The DINOv2 model (or a module that contains one), which gives the
             patch size and the number of channels. Or the patch size in pixels: an int, or
-            ``(height, width)``.
+            ``(height, width)``. Without it an error says which to pass.
         image_size: The length of the short side, or the exact ``(height, width)``. By default
             the image keeps its size up to a short side of 518.
         max_pixels: The largest image that is decoded; 100 million by default. The size is
@@ -186,7 +186,7 @@ def _geometry(model_or_patch_size: Any) -> tuple[tuple[int, int], int]:
     if len(sides) != 2 or not all(map(_is_size, sides)):
         raise InvalidInputError(
             "a model, or a patch size of one or two whole numbers above 0",
-            repr(given),
+            "neither" if given is None else repr(given),
             "Pass the model, or its patch size: 14 for the published ones.",
         )
     return (int(sides[0]), int(sides[1])), 3
