@@ -373,7 +373,7 @@ def test_a_caption_holds_the_numbers_of_the_reference(models, query):
     assert caption.startswith(f"Attention of {name}")
     assert "in layer 1 (counted from 0): each head and their mean. Model: some model." in caption
     assert f"{100 * float(held.mean()):.1f} % of the attention, mean of heads" in caption
-    assert f"norm above {float(artifacts.threshold[1]):.4g} after layer 1" in caption
+    assert f"norm is an outlier, above {float(artifacts.threshold[1]):.4g} after layer 1" in caption
     of_artifacts = row.mean(0)[prefix:][outlying].sum()
     assert f"get {100 * float(of_artifacts):.1f} % of the attention, mean of heads" in caption
     assert f"{int(outlying.sum())} artifact token" in caption
@@ -404,8 +404,9 @@ def test_nothing_is_said_of_tokens_that_get_next_to_nothing():
 @pytest.mark.parametrize(
     ("style", "words"),
     [
-        ({}, "2 artifact tokens (red frames): patches that the model uses as memory, with a norm "
-         "above 151.2 after layer 7."),
+        ({}, "2 artifact tokens (red frames): patches whose norm is an outlier, above 151.2 "
+         "after layer 7."),
+        ({}, "In large models such patches hold little local information."),
         ({}, "The limits of the colours ignore them."),
         ({"outliers": "clip", "limits": "shared"}, "The limits of the colours ignore them."),
         ({"outliers": "mask"}, "2 artifact tokens (grey in red frames)"),
@@ -434,6 +435,7 @@ def test_a_caption_says_where_the_colours_end_and_what_lies_above(limits):
     said = f"{above} of 100 patches lie above the last colour, the highest at 60×."
     assert (said in caption) is bool(above)
     assert ("above the last" in caption) is bool(above)
+    assert ("Robust limits: at most" in caption) is (limits == "robust")
 
 
 def test_a_caption_says_that_colours_are_logarithmic():

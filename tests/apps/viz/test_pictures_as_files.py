@@ -369,8 +369,8 @@ def test_artifacts_are_said_at_the_end_and_in_the_caption(image, long_tokens, tm
     said = capsys.readouterr().out
     assert "; 1 of 28 patches with a norm above 0.25 after block 4: (1, 5)" in said
     words = words_in(tmp_path / "a" / "heads.svg")
-    assert "1 artifact token (red frames): a patch that the model uses as memory" in words
-    assert "with a norm above 0.25 after layer 4. It gets" in words
+    assert "1 artifact token (red frames): a patch whose norm is an outlier" in words
+    assert "above 0.25 after layer 4. It gets" in words
     # Every token looks everywhere alike here: at one token of 29.
     assert f"It gets {100 / 29:.1f} % of the attention" in words
     assert "Colours run from 0 to 1× uniform attention" in words

@@ -70,9 +70,11 @@ def add_colours(group: Options, outliers: str = "mark", chosen: str = "robust") 
         type=limits,
         default=chosen,
         metavar="{robust,shared,each,LOW,HIGH}",
-        help="Where the colours end. robust: at the highest patch, or at the 99.5th percentile if "
-        "the highest is far above it. shared: at the highest patch of all maps. each: at the "
-        "highest patch of each map. LOW,HIGH: from LOW to HIGH times uniform attention, such as "
+        help="Where the colours end. robust: at the highest patch, or below the few highest "
+        "patches (0.5 %% of them, in small maps 2 %% but at most three for each map) if the "
+        "highest is more than twice that end and they hold at most two thirds of the attention to "
+        "patches. shared: at the highest patch of all maps. each: at the highest patch of each map. "
+        "LOW,HIGH: from LOW to HIGH times uniform attention, such as "
         f"0,8. Default: {chosen}.",
     )
     group.add_argument(
@@ -86,9 +88,9 @@ def add_colours(group: Options, outliers: str = "mark", chosen: str = "robust") 
         "--outliers",
         choices=("mark", "clip", "mask", "none"),
         default=outliers,
-        help="How to treat artifact tokens. mark: frame them. clip: frame them, and exclude them "
-        "from all limits of the colours. mask: cover them in grey as well. none: do not search for "
-        f"them. Default: {outliers}.",
+        help="How to treat artifact tokens. mark: frame them; robust and each limits leave them "
+        "out. clip: frame them, and leave them out of shared limits too. mask: as clip, and cover them "
+        f"in grey. none: do not search for them, so they count. Default: {outliers}.",
     )
     group.add_argument(
         "--interpolation",

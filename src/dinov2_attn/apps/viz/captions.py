@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 # The share of attention on CLS and the registers below which nothing is said of it.
 NOTABLE = 0.05
 
+# The rule of limits.py in words.
+_ROBUST = (
+    "Robust limits: at most the highest 0.5 % of patches lie above the last colour (in small maps "
+    "2 %, up to three for each map), if the highest is more than twice that colour and they hold "
+    "at most two thirds of the attention to patches."
+)
+_LITTLE = "In large models such patches hold little local information."
+
 
 @dataclass(frozen=True, eq=False)
 class Outlying:
@@ -118,7 +126,10 @@ def shown_note(notes: Sequence[str], row: AttentionRow) -> list[str]:
 
 
 def colour_sentence(
-    tokens: Sequence[int], norms: Sequence[Normalize], maps: Sequence[Values] | Values
+    tokens: Sequence[int],
+    norms: Sequence[Normalize],
+    maps: Sequence[Values] | Values,
+    style: Style,
 ) -> str:
     """Return where the colours of ``maps`` begin and end, on one scale.
 
@@ -126,6 +137,7 @@ def colour_sentence(
         tokens: The numbers of tokens of the images.
         norms: The scale of each map.
         maps: The maps, each ``(h, w)``.
+        style: How they are drawn.
 
     """
     low, high = norms[0].vmin or 0.0, norms[0].vmax or 0.0
@@ -133,7 +145,7 @@ def colour_sentence(
     word = "Logarithmic colours" if isinstance(norms[0], LogNorm) else "Colours"
     return (
         f"{word} run from {begin} to {times(high)} uniform attention. {unit(tokens)}"
-        f"{_above(norms, maps)}"
+        f"{_above(norms, maps, style)}"
     )
 
 
@@ -141,13 +153,14 @@ def own_colours(
     tokens: Sequence[int],
     norms: Sequence[Normalize],
     maps: Sequence[Values] | Values,
+    style: Style,
     each: str,
     end: str,
 ) -> str:
     """Return where the colours of ``each`` end, which do not share a scale."""
     log = isinstance(norms[0], LogNorm)
     colours = "logarithmic colours, up" if log else "colours, from 0"
-    return f"Each {each} has its own {colours} to {end}. {unit(tokens)}{_above(norms, maps)}"
+    return f"Each {each} has its own {colours} to {end}. {unit(tokens)}{_above(norms, maps, style)}"
 
 
 def unit(tokens: Sequence[int]) -> str:
@@ -160,8 +173,8 @@ def unit(tokens: Sequence[int]) -> str:
     return f"1× is what each of {least} to {most} tokens gets if all get the same, {each}."
 
 
-def _above(norms: Sequence[Normalize], maps: Sequence[Values] | Values) -> str:
-    """Return how many patches of ``maps`` lie above the limits of their colours."""
+def _above(norms: Sequence[Normalize], maps: Sequence[Values] | Values, style: Style) -> str:
+    """Return how many patches of ``maps`` lie above the limits of their colours, and why."""
     numbers = [
         values[(values > norm.vmax) & np.isfinite(values)]
         for norm, values in zip(norms, maps, strict=True)
@@ -174,7 +187,8 @@ def _above(norms: Sequence[Normalize], maps: Sequence[Values] | Values) -> str:
     highest = f"at {times(above.max())}"
     if above.size > 1:
         highest = f"the highest {highest}"
-    return f" {above.size} of {total} {lie} above the last colour, {highest}."
+    rule = f" {_ROBUST}" if style.limits == "robust" else ""
+    return f" {above.size} of {total} {lie} above the last colour, {highest}.{rule}"
 
 
 def artifact_sentence(
@@ -194,9 +208,9 @@ def artifact_sentence(
     one = count == 1
     return [
         f"{count} artifact token{'' if one else 's'} ({drawn}): "
-        f"{'a patch' if one else 'patches'} that the model uses as memory, with a norm above "
+        f"{'a patch' if one else 'patches'} whose norm is an outlier, above "
         f"{outlying.threshold:.4g} after layer {outlying.layer}."
-        f"{_held(row, layer, head, outlying.mask)}{_spared(style, outlying.mask)}"
+        f"{_held(row, layer, head, outlying.mask)} {_LITTLE}{_spared(style, outlying.mask)}"
     ]
 
 
@@ -245,9 +259,9 @@ def figure_caption(
         said.append(f"Rows: {', '.join(names)}.")
     said.append(f"Columns: {', '.join(columns)}.".replace("mean", "mean of heads"))
     if style.limits == "each":
-        said.append(own_colours(tokens, norms, maps, "map", "its highest patch"))
+        said.append(own_colours(tokens, norms, maps, style, "map", "its highest patch"))
     else:
-        said.append(colour_sentence(tokens, norms, maps))
+        said.append(colour_sentence(tokens, norms, maps, style))
     held = [row.prefix_mass(layer, "mean") for row in rows]
     if max(held) > NOTABLE:
         shares = ", ".join(map(percent, held))
@@ -264,4 +278,4 @@ def _artifacts_of_all(artifacts: Sequence[Outlying | None], style: Style) -> lis
     drawn = {"mask": "Grey in red frames", "none": "Not marked"}.get(style.outliers, "Red frames")
     tokens = "artifact token, a patch" if count == 1 else "artifact tokens, patches"
     spared = " The limits of the colours ignore them." if style.spares else ""
-    return [f"{drawn}: {count} {tokens} that the model uses as memory.{spared}"]
+    return [f"{drawn}: {count} {tokens} whose norm is an outlier. {_LITTLE}{spared}"]

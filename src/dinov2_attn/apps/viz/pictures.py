@@ -115,7 +115,7 @@ def plot(
     norm = scale(values, style, _mask(outlying))
     caption = [
         subject(row, in_layer(layer, head), name),
-        colour_sentence([row.tokens], [norm], [values]),
+        colour_sentence([row.tokens], [norm], [values], style),
         *prefix_sentence(row, layer, head),
         *artifact_sentence(row, layer, style, outlying, head),
         *([] if outline is None else [OUTLINED]),
@@ -346,10 +346,10 @@ def _colours(
     """Return the sentence on the colours of the maps ``(count, h, w)``."""
     if style.limits == "each":
         named = "" if layers else ", named above it"
-        return own_colours([row.tokens], norms, values, "map", f"its highest patch{named}")
+        return own_colours([row.tokens], norms, values, style, "map", f"its highest patch{named}")
     if style.limits == "robust" and layers:
-        return own_colours([row.tokens], norms, values, "layer", "the number beside it")
-    return colour_sentence([row.tokens], norms, values)
+        return own_colours([row.tokens], norms, values, style, "layer", "the number beside it")
+    return colour_sentence([row.tokens], norms, values, style)
 
 
 def _bar(

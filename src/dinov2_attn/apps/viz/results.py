@@ -55,7 +55,7 @@ def _of_rollout(rollout: Rollout) -> Figure:
     values = _numbers(rollout.patch_maps()[0, 0]) * tokens
     norm = scale(values, PLAIN)
     named, patch = _first_query(rollout)
-    caption = [f"Attention rollout of {named}.", colour_sentence([tokens], [norm], [values])]
+    caption = [f"Attention rollout of {named}.", colour_sentence([tokens], [norm], [values], PLAIN)]
     return _alone(values, caption, norm, bar_of(norm, [values], PLAIN, tokens), patch=patch)
 
 

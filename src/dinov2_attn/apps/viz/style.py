@@ -35,9 +35,10 @@ class Style:
             excluded from the limits of the colours whatever ``limits`` is), ``"mask"`` (framed,
             grey and excluded) or ``"none"`` (like all others).
         alpha: The opacity of a map over an image, in (0, 1].
-        limits: Where the colours begin and end. ``"robust"``: from 0 to the highest patch, or to
-            the 99.5th percentile if the highest is far above it (and the patches above it do not
-            hold most of the attention). ``"each"``: from 0 to the highest patch of each map. In
+        limits: Where the colours begin and end. ``"robust"``: from 0 to the highest patch, or
+            below the few highest patches (0.5 % of them, in small maps 2 % but at most three for
+            each map) if the highest is more than twice that end and they hold at most two thirds
+            of the attention to patches. ``"each"``: from 0 to the highest patch of each map. In
             both, artifact tokens that are marked do not count.
             ``"shared"``: from 0 to the highest patch of all maps. Or two numbers, in multiples of
             uniform attention.
