@@ -73,9 +73,9 @@ def add_colours(group: Options, outliers: str = "mark", chosen: str = "robust") 
         help="Where the colours end. robust: at the highest patch, or below the few highest "
         "patches (0.5 %% of them, in small maps 2 %% but at most three for each map) if the "
         "highest is more than twice that end and they hold at most two thirds of the attention to "
-        "patches. shared: at the highest patch of all maps. each: at the highest patch of each map. "
-        "LOW,HIGH: from LOW to HIGH times uniform attention, such as "
-        f"0,8. Default: {chosen}.",
+        "patches. shared: at the highest patch of all maps. each: at the highest patch of each "
+        "map. LOW,HIGH: from LOW to HIGH times uniform attention, such as 0,8. "
+        f"Default: {chosen}.",
     )
     group.add_argument(
         "--cmap",
@@ -89,8 +89,8 @@ def add_colours(group: Options, outliers: str = "mark", chosen: str = "robust") 
         choices=("mark", "clip", "mask", "none"),
         default=outliers,
         help="How to treat artifact tokens. mark: frame them; robust and each limits leave them "
-        "out. clip: frame them, and leave them out of shared limits too. mask: as clip, and cover them "
-        f"in grey. none: do not search for them, so they count. Default: {outliers}.",
+        "out. clip: frame them, and leave them out of shared limits too. mask: as clip, and cover "
+        f"them in grey. none: do not search for them, so they count. Default: {outliers}.",
     )
     group.add_argument(
         "--interpolation",
