@@ -118,7 +118,7 @@ def test_the_head_slider_and_the_mean(page, exact, shown):
         assert_colours(page, weights(shown, head=head)[position((1, 1))])
     click(page, "label:has(#mean)")
     page.hover(over(page, (0, 3)))
-    assert page.text("head-value") == "off, mean is on"
+    assert page.text("head-value") == "mean is on"
     assert_reads(page, position((1, 1)), position((0, 3)), weights(exact))
 
 

@@ -349,7 +349,7 @@ def test_the_address_holds_the_view(chromium, coded):
     path = coded[0] / "one.html"
     open_at(chromium, path)
     chromium.click(chromium.middle("#photo", 5, 2, GRID))
-    chromium.press("[", "m", ".", "r", "l", "s", "s")
+    chromium.press("[", "m", ".", "r", "l", "s")
     chromium.hover(chromium.middle("#map", 7, 1, GRID))
     texts = [
         "layer-value",

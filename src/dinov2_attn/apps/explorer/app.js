@@ -190,7 +190,7 @@ function showHeads(layer, lines, line, together, kind, log) {
     lines.length || !line
       ? together
         ? "Click one to show it. One scale for all."
-        : "Click one to show it. Each on its own scale; heads.png of heatmap has one for all."
+        : "Click one to show it. Each on its own scale."
       : "Only the mean of heads is kept for this token.";
   for (const { head, button, sheet } of tiles) {
     const own = head === MEAN ? (lines.length ? meanOf(lines) : line) : lines[head];
@@ -208,7 +208,7 @@ function controls(layer) {
   $("mean").checked = lone;
   $("head").disabled = lone;
   if (!lone) $("head").value = view.head;
-  $("head-value").textContent = lone ? "off, mean is on" : view.head;
+  $("head-value").textContent = lone ? "mean is on" : view.head;
   $("head").setAttribute("aria-valuetext", headName());
   const column = isOn("column");
   mark($("layers-kept"), layers, (one) => one.has(view.head, chosen(), column));
