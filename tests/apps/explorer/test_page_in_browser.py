@@ -223,6 +223,20 @@ def test_limits_are_the_numbers_of_pictures(chromium, spotted, name, limits, log
         )
 
 
+def test_words_and_signs_of_a_page_without_registers(chromium, tmp_path):
+    write_page(tmp_path / "page.html", PICTURE, maps_on(GRID, queries=range(16)))
+    chromium.open(tmp_path / "page.html")
+    assert "; CLS holds " in chromium.text("sentence")
+    chromium.press("r")
+    assert "; CLS gives " in chromium.text("sentence")
+    chromium.press("p", "[")
+    said = chromium.text("difference-sentence")
+    assert "Most below: " in said
+    assert "(−" in said
+    assert "-" not in said + chromium.text("difference-low")
+    assert {"±", "▸"} <= set(chromium.text("keys"))
+
+
 def test_outliers_are_marked_or_not(page):
     marks = "return [...document.querySelectorAll('.outlier')].map((mark) => [mark.x.baseVal.value,"
     marks += " mark.y.baseVal.value, mark.getBoundingClientRect().width > 0])"
