@@ -190,7 +190,7 @@ def _check_heads(loaded: Loaded, chosen: list[int | str]) -> None:
         if isinstance(column, int) and column >= heads:
             raise OutOfRangeError(
                 f"--columns with heads from 0 to {heads - 1}",
-                f"head {column}",
+                str(column),
                 "Choose one of these, or mean.",
             )
 
