@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dinov2_attn
-from dinov2_attn.errors import NotEditedError
+from dinov2_attn.errors import NotEditedError, NotRecordedError
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close, assert_same_bits
 
@@ -158,3 +158,62 @@ def test_an_edit_that_would_miss_a_product_is_refused(between, change):
     ):
         model(x)
     assert_same_bits(model(x), plain)
+
+
+def wiped(module, weights, value):
+    out = weights @ value
+    weights.zero_()
+    return out
+
+
+def test_weights_that_are_written_into_later_are_refused():
+    model, x = nn.Sequential(Explicit(wiped)).eval(), noise(B, N, H * D, seed=0).float()
+    with (
+        pytest.raises(NotRecordedError, match="Explicit leaves as they were multiplied"),
+        torch.no_grad(),
+        dinov2_attn.record(model),
+    ):
+        model(x)
+
+
+class Given(nn.Module):
+    """Hands PyTorch's kernel tensors of its own."""
+
+    num_heads = H
+
+    def __init__(self, *tensors, mask=None):
+        super().__init__()
+        self.qkv = self.proj = nn.Identity()
+        self.tensors, self.mask = tensors, mask
+
+    def forward(self, x):
+        return F.scaled_dot_product_attention(*self.tensors, self.mask)
+
+
+def shaped(*leading, seed):
+    return noise(*leading, N, D, seed=seed).float()
+
+
+LAYOUTS = {
+    "one query for all samples": ([(1, H), (B, H), (B, H)], None),
+    "one query for all heads": ([(B, 1), (B, H), (B, H)], None),
+    "one key for all heads": ([(B, H), (B, 1), (B, H)], None),
+    "a mask for each head in the batch": ([(B * H,)] * 3, (B * H, N, N)),
+    "a mask for all queries": ([(B * H,)] * 3, (B * H, 1, N)),
+    "a mask for each window": ([(B, W, H)] * 3, (W, 1, N, N)),
+}
+
+
+@pytest.mark.parametrize(("leading", "mask"), LAYOUTS.values(), ids=LAYOUTS)
+def test_what_the_kernel_broadcasts_is_broadcast(leading, mask):
+    query, key, value = (shaped(*shape, seed=i) for i, shape in enumerate(leading))
+    bias = None if mask is None else noise(*mask, seed=9).float()
+    scores = query @ key.mT / D**0.5 + (0 if bias is None else bias)
+    expected = scores.softmax(-1)
+    expected = expected.reshape(-1, H, N, N)
+    model = nn.Sequential(Given(query, key, value, mask=bias)).eval()
+    with torch.no_grad(), dinov2_attn.record(model, check="every") as maps:
+        for _ in range(3):
+            model(torch.ones(1))
+    for one in maps:
+        assert_close(one.weights[0], expected)

@@ -534,11 +534,23 @@ def fused_call(
     """
     del enable_gqa  # fewer heads of keys say the same
     dim = dim_of_heads(query.shape, heads)
-    query, key, value = (by_heads(tensor, heads, dim) for tensor in (query, key, value))
+    if attn_mask is not None and query.ndim != 4 and attn_mask.ndim > 2:
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+        attn_mask = by_heads(attn_mask, heads, dim)
+    given = [by_heads(tensor, heads, dim) for tensor in (query, key, value)]
+    query, key, value = _of_one_batch(given)
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
     name = "scaled_dot_product_attention"
     return FusedCall(name, query, key, value, scale, attn_mask, is_causal, dropout_p)
+
+
+def _of_one_batch(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return query, key and value ``(B, heads, N, d)``, of which some may serve all samples."""
+    batch = max(len(tensor) for tensor in tensors)
+    tensors = [t.expand(batch, -1, -1, -1) if len(t) == 1 < batch else t for t in tensors]
+    query, heads = tensors[0], tensors[1].shape[1]
+    return [query.expand(-1, heads, -1, -1) if query.shape[1] == 1 else query, *tensors[1:]]
 
 
 def dim_of_heads(shape: Sequence[int], heads: int | None) -> int:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dinov2_attn._compat import storage_of
+from dinov2_attn._compat import storage_of, version_of
 from dinov2_attn.errors import NotEditedError, NotRecordedError
 from dinov2_attn.kernels.call import ExplicitCall, KernelCall, as_given, by_heads, fused_call
 from dinov2_attn.kernels.edited import Pattern, editable
@@ -110,6 +110,8 @@ class Capture(TorchFunctionMode):
         # What dropout was given, for each tensor that came out of it, in the same layout.
         self._undropped: dict[Hashable, Tensor] = {}
         self._used: Tensor | None = None  # the softmax that was edited
+        # The matrix that was given to receivers, and how often it had been written then.
+        self._given: tuple[Tensor | None, int | None] = (None, None)
         self._scores: Scores | None = None  # most kernels have no product to follow
         self.calls = 0
 
@@ -129,6 +131,9 @@ class Capture(TorchFunctionMode):
         self._softmaxes.clear()
         self._undropped.clear()
         self._used = None
+        (matrix, version), self._given = self._given, (None, None)
+        if kind is None and matrix is not None and version_of(matrix) != version:
+            raise _overwritten(self._module)
         self._scores = None
 
     def __torch_function__(
@@ -291,6 +296,7 @@ class Capture(TorchFunctionMode):
                 **{key: given if value is factor.given else value for key, value in kwargs.items()},
             )
 
+        self._given = (call.matrix, version_of(call.matrix))
         multiply = functools.partial(func, *args, **kwargs)
         last = self._heads_first(factor.last)
         return self.ran(call, multiply, self._heads_first, multiplied, last)
@@ -375,6 +381,14 @@ def check_calls(calls: int, module: str, expected: int = 1) -> None:
         f"{calls} calls" if calls else "none that can be seen",
         "Leave this module out with layers=[...]. Weights made by exp and a sum, by "
         "flex_attention, or inside a custom or compiled operator cannot be seen.",
+    )
+
+
+def _overwritten(module: nn.Module) -> NotRecordedError:
+    return NotRecordedError(
+        f"weights that {type(module).__name__} leaves as they were multiplied with the values",
+        "that it writes into them later in the same forward",
+        "Leave this module out with layers=[...], or let its code write into a copy.",
     )
 
 

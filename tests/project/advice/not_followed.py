@@ -88,7 +88,10 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "apps/weights": ("Build the model with another img_size",),
     },
     "of odd attention, which test_layouts_of_heads builds": {
-        "kernels": ("Leave this layer out with layers=[...]. record(model) gives",),
+        "kernels": (
+            "Leave this layer out with layers=[...]. record(model) gives",
+            "Leave this module out with layers=[...], or let its code write into a copy",
+        ),
     },
     "needs a GPU, whose flash kernel takes no mask: test_cuda follows it there": {
         "kernels": ("Allow one more: sdpa_kernel([SDPBackend.FLASH_ATTENTION",),
