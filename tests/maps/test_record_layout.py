@@ -146,3 +146,13 @@ def test_asking_names_the_tokens_that_recording_names(models, extra, queries):
             assert_close(ours, full[layer][:, :, rows])
     assert_close(list(beside), [answers[0] for answers in asked])
     assert_close(behind, whole[0][-1][:, :, 9:10])
+
+
+def test_a_prefix_alone_moves_the_grid(models):
+    model = build(models)
+    with record(model, prefix=0) as maps, torch.no_grad():
+        model.forward_features(IMAGES)
+    assert (maps.prefix, maps[0].suffix, maps.grid) == (0, 1, GRID)
+    with record(model, prefix=3) as maps, torch.no_grad():
+        model.forward_features(IMAGES)
+    assert (maps.prefix, maps.grid) == (3, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class Tokens:
         images: The images of the pass, ``(B, C, H, W)``, or None if they are not known.
         sibling: The first module of the same kind in the model. It is probed where the tokens of
             ``attention`` itself are too mixed: they keep their places from layer to layer.
+        prefix: The number of tokens before the patches, where it is known better.
 
     """
 
@@ -72,10 +73,11 @@ class Tokens:
         length: int | None,
         images: Tensor | None,
         sibling: nn.Module | None = None,
+        prefix: int | None = None,
     ) -> None:
         self._model = model if backbone is None else backbone.model
         self._backbone, self._attention, self._length = backbone, attention, length
-        self._sibling = sibling
+        self._sibling, self._prefix = sibling, prefix
         self._size: Grid = _UNKNOWN if images is None else _size_of(images)
         # One image, without its batch: a recording may keep it until it is read.
         self._image = None
@@ -92,7 +94,11 @@ class Tokens:
         """Return the layout, or None if there is no grid or it is not known."""
         if self._size == _UNKNOWN:
             return None
-        return self.probed() or self._counted()
+        found = self.probed() or self._counted()
+        if found is None or self._prefix in (None, found.prefix):
+            return found
+        suffix = found.length - self._prefix - len(found.patches)
+        return replace(found, prefix=self._prefix, suffix=suffix) if suffix >= 0 else None
 
     def probed(self) -> Layout | None:
         """Return the layout that a probe of the model finds, or None."""

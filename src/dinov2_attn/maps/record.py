@@ -248,7 +248,7 @@ class _Recorder:
         _check_options(reduce, check)
         _check_layout(grid, prefix)
         self.modules = modules
-        self._grid, self._queries = grid, queries
+        self._grid, self._prefix, self._queries = grid, prefix, queries
         if prefix is not None and grid is not None and queries == "patches":
             self._queries = slice(prefix, prefix + math.prod(grid))
         elif prefix is not None:
@@ -433,7 +433,8 @@ class _Recorder:
         modules = self.modules
         kind = kind_of(modules.wanted[attention])
         sibling = next(m for m, layer in modules.all.items() if kind_of(layer) == kind)
-        return Tokens(modules.whole, modules.backbone, attention, columns, images, sibling)
+        known = (images, sibling, self._prefix)
+        return Tokens(modules.whole, modules.backbone, attention, columns, *known)
 
     def _rows_of(self, attention: nn.Module, call: KernelCall) -> Queries:
         """Return the positions that the names of rows mean, for attention of this kind."""
