@@ -11,10 +11,11 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -34,6 +35,8 @@ from dinov2_attn.kernels.capture import Capture, StopPassError, check_calls
 from dinov2_attn.kernels.edited import EditedProduct, Pattern
 from dinov2_attn.kernels.xformers import KERNEL, graft_captured_kernel, kernel_homes
 from dinov2_attn.typing import Forward
+
+T = TypeVar("T")
 
 
 class Receiver(Protocol):
@@ -128,12 +131,43 @@ class _Active:
 ACTIVE = _Active()
 
 
+# What was entered in this context: an asyncio task has one of its own.
+_ENTERED: ContextVar[tuple[object, ...]] = ContextVar("dinov2_attn_entered", default=())
+# The ids of what was not left yet, by whichever thread or context.
+_ALIVE: set[int] = set()
+
+
+@contextmanager
+def _entered(one: object) -> Iterator[None]:
+    """Bind ``one`` to this context, until its block is left from anywhere."""
+    _ENTERED.set((*_ENTERED.get(), one))
+    _ALIVE.add(id(one))
+    try:
+        yield
+    finally:
+        _ALIVE.discard(id(one))
+        _ENTERED.set(tuple(other for other in _ENTERED.get() if other is not one))
+
+
+def _here(given: tuple[T, ...]) -> tuple[T, ...]:
+    """Return those of ``given`` that were entered in this context and not left since."""
+    if not given or is_compiling():  # a graph cannot read a context
+        return given
+    entered = set(map(id, _ENTERED.get())) & _ALIVE
+    return tuple(one for one in given if id(one) in entered)
+
+
 @contextmanager
 def receiving(receiver: Receiver) -> Iterator[None]:
-    """Give ``receiver`` the kernel calls of this thread inside, beside those who have them."""
+    """Give ``receiver`` the kernel calls of this context inside, beside those who have them.
+
+    The context is that of ``contextvars`` in this thread. So a task of asyncio has what it entered
+    itself and what was entered where it was made. A generator shares that of its caller.
+    """
+    STATE.receivers = tuple(one for one in STATE.receivers if id(one) in _ALIVE)
     STATE.receivers = (*STATE.receivers, receiver)
     try:
-        with ACTIVE.active():
+        with _entered(receiver), ACTIVE.active():
             yield
     finally:
         STATE.receivers = tuple(other for other in STATE.receivers if other is not receiver)
@@ -234,9 +268,9 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return
     given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 3)
     for images in islice(given, 1):
-        for receiver in STATE.receivers:
+        for receiver in _here(STATE.receivers):
             receiver.begin(module, images)
-        for editor in STATE.editors:
+        for editor in _here(STATE.editors):
             editor.begin(images)
 
 
@@ -253,10 +287,10 @@ def graft_whole(original: Forward) -> Forward:
             output = original(self, *args, **kwargs)
         except BaseException as error:
             if not isinstance(error, StopPassError):
-                for receiver in STATE.receivers:
+                for receiver in _here(STATE.receivers):
                     receiver.failed(self)
             raise
-        for receiver in STATE.receivers:
+        for receiver in _here(STATE.receivers):
             receiver.left(self)
         return output
 
@@ -282,7 +316,7 @@ def run_captured(
         NotEditedError: If an edited pass becomes a graph.
 
     """
-    wanting = [receiver for receiver in STATE.receivers if receiver.wants(module)]
+    wanting = [receiver for receiver in _here(STATE.receivers) if receiver.wants(module)]
     editing = _editors_of(module)
     if not (wanting or editing):
         return original(module, *args, **kwargs)
@@ -292,7 +326,7 @@ def run_captured(
         wanting = []
     stops = bool(wanting) and all(receiver.stops for receiver in wanting)
     if stops:
-        for editor in STATE.editors:
+        for editor in _here(STATE.editors):
             editor.stopped()
 
     def take(call: Any) -> None:
@@ -372,12 +406,17 @@ def editing(
         entrances: Modules that are given the images of a pass.
 
     """
-    with _grafts(attentions, entrances), ACTIVE.active(), _known(editor):
-        STATE.editors = (*STATE.editors, editor)
+    with _grafts(attentions, entrances), ACTIVE.active(), _known(editor), _entered(editor):
+        STATE.editors = (*(one for one in STATE.editors if id(one) in _ALIVE), editor)
         try:
             yield
         finally:
             STATE.editors = tuple(other for other in STATE.editors if other is not editor)
+
+
+def is_edited_here() -> bool:
+    """Return whether an editor was entered in this context."""
+    return bool(_here(STATE.editors))
 
 
 # The editors of all threads, each with its thread.
@@ -405,7 +444,7 @@ def _editors_of(module: nn.Module) -> list[Editor]:
     The backward pass of a GPU runs in a thread of its own, where checkpointing runs modules again.
     It has the editors of the one thread that edits the module.
     """
-    editors: Iterable[Editor] = STATE.editors
+    editors: Iterable[Editor] = _here(STATE.editors)
     if not editors and not is_compiling() and is_in_backward() and is_foreign_thread():
         with LOCK:
             found = [(thread, editor) for thread, editor in _EDITORS if editor.wants(module)]

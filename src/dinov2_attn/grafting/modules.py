@@ -35,6 +35,7 @@ from dinov2_attn.grafting.channel import (
     ACTIVE,
     STATE,
     edited_in_a_graph,
+    is_edited_here,
     run_captured,
 )
 from dinov2_attn.grafting.collector import weights_at_kernel
@@ -75,7 +76,7 @@ def classes_at_kernel(classes: Iterable[type]) -> dict[type, str]:
 
 def are_edited() -> bool:
     """Return whether something edits weights in this thread."""
-    return ACTIVE.on and bool(STATE.editors)
+    return ACTIVE.on and bool(STATE.editors) and is_edited_here()
 
 
 def runs_itself(model: nn.Module) -> bool:
