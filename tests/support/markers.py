@@ -32,6 +32,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/cli/test_early.py::test_bash_completes",
         "apps/cli/test_model_options.py::test_a_file_is_read_before_upstreams_code_is_searched",
         "apps/cli/test_model_options.py::test_a_fresh_process_draws_what_a_training_checkpoint_sees",
+        "apps/cli/test_report.py::test_an_error_shows_a_name_escaped",
         "apps/cli/test_report.py::test_a_bar_in_a_terminal_counts_failures",
         "apps/cli/test_report.py::test_quiet_still_has_warnings_and_verbose_says_where_code_comes_from",
         "apps/explorer/test_explore.py::test_help_does_not_wait_for_torch",

@@ -15,7 +15,7 @@ import torch
 
 import dinov2_attn
 from dinov2_attn import viz
-from dinov2_attn.apps.cli.log import held_back
+from dinov2_attn.apps.cli.log import held_back, visible
 from dinov2_attn.apps.cli.main import main
 from tests.apps.cli.test_model_options import load
 from tests.support import subprocesses, upstreams
@@ -262,3 +262,17 @@ def read(terminal):
         return os.read(terminal, 4096)
     except OSError:  # on Linux, at the end
         return b""
+
+
+def test_names_cannot_steer_the_terminal_or_fill_it():
+    assert visible("a\x1b[31mb\r\n\u202ec") == "a\\x1b[31mb\\r\n\\u202ec"
+    assert len(visible("key" * 10**6)) == 2001
+    assert visible("Grüße, 3 × 4 … 5") == "Grüße, 3 × 4 … 5"
+
+
+def test_an_error_shows_a_name_escaped(capfd):
+    command = [sys.executable, "-m", "dinov2_attn", "heatmap", "no\x1b[31m.png", "-o", "out"]
+    subprocess.run(command, check=False)
+    said = capfd.readouterr().err
+    assert "\x1b" not in said
+    assert "no\\x1b[31m.png" in said

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_attn.apps.cli.argtypes import Options
+from dinov2_attn.apps.cli.log import visible
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +45,7 @@ def add_open(parser: Options, what: str) -> None:
 def say(args: argparse.Namespace, text: str) -> None:
     """Print ``text``, unless the user wants it quiet. Names in it cannot steer the terminal."""
     if not args.quiet:
-        print("".join(map(_visible, text)), flush=True)
-
-
-def _visible(letter: str) -> str:
-    if letter.isprintable() or letter == "\n":
-        return letter
-    return letter.encode("unicode_escape").decode("ascii")
+        print(visible(text), flush=True)
 
 
 def wrote(args: argparse.Namespace, folder: Path, files: Sequence[str], first: str) -> str:
