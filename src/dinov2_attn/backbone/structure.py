@@ -59,6 +59,10 @@ _PROJECTIONS = (
     {"query", "key", "value"},
     {"q_proj", "k_proj", "v_proj"},
     {"to_q", "to_k", "to_v"},
+    {"wq", "wk", "wv"},
+    {"Wq", "Wk", "Wv"},
+    {"q_lin", "k_lin", "v_lin"},
+    {"query_proj", "key_proj", "value_proj"},
     {"to_qkv"},
     {"Wqkv"},
 )

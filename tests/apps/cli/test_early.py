@@ -70,7 +70,6 @@ WRONG = [
     (["explore", "photo.png", "-o", "page"], 2, "ends in .html; found 'page'. Try page.html."),
     (["explore", "photo.png", "photo.png", *PAGE], 2, "Found photo.png, photo.png"),
     (["explore", "photo.png", *PAGE, "--layers=-13"], 2, "Expected blocks between -12 and 11"),
-    (["explore", "photo.png", *PAGE, "--model", "timm:vit"], 2, "takes any model of timm"),
     (["figure", "photo.png", "nosuch.png", *PDF], 2, "Found nosuch.png"),
     (["figure", "photo.png", *PDF, "--query", "register:1"], 2, "a model with registers"),
     (["figure", "photo.png", *PDF, "--query", "register:0"], 2, "a register from 1 on"),

@@ -197,7 +197,9 @@ def test_a_model_of_timm_is_drawn_like_any_other(here, capsys):
     assert main(["heatmap", *options, "--layers", "3"]) == 0
     said = capsys.readouterr().out
     assert "vit_tiny_patch16_224 of timm, tiny.pth; layer blocks.3.attn; cls; 2 × 3" in said
-    assert "next:" not in said  # a page takes Meta's models
+    assert "next: dinov2-attn explore photo.png -o photo.html --weights=tiny.pth" in said
+    assert main(["explore", "photo.png", "-o", "photo.html", *options[3:]]) == 0
+    assert "vit_tiny_patch16_224 of timm" in capsys.readouterr().out
 
     # timm's weights of this model were trained with other values than ImageNet's.
     half = (0.5, 0.5, 0.5)

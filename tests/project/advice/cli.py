@@ -158,12 +158,6 @@ case(
                   "--width", 5),
     ),
 )  # fmt: skip
-case(
-    "apps/cli",
-    "Draw its maps: `dinov2-attn heatmap` takes any model of timm",
-    lambda lab: lab.typed("explore", lab.image, "-o", lab.folder / "a.html", "--model", TIMM),
-    lambda lab: lab.heatmap("--model", TIMM, "--random-weights", "--image-size", 16),
-)
 
 
 def photos(lab):

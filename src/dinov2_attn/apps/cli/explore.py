@@ -19,7 +19,6 @@ from dinov2_attn.apps.cli.image_options import (
     read,
     require_libraries,
 )
-from dinov2_attn.apps.cli.model_names import can_have_page
 from dinov2_attn.apps.cli.model_options import Loaded, add_options, load_model
 from dinov2_attn.apps.cli.report import (
     RECORD,
@@ -119,12 +118,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, image: Path) -> None:
-    if not can_have_page(args):
-        raise InvalidInputError(
-            "a model of DINOv2 or DINOv3 for a page",
-            f"--model {args.model}",
-            "Draw its maps: `dinov2-attn heatmap` takes any model of timm.",
-        )
     early.check_model(args)
     early.check_tokens(args, (), args.layers)
     early.check_file(args.output)

@@ -19,7 +19,6 @@ from dinov2_attn.apps.cli.image_options import (
     read,
     require_libraries,
 )
-from dinov2_attn.apps.cli.model_names import can_have_page
 from dinov2_attn.apps.cli.model_options import Loaded, add_options, load_model
 from dinov2_attn.apps.cli.report import (
     RECORD,
@@ -167,9 +166,8 @@ def run(args: argparse.Namespace) -> int:
     width, height = figure.figure.get_size_inches()
     shown = f"the figure, {width:.2f} × {height:.2f} inches; its caption is {files[1]}"
     say(args, wrote(args, args.output.parent, files, shown))
-    if can_have_page(args):
-        page = Path(paths[0].with_suffix(".html").name)
-        say(args, next_command(args, "explore", paths[0], "-o", page))
+    page = Path(paths[0].with_suffix(".html").name)
+    say(args, next_command(args, "explore", paths[0], "-o", page))
     if args.open:
         open_file(args.output)
     return 0

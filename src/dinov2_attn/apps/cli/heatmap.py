@@ -20,7 +20,6 @@ from dinov2_attn.apps.cli.image_options import (
     read,
     require_libraries,
 )
-from dinov2_attn.apps.cli.model_names import can_have_page
 from dinov2_attn.apps.cli.model_options import Loaded, add_options, load_model
 from dinov2_attn.apps.cli.report import (
     add_open,
@@ -152,8 +151,7 @@ def _said(args: argparse.Namespace, image: Path, drawn: Drawn) -> str:
 
 def _end(args: argparse.Namespace, image: Path, drawn: Drawn) -> None:
     page = Path(image.with_suffix(".html").name)
-    if can_have_page(args):
-        say(args, next_command(args, "explore", image, "-o", page))
+    say(args, next_command(args, "explore", image, "-o", page))
     if args.open:
         open_file(drawn.folder / drawn.files[0])
 

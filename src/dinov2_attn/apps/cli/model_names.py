@@ -75,11 +75,6 @@ def chosen(args: argparse.Namespace) -> argparse.Namespace:
     return found
 
 
-def can_have_page(args: argparse.Namespace) -> bool:
-    """Return whether `dinov2-attn explore` takes this model: it takes those of Meta."""
-    return not (args.model or "").startswith(TIMM)
-
-
 _SAID_BY_DINOV3 = ("patch_size", "num_heads", "registers")
 
 
