@@ -263,7 +263,7 @@ def test_flags_and_arguments_that_are_off_and_on(mode):
 
 
 def test_blocks_that_the_model_gives_further_arguments():
-    """From outside nobody knows them, so the model runs its own pass."""
+    """They are not known from outside, so the model runs its own pass."""
 
     class Block(MOGE.cls("NestedTensorBlock")):
         def forward(self, x, rope, mask=None):

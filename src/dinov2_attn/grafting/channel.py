@@ -164,8 +164,7 @@ def receiving(receiver: Receiver) -> Iterator[None]:
     The context is that of ``contextvars`` in this thread. So a task of asyncio has what it entered
     itself and what was entered where it was made. A generator shares that of its caller.
     """
-    STATE.receivers = tuple(one for one in STATE.receivers if id(one) in _ALIVE)
-    STATE.receivers = (*STATE.receivers, receiver)
+    STATE.receivers = (*(one for one in STATE.receivers if id(one) in _ALIVE), receiver)
     try:
         with _entered(receiver), ACTIVE.active():
             yield
@@ -398,7 +397,7 @@ LIST = "forward_list"
 def editing(
     editor: Editor, attentions: Iterable[nn.Module], entrances: Iterable[nn.Module] = ()
 ) -> Iterator[None]:
-    """Let ``editor`` change the weights of ``attentions`` in this thread.
+    """Let ``editor`` change the weights of ``attentions`` in this context.
 
     Args:
         editor: Changes them, after editors that are there already.
@@ -459,7 +458,7 @@ def recording(
     entrances: Iterable[nn.Module] = (),
     wholes: Iterable[nn.Module] = (),
 ) -> Iterator[None]:
-    """Give ``receiver`` the kernel calls of ``attentions`` in this thread.
+    """Give ``receiver`` the kernel calls of ``attentions`` in this context.
 
     Args:
         receiver: Takes the calls.

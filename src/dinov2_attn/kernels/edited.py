@@ -1,7 +1,7 @@
 """Another pattern in the place of the one that a kernel would use.
 
 What is not edited keeps its kernel. Keys are hidden from some rows by a second, small call of the
-kernel for these rows. Rows with weights of somebody else are multiplied with the values here. All
+kernel for these rows. Rows with other weights are multiplied with the values here. All
 other rows are those of the kernel's own call, bit for bit.
 """
 
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,28 +52,13 @@ class Hidden:
     keys: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class EditedCall:
-    """A call of a fused kernel, and what is changed about its weights.
+C = TypeVar("C", FusedCall, ExplicitCall)
 
-    Attributes:
-        base: The call as the module made it, in the dtype of the kernel.
-        hidden: Keys that the kernel is to mask.
-        zeroed: Heads whose rows are zero, except those in ``put_rows``.
-        put: ``(B, heads, R, N)``: weights in the place of the kernel's.
-        put_rows: The positions of these R rows.
-        output: ``(B, heads, Q, d)``, or None if it was not computed.
-        place: Where autograd makes the gradient by ``output``, or None without one.
 
-    """
+class _OfBase(Generic[C]):
+    """What an edit leaves as it is in the call ``base``: sizes, dtype, and what was given."""
 
-    base: FusedCall
-    hidden: tuple[Hidden, ...] = ()
-    zeroed: tuple[int, ...] = ()
-    put: Tensor | None = None
-    put_rows: tuple[int, ...] = ()
-    output: Tensor | None = None
-    place: Place | None = None
+    base: C
 
     @property
     def kernel(self) -> str:
@@ -116,28 +101,9 @@ class EditedCall:
         return self.base.device
 
     @property
-    def sums_to_one(self) -> bool:
-        """Whether each row does."""
-        return not self.is_changed and self.base.sums_to_one
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether anything is edited."""
-        return bool(self.hidden or self.zeroed or self.put_rows)
-
-    @property
     def dropout(self) -> float:
         """The probability with which the kernel drops weights."""
         return self.base.dropout
-
-    def ran(self, output: Tensor, heads_first: Callable[[Tensor], Tensor]) -> EditedCall:
-        """Return the call with the edited output, which ``heads_first`` rearranges."""
-        return replace(self, output=heads_first(output), place=place_of(output, heads_first))
-
-    def detached(self) -> EditedCall:
-        """Return the call outside of autograd's graph, without output."""
-        put = None if self.put is None else self.put.detach()
-        return replace(self, base=self.base.detached(), put=put, output=None, place=None)
 
     def gradients(
         self, gradient: Tensor, queries: Queries = None, heads: Heads = None
@@ -148,6 +114,49 @@ class EditedCall:
     def facets(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
         """Return copies of what the kernel was given."""
         return self.base.facets(names)
+
+
+@dataclass(frozen=True, eq=False)
+class EditedCall(_OfBase[FusedCall]):
+    """A call of a fused kernel, and what is changed about its weights.
+
+    Attributes:
+        base: The call as the module made it, in the dtype of the kernel.
+        hidden: Keys that the kernel is to mask.
+        zeroed: Heads whose rows are zero, except those in ``put_rows``.
+        put: ``(B, heads, R, N)``: weights in the place of the kernel's.
+        put_rows: The positions of these R rows.
+        output: ``(B, heads, Q, d)``, or None if it was not computed.
+        place: Where autograd makes the gradient by ``output``, or None without one.
+
+    """
+
+    base: FusedCall
+    hidden: tuple[Hidden, ...] = ()
+    zeroed: tuple[int, ...] = ()
+    put: Tensor | None = None
+    put_rows: tuple[int, ...] = ()
+    output: Tensor | None = None
+    place: Place | None = None
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether each row does."""
+        return not self.is_changed and self.base.sums_to_one
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether anything is edited."""
+        return bool(self.hidden or self.zeroed or self.put_rows)
+
+    def ran(self, output: Tensor, heads_first: Callable[[Tensor], Tensor]) -> EditedCall:
+        """Return the call with the edited output, which ``heads_first`` rearranges."""
+        return replace(self, output=heads_first(output), place=place_of(output, heads_first))
+
+    def detached(self) -> EditedCall:
+        """Return the call outside of autograd's graph, without output."""
+        put = None if self.put is None else self.put.detach()
+        return replace(self, base=self.base.detached(), put=put, output=None, place=None)
 
     def gradient_tile(self, gradient: Tensor, sample: int, heads: slice, lines: slice) -> Tensor:
         """Return the gradient by a ``tile``, given that by the output."""
@@ -210,8 +219,7 @@ class EditedCall:
             output = without_heads(output, self.zeroed)
         if self.put is not None:
             output = _joined(output, self.rows, self.put_rows, self._mixed(self.put))
-        assert output is not None  # a call without rows has one part
-        return output
+        return original() if output is None else output  # a call may have no rows
 
     def kept(self) -> EditedCall:
         """Return the call without values and output, which the weights do not need."""
@@ -357,15 +365,15 @@ class EditedCall:
         put = None if self.put is None else self.put[:, :, [places[rows[i]] for i in found]]
         if put is not None and len(found) == len(rows):
             return put
-        weights = self.masked.weights(list(rows))
-        assert isinstance(weights, Tensor)  # the parts of a list are calls of their own
+        # The parts of a list are calls of their own, so this is no list.
+        weights = cast("Tensor", self.masked.weights(list(rows)))
         if self.zeroed:
             weights = without_heads(weights, self.zeroed)
         return weights if put is None or not found else with_rows(weights, found, put)
 
 
 @dataclass(frozen=True, eq=False)
-class EditedProduct:
+class EditedProduct(_OfBase[ExplicitCall]):
     """A softmax of explicit code that is changed before it is multiplied with the values.
 
     Attributes:
@@ -377,36 +385,6 @@ class EditedProduct:
     base: ExplicitCall
     factor: Tensor
     is_changed: bool = False
-
-    @property
-    def rows(self) -> int:
-        """The number of queries."""
-        return self.base.rows
-
-    @property
-    def batch(self) -> int:
-        """The number of samples."""
-        return self.base.batch
-
-    @property
-    def columns(self) -> int:
-        """The number of keys."""
-        return self.base.columns
-
-    @property
-    def heads(self) -> int:
-        """The number of heads."""
-        return self.base.heads
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.base.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.base.device
 
     def each(self, change: Callable[[Part], Part]) -> Pattern:
         """Return what ``change`` makes of this call."""
@@ -460,7 +438,7 @@ class EditedProduct:
 
 
 @dataclass(frozen=True, eq=False)
-class EditedList:
+class EditedList(_OfBase[FusedCall]):
     """A call on a nested list: each of its elements is edited by itself.
 
     Attributes:
@@ -478,19 +456,10 @@ class EditedList:
     output: Tensor | None = None
     place: Place | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        # Sizes and dtype are those of the whole.
-        return getattr(self.base, name)
-
     @property
     def is_changed(self) -> bool:
         """Whether anything is edited."""
         return any(part.is_changed for part in self.parts)
-
-    @property
-    def dropout(self) -> float:
-        """The probability with which the kernel drops weights."""
-        return self.base.dropout
 
     def ran(self, output: Tensor, heads_first: Callable[[Tensor], Tensor]) -> EditedList:
         """Return the call with the edited output, which ``heads_first`` rearranges."""
@@ -500,16 +469,6 @@ class EditedList:
         """Return the call outside of autograd's graph, without output."""
         parts = [part.detached() for part in self.parts]
         return replace(self, base=self.base.detached(), parts=parts, output=None, place=None)
-
-    def gradients(
-        self, gradient: Tensor, queries: Queries = None, heads: Heads = None
-    ) -> Tensor | list[Tensor]:
-        """Return the gradients by the edited weights, given that by the edited output."""
-        return self.base.gradients(gradient, queries, heads)
-
-    def facets(self, names: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Return copies of what the kernel was given."""
-        return self.base.facets(names)
 
     def each(self, change: Callable[[Part], Part]) -> Pattern:
         """Return the call with each of its parts changed."""

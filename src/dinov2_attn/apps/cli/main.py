@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reader_has_left() -> bool:
-    """Return whether standard output is a pipe that nobody reads."""
+    """Return whether standard output is a pipe without a reader."""
     if sys.platform == "win32":
         return True  # it has no poll
     state = select.poll()
