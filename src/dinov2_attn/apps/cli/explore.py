@@ -14,8 +14,7 @@ from dinov2_attn.apps.cli.image_options import (
     add_example,
     add_image_size,
     check_reading,
-    example,
-    image_size,
+    given_images,
     read,
     require_libraries,
 )
@@ -97,8 +96,8 @@ def output(text: str) -> Path:
 def run(args: argparse.Namespace) -> int:
     """Write the page of the one image."""
     require_libraries()
-    size, swallowed = image_size(args.image_size or [])
-    image = _only([*args.images, *swallowed, *([example()] if args.example else [])])
+    size, images = given_images(args)
+    image = _only(images)
     _check(args, image)
     loaded = load_model(args)
     check_reading(loaded, args)

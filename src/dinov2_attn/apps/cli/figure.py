@@ -14,10 +14,9 @@ from dinov2_attn.apps.cli.image_options import (
     add_example,
     add_image_size,
     check_reading,
-    example,
-    image_size,
     read,
     require_libraries,
+    some_images,
 )
 from dinov2_attn.apps.cli.model_options import Loaded, add_options, load_model
 from dinov2_attn.apps.cli.report import (
@@ -151,10 +150,7 @@ def query(text: str) -> Token:
 def run(args: argparse.Namespace) -> int:
     """Draw the figure of all images."""
     require_libraries()
-    size, swallowed = image_size(args.image_size or [])
-    paths = [*args.images, *swallowed, *([example()] if args.example else [])]
-    if not paths:
-        raise InvalidInputError("an image", "none", "Name one, or use --example.")
+    size, paths = some_images(args)
     _check(args, paths)
     loaded = load_model(args)
     check_reading(loaded, args)

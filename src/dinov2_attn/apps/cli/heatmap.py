@@ -15,10 +15,9 @@ from dinov2_attn.apps.cli.image_options import (
     add_example,
     add_image_size,
     check_reading,
-    example,
-    image_size,
     read,
     require_libraries,
+    some_images,
 )
 from dinov2_attn.apps.cli.model_options import Loaded, add_options, load_model
 from dinov2_attn.apps.cli.report import (
@@ -29,7 +28,7 @@ from dinov2_attn.apps.cli.report import (
     say,
     wrote,
 )
-from dinov2_attn.errors import Dinov2AttnError, InvalidInputError
+from dinov2_attn.errors import Dinov2AttnError
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.viz.images import ImageSize
@@ -74,10 +73,7 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw every image; report those that fail, and return 1 if there are any."""
     require_libraries()
-    size, swallowed = image_size(args.image_size or [])
-    images = [*args.images, *swallowed, *([example()] if args.example else [])]
-    if not images:
-        raise InvalidInputError("an image", "none", "Name one, or use --example.")
+    size, images = some_images(args)
     early.check_model(args)
     early.check_tokens(args, args.queries or (), args.layers)
     early.check_folder(args.output)

@@ -107,6 +107,20 @@ def example() -> Path:
     return Path(get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
+def given_images(args: argparse.Namespace) -> tuple[ImageSize, list[Path]]:
+    """Return the size that images get, and the images: also those behind it, and the example."""
+    size, swallowed = image_size(args.image_size or [])
+    return size, [*args.images, *swallowed, *([example()] if args.example else [])]
+
+
+def some_images(args: argparse.Namespace) -> tuple[ImageSize, list[Path]]:
+    """Return what ``given_images`` does, or raise ``InvalidInputError`` if there is no image."""
+    size, images = given_images(args)
+    if not images:
+        raise InvalidInputError("an image", "none", "Name one, or use --example.")
+    return size, images
+
+
 def image_size(values: list[str]) -> tuple[ImageSize, list[Path]]:
     """Split the one or two lengths from the images after them, which argparse adds."""
     lengths = [int(value) for value in takewhile(_is_length, values)]
