@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from dinov2_attn.backbone import mosaics
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.probe import Probed, probe
@@ -419,3 +420,23 @@ def test_a_compiled_model_is_not_probed(first, fresh_dynamo):
     found = probe(compiled, Backbone(model).blocks[0].attn, images_of())
     assert found.layout is None
     assert "compiled modules" in found.reason
+
+
+@pytest.mark.parametrize("limit", [0, 2**40])
+@given(case=model_cases(), upstream=st.sampled_from(upstreams.WITH_MODELS))
+def test_large_images_run_one_by_one_with_the_same_answer(limit, case, upstream):
+    model, sizes = case.build(upstream), set()
+    model.patch_embed.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mosaics, "_VALUES_AT_ONCE", limit)
+        found = found_in(model, case.images)
+    assert found == Probed(Layout(case.prefix(upstream), 0, case.grid))
+    assert (sizes == {1}) == (limit == 0)
+
+
+def test_of_images_without_values_the_layout_is_that_of_noise(first):
+    model = build(first)
+    expected = Probed(Layout(1, 0, GRID))
+    assert found_in(model, images_of()[:0]) == expected
+    assert found_in(model, images_of().fill_(float("nan"))) == expected
+    assert "floating images" in found_in(model, images_of().int()).reason

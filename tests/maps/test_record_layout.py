@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -156,3 +158,17 @@ def test_a_prefix_alone_moves_the_grid(models):
     with record(model, prefix=3) as maps, torch.no_grad():
         model.forward_features(IMAGES)
     assert (maps.prefix, maps.grid) == (3, None)
+
+
+def test_a_recording_whose_grid_was_not_asked_for_keeps_no_image(models):
+    model, size = with_registers_behind(models, 1), IMAGES.shape[-2:]
+
+    def held():
+        tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+        return sum(one.ndim > 2 and one.shape[-2:] == size for one in tensors)
+
+    before = held()
+    with dinov2_attn.record(model) as maps:
+        model.forward_features(IMAGES)
+    assert held() == before
+    assert maps.grid

@@ -28,6 +28,7 @@ from dinov2_attn.backbone.mosaics import (
     Box,
     Cells,
     Centres,
+    KindOfImages,
     Mosaics,
     Unclear,
     cells_of_pixels,
@@ -81,7 +82,7 @@ class Probed:
 def probe(
     model: nn.Module,
     attention: nn.Module,
-    images: Tensor,
+    images: Tensor | KindOfImages,
     run: Callable[[Tensor], object] | None = None,
 ) -> Probed:
     """Return the layout of the tokens that ``attention`` is given for such images.
@@ -93,8 +94,7 @@ def probe(
     Args:
         model: What ``run`` runs: all of its modules are set to evaluation mode.
         attention: The module whose first input, ``(B, N, C)``, has the tokens.
-        images: The images of a pass, ``(B, …, H, W)``: their shape, dtype, device and range of
-            values are used.
+        images: The images of a pass, ``(B, …, H, W)``, or of what kind they were.
         run: Runs the model on images of any batch size; by default ``model`` itself.
 
     Returns:
@@ -102,7 +102,12 @@ def probe(
         even what the model raises on the images of the probe.
 
     """
-    if not isinstance(images, Tensor) or images.ndim < 4 or not images.is_floating_point():
+    kind = KindOfImages.of(images) if isinstance(images, Tensor) else images
+    if (
+        not isinstance(kind, KindOfImages)
+        or len(kind.shape) < 3
+        or not kind.dtype.is_floating_point
+    ):
         return Probed(None, "the model was not given floating images (B, …, H, W)")
     if is_transformed():
         return Probed(None, "a graph is being traced, and its tensors have no values")
@@ -110,8 +115,8 @@ def probe(
     if any(map(is_compiled, model.modules())):
         return Probed(None, "the model has compiled modules, which would be compiled again")
     try:
-        with undisturbed(model, images.device):
-            mosaics = Mosaics(run or model, attention, images)
+        with undisturbed(model, kind.device):
+            mosaics = Mosaics(run or model, attention, kind)
             return _find(mosaics)
     except Unclear as why:
         return Probed(None, str(why))
@@ -153,19 +158,16 @@ def _corners_of(mosaics: Mosaics, box: Box, side: int) -> Corners:
         for row in (top, bottom - side)
         for column in (left, right - side)
     ]
-    nothing = mosaics.mask(NOTHING)
-    masks = [nothing, mosaics.mask(), *map(mosaics.mask, squares), nothing]
-    tokens = mosaics.tokens(masks)
-    moves = (tokens - tokens[0]).norm(dim=-1)
-    rounding, whole = float(moves[-1].max()), float(moves[1].max())
-    eps = torch.finfo(tokens.dtype).eps * float(tokens[0].norm(dim=-1).max())
+    masks = [*map(mosaics.mask, squares), mosaics.mask(NOTHING)]
+    moves, from_b, resolution = mosaics.distances(masks)
+    rounding, whole = float(moves[-1].max()), float(from_b[-1].max())
     if not math.isfinite(whole):
         raise Unclear("tokens are not finite numbers")
     if whole == 0:
         raise Unclear("no token moves when the image changes")
     if rounding > whole / _ABOVE_ROUNDING:
         raise Unclear("equal images give other tokens, so these depend on chance or on the batch")
-    return Corners(box, moves[2:-1], moves[1], _ABOVE_ROUNDING * (rounding + eps))
+    return Corners(box, moves[:-1], from_b[-1], _ABOVE_ROUNDING * (rounding + resolution))
 
 
 def _all_move(corners: Corners) -> bool:
@@ -187,9 +189,8 @@ def _seen(mosaics: Mosaics, limit: float) -> Box:
             (0, height, 0, left),
             (0, height, width - right, width),
         ]
-        tokens = mosaics.tokens([mosaics.mask(NOTHING), *map(mosaics.mask, strips)])
-        moves = (tokens[1:] - tokens[0]).norm(dim=-1).flatten(1)
-        return [bool(yes) for yes in moves.amax(-1) > limit]
+        moves = mosaics.distances(list(map(mosaics.mask, strips))).from_a
+        return [bool(yes) for yes in moves.flatten(1).amax(-1) > limit]
 
     top, bottom, left, right = _smallest(moved, [height, height, width, width])
     return top - 1, height - bottom + 1, left - 1, width - right + 1
@@ -299,8 +300,8 @@ def _moduli(count: int) -> tuple[int, ...]:
 def _distances(guess: Guess, mosaics: Mosaics, masks: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return how far the patch tokens of each image are from those of A and of B, ``(M, S, P)``."""
     inside = slice(guess.layout.patches.start, guess.layout.patches.stop)
-    tokens = mosaics.tokens([mosaics.mask(NOTHING), mosaics.mask(), *masks])[:, :, inside]
-    return (tokens[2:] - tokens[0]).norm(dim=-1), (tokens[2:] - tokens[1]).norm(dim=-1)
+    from_a, from_b, _ = mosaics.distances(masks)
+    return from_a[..., inside], from_b[..., inside]
 
 
 def _of_both_axes(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dinov2_attn._compat import is_sharded
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.layout import Layout
+from dinov2_attn.backbone.mosaics import KindOfImages
 from dinov2_attn.backbone.probe import probe
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.channel import unedited, unrecorded
@@ -79,10 +80,9 @@ class Tokens:
         self._backbone, self._attention, self._length = backbone, attention, length
         self._sibling, self._prefix = sibling, prefix
         self._size: Grid = _UNKNOWN if images is None else _size_of(images)
-        # One image, without its batch: a recording may keep it until it is read.
-        self._image = None
+        self._kind = None
         if images is not None and not self.is_known:
-            self._image = images.detach()[:1].clone()
+            self._kind = KindOfImages.of(images)
 
     @property
     def is_known(self) -> bool:
@@ -102,8 +102,8 @@ class Tokens:
 
     def probed(self) -> Layout | None:
         """Return the layout that a probe of the model finds, or None."""
-        if not self.is_known and self._image is not None and not is_sharded(self._model):
-            found = self._probed(self._image)
+        if not self.is_known and self._kind is not None and not is_sharded(self._model):
+            found = self._probed(self._kind)
             if found is None:
                 self._without.add(self._key)
             else:
@@ -111,11 +111,11 @@ class Tokens:
                 _KNOWN.setdefault(self._attention, []).append(known)
         return self._known()
 
-    def _probed(self, image: Tensor) -> Layout | None:
+    def _probed(self, kind: KindOfImages) -> Layout | None:
         for attention in dict.fromkeys((self._attention, self._sibling)):
             if attention is not None:
                 with unrecorded(), unedited():
-                    found = probe(self._model, attention, image).layout
+                    found = probe(self._model, attention, kind).layout
                 if found is not None and self._length in (None, found.length):
                     return found
         return None
