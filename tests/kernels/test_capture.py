@@ -61,6 +61,16 @@ def einsum(q, k, v):
     return torch.einsum("b h q k, b h k d -> b h q d", weights, v)
 
 
+def einsum_of_any_dimensions(q, k, v):
+    weights = torch.einsum("...qd,...kd->...qk", q, k).div(math.sqrt(D)).softmax(-1)
+    return torch.einsum("b...qk,b...kd->b...qd", weights, v)
+
+
+def einsum_without_heads(q, k, v):
+    weights = (q[0, 0] @ k[0, 0].mT).softmax(-1)
+    return torch.einsum("ij,jk", weights, v[0, 0])
+
+
 def attribute(q, k, v):
     return KEPT(q, k, v)
 
@@ -96,6 +106,7 @@ KINDS = {
     "in a buffer": in_buffer,
     "baddbmm": baddbmm,
     "einsum": einsum,
+    "einsum of any dimensions": einsum_of_any_dimensions,
     "value first": value_first,
 }
 
@@ -205,6 +216,22 @@ def test_a_buffer_that_the_next_layer_writes_into_keeps_the_weights():
         before = call.weights().clone()
         buffer.zero_()
     assert_same_bits(call.weights(), before)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        einsum_without_heads,
+        lambda q, k, v: torch.mm((q[0, 0] @ k[0, 0].mT).softmax(-1), v[0, 0]),
+        lambda q, k, v: (q[0, 0] @ k[0, 0].mT).softmax(-1).mm(v[0, 0]),
+    ],
+)
+def test_two_matrices_without_batch_and_heads_are_one_head(kernel):
+    (q, k, v), calls = noise(3, 1, 1, N, D, seed=0, dtype=torch.float64), []
+    with Capture(nn.Identity(), calls.append):
+        kernel(q, k, v)
+    (call,) = calls
+    assert_close(call.weights(), (q @ k.mT).softmax(-1))
 
 
 UNSEEN = {

@@ -33,7 +33,7 @@ Take = Callable[[Any], None]
 # Changes a pattern. The second argument runs the kernel as the module called it, once.
 Edit = Callable[[Pattern, Callable[[], Tensor]], Pattern]
 
-_PRODUCTS = {"matmul", "__matmul__", "bmm", "linalg_matmul", "einsum", "baddbmm"}
+_PRODUCTS = {"matmul", "__matmul__", "mm", "bmm", "linalg_matmul", "einsum", "baddbmm"}
 
 # The names by which classes call their number of heads.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "nheads", "n_head")
@@ -447,12 +447,20 @@ def _factors_of_einsum(equation: Any, *operands: Any) -> list[_Factor]:
         operands = tuple(operands[0])
     if len(operands) != 2 or not isinstance(equation, str):
         return []
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    names = inputs.split(",")
-    summed = [letter for letter in names[0] if letter in names[1] and letter not in output]
-    if len(summed) != 1 or "." in inputs:
+    inputs, arrow, output = equation.replace(" ", "").replace("...", ".").partition("->")
+    left, _, right = inputs.partition(",")
+    shared = [letter for letter in left if letter in right and letter != "."]
+    summed = [letter for letter in shared if not (arrow and letter in output)]
+    if len(summed) != 1:
         return []
-    return [_Factor(t, own.index(summed[0])) for t, own in zip(operands, names, strict=True)]
+    names = (left, right)
+    return [_Factor(t, _index(own, summed[0])) for t, own in zip(operands, names, strict=True)]
+
+
+def _index(names: str, letter: str) -> int:
+    """Return the dimension of ``letter``, from the end where a dot for any dimensions is before."""
+    index = names.index(letter)
+    return index - len(names) if "." in names[:index] else index
 
 
 def _is_whole(found: _Softmax, factor: Tensor) -> bool:
