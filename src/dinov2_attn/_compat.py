@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,12 @@ def backward_pass() -> int:
     """Return the number of the backward pass of this thread. A later one has a larger number."""
     # No version has a public function for it.
     return int(torch._C._current_graph_task_id())
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Let ``call`` run at the end of the backward pass of this thread, unless that fails."""
+    # Every version. FSDP and DDP use it, and there is no public name for it.
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def raised_by_dynamo(error: BaseException) -> bool:

@@ -56,11 +56,13 @@ def to_run(page):
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
-    """A folder of torch.hub's with a ViT-S of random weights in the place of Meta's."""
+    """A folder of torch.hub's with a ViT-S and a classifier of random weights in the place of Meta's."""
     folder = tmp_path_factory.mktemp("hub")
     file = folder / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth"
     file.parent.mkdir(parents=True)
     torch.save(build("vit_small").state_dict(), file)
+    linear = torch.nn.Linear(5 * 384, 1000)
+    torch.save(linear.state_dict(), file.with_name("dinov2_vits14_linear4_head.pth"))
     return folder
 
 

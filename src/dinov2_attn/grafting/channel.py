@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
@@ -31,7 +31,7 @@ from dinov2_attn.backbone.structure import looks_like_attention, name_of
 from dinov2_attn.errors import NotEditedError, NotRecordedError
 from dinov2_attn.grafting.registry import LOCK, REGISTRY, Owner, RecordingTarget
 from dinov2_attn.kernels.call import KernelCall
-from dinov2_attn.kernels.capture import Capture, StopPassError, check_calls
+from dinov2_attn.kernels.capture import Capture, Change, StopPassError, check_calls
 from dinov2_attn.kernels.edited import EditedProduct, Pattern
 from dinov2_attn.kernels.xformers import KERNEL, graft_captured_kernel, kernel_homes
 from dinov2_attn.typing import Forward
@@ -53,8 +53,8 @@ class Receiver(Protocol):
     def wants(self, attention: nn.Module) -> bool:
         """Return whether to call ``take`` when ``attention`` runs."""
 
-    def take(self, attention: nn.Module, call: KernelCall) -> None:
-        """Keep what the kernel of ``attention`` was given."""
+    def take(self, attention: nn.Module, call: KernelCall) -> Change | None:
+        """Keep what the kernel of ``attention`` was given. May change what it returned."""
 
     def failed(self, module: nn.Module) -> None:
         """Note that ``module``, which contains all others, has raised an exception."""
@@ -328,10 +328,10 @@ def run_captured(
         for editor in _here(STATE.editors):
             editor.stopped()
 
-    def take(call: Any) -> None:
+    def take(call: Any) -> Change | None:
         with unpacked():
-            for receiver in wanting:
-                receiver.take(module, call)
+            changes = [receiver.take(module, call) for receiver in wanting]
+        return _one_after_the_other([change for change in changes if change is not None])
 
     with unrecorded(), unedited():
         if not (wanting or editing):
@@ -347,6 +347,14 @@ def run_captured(
     if stops:
         raise StopPassError
     return output
+
+
+def _one_after_the_other(changes: Sequence[Change]) -> Change | None:
+    def change(output: Tensor) -> Tensor:
+        with unpacked():
+            return functools.reduce(lambda made, one: one(made), changes, output)
+
+    return change if changes else None
 
 
 def _edited(

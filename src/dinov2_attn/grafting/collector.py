@@ -16,7 +16,8 @@ from dinov2_attn.backbone.structure import attention_modules, name_of
 from dinov2_attn.errors import NotRecordedError
 from dinov2_attn.grafting.channel import Receiver, prove_once, recording, unrecorded
 from dinov2_attn.kernels.call import KernelCall
-from dinov2_attn.kernels.capture import StopPassError, check_calls
+from dinov2_attn.kernels.capture import Change, StopPassError, check_calls
+from dinov2_attn.kernels.link import link_of
 
 
 class Collector(Receiver):
@@ -25,6 +26,7 @@ class Collector(Receiver):
     Args:
         modules: The attention modules.
         last: The number of kernel calls after which the pass stops, or None to run it to its end.
+        links: Whether autograd is to find the weights behind what the kernel returned.
         selection: ``queries`` and ``heads``.
 
     Attributes:
@@ -34,11 +36,18 @@ class Collector(Receiver):
     """
 
     def __init__(
-        self, modules: Collection[nn.Module], last: int | None = None, **selection: Any
+        self,
+        modules: Collection[nn.Module],
+        last: int | None = None,
+        *,
+        links: bool = False,
+        **selection: Any,
     ) -> None:
         self._attentions = modules
         self._last = last
         self._selection = selection
+        # Rows alone or a mean over heads are not what the output is made of.
+        self._links = links and not any(value is not None for value in selection.values())
         self.weights: list[Any] = []
         self.calls: Counter[nn.Module] = Counter()
 
@@ -51,11 +60,13 @@ class Collector(Receiver):
         """Return whether ``attention`` is one of the modules."""
         return attention in self._attentions
 
-    def take(self, attention: nn.Module, call: KernelCall) -> None:
+    def take(self, attention: nn.Module, call: KernelCall) -> Change | None:
         """Keep the weights."""
         self.calls[attention] += 1
         prove_once(attention, call, name_of(type(attention)))
-        self.weights.append(call.weights(**self._selection))
+        weights = call.weights(**self._selection)
+        self.weights.append(weights)
+        return link_of(call, weights) if self._links else None
 
 
 # Attention modules that were seen to call their kernel once in a whole pass.

@@ -135,7 +135,8 @@ def graft_forward(original: Forward) -> Forward:
     """Give ``forward`` a ``return_attention``, which returns ``(output, attentions)``.
 
     Attentions are those of ``get_self_attention`` for all blocks. For a list of tensors both are
-    lists, as they are there.
+    lists, as they are there. ``torch.autograd.grad(output.sum(), attentions)`` is that of explicit
+    attention if all rows and each head were asked for, in eager mode.
     """
 
     @functools.wraps(original, updated=())
@@ -312,7 +313,7 @@ def _one_pass(
         attentions = asked.all() if isinstance(x, list) else _of_tensors(asked.all())
     else:
         modules = backbone.attentions()
-        collector = Collector(modules, **selection)
+        collector = Collector(modules, links=True, **selection)
         with recording(collector, modules):
             output = original(model, x, **kwargs)
         attentions = tuple(collector.weights)

@@ -27,8 +27,11 @@ from dinov2_attn.kernels.edited import Pattern, editable
 from dinov2_attn.kernels.place import Place, place_of
 from dinov2_attn.kernels.scores import Factors, Scores
 
+# Makes of what a kernel returned what its module is given.
+Change = Callable[[Tensor], Tensor]
+
 # What a receiver is given: a call as the module made it, or an edited one.
-Take = Callable[[Any], None]
+Take = Callable[[Any], Change | None]
 
 # Changes a pattern. The second argument runs the kernel as the module called it, once.
 Edit = Callable[[Pattern, Callable[[], Tensor]], Pattern]
@@ -76,8 +79,9 @@ class _Factor(NamedTuple):
 
     @property
     def last(self) -> Tensor:
-        """The tensor with that dimension at the end."""
-        return self.given.movedim(self.dim, -1)
+        """The tensor with that dimension at the end: the very tensor if it is there already."""
+        at_end = self.dim in (-1, self.given.ndim - 1)
+        return self.given if at_end else self.given.movedim(self.dim, -1)
 
     def like(self, last: Tensor) -> Tensor:
         """Return another tensor of the shape of ``last`` as it has to be given."""
@@ -200,11 +204,13 @@ class Capture(TorchFunctionMode):
                 self._take(taken)
                 raise StopPassError
             output = run()
-            self._take(taken.ran(output, heads_first))
-        return output
+            change = self._take(taken.ran(output, heads_first))
+            return output if change is None else change(output)
 
-    def _heads_first(self, output: Tensor) -> Tensor:
-        return by_heads(output, heads_of(self._module))
+    @property
+    def _heads_first(self) -> Change:
+        """Makes a tensor ``(B, heads, …, …)``. A graph may keep it, so it does not hold this."""
+        return functools.partial(by_heads, heads=heads_of(self._module))
 
     def _before_softmax(
         self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -326,7 +332,8 @@ class Capture(TorchFunctionMode):
             weights = before.movedim(factor.dim, -1)
         elif _is_whole(found, factor.given):  # the very tensor, also if it was permuted
             weights = factor.last
-            place = place_of(factor.given, lambda g: self._heads_first(g.movedim(factor.dim, -1)))
+            heads_first, dim = self._heads_first, factor.dim
+            place = place_of(factor.given, lambda g: heads_first(g.movedim(dim, -1)))
         return ExplicitCall(
             self._heads_first(weights.to(factor.given.dtype)),
             self._heads_first(value.last.transpose(-2, -1)),

@@ -25,7 +25,7 @@ from dinov2_attn.maps.layers import recorded_in
 from dinov2_attn.maps.one_batch import batches_of, run_model
 from dinov2_attn.maps.result import W
 from dinov2_attn.maps.rollout import Rollout, check_ratio, starting
-from dinov2_attn.maps.targets import Pass, Target, score, watching_norm
+from dinov2_attn.maps.targets import Pass, Target, in_words, score, watching_norm
 from dinov2_attn.maps.tiles import without_lowest
 from dinov2_attn.math.attention import without_autocast
 from dinov2_attn.math.selection import positions
@@ -42,18 +42,21 @@ class Relevance(Rollout[W]):
         weights: ``(B, Q, N)``, float32 at least, never negative. Columns are CLS, registers,
             patches row by row. They do not sum to one.
         method: The method.
+        target: What is explained, in words: once, or once for each image.
 
     Grid, prefix, queries and the others are those of ``Rollout``. ``queries`` is None for legrad,
     whose one row is the mean of all.
 
     """
 
-    _LAYOUT: ClassVar[tuple[str, ...]] = (*Rollout._LAYOUT, "method")
+    _LAYOUT: ClassVar[tuple[str, ...]] = (*Rollout._LAYOUT, "method", "target")
 
     method: Method = "chefer"
+    target: tuple[str, ...] = ()
 
     def _facts(self) -> dict[str, str]:
-        return {"method": self.method, **super()._facts()}
+        target = {"target": ", ".join(self.target)} if self.target else {}
+        return {"method": self.method, **target, **super()._facts()}
 
 
 @overload
@@ -201,7 +204,8 @@ def _one(
         every = torch.arange(layout.length, device=images.device)
         weights = _METHODS[method](graded, every, rows or (), ratio)
     place = (layout.suffix, layout.per_cell, layout.planes)
-    return Relevance(weights, layout.grid, layout.prefix, rows, *place, method=method)
+    words = in_words(target, layout)
+    return Relevance(weights, layout.grid, layout.prefix, rows, *place, method=method, target=words)
 
 
 def _gradients(

@@ -16,7 +16,7 @@ from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.grafting.tokens import named
 from dinov2_attn.maps.layers import Recorded
-from dinov2_attn.math.selection import positions
+from dinov2_attn.math.selection import name_token, positions
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,25 @@ def score(target: Any, found: Pass, images: int) -> Tensor:
             "Compute it from the output alone, without detach(), item() and no_grad().",
         )
     return value.sum()
+
+
+def in_words(target: Any, layout: Layout) -> tuple[str, ...]:
+    """Return what a ``target`` that ``score`` took is called: once, or once for each image."""
+    if isinstance(target, TokenSimilarity):
+        first, second = (_token_name(one, layout) for one in (target.token, target.other))
+        return (f"the similarity of {first} and {second}",)
+    if isinstance(target, Tensor) and target.is_floating_point():
+        return ("the similarity to an embedding",)
+    if callable(target):
+        return ("a function of the output",)
+    given = target.tolist() if isinstance(target, Tensor) else target
+    several = isinstance(given, list | tuple)
+    return tuple(f"class {number}" for number in (given if several else [given]))
+
+
+def _token_name(token: Any, layout: Layout) -> str:
+    place = positions(named(token, layout), layout.length)
+    return name_token(place[0] if place else 0, layout.prefix, layout.grid)
 
 
 def _value(target: Any, found: Pass, images: int) -> Any:

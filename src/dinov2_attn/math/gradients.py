@@ -25,11 +25,23 @@ def weight_gradients(gradient: Tensor, value: Tensor, heads: Heads = None) -> Te
         ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean, in the dtype of ``gradient``.
 
     """
-    dtype, count = gradient.dtype, gradient.shape[1]
-    wide = torch.promote_types(dtype, torch.float32)
+    count = gradient.shape[1]
+    if heads != "mean":
+        return product_with_values(gradient, value)
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    joined = gradient.to(wide).transpose(1, 2).flatten(2) / count
+    return product_with_values(joined, value.transpose(1, 2).flatten(2)).to(gradient.dtype)
+
+
+def product_with_values(gradient: Tensor, value: Tensor) -> Tensor:
+    """Return ``gradient @ valueᵀ`` in the dtype of ``gradient``. Autograd may follow it.
+
+    Args:
+        gradient: ``(…, Q, d)``.
+        value: ``(…, N, d)``.
+
+    """
+    wide = torch.promote_types(gradient.dtype, torch.float32)
     with without_autocast(gradient.device):
-        gradient, value = gradient.to(wide), value.to(wide)
-        if heads == "mean":
-            gradient = gradient.transpose(1, 2).flatten(2) / count
-            value = value.transpose(1, 2).flatten(2)
-        return (gradient @ value.transpose(-2, -1)).to(dtype)
+        product = gradient.to(wide) @ value.to(wide).transpose(-2, -1)
+    return product.to(gradient.dtype)

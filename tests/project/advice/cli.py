@@ -302,6 +302,37 @@ case(
 
 # What argparse refuses, and proposes: the command, the option and a wrong value of it
 
+
+# What is explained
+
+
+case(
+    "apps/cli",
+    "Say what to explain",
+    lambda lab: heatmap(lab, lab.image, "--method", "chefer"),
+    lambda lab: heatmap(lab, lab.image, "--method", "chefer", "--target", "1,2"),
+)
+case(
+    "apps/cli",
+    "Choose one such as --model dinov2_vits14_lc",
+    lambda lab: heatmap(lab, lab.image, "--target", 281),
+    lambda lab: (
+        heatmap(lab, lab.image, "--target", "1,2"),
+        with_classes(lab, 281),
+    ),
+)
+case(
+    "apps/cli",
+    "Classes count from 0.",
+    lambda lab: with_classes(lab, 1000),
+    lambda lab: with_classes(lab, 999),
+)
+
+
+def with_classes(lab, number):
+    lab.heatmap("--model", "dinov2_vits14_lc", "--random-weights", "--target", number)
+
+
 PROPOSED = [
     ("heatmap", "--layers", "last"),
     ("heatmap", "--threshold", "1.5"),

@@ -46,6 +46,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "hf download",
             "The download may be incomplete. Remove the file and run again",
             "The partial download was deleted. Check your connection and run again",
+            "It is the file of another classifier. Remove it and run again",
             "Give your own weights with --weights PATH. --random-weights runs without",
             "Connect to GitHub or PyPI once",
             "Connect to GitHub.",

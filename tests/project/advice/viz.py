@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from dinov2_attn import artifact_tokens, attention_maps, viz
+from dinov2_attn import artifact_tokens, attention_maps, rollout, viz
 from dinov2_attn.apps.explorer.write import write_page
 from tests.project.advice.recordings import recorded
 from tests.support.advice import Table
@@ -22,6 +22,16 @@ def drawn(lab, maps, **options):
     return viz.plot(maps, **options).figure
 
 
+def rolled(lab, **options):
+    return drawn(lab, rollout(lab.model, lab.x), **options)
+
+
+case(
+    "apps/viz",
+    "Leave it out. Maps of one layer and head",
+    lambda lab: rolled(lab, layer=1),
+    lambda lab: (rolled(lab), drawn(lab, lab.maps(), layer=1)),
+)
 case(
     "maps",
     "Leave heads out of attention_maps",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinov2_attn.apps.cli.model_options import Loaded
 from dinov2_attn.apps.cli.plot_options import layers_of, style_of, tokens_of
+from dinov2_attn.apps.cli.relevance_options import relevance_of
 from dinov2_attn.apps.cli.report import options_of
 from dinov2_attn.apps.viz.tokens import file_name
 from dinov2_attn.errors import SuspiciousArtifactsWarning
@@ -92,6 +93,8 @@ def write(loaded: Loaded, subject: Subject, folder: Path, args: argparse.Namespa
     maps = heatmap.maps_of(loaded.model, image, layers_of(args), rows, args.device)
     artifacts = artifacts_in(loaded, image, args) if args.outliers != "none" else None
     files: dict[str, Writer] = {}
+    if getattr(args, "target", None) is not None:
+        files.update(_of_target(tokens, positions, loaded, subject, args))
     for token, position in zip(tokens, positions, strict=True):
         files.update(_of_token(token, rows.index(position), loaded, subject, maps, artifacts, args))
     files.update(heatmap.image_files(image))
@@ -200,6 +203,43 @@ def _of_token(
     yield from heatmap.map_files(
         grid, pictures, suffix=suffix, warning=loaded.warning, facts=facts
     ).items()
+
+
+def _of_target(
+    tokens: list[Token],
+    positions: list[int],
+    loaded: Loaded,
+    subject: Subject,
+    args: argparse.Namespace,
+) -> Iterator[tuple[str, Writer]]:
+    """Yield names and writers of the relevance of each token for the target."""
+    from dinov2_attn.apps.viz.flows import map_of
+    from dinov2_attn.apps.viz.pictures import plot
+
+    found = relevance_of(loaded, subject.image, list(dict.fromkeys(positions)), args)
+    if found.queries is None:  # one row for all tokens
+        tokens = ["cls"]
+    for token in tokens:
+        suffix = "" if token == "cls" else f"-{file_name(token)}"
+        options = {
+            "query": token,
+            "image": subject.image.picture,
+            "outline": subject.outline,
+            "style": style_of(args),
+            "name": loaded.name,
+            "warning": loaded.warning,
+        }
+        facts = facts_of(subject.origin, loaded, "all", token)
+        facts = {**facts, "target": found.target[0], "method": found.method}
+        yield f"relevance{suffix}.{args.format}", partial(_draw, plot, (found,), options, facts)
+        values = map_of(found, token).values.astype("float32")
+        yield f"relevance{suffix}.npy", partial(_save, values)
+
+
+def _save(values: Grid, path: Path) -> None:
+    import numpy as np
+
+    np.save(path, values)
 
 
 def _draw(

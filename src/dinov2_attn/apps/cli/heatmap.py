@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.cli import early, plot_options
+from dinov2_attn.apps.cli import early, plot_options, relevance_options
 from dinov2_attn.apps.cli.argtypes import add_output
 from dinov2_attn.apps.cli.drawing import Drawn, Subject, write
 from dinov2_attn.apps.cli.image_options import (
@@ -40,11 +40,12 @@ Draw the attention of the CLS token in the last block, or of other tokens and la
 the image, the mean and every head on one scale. overlay shows the mean on top of the image. Their
 captions name the model, layer, head and query, the share of CLS and registers, and artifact
 tokens. DINO v1's files are written as well: img.png, attn-head{j}.png and, with --threshold,
-mask_th{t}_head{j}.png. attention.npy holds the maps (heads, h, w). Names without a token are of
-CLS. Files of another token end in its name, such as attention-3-17.npy. image.json records how the
-image was read (size, range, mean, std), and run.json the image, model, options and files of the
-run. The next run into the same folder removes these files. One image goes directly into DIR.
-Several images go into a folder each.
+mask_th{t}_head{j}.png. attention.npy holds the maps (heads, h, w). With --target, relevance shows
+which patches made a class or a similarity, and relevance.npy holds that map (h, w). Names without a
+token are of CLS. Files of another token end in its name, such as attention-3-17.npy. image.json
+records how the image was read (size, range, mean, std), and run.json the image, model, options and
+files of the run. The next run into the same folder removes these files. One image goes directly
+into DIR. Several images go into a folder each.
 """
 
 EPILOG = """\
@@ -66,6 +67,7 @@ def add(subparsers: Any) -> None:
     add_open(parser, "the picture of all heads")
     add_image_size(parser)
     plot_options.add_options(parser)
+    relevance_options.add_options(parser.add_argument_group("explanation"))
     add_options(parser)
     parser.set_defaults(run=run)
 
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw every image; report those that fail, and return 1 if there are any."""
     require_libraries()
     size, images = some_images(args)
+    relevance_options.check(args)
     early.check_model(args)
     early.check_tokens(args, args.queries or (), args.layers)
     early.check_folder(args.output)
@@ -83,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     loaded = load_model(args)
     plot_options.check(args, loaded)
+    relevance_options.check(args, loaded)
     check_reading(loaded, args)
     drawn = _draw_all(loaded, readable, size, args)
     if drawn:
@@ -138,11 +142,15 @@ def _draw(
 def _said(args: argparse.Namespace, image: Path, drawn: Drawn) -> str:
     lines = [
         f"{image}: {drawn.said}",
-        wrote(args, drawn.folder, drawn.files, "every head on one scale"),
+        wrote(args, drawn.folder, drawn.files, _shown(args)),
     ]
     if drawn.removed:
         lines.append(removed(args, drawn.folder, drawn.removed))
     return "\n".join(lines)
+
+
+def _shown(args: argparse.Namespace) -> str:
+    return "every head on one scale" if args.target is None else "which patches made the target"
 
 
 def _end(args: argparse.Namespace, image: Path, drawn: Drawn) -> None:

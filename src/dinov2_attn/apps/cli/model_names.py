@@ -7,11 +7,11 @@ import difflib
 from argparse import ArgumentTypeError
 
 from dinov2_attn.apps.weights import dinov3
-from dinov2_attn.apps.weights.models import ARCHS, HUB
+from dinov2_attn.apps.weights.models import ARCHS, CLASSIFIERS, HUB
 from dinov2_attn.errors import InvalidInputError
 
 TIMM = "timm:"
-NAMES = (*HUB, *dinov3.ARCHS)
+NAMES = (*HUB, *CLASSIFIERS, *dinov3.ARCHS)
 
 
 def model_name(text: str) -> str:
@@ -57,9 +57,11 @@ def chosen(args: argparse.Namespace) -> argparse.Namespace:
     name = args.model
     is_timm = name is not None and name.startswith(TIMM)
     found = argparse.Namespace(**vars(args))
-    if name in HUB:
+    found.classifier = CLASSIFIERS.get(name)
+    backbone = found.classifier or name
+    if backbone in HUB:
         _refuse(args, f"--model {name}", ("arch", "registers", "patch_size"))
-        found.arch, found.registers = HUB[name]
+        found.arch, found.registers = HUB[backbone]
         found.patch_size = 14
     elif is_timm:
         others = ("arch", "registers", "patch_size", "num_heads", "key", "repo")

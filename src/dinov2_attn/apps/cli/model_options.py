@@ -46,6 +46,7 @@ class Loaded:
         doubt: A sentence about what was assumed of it.
         mean: The mean that its images had in training, if it names one.
         std: Their deviation.
+        classifier: What returns logits ``(B, classes)``, with the model inside, if there is any.
 
     """
 
@@ -55,6 +56,7 @@ class Loaded:
     doubt: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    classifier: Any = None
 
     @property
     def geometry(self) -> Geometry:
@@ -107,7 +109,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=model_name,
         metavar="NAME",
         help="The model by its name on Meta's hub, such as "
-        f"{', '.join(HUB)} or dinov3_vits16, or one of timm's as timm:NAME. "
+        f"{', '.join(HUB)} or dinov3_vits16, or one of timm's as timm:NAME. One of DINOv2 with "
+        "_lc behind it, such as dinov2_vits14_lc, has a classifier of ImageNet's classes. "
         "Default: dinov2_vits14, unless other options say more.",
     )
     group.add_argument(
@@ -155,14 +158,22 @@ def load_model(args: argparse.Namespace) -> Loaded:
         return _of_timm(args)
     is_dinov3 = args.model_is_dinov3
     choose = _of_dinov3 if is_dinov3 else _named if args.weights is None else _from_file
-    make, name, doubt = choose(args)
+    choice = choose(args)
     if torch.device(args.device).type == "cpu":
         # xFormers has no kernel for it, and upstream would call one wherever xFormers imports.
         sys.modules.setdefault("xformers", None)  # type: ignore[arg-type]  # Python's own sign
     obtain = _obtain_dinov3 if is_dinov3 else _obtain
     obtain(args.repo)
-    model = _seeded(make)
-    return Loaded(model.to(args.device), name, args.random_weights, doubt)
+    model, classifier = _seeded(lambda: _with_classifier(choice))
+    model.to(args.device)
+    if classifier is not None:
+        classifier.to(args.device)
+    return Loaded(model, choice.name, args.random_weights, choice.doubt, classifier=classifier)
+
+
+def _with_classifier(choice: Choice) -> tuple[Any, Any]:
+    model = choice.make()
+    return model, None if choice.classifier is None else choice.classifier(model)
 
 
 def _seeded(make: Callable[[], Any]) -> Any:
@@ -190,7 +201,8 @@ def _of_timm(args: argparse.Namespace) -> Loaded:
     source = source if args.weights is None else Path(args.weights).name
     mean, std = timm_models.normalisation(model)
     called = f"{name} of timm, {source}"
-    found = Loaded(model.to(args.device), called, args.random_weights, None, mean, std)
+    classifier = model if getattr(model, "num_classes", 0) else None
+    found = Loaded(model.to(args.device), called, args.random_weights, None, mean, std, classifier)
     found.geometry  # noqa: B018 - raises if it has no attention or no patches
     return found
 
@@ -210,8 +222,22 @@ def _obtain_dinov3(repo: str | None) -> None:
     dinov2_attn.install("dinov3")
 
 
-# How to make a model once upstream's code is there, what captions call it, and a doubt about it.
-Choice = tuple[Callable[[], Any], str, str | None]
+@dataclass(frozen=True)
+class Choice:
+    """A model that is made once upstream's code is there.
+
+    Attributes:
+        make: Makes it.
+        name: What captions call it.
+        doubt: A sentence about what was assumed of it.
+        classifier: Makes its classifier from it, or returns ``None``.
+
+    """
+
+    make: Callable[[], Any]
+    name: str
+    doubt: str | None = None
+    classifier: Callable[[Any], Any] | None = None
 
 
 def _named(args: argparse.Namespace) -> Choice:
@@ -228,8 +254,15 @@ def _named(args: argparse.Namespace) -> Choice:
             load_pretrained(model, arch, patch_size=patch_size, registers=args.registers)
         return model
 
+    def classifier(model: Any) -> Any:
+        from dinov2_attn.apps.weights.classifiers import of_hub
+
+        name = args.classifier.removesuffix("_reg")
+        return of_hub(model, name, registers=args.registers, random=args.random_weights)
+
     called = caption(PUBLISHED[arch][0], patch_size, 4 if args.registers else 0)
-    return make, f"{called}, {'random' if args.random_weights else 'published'} weights", None
+    called = f"{called}, {'random' if args.random_weights else 'published'} weights"
+    return Choice(make, called, None, classifier if args.classifier else None)
 
 
 def _of_dinov3(args: argparse.Namespace) -> Choice:
@@ -253,13 +286,14 @@ def _of_dinov3(args: argparse.Namespace) -> Choice:
         return model
 
     source = "random weights" if args.weights is None else Path(args.weights).name
-    return make, f"DINOv3 {dinov3.PUBLISHED[args.arch]}, {source}", None
+    return Choice(make, f"DINOv3 {dinov3.PUBLISHED[args.arch]}, {source}")
 
 
 def _from_file(args: argparse.Namespace) -> Choice:
     """Choose the model whose weights are in a file. It is read first: that needs no network."""
     from dinov2_attn.apps.weights.architecture import doubt, infer
     from dinov2_attn.apps.weights.checkpoints import fill
+    from dinov2_attn.apps.weights.classifiers import of_checkpoint
     from dinov2_attn.apps.weights.reading import read
 
     checkpoint = read(args.weights)
@@ -280,7 +314,8 @@ def _from_file(args: argparse.Namespace) -> Choice:
         return model
 
     assumed = f", heads assumed: {architecture.num_heads}" if architecture.heads_assumed else ""
-    return make, f"{architecture}, {Path(args.weights).name}{assumed}", doubt(architecture)
+    called = f"{architecture}, {Path(args.weights).name}{assumed}"
+    return Choice(make, called, doubt(architecture), lambda model: of_checkpoint(model, checkpoint))
 
 
 def _require_agreement(args: argparse.Namespace, found: Architecture) -> None:

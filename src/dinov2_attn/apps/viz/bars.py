@@ -91,7 +91,7 @@ class Bar:
         places = ticks(self.norm, most)
         beside = [f"  {share(v / self.tokens)}" if self.tokens and shares else "" for v in places]
         labels = [
-            f"{_short(v)}{self.unit}{part}" if v else "0"
+            f"{short(v)}{self.unit}{part}" if v else "0"
             for v, part in zip(places, beside, strict=True)
         ]
         return places, labels
@@ -126,13 +126,14 @@ def ticks(scale: Normalize, most: int) -> list[float]:
 
 def times(multiple: float) -> str:
     """Return a multiple of uniform attention as 8.2×."""
-    return f"{_short(multiple)}×"
+    return f"{short(multiple)}×"
 
 
 def share(part: float) -> str:
     """Return a share as 0.073 %."""
-    return f"{_short(100 * part)} %"
+    return f"{short(100 * part)} %"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """Return a number with two digits."""
     return f"{number:.2g}" if abs(number) < 99.5 else f"{number:.0f}"

@@ -19,12 +19,12 @@ from dinov2_attn.apps.viz.colours import Mask
 from dinov2_attn.apps.viz.figure_sheet import POINTS, FigureSheet
 from dinov2_attn.apps.viz.limits import scale, scale_together
 from dinov2_attn.apps.viz.mosaic import Cells, Mosaic
-from dinov2_attn.apps.viz.pictures import PLAIN, Picture, draw_map, head_name
+from dinov2_attn.apps.viz.pictures import Picture, draw_map, head_name
 from dinov2_attn.apps.viz.pixels import as_pixels
 from dinov2_attn.apps.viz.provenance import Facts
 from dinov2_attn.apps.viz.rows import AttentionRow, Drawable, Values, select_row
 from dinov2_attn.apps.viz.saving import save, written
-from dinov2_attn.apps.viz.style import Style
+from dinov2_attn.apps.viz.style import PLAIN, Style
 from dinov2_attn.apps.viz.text import POINTS_PER_INCH
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.places import Head

@@ -23,15 +23,17 @@ from dinov2_attn.apps.viz.captions import (
     subject,
 )
 from dinov2_attn.apps.viz.colours import Mask, top_mass_mask
+from dinov2_attn.apps.viz.flows import OneMap, check_whole, map_of
 from dinov2_attn.apps.viz.layout import SMALL, grid_sheet, line_width, single_sheet, table_sheet
 from dinov2_attn.apps.viz.limits import scale, scales
 from dinov2_attn.apps.viz.mosaic import Cells, Mosaic
 from dinov2_attn.apps.viz.pixels import as_pixels, dimmed, greyed
 from dinov2_attn.apps.viz.rows import AttentionRow, Drawable, Values, select_row
 from dinov2_attn.apps.viz.sheet import BAR_POINTS, POINTS
-from dinov2_attn.apps.viz.style import GREY, Style
+from dinov2_attn.apps.viz.style import GREY, PLAIN, Style
 from dinov2_attn.apps.viz.text import FONT, percent, wrap
 from dinov2_attn.maps.places import Head
+from dinov2_attn.maps.rollout import Rollout
 from dinov2_attn.math.token_names import Token
 from dinov2_attn.typing import Layer
 
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from dinov2_attn.apps.viz.images import LoadedImage
     from dinov2_attn.maps.artifacts import ArtifactTokens
 
-PLAIN = Style()
 THIN = 0.6  # of the usual width: around an object that may be as small as a patch
 OUTLINED = "The thin white line is around the object that was marked."
 # An image: what load_image returns, an image of Pillow, an array with the channels last, or the
@@ -53,7 +54,7 @@ Picture: TypeAlias = "LoadedImage | npt.ArrayLike | PIL.Image.Image"
 
 
 def plot(
-    maps: Drawable,
+    maps: Drawable | Rollout[Any],
     ax: Axes | None = None,
     *,
     layer: Layer | None = None,
@@ -72,6 +73,7 @@ def plot(
     >>> maps = attention_maps(model, image.tensor[None], queries="cls")
     >>> viz.plot(maps, layer=11, head=3, image=image).figure.savefig("head3.png")
     >>> viz.plot(maps, ax, style=viz.Style(log=True, interpolation="bilinear"))
+    >>> viz.plot(relevance(classifier, image.tensor[None], 281), image=image)
 
     Colours stand for multiples of uniform attention: 1 is the N-th part, of N tokens.
 
@@ -80,7 +82,8 @@ def plot(
     the value shows its figure.
 
     Args:
-        maps: An ``AttentionMaps``, or a ``Recording`` of one pass.
+        maps: An ``AttentionMaps``, or a ``Recording`` of one pass. A ``Rollout`` and a
+            ``Relevance`` have no layers, heads and artifacts. Colours of relevance have no unit.
         ax: A matplotlib Axes, whose title becomes the caption. ``None`` creates a figure with a
             colour bar (``ax.figure``), which a notebook shows.
         layer: The number of a block in ``maps.layers``, or its path. ``None`` is the last of
@@ -108,6 +111,10 @@ def plot(
         OutOfRangeError: if there is no such layer, head, query or sample.
 
     """
+    if isinstance(maps, Rollout):
+        check_whole(layer, head, artifacts)
+        flow = map_of(maps, query, sample, style, name)
+        return _plot_one(flow, ax, image, outline, style, None, warning)
     row = select_row(maps, query, sample)
     outlying = outlying_in(artifacts, row, sample)
     layer = row.layers[row.layer(layer)]
@@ -118,25 +125,39 @@ def plot(
         colour_sentence([row.tokens], [norm], [values], style),
         *prefix_sentence(row, layer, head),
         *artifact_sentence(row, layer, style, outlying, head),
-        *([] if outline is None else [OUTLINED]),
     ]
+    one = OneMap(values, norm, bar_of(norm, values, style, row.tokens), caption, row.patch)
+    return _plot_one(one, ax, image, outline, style, outlying, warning)
+
+
+def _plot_one(
+    one: OneMap,
+    ax: Axes | None,
+    image: Picture | None,
+    outline: Mask | None,
+    style: Style,
+    outlying: Outlying | None,
+    warning: str | None,
+) -> Axes:
+    grid = one.values.shape[0], one.values.shape[1]
+    caption = [*one.caption, *([] if outline is None else [OUTLINED])]
     if ax is None:
-        sheet = single_sheet(row.grid)
+        sheet = single_sheet(grid)
         figure, ax, bar = sheet.figure(caption, warning)
-        bar_of(norm, values, style, row.tokens).draw(figure, bar, BAR_POINTS)
+        one.bar.draw(figure, bar, BAR_POINTS)
         thick = line_width(sheet.patch)
     else:
         _title(ax, [*caption, *([warning] if warning else [])])
         thick = 1.5
-    mosaic = Mosaic(ax, Cells(row.grid), style, thick)
+    mosaic = Mosaic(ax, Cells(grid), style, thick)
     if image is not None:
         pixels = as_pixels(image)
         mosaic.picture((0, 0), greyed(pixels) if style.background == "grey" else pixels)
     alpha = 1.0 if image is None else style.alpha
-    draw_map(mosaic, (0, 0), values, norm, style, outlying, alpha)
+    draw_map(mosaic, (0, 0), one.values, one.norm, style, outlying, alpha)
     if outline is not None:
         mosaic.contour((0, 0), outline, THIN)
-    mosaic.query((0, 0), row.patch)
+    mosaic.query((0, 0), one.patch)
     mosaic.finish()
     return ax
 

@@ -94,7 +94,8 @@ def _title(facts: Facts) -> str:
     parts = [f"{name} {facts[name]}" for name in ("query", "layer") if name in facts]
     images = facts.get("image", [])
     named = [images] if isinstance(images, str) else list(images)
-    text = ", ".join(["Attention", *parts, *(Path(name).name for name in named)])
+    kind = "Relevance" if "target" in facts else "Attention"
+    text = ", ".join([kind, *parts, *(Path(name).name for name in named)])
     # A name of a file can hold bytes that are no text.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 

@@ -10,21 +10,20 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from dinov2_attn.apps.viz.bars import Bar, bar_of
-from dinov2_attn.apps.viz.captions import Outlying, colour_sentence
+from dinov2_attn.apps.viz.bars import Bar
+from dinov2_attn.apps.viz.captions import Outlying
 from dinov2_attn.apps.viz.layout import line_width, single_sheet
 from dinov2_attn.apps.viz.limits import extend, scale
 from dinov2_attn.apps.viz.mosaic import Mosaic
-from dinov2_attn.apps.viz.pictures import PLAIN, draw_map, plot_heads
+from dinov2_attn.apps.viz.pictures import draw_map, plot, plot_heads
 from dinov2_attn.apps.viz.rows import Values
 from dinov2_attn.apps.viz.sheet import BAR_POINTS
+from dinov2_attn.apps.viz.style import PLAIN
 from dinov2_attn.maps.artifacts import ArtifactTokens
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.recording import Recording
-from dinov2_attn.maps.relevance import Relevance
 from dinov2_attn.maps.result import as_array
 from dinov2_attn.maps.rollout import Rollout
-from dinov2_attn.math.selection import name_token
 
 
 @singledispatch
@@ -50,32 +49,10 @@ def _of_recording(recording: Recording) -> Figure | None:
 
 
 @figure_of.register(Rollout)
-def _of_rollout(rollout: Rollout) -> Figure:
-    tokens = int(rollout.weights.shape[-1])
-    values = _numbers(rollout.patch_maps()[0, 0]) * tokens
-    norm = scale(values, PLAIN)
-    named, patch = _first_query(rollout)
-    caption = [f"Attention rollout of {named}.", colour_sentence([tokens], [norm], [values], PLAIN)]
-    return _alone(values, caption, norm, bar_of(norm, [values], PLAIN, tokens), patch=patch)
-
-
-def _first_query(rollout: Rollout) -> tuple[str, tuple[int, int] | None]:
-    """Return the name of the first query, and its row and column if it is a patch."""
-    if not rollout.queries:
-        return "the first query", None
-    number = rollout.queries[0] - rollout.prefix
-    (height, width) = rollout.grid
-    patch = divmod(number, width) if 0 <= number < height * width else None
-    return name_token(rollout.queries[0], rollout.prefix, rollout.grid), patch
-
-
-@figure_of.register(Relevance)
-def _of_relevance(relevance: Relevance) -> Figure:
-    values = _numbers(relevance.patch_maps()[0, 0])
-    norm = scale(values, PLAIN)
-    named, patch = _first_query(relevance) if relevance.queries else ("all tokens", None)
-    bar = Bar(norm, PLAIN.colour_map(), None, extend(norm, values), label="relevance", unit="")
-    return _alone(values, [f"Relevance by {relevance.method}, of {named}."], norm, bar, patch=patch)
+def _of_flow(result: Rollout) -> Figure:
+    first: Any = replace(result, weights=result.weights[:1, :1], queries=(result.queries or ())[:1])
+    figure: Any = plot(first, query=first.queries[0] if first.queries else "cls").figure
+    return figure  # type: ignore[no-any-return]
 
 
 @figure_of.register(ArtifactTokens)
@@ -100,7 +77,6 @@ def _alone(
     norm: Normalize,
     bar: Bar,
     outlying: Outlying | None = None,
-    patch: tuple[int, int] | None = None,
 ) -> Figure:
     """Return a figure of one map ``(h, w)``, with the limits and the marks of all pictures."""
     height, width = values.shape
@@ -109,7 +85,6 @@ def _alone(
     bar.draw(figure, beside, BAR_POINTS)
     mosaic = Mosaic(ax, sheet.cells, PLAIN, line_width(sheet.patch))
     draw_map(mosaic, (0, 0), values, norm, PLAIN, outlying)
-    mosaic.query((0, 0), patch)
     mosaic.finish()
     return figure
 

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 from dinov2_attn.apps.viz.colours import Pixels
 from dinov2_attn.apps.viz.films import FILMS, writer_of
-from dinov2_attn.apps.viz.pictures import PLAIN, plot_heads
+from dinov2_attn.apps.viz.pictures import plot_heads
 from dinov2_attn.apps.viz.provenance import Facts, metadata_for
 from dinov2_attn.apps.viz.rows import Drawable
-from dinov2_attn.apps.viz.style import Style
+from dinov2_attn.apps.viz.style import PLAIN, Style
 from dinov2_attn.errors import InvalidInputError, UnwritableOutputError
 
 DPI = 150

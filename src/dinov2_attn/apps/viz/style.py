@@ -112,3 +112,6 @@ def colour_map(name: str = "viridis") -> Colormap:
 def _is_range(limits: Any) -> bool:
     numbers = isinstance(limits, tuple | list) and all(isinstance(n, int | float) for n in limits)
     return numbers and len(limits) == 2 and 0 <= limits[0] < limits[1] < math.inf
+
+
+PLAIN = Style()

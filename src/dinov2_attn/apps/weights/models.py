@@ -32,6 +32,9 @@ HUB = {
     for suffix in ("", "_reg")
 }
 
+# The same with a linear classifier of ImageNet's 1000 classes: by name, the name of the backbone.
+CLASSIFIERS = {f"{name}_lc": name for name in HUB}
+
 # Models with registers are published with this interpolation of the positional embedding.
 INTERPOLATION_WITH_REGISTERS = {"interpolate_antialias": True, "interpolate_offset": 0.0}
 

@@ -14,6 +14,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
@@ -168,12 +169,27 @@ def load_pretrained(model: nn.Module, arch: str, *, patch_size: int, registers: 
         )
     name = f"dinov2_{arch.replace('_', '')[:4]}{patch_size}"
     file = f"{name}_reg4_pretrain.pth" if registers else f"{name}_pretrain.pth"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    load_published(f"{name}/{file}", partial(load_checkpoint, model))
+
+
+def load_published(place: str, load: Callable[[Path], object]) -> None:
+    """Let ``load`` read a file that Meta publishes, from torch.hub's folder or a download.
+
+    Args:
+        place: Where it is published, below the address of DINOv2.
+        load: Reads the file at a path, and raises ``UnreadableFileError``.
+
+    Raises:
+        UnavailableError: If the file cannot be downloaded.
+        UnreadableFileError: If it is incomplete, or ``load`` raises it.
+
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / place.rpartition("/")[2]
     if not path.is_file():
-        _download_and_fill(model, f"{PUBLISHED_AT}/{name}/{file}", path)
+        _download_and_load(f"{PUBLISHED_AT}/{place}", path, load)
         return
     try:
-        load_checkpoint(model, path)
+        load(path)
     except UnreadableFileError as error:
         raise UnreadableFileError(
             error.expected,
@@ -182,15 +198,15 @@ def load_pretrained(model: nn.Module, arch: str, *, patch_size: int, registers: 
         ) from error
 
 
-def _download_and_fill(model: nn.Module, url: str, path: Path) -> None:
-    """Download ``url``, fill ``model`` with it, and keep it at ``path`` if that works."""
+def _download_and_load(url: str, path: Path, load: Callable[[Path], object]) -> None:
+    """Download ``url``, ``load`` it, and keep it at ``path`` if that works."""
     log.info("downloading %s", url)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # torch.hub does not notice a connection that breaks; loading does.
         with atomic_file(path) as file:
             download_url(url, file)
-            load_checkpoint(model, file)
+            load(file)
     except UnreadableFileError as error:
         raise UnreadableFileError(
             error.expected,
