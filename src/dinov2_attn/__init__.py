@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dinov2_attn.maps.relevance import Relevance, relevance
     from dinov2_attn.maps.rollout import rollout
     from dinov2_attn.maps.targets import token_similarity
+    from dinov2_attn.math.buffers import release_memory
 
 __all__ = [
     "ArtifactTokens",
@@ -51,6 +52,7 @@ __all__ = [
     "install",
     "load_checkpoint",
     "record",
+    "release_memory",
     "relevance",
     "rollout",
     "status",
@@ -78,6 +80,7 @@ __getattr__, __dir__ = lazily(
         "load_checkpoint": "dinov2_attn.apps.weights.checkpoints",
         "record": "dinov2_attn.maps.record",
         "relevance": "dinov2_attn.maps.relevance",
+        "release_memory": "dinov2_attn.math.buffers",
         "rollout": "dinov2_attn.maps.rollout",
         "token_similarity": "dinov2_attn.maps.targets",
         "viz": "dinov2_attn.viz",

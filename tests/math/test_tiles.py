@@ -36,13 +36,17 @@ SIZES = st.sampled_from([1, 64, 300, 2000, 2**20])
     heads=st.sampled_from([None, "mean"]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     fresh=st.booleans(),
+    shared=st.booleans(),
     size=SIZES,
     seed=seeds,
 )
-def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, fresh, size, seed):
+def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, fresh, shared, size, seed):
+    """And so is their product with the values that is made beside them."""
     batch, count, rows, length = shape
     query = noise(batch, count, rows, 5, seed=seed, dtype=dtype)
-    key = noise(batch, count, length, 5, seed=seed + 1, dtype=dtype)
+    # Of one projection: the heads of a token lie side by side.
+    both = noise(batch, length, 2, 1 if shared else count, 5, seed=seed + 1, dtype=dtype)
+    key, value = both.permute(2, 0, 3, 1, 4)
     kwargs = {"heads": heads}
     if bias is not None:
         sizes = [1 if one else n for one, n in zip(bias, shape, strict=True)]
@@ -50,17 +54,26 @@ def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, fresh, size, s
     if causal:
         kwargs["causal_rows"] = torch.arange(rows)
     whole = attention.attention_weights(query, key, 0.7, **kwargs)
-    before = attention.TILE_BYTES, attention.PIECE_BYTES
-    attention.TILE_BYTES = attention.PIECE_BYTES = size
+    before = attention.TILE_BYTES, attention.PIECE_BYTES, attention.KEY_BYTES
+    attention.TILE_BYTES = attention.PIECE_BYTES = attention.KEY_BYTES = size
+    output, out = None, torch.empty(shape, dtype=dtype)
     try:
         with torch.no_grad():
             attention.is_fresh = lambda result: fresh
             tiled = attention.attention_weights(query, key, 0.7, **kwargs)
+            if heads is None:
+                del kwargs["heads"]
+                output = attention.weights_and_output(query, key, value, 0.7, out=out, **kwargs)
     finally:
-        attention.TILE_BYTES, attention.PIECE_BYTES = before
+        attention.TILE_BYTES, attention.PIECE_BYTES, attention.KEY_BYTES = before
         attention.is_fresh = buffers.is_fresh
     assert tiled.dtype == dtype
     assert_close(tiled, whole)
+    if output is not None:
+        assert_close(out, tiled)
+        assert output.dtype == dtype
+        size = float(value.abs().max()) if value.numel() else None
+        assert_close(output, whole.double() @ value.double(), size=size)
 
 
 @given(case=attention_cases(st.just(torch.float64)), size=SIZES, data=st.data())
@@ -142,7 +155,7 @@ def test_no_second_matrix_is_made(dtype, heads, tiny):
                 self.largest = max(self.largest, out.numel() * out.element_size())
             return out
 
-    tiny(2**19)
+    tiny(2**19 // torch.get_num_threads())
     query = noise(2, 3, 400, 16, seed=0, dtype=dtype)
     result = torch.empty((2, 400, 400) if heads else (2, 3, 400, 400), dtype=dtype)
     with Watch() as watch:
@@ -163,10 +176,10 @@ def test_scores_that_become_the_result_are_cut_into_fewer_pieces(fresh, products
         products = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.products += func is torch.ops.aten.bmm.out
+            self.products += func in (torch.ops.aten.bmm.out, torch.ops.aten.mm.out)
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(attention, "TILE_BYTES", 2**14)
+    monkeypatch.setattr(attention, "TILE_BYTES", 2**14 // torch.get_num_threads())
     monkeypatch.setattr(attention, "PIECE_BYTES", 2**16)
     monkeypatch.setattr(attention, "is_fresh", lambda result: fresh)
     query = noise(1, 4, 64, 8, seed=0)
@@ -176,20 +189,48 @@ def test_scores_that_become_the_result_are_cut_into_fewer_pieces(fresh, products
 
 
 @pytest.mark.parametrize(
-    ("shape", "rows", "together", "sizes"),
+    ("shape", "rows", "samples", "sizes"),
     [
-        ((4, 1, 1), 2, False, [(2, 1, 1)] * 2),
-        ((1, 4, 1), 2, False, [(1, 2, 1)] * 2),
-        ((1, 3, 5), 4, False, [(1, 1, 4), (1, 1, 1)] * 3),
-        ((1, 3, 5), 6, True, [(1, 3, 2), (1, 3, 2), (1, 3, 1)]),
-        ((2, 3, 5), 1, True, [(1, 3, 1)] * 10),
-        ((2, 3, 5), 99, False, [(2, 3, 5)]),
-        ((0, 3, 5), 99, False, []),
+        ((4, 1, 1), 2, 4, [(2, 1, 1)] * 2),
+        ((4, 1, 1), 9, 1, [(1, 1, 1)] * 4),
+        ((1, 4, 1), 2, 1, [(1, 2, 1)] * 2),
+        ((1, 3, 5), 4, 1, [(1, 1, 4), (1, 1, 1)] * 3),
+        ((2, 3, 5), 99, 2, [(2, 3, 5)]),
+        ((0, 3, 5), 99, 0, []),
     ],
 )
-def test_pieces_are_whole_samples_else_heads_else_rows(shape, rows, together, sizes):
-    pieces = attention._pieces(shape, rows, together=together)
+def test_pieces_are_whole_samples_else_heads_else_rows(shape, rows, samples, sizes):
+    pieces = attention._pieces(shape, rows, samples=samples, heads_last=False)
     assert [tuple(cut.stop - cut.start for cut in piece) for piece in pieces] == sizes
+
+
+def test_all_heads_of_some_rows_come_before_the_next_rows():
+    pieces = attention._pieces((1, 2, 5), 4, samples=1, heads_last=True)
+    places = [(heads.start, lines.start) for _, heads, lines in pieces]
+    assert places == [(0, 0), (1, 0), (0, 4), (1, 4)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2**20])
+def test_keys_of_a_batch_are_not_copied(size, monkeypatch):
+    """Samples are taken one by one instead, if they are large."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Copies(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() >= key.numel() // 2:
+                self.found += not _shares_memory(out, key)
+            return out
+
+    monkeypatch.setattr(attention, "KEY_BYTES", size)
+    query, key = noise(2, 3, 1, 8, seed=0), noise(2, 50, 3, 8, seed=1).transpose(1, 2)
+    with Copies() as copies:
+        weights = attention.attention_weights(query, key, 0.25)
+    assert (copies.found == 0) == (size == 1)
+    assert_close(weights, (query.double() * 0.25 @ key.double().mT).softmax(-1))
 
 
 @torch.no_grad()

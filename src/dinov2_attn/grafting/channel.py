@@ -70,6 +70,7 @@ class Editor(Protocol):
 
     def begin(self, images: Tensor) -> None:
         """Note the ``images (B, C, H, W)`` with which a pass begins."""
+        return  # for those who need no images
 
     def wants(self, attention: nn.Module) -> bool:
         """Return whether to call ``edit`` when ``attention`` runs."""
@@ -79,6 +80,7 @@ class Editor(Protocol):
 
     def stopped(self) -> None:
         """Note that a pass is ended before its last layer."""
+        return  # for those who count no layers
 
 
 class _State(threading.local):
@@ -320,7 +322,7 @@ def run_captured(
     if not (wanting or editing):
         return original(module, *args, **kwargs)
     if is_transformed():
-        raise edited_in_a_graph() if editing else in_a_graph()
+        raise in_a_graph() if wanting else edited_in_a_graph()
     if is_in_backward():  # what checkpointing runs again is edited again
         wanting = []
     stops = bool(wanting) and all(receiver.stops for receiver in wanting)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -20,7 +20,13 @@ from torch import Tensor
 from dinov2_attn.errors import NotEditedError
 from dinov2_attn.kernels.call import ExplicitCall, FusedCall, KernelCall
 from dinov2_attn.kernels.place import Place, place_of
-from dinov2_attn.math.attention import past, without_autocast
+from dinov2_attn.math.attention import (
+    may_tile,
+    past,
+    shape_of_weights,
+    weights_and_output,
+    without_autocast,
+)
 from dinov2_attn.math.bias import Group, groups, is_block_diagonal
 from dinov2_attn.math.buffers import NewResult, new_result
 from dinov2_attn.math.patterns import (
@@ -126,6 +132,7 @@ class EditedCall(_OfBase[FusedCall]):
         zeroed: Heads whose rows are zero, except those in ``put_rows``.
         put: ``(B, heads, R, N)``: weights in the place of the kernel's.
         put_rows: The positions of these R rows.
+        mixed: The output, where it was computed with ``put``.
         output: ``(B, heads, Q, d)``, or None if it was not computed.
         place: Where autograd makes the gradient by ``output``, or None without one.
 
@@ -136,6 +143,7 @@ class EditedCall(_OfBase[FusedCall]):
     zeroed: tuple[int, ...] = ()
     put: Tensor | None = None
     put_rows: tuple[int, ...] = ()
+    mixed: Tensor | None = None
     output: Tensor | None = None
     place: Place | None = None
 
@@ -156,7 +164,9 @@ class EditedCall(_OfBase[FusedCall]):
     def detached(self) -> EditedCall:
         """Return the call outside of autograd's graph, without output."""
         put = None if self.put is None else self.put.detach()
-        return replace(self, base=self.base.detached(), put=put, output=None, place=None)
+        return replace(
+            self, base=self.base.detached(), put=put, mixed=None, output=None, place=None
+        )
 
     def gradient_tile(self, gradient: Tensor, sample: int, heads: slice, lines: slice) -> Tensor:
         """Return the gradient by a ``tile``, given that by the output."""
@@ -169,7 +179,7 @@ class EditedCall(_OfBase[FusedCall]):
     def zero(self, heads: Sequence[int]) -> EditedCall:
         """Return the call with all weights of ``heads`` zero."""
         put = None if self.put is None else without_heads(self.put, heads)
-        return replace(self, zeroed=tuple({*self.zeroed, *heads}), put=put)
+        return replace(self, zeroed=tuple({*self.zeroed, *heads}), put=put, mixed=None)
 
     def hide(self, rows: SomeRows, keys: Tensor) -> EditedCall:
         """Return the call with ``keys (B or 1, N)`` hidden from ``rows``.
@@ -182,7 +192,7 @@ class EditedCall(_OfBase[FusedCall]):
         places = [i for i, row in enumerate(self.put_rows) if rows is None or row in rows]
         if put is not None and places:
             put = with_rows(put, places, renormalised(put[:, :, places], keys))
-        edited = replace(self, hidden=(*self.hidden, Hidden(rows, keys)), put=put)
+        edited = replace(self, hidden=(*self.hidden, Hidden(rows, keys)), put=put, mixed=None)
         edited._check_rows()
         return edited
 
@@ -196,7 +206,25 @@ class EditedCall(_OfBase[FusedCall]):
         kept = [i for i, row in enumerate(self.put_rows) if row not in set(rows)]
         if self.put is not None and kept:
             weights = torch.cat([self.put[:, :, kept], weights], dim=2)
-        return replace(self, put=weights, put_rows=(*(self.put_rows[i] for i in kept), *rows))
+        rows = (*(self.put_rows[i] for i in kept), *rows)
+        return replace(self, put=weights, put_rows=rows, mixed=None)
+
+    def explicit(self, dtype: torch.dtype | None = None) -> EditedCall:
+        """Return the call with its own weights in the place of the kernel's, for all rows.
+
+        The output is then ``weights @ value``. Without autograd each tile of the weights is
+        multiplied while it is in the cache, and kept in ``dtype``.
+        """
+        query, (key, value) = self.base.query, self.base._by_query_head
+        if self.is_changed or not may_tile(query):
+            return self.with_weights(None, self._rows(range(self.rows)))
+        out = new_result(query, shape_of_weights(query, key, None), dtype)
+        causal = None
+        if self.base.is_causal:
+            causal = torch.arange(self.rows, device=self.device)
+        masks = {"bias": self.base._dense_bias, "causal_rows": causal}
+        mixed = weights_and_output(query, key, value, self.base.scale, **masks, out=out)
+        return replace(self, put=out, put_rows=tuple(range(self.rows)), mixed=mixed)
 
     def call(self) -> EditedCall:
         """Return the call for those who take its weights."""
@@ -209,6 +237,10 @@ class EditedCall(_OfBase[FusedCall]):
             original: Runs the kernel as the module called it. It is not run without need.
 
         """
+        if self.mixed is not None:
+            return self.mixed
+        if self.put is not None and self._is_put:
+            return self._mixed(self.put)
         parts = self._groups()
         plain = any(not hidden for _, hidden in parts)
         output = original() if plain else None
@@ -257,6 +289,8 @@ class EditedCall(_OfBase[FusedCall]):
         """Return the weights ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads."""
         if self.put is None and not self.zeroed:
             return self.masked.weights(queries, heads, new)
+        if self.put is not None and queries is None and heads is None and self._is_put:
+            return self.put
         found = self._rows(positions(queries, self.rows))
         return found.to(self._wide).mean(1).to(found.dtype) if heads == "mean" else found
 
@@ -275,6 +309,11 @@ class EditedCall(_OfBase[FusedCall]):
             return self.base
         bias = with_hidden(self.base._dense_bias, self._seen(self.hidden))
         return replace(self.base, bias=bias, output=None)
+
+    @property
+    def _is_put(self) -> bool:
+        """Whether ``put`` has all rows, in their order."""
+        return len(self.put_rows) == self.rows and self.put_rows == tuple(range(self.rows))
 
     @property
     def _wide(self) -> torch.dtype:
@@ -481,10 +520,12 @@ class EditedList(_OfBase[FusedCall]):
 
     def run(self, original: Callable[[], Tensor]) -> Tensor:
         """Return the output ``(1, heads, ΣN, d)``."""
-        whole = original().transpose(1, 2)
+
+        def of(group: Group) -> Tensor:
+            return group.split(original().transpose(1, 2), group.queries).transpose(1, 2)
+
         outputs = [
-            part.run(lambda group=group: group.split(whole, group.queries).transpose(1, 2))  # type: ignore[misc]
-            for group, part in zip(self.found, self.parts, strict=True)
+            part.run(partial(of, group)) for group, part in zip(self.found, self.parts, strict=True)
         ]
         return torch.cat([out.transpose(1, 2).flatten(0, 1) for out in outputs])[None].transpose(
             1, 2

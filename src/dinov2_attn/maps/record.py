@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,24 +15,26 @@ from torch import Tensor, nn
 from dinov2_attn._compat import raised_by_dynamo
 from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
-from dinov2_attn.grafting.channel import in_a_graph, prove_once, recording, unrecorded
+from dinov2_attn.grafting.channel import editing, in_a_graph, prove_once, recording, unrecorded
 from dinov2_attn.grafting.tokens import Tokens, named
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import StopPassError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.facets import check_facets, of_layers
+from dinov2_attn.maps.from_weights import FromWeights
 from dinov2_attn.maps.gradients import Gradients, Slot, check_differentiable, watch
 from dinov2_attn.maps.layers import Course, Recorded, advice, kind_of, recorded_in, some_of
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import W
 from dinov2_attn.math.attention import check_heads
-from dinov2_attn.math.buffers import Preallocated, ReusableBuffer
+from dinov2_attn.math.buffers import NewResult, new_result
 from dinov2_attn.math.selection import positions, resolve_names
 from dinov2_attn.typing import Facet, Grid, Heads, Layer, Model, Queries, RecordedLayers, Source
 
 # The first argument is a layer: an int in a DINOv2, a path in any other model.
 Reduce = Callable[[Any, Tensor], W]
 Check = Literal["first", "every"] | Literal[False]
+FeaturesFrom = Literal["from_kernel", "from_weights"]
 
 
 @overload
@@ -45,6 +47,8 @@ def record(
     reduce: None = None,
     gradients: bool = False,
     facets: Sequence[Facet] | Facet = (),
+    dtype: torch.dtype | None = None,
+    features: FeaturesFrom = "from_kernel",
     check: Check = "first",
     grid: Grid | None = None,
     prefix: int | None = None,
@@ -59,6 +63,8 @@ def record(
     reduce: Reduce[W],
     gradients: bool = False,
     facets: Sequence[Facet] | Facet = (),
+    dtype: torch.dtype | None = None,
+    features: FeaturesFrom = "from_kernel",
     check: Check = "first",
     grid: Grid | None = None,
     prefix: int | None = None,
@@ -75,6 +81,8 @@ def record(
     reduce: Reduce[Any] | None = None,
     gradients: bool = False,
     facets: Sequence[Facet] | Facet = (),
+    dtype: torch.dtype | None = None,
+    features: FeaturesFrom = "from_kernel",
     check: Check = "first",
     grid: Grid | None = None,
     prefix: int | None = None,
@@ -87,7 +95,8 @@ def record(
 
     Any model will do, without ``install``. The weights are those of the queries, keys, scale and
     mask that each attention module gives to its kernel in this pass, or the softmax that explicit
-    code multiplies with the values. Features are bit for bit those of an unrecorded pass.
+    code multiplies with the values. Features are bit for bit those of an unrecorded pass, unless
+    ``features="from_weights"`` says otherwise.
 
     In training with stochastic depth the weights are those of the samples that upstream kept.
     With grad on they are part of the graph and keep it alive. Under reentrant checkpointing they
@@ -130,6 +139,13 @@ def record(
         facets: Which of ``"query"``, ``"key"`` and ``"value"`` to keep, as the kernel was given
             them: behind norms and rotation, in its dtype, for all tokens. They do not go through
             ``reduce``.
+        dtype: The floating dtype in which weights are kept, by default that of the kernel. They
+            are computed as ever. ``torch.float16`` and ``torch.bfloat16`` take half of the memory
+            of ``float32``. Gradients and facets keep their dtype.
+        features: ``"from_weights"`` lets the pass go on from ``weights @ values``, so that the
+            kernel does not run beside. Full matrices of every layer cost less then. Features are
+            those of the kernel within its tolerance, not bit for bit. A layer's first pass runs
+            both, for its proof. Kernels with dropout raise.
         check: When to prove that ``weights @ values`` is what the kernel returned, on a few rows
             of each layer: in its ``"first"`` pass, in ``"every"`` pass, or never (``False``).
             The first pass proves rows of every head, later ones those of a head drawn at random.
@@ -153,9 +169,14 @@ def record(
     modules = recorded_in(model, layers, every=True)
     recorder = _Recorder(modules, queries, heads, reduce, check, grid, prefix)
     recorder.beside = Beside(gradients, check_facets(facets))
+    recorder.keep_as(dtype)
     attentions = [*modules.wanted, *modules.others]
+    source: AbstractContextManager[object] = nullcontext()
+    if _are_from_weights(features):
+        is_all = queries is None and heads is None
+        source = editing(FromWeights(modules.wanted, dtype if is_all else None), modules.wanted)
     try:
-        with recording(recorder, attentions, modules.entrances, [modules.whole]):
+        with source, recording(recorder, attentions, modules.entrances, [modules.whole]):
             yield recorder.recording
     except Exception as error:
         # Dynamo wraps what is raised while it traces, and keeps only the words.
@@ -213,6 +234,8 @@ def record_one(
     return recorder.recording
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 _AT_KERNEL: tuple[Source, ...] = ("kernel",)
 
 
@@ -261,9 +284,6 @@ class _Recorder:
         counted = backbone.prefix if backbone else 0
         self._prefix_or_counted = counted if prefix is None else prefix
         self._heads, self._reduce, self._check = heads, reduce, check
-        wanted = self.modules.wanted
-        buffer = Preallocated(len(wanted)) if reduce is None else ReusableBuffer()
-        self._new = buffer.allocate
         self._course = Course()
         self._images: list[Tensor] = []
         self._entered: set[nn.Module] = set()
@@ -277,6 +297,19 @@ class _Recorder:
         self.may_stop = False
         self.size: tuple[int, ...] | None = None  # of the images, without their batch
         self.beside = Beside()
+        self._new: NewResult = new_result
+        self._dtype: torch.dtype | None = None
+
+    def keep_as(self, dtype: torch.dtype | None) -> None:
+        """Keep weights in ``dtype``, None for that of the kernel."""
+        if not (dtype is None or dtype in _DTYPES):
+            raise InvalidInputError(
+                f"dtype as one of {', '.join(map(str, _DTYPES))}",
+                repr(dtype),
+                "Leave it out for that of the kernel, or pass torch.float16.",
+            )
+        self._dtype = dtype
+        self._new = partial(new_result, dtype=dtype)
 
     @property
     def stops(self) -> bool:
@@ -369,6 +402,8 @@ class _Recorder:
             own = call.detached()
         weights = own.weights(queries, self._heads, self._new)
         each = weights if isinstance(weights, list) else [weights]
+        if self._dtype is not None:
+            each = [one.to(self._dtype) for one in each]
         slots: list[Slot | None] = [None] * len(each)
         if call.place is not None and self.beside.gradients:
             slots = [*watch(call.place, own, len(each), queries, self._heads, reduce)]
@@ -523,6 +558,17 @@ def _check_options(reduce: object, check: object) -> None:
             f"check={check!r}",
             'Leave it out to prove each layer in its first pass, or say "every".',
         )
+
+
+def _are_from_weights(features: object) -> bool:
+    """Return whether ``features`` are to be made of the recorded weights."""
+    if features in get_args(FeaturesFrom):
+        return features == "from_weights"
+    raise InvalidInputError(
+        'features="from_kernel" or features="from_weights"',
+        f"features={features!r}",
+        "Leave it out for features that are bit for bit those of an unrecorded pass.",
+    )
 
 
 def _check_layout(grid: object, prefix: object) -> None:

@@ -1,13 +1,13 @@
 """Attention weights from queries and keys, at once or in pieces.
 
 Nothing here knows a model. Without autograd, weights are written piece by piece into the result.
-A second matrix of scores would double the memory, and its page faults cost more than the product.
+A second matrix of scores would double the memory, and more of it would leave the cache.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -26,8 +26,12 @@ _AUTOCAST_DEVICES = ("cpu", "cuda")
 # the last one, so few large calls are best. Measured on CPUs; on GPUs launches cost as much.
 PIECE_BYTES = 2**26
 
-# Bytes of scores that are reduced or converted, on the CPU. They should stay in its cache.
-TILE_BYTES = 2**23
+# Bytes of scores for each thread of a CPU that stay in its second-level cache.
+TILE_BYTES = 2**20
+
+# Bytes of the keys of a sample from which on samples of a batch are cheaper one by one, on the CPU:
+# one product of several samples copies their keys.
+KEY_BYTES = 2**18
 
 Piece = tuple[slice, slice, slice]
 
@@ -79,9 +83,7 @@ def attention_weights(
     with without_autocast(query.device):
         dtype = torch.promote_types(query.dtype, torch.float32)
         wide = key.to(dtype)
-        seen = None if causal_rows is None else past(causal_rows, key.shape[2])
-        if bias is not None and bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=dtype).masked_fill_(~bias, -math.inf)
+        bias, seen = _masks(key, bias, causal_rows, dtype)
         if may_tile(query):
             if out is None:
                 out = new_result(query, shape_of_weights(query, key, heads))
@@ -100,6 +102,52 @@ def attention_weights(
         if heads == "mean":
             weights = weights.mean(dim=1)
         return weights.to(query.dtype)
+
+
+def weights_and_output(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    causal_rows: Tensor | None = None,
+    out: Tensor,
+) -> Tensor:
+    """Write ``attention_weights`` into ``out``, and return their product with ``value``.
+
+    Each tile of the weights is multiplied while it is in the cache, in float32 at least.
+
+    Args:
+        query: ``(B, heads, Q, head_dim)``, allowed if ``may_tile(query)``.
+        key: ``(B, heads or 1, N, head_dim)``.
+        value: ``(B, heads or 1, N, d)``.
+        scale: The factor on the products.
+        bias: As for ``attention_weights``.
+        causal_rows: As for ``attention_weights``.
+        out: ``(B, heads, Q, N)``, any floating dtype.
+
+    Returns:
+        ``(B, heads, Q, d)`` in the dtype of ``query``.
+
+    """
+    with without_autocast(query.device):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        bias, seen = _masks(key, bias, causal_rows, dtype)
+        output = query.new_empty((*query.shape[:3], value.shape[3]), dtype=dtype)
+        wide = (query.to(dtype), key.to(dtype), scale)
+        softmax_into(out, *wide, bias=bias, seen=seen, value=value.to(dtype), output=output)
+        return output.to(query.dtype)
+
+
+def _masks(
+    key: Tensor, bias: Tensor | None, causal_rows: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what is added to the scores, and a mask ``(Q, N)`` of the keys that are seen."""
+    seen = None if causal_rows is None else past(causal_rows, key.shape[2])
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=dtype).masked_fill_(~bias, -math.inf)
+    return bias, seen
 
 
 def shape_of_weights(query: Tensor, key: Tensor, heads: Heads) -> tuple[int, ...]:
@@ -137,11 +185,13 @@ def softmax_into(
     *,
     bias: Tensor | None = None,
     seen: Tensor | None = None,
+    value: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> None:
     """Write ``softmax(query @ keyᵀ · scale + bias)`` into ``result``.
 
-    On a CPU, scores are written into a fresh result, so that the threads of the product fault
-    its pages in. If its pages are resident, scores in the cache are faster.
+    On a CPU, scores are made in tiles that stay in the cache. They are written straight into a
+    fresh result, so that the threads of the product fault its pages in.
 
     Args:
         result: ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean over heads. Any dtype,
@@ -151,32 +201,101 @@ def softmax_into(
         scale: The factor on the products.
         bias: Broadcastable to ``(B, heads, Q, N)``, added to the scores.
         seen: Boolean ``(Q, N)``, true where a key is visible.
+        value: ``(B, heads or 1, N, d)``, the dtype of the query.
+        output: ``(B, heads, Q, d)``, contiguous, for the product of the weights with ``value``.
 
     """
     shape = (*query.shape[:3], key.shape[2])
-    mean = result.ndim == 3
+    mean, on_cpu = result.ndim == 3, query.device.type == "cpu"
     direct = not mean and result.dtype == query.dtype
-    in_place = direct and is_fresh(result)
+    in_place = direct and output is None and is_fresh(result)
     if bias is not None:
         bias = bias.expand(shape)
     row = max(1, shape[3] * query.element_size())
-    limit = PIECE_BYTES if in_place or query.device.type != "cpu" else TILE_BYTES
-    pieces = list(_pieces(shape[:3], limit // row, together=mean))
+    limit = tile_bytes() if on_cpu and not in_place else PIECE_BYTES
+    rows, together = limit // row, _samples_at_once(key)
+    pieces = list(_pieces(shape[:3], rows, samples=together, heads_last=mean))
+    keys = _RightFactors(key, shape[2])
+    values = None if value is None else _RightFactors(value, shape[2])
     tile = None if in_place else _tile(query, pieces[:1], shape[3])
+    total = _Mean(result, shape[1]) if mean else None
     for piece in pieces:
-        samples, heads, lines = piece
+        samples, _, lines = piece
         part = query[piece] * scale
-        own = key[samples] if key.shape[1] == 1 else key[samples, heads]
         out = result[samples, lines] if mean else result[piece]
         scores = out if tile is None else _like(part, tile, shape[3])
-        _product_into(scores, part, own)
+        _product_into(scores, part, keys.keys(piece))
         if bias is not None:
             scores += bias[piece]
         if seen is not None:
             scores.masked_fill_(~seen[lines], -math.inf)
-        _softmax_into(out if direct else scores, scores, biased=bias is not None)
-        if not direct:
-            out.copy_(scores.mean(dim=1) if mean else scores)
+        weights = out if direct else scores
+        _softmax_into(weights, scores, biased=bias is not None)
+        if values is not None and output is not None:
+            _product_into(output[piece], weights, values.values(piece))
+        if total is not None:
+            total.add(piece, scores)
+        elif not direct:
+            out.copy_(scores)
+
+
+def tile_bytes() -> int:
+    """Return how many bytes of scores stay in the caches of all threads."""
+    return TILE_BYTES * torch.get_num_threads()
+
+
+class _Mean:
+    """The mean over heads in ``result (B, Q, N)``, added up while its rows are in the cache."""
+
+    def __init__(self, result: Tensor, heads: int) -> None:
+        self._result, self._heads, self._sum = result, heads, result
+
+    def add(self, piece: Piece, weights: Tensor) -> None:
+        """Add ``weights (b, heads of the piece, lines, N)``. Pieces go through heads last."""
+        samples, heads, lines = piece
+        out, some = self._result[samples, lines], weights.shape[1]
+        part = weights[:, 0] if some == 1 else weights.sum(dim=1)
+        if heads.start == 0:
+            # In the dtype of the weights, of which the result may have half the digits.
+            self._sum = out if out.dtype == part.dtype else torch.empty_like(part)
+            torch.mul(part, 1 / self._heads, out=self._sum)
+        else:
+            self._sum.add_(part, alpha=1 / self._heads)
+        if heads.stop == self._heads and self._sum is not out:
+            out.copy_(self._sum)
+
+
+class _RightFactors:
+    """The keys or the values of the heads, as right factors of products.
+
+    If several pieces take those of a head, they are copied once into the order of the product.
+    """
+
+    def __init__(self, tensor: Tensor, lines: int) -> None:
+        self._tensor, self._lines = tensor, lines
+        self._copies: dict[int, Tensor] = {}
+        self._sample = 0
+
+    def keys(self, piece: Piece) -> Tensor:
+        """Return those of a piece as columns, ``(units, d, N)``."""
+        return self._of(piece, lambda own: own.transpose(1, 2))
+
+    def values(self, piece: Piece) -> Tensor:
+        """Return those of a piece as rows, ``(units, N, d)``."""
+        return self._of(piece, lambda own: own)
+
+    def _of(self, piece: Piece, arrange: Callable[[Tensor], Tensor]) -> Tensor:
+        samples, heads, lines = piece
+        shared = self._tensor.shape[1] == 1
+        own = self._tensor[samples] if shared else self._tensor[samples, heads]
+        if lines.stop - lines.start == self._lines or own.device.type != "cpu":
+            return arrange(own.flatten(0, 1))
+        if samples.start != self._sample:
+            self._copies, self._sample = {}, samples.start
+        place = 0 if shared else heads.start
+        if place not in self._copies:
+            self._copies[place] = arrange(own.flatten(0, 1)).contiguous()
+        return self._copies[place]
 
 
 def fully_masked_rows(scores: Tensor) -> Tensor | None:
@@ -208,7 +327,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def _tile(query: Tensor, largest: list[Piece], length: int) -> Tensor:
     """Return memory for the scores of the ``largest`` piece. All pieces use it, in the cache."""
-    return query.new_empty(sum(query[piece].shape[:3].numel() for piece in largest) * length)
+    return new_result(query, (sum(query[p].shape[:3].numel() for p in largest) * length,))
 
 
 def _like(query: Tensor, tile: Tensor, length: int) -> Tensor:
@@ -216,15 +335,20 @@ def _like(query: Tensor, tile: Tensor, length: int) -> Tensor:
     return tile[: rows.numel() * length].view(*rows, length)
 
 
-def _product_into(scores: Tensor, query: Tensor, key: Tensor) -> None:
-    # The rows of all heads that share a key make one product.
-    units = len(key) * key.shape[1]
-    lines = query.shape[:3].numel() // units
+def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write ``left (b, heads, lines, …) @ right (units, …, …)`` into ``out``.
+
+    The rows of all heads that share a key make one product.
+    """
+    units = len(right)
+    lines = left.shape[:3].numel() // max(1, units)
     # It must be a view, because the product writes into it. A piece is whole in every dimension
     # after the first one that it cuts, so a view exists.
-    out = scores.view(units, lines, key.shape[2])
-    query, key = query.reshape(units, lines, key.shape[3]), key.flatten(0, 1)
-    torch.bmm(query, key.transpose(-2, -1), out=out)
+    out, left = out.view(units, lines, right.shape[2]), left.reshape(units, lines, right.shape[1])
+    if units == 1:
+        torch.mm(left[0], right[0], out=out[0])
+    else:
+        torch.bmm(left, right, out=out)
 
 
 def _softmax_into(out: Tensor, scores: Tensor, *, biased: bool) -> None:
@@ -240,15 +364,29 @@ def _softmax_into(out: Tensor, scores: Tensor, *, biased: bool) -> None:
         out.masked_fill_(masked, 0)
 
 
-def _pieces(shape: tuple[int, ...], rows: int, *, together: bool) -> Iterator[Piece]:
+def _samples_at_once(key: Tensor) -> int:
+    """Return of how many samples one product takes the keys without a copy."""
+    batch, heads, *rest = key.shape
+    apart = batch > 1 and heads > 1 and key.stride(0) != heads * key.stride(1)
+    size = heads * math.prod(rest) * key.element_size()
+    return 1 if apart and size >= KEY_BYTES and key.device.type == "cpu" else batch
+
+
+def _pieces(
+    shape: tuple[int, ...], rows: int, *, samples: int, heads_last: bool
+) -> Iterator[Piece]:
     """Yield pieces of ``shape (B, heads, Q)`` with about ``rows`` rows each.
 
-    Each has as many whole samples as fit, else whole heads, else rows of one head, or of
-    all heads ``together``.
+    Each has as many whole samples as fit, else whole heads, else rows of one head. ``samples`` is
+    the most that one has. With ``heads_last`` all heads of some rows come before the next rows.
     """
     batch, heads, lines = shape
-    several = heads if together else min(heads, max(1, rows // max(1, lines)))
-    for samples in chunks(batch, rows // max(1, heads * lines)):
-        for some in chunks(heads, several):
-            for line in chunks(lines, rows // max(1, several)):
-                yield samples, some, line
+    several = min(heads, max(1, rows // max(1, lines)))
+    fit = min(samples, rows // max(1, heads * lines))
+    some_heads = list(chunks(heads, several))
+    some_lines = list(chunks(lines, rows // max(1, several)))
+    inner = [(head, line) for head in some_heads for line in some_lines]
+    if heads_last:
+        inner = [(head, line) for line in some_lines for head in some_heads]
+    for some in chunks(batch, fit):
+        yield from ((some, head, line) for head, line in inner)

@@ -1,0 +1,50 @@
+"""Passes that go on from the weights that are recorded, in the place of the kernel's output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.grafting.channel import Editor
+from dinov2_attn.kernels.edited import EditedCall, EditedProduct, Part, Pattern
+from dinov2_attn.typing import Layer
+
+
+@dataclass
+class FromWeights(Editor):
+    """Multiplies the weights of some layers with the values, so that no kernel runs beside.
+
+    Explicit code does this itself, and is left as it is.
+
+    Attributes:
+        wanted: The attention modules, with what they are called.
+        dtype: The dtype of the weights, None for that of the kernel.
+
+    """
+
+    wanted: Mapping[nn.Module, Layer]
+    dtype: torch.dtype | None
+
+    def wants(self, attention: nn.Module) -> bool:
+        """Return whether ``attention`` is that of a layer to record."""
+        return attention in self.wanted
+
+    def edit(self, attention: nn.Module, pattern: Pattern) -> Pattern:
+        """Return the pattern whose output is made of its weights."""
+        if isinstance(pattern, EditedProduct):
+            return pattern
+        if pattern.dropout:
+            raise InvalidInputError(
+                "a kernel that drops no weights, for features made of the recorded ones",
+                f"one of layer {self.wanted[attention]} that drops some with probability "
+                f"{pattern.dropout:g}",
+                'Call model.eval() first, or leave features="from_weights" out.',
+            )
+        return pattern.each(self._explicit)
+
+    def _explicit(self, part: Part) -> Part:
+        return part.explicit(self.dtype) if isinstance(part, EditedCall) else part
