@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from dinov2_attn.maps.attention_maps import AttentionMaps
     from dinov2_attn.maps.edit import edit
     from dinov2_attn.maps.find_artifacts import artifact_tokens
+    from dinov2_attn.maps.find_statistics import statistics
     from dinov2_attn.maps.one_batch import attention_maps
     from dinov2_attn.maps.record import record
     from dinov2_attn.maps.recording import Recording
     from dinov2_attn.maps.relevance import Relevance, relevance
     from dinov2_attn.maps.rollout import rollout
+    from dinov2_attn.maps.statistics import Statistics
     from dinov2_attn.maps.targets import token_similarity
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Handle",
     "Recording",
     "Relevance",
+    "Statistics",
     "Status",
     "artifact_tokens",
     "attention_maps",
@@ -53,6 +56,7 @@ __all__ = [
     "record",
     "relevance",
     "rollout",
+    "statistics",
     "status",
     "token_similarity",
     "uninstall",
@@ -70,6 +74,7 @@ __getattr__, __dir__ = lazily(
         "AttentionMaps": "dinov2_attn.maps.attention_maps",
         "Recording": "dinov2_attn.maps.recording",
         "Relevance": "dinov2_attn.maps.relevance",
+        "Statistics": "dinov2_attn.maps.statistics",
         "artifact_tokens": "dinov2_attn.maps.find_artifacts",
         "attention_maps": "dinov2_attn.maps.one_batch",
         "edit": "dinov2_attn.maps.edit",
@@ -79,6 +84,7 @@ __getattr__, __dir__ = lazily(
         "record": "dinov2_attn.maps.record",
         "relevance": "dinov2_attn.maps.relevance",
         "rollout": "dinov2_attn.maps.rollout",
+        "statistics": "dinov2_attn.maps.find_statistics",
         "token_similarity": "dinov2_attn.maps.targets",
         "viz": "dinov2_attn.viz",
     },

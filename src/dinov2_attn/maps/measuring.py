@@ -7,8 +7,7 @@ another call of the fused kernel with other values, which makes the same product
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, get_args
 
@@ -82,6 +81,28 @@ def measure(
     return {name: one[:, 0] if heads == "mean" else one for name, one in found.items()}
 
 
+def measure_parts(
+    parts: Sequence[Any],
+    names: Sequence[Statistic],
+    layouts: Sequence[Callable[[int], Layout | None]],
+    heads: Heads = None,
+) -> list[dict[Statistic, Tensor]]:
+    """Return the statistics of each of ``parts``.
+
+    Args:
+        parts: The call of each batch.
+        names: Which statistics.
+        layouts: Returns the layout of each of so many tokens. It is not asked without need.
+        heads: As for ``measure``.
+
+    """
+    needed = not ON_GRID.isdisjoint(names)
+    return [
+        measure(part, names, find(part.columns) if needed else None, heads)
+        for part, find in zip(parts, layouts, strict=True)
+    ]
+
+
 def _measured(
     call: Any, names: Sequence[Statistic], layout: Layout | None, *, together: bool
 ) -> dict[Statistic, Tensor]:
@@ -96,11 +117,12 @@ def _measured(
     for lines in chunks(call.rows, step):
         positions = torch.arange(lines.start, lines.stop, device=call.device)
         places = sums.distances(positions)
-        for sample, own in product(range(call.batch), chunks(call.heads, several)):
-            weights = call.tile(sample, own, lines, positions, memory)
+        for sample, heads in product(range(call.batch), chunks(call.heads, several)):
+            weights = call.tile(sample, heads, lines, positions, memory)
             if together:
-                own, weights = slice(0, 1), weights.mean(0, keepdim=True)
-            sums.add(weights, (sample, own, lines), places)
+                sums.add(weights.mean(0, keepdim=True), (sample, heads, lines), places)
+            else:
+                sums.add(weights, (sample, heads, lines), places)
     return sums.found
 
 
