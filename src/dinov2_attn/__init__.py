@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from dinov2_attn.maps.attention_maps import AttentionMaps
     from dinov2_attn.maps.edit import edit
     from dinov2_attn.maps.find_artifacts import artifact_tokens
+    from dinov2_attn.maps.find_statistics import statistics
     from dinov2_attn.maps.one_batch import attention_maps
     from dinov2_attn.maps.record import record
     from dinov2_attn.maps.recording import Recording
     from dinov2_attn.maps.relevance import Relevance, relevance
     from dinov2_attn.maps.rollout import rollout
+    from dinov2_attn.maps.statistics import Statistics
     from dinov2_attn.maps.targets import token_similarity
     from dinov2_attn.math.buffers import release_memory
 
@@ -42,6 +44,7 @@ __all__ = [
     "Handle",
     "Recording",
     "Relevance",
+    "Statistics",
     "Status",
     "artifact_tokens",
     "attention_maps",
@@ -55,6 +58,7 @@ __all__ = [
     "release_memory",
     "relevance",
     "rollout",
+    "statistics",
     "status",
     "token_similarity",
     "uninstall",
@@ -72,6 +76,7 @@ __getattr__, __dir__ = lazily(
         "AttentionMaps": "dinov2_attn.maps.attention_maps",
         "Recording": "dinov2_attn.maps.recording",
         "Relevance": "dinov2_attn.maps.relevance",
+        "Statistics": "dinov2_attn.maps.statistics",
         "artifact_tokens": "dinov2_attn.maps.find_artifacts",
         "attention_maps": "dinov2_attn.maps.one_batch",
         "edit": "dinov2_attn.maps.edit",
@@ -82,6 +87,7 @@ __getattr__, __dir__ = lazily(
         "relevance": "dinov2_attn.maps.relevance",
         "release_memory": "dinov2_attn.math.buffers",
         "rollout": "dinov2_attn.maps.rollout",
+        "statistics": "dinov2_attn.maps.find_statistics",
         "token_similarity": "dinov2_attn.maps.targets",
         "viz": "dinov2_attn.viz",
     },

@@ -43,6 +43,7 @@ __all__ = [
     "Queries",
     "QueryWord",
     "Source",
+    "Statistic",
 ]
 
 QueryWord = Literal["cls", "registers", "patches"]
@@ -61,6 +62,8 @@ Grid = tuple[int, int]
 Source = Literal["kernel", "projection"]
 # What a kernel is given.
 Facet = Literal["query", "key", "value"]
+# What is measured of weights, without keeping them.
+Statistic = Literal["entropy", "distance", "received", "prefix_mass", "spread", "centroid"]
 
 Images: TypeAlias = "Tensor | Sequence[Tensor]"
 Masks: TypeAlias = "Tensor | Sequence[Tensor | None] | None"

@@ -105,6 +105,11 @@ class FusedCall:
         """Whether each row does: one that a bias masks completely is zero."""
         return self.bias is None
 
+    @property
+    def parts(self) -> Sequence[FusedCall]:
+        """The call of each element of a nested list, or this one, in the kernel's dtype."""
+        return self._same_dtype()._parts()
+
     def kept(self) -> FusedCall:
         """Return the call without values and output, which the weights do not need."""
         call = self._same_dtype()
@@ -434,6 +439,11 @@ class ExplicitCall:
     def sums_to_one(self) -> bool:
         """False, because a gate or a mask may have come after the softmax."""
         return False
+
+    @property
+    def parts(self) -> Sequence[ExplicitCall]:
+        """The call alone, which has no nested list."""
+        return [self]
 
     def kept(self) -> ExplicitCall:
         """Return the call without values and output."""

@@ -157,6 +157,11 @@ class EditedCall(_OfBase[FusedCall]):
         """Whether anything is edited."""
         return bool(self.hidden or self.zeroed or self.put_rows)
 
+    @property
+    def parts(self) -> Sequence[EditedCall]:
+        """The call alone. ``EditedList`` has one for each element."""
+        return [self]
+
     def ran(self, output: Tensor, heads_first: Callable[[Tensor], Tensor]) -> EditedCall:
         """Return the call with the edited output, which ``heads_first`` rearranges."""
         return replace(self, output=heads_first(output), place=place_of(output, heads_first))

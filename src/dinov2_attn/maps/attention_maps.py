@@ -21,8 +21,9 @@ from dinov2_attn.maps.places import (
     place_of_sample,
 )
 from dinov2_attn.maps.result import Array, Result, W, as_array, changed
+from dinov2_attn.maps.statistics import Statistics, values_in
 from dinov2_attn.math.token_names import Token, position_of
-from dinov2_attn.typing import Facet, Grid, Layer, Source
+from dinov2_attn.typing import Facet, Grid, Layer, Source, Statistic
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -74,6 +75,24 @@ class AttentionMaps(Result, Generic[W]):
     sources: tuple[Source, ...] = ()
     facets: Mapping[Facet, tuple[Any, ...]] = field(default_factory=dict)
     _later: Gradients | None = None
+    _measured: Mapping[Statistic, tuple[Any, ...]] = field(default_factory=dict)
+
+    @property
+    def statistics(self) -> Statistics[Any]:
+        """The statistics of all rows of the weights, which ``record`` was asked for.
+
+        Raises:
+            InvalidInputError: ``record`` was not asked for them.
+
+        """
+        if not self._measured:
+            raise InvalidInputError(
+                "a recording of statistics",
+                "one without",
+                'Ask for them before the pass: record(model, statistics=("entropy", "distance")).',
+            )
+        place = (self.suffix, self.per_cell, self.planes)
+        return Statistics(self._measured, self.layers, self.grid, self.prefix, *place)
 
     @property
     def gradients(self) -> tuple[W, ...]:
@@ -260,6 +279,7 @@ class AttentionMaps(Result, Generic[W]):
             "queries": _facts.tokens(self.queries, self.prefix, self.grid),
             **({"sources": ", ".join(dict.fromkeys(self.sources))} if self.sources else {}),
             **({"facets": ", ".join(self.facets)} if self.facets else {}),
+            **({"statistics": ", ".join(self._measured)} if self._measured else {}),
         }
 
     def _with(self, change: Callable[[Tensor], Any]) -> Any:
@@ -269,6 +289,7 @@ class AttentionMaps(Result, Generic[W]):
     def _tensors(self) -> dict[str, Any]:
         kinds: dict[str, tuple[Any, ...]] = {"layer": self.weights}
         kinds.update(self.facets.items())
+        kinds.update(self._measured.items())
         if self._later is not None and self._later.are_there:
             kinds["gradient"] = self.gradients
         return {
@@ -287,7 +308,8 @@ class AttentionMaps(Result, Generic[W]):
         held = {name.partition(".")[0] for name in tensors}
         facets = {name: of(name) for name in FACETS if name in held}
         _later = Gradients.of(layers, of("gradient")) if "gradient" in held else None
-        return cls(of("layer"), **about, facets=facets, _later=_later)
+        measured = values_in(tensors, layers)
+        return cls(of("layer"), **about, facets=facets, _later=_later, _measured=measured)
 
 
 def placed(maps: AttentionMaps[W], layout: Layout | None) -> AttentionMaps[W]:

@@ -101,14 +101,14 @@ def keep_calls(
     calls: Calls, model: nn.Module, layers: RecordedLayers, run: Callable[[], object]
 ) -> None:
     """Let ``calls`` keep those of one pass. Raises what ``calls_of_pass`` raises."""
-    _check_depth(model)
+    check_depth(model)
     with unrecorded(), recording(calls, calls.modules.wanted), suppress(StopPassError):
         run()
     _check_complete(calls)
     _check_kinds(calls, layers)
 
 
-def _check_depth(model: nn.Module) -> None:
+def check_depth(model: nn.Module) -> None:
     """Raise ``InvalidInputError`` if a pass would drop samples of a batch."""
     if any(m.training and getattr(m, "sample_drop_ratio", 0) for m in model.modules()):
         raise InvalidInputError(

@@ -103,7 +103,7 @@ def attention_maps(
         found = _of_grafted(model, images, layers, masks, queries, heads)
     else:
         ask = partial(record_one, model, layers, queries=queries, heads=heads)
-        found = [_only(ask(partial(run_model, model, *pair)).passes) for pair in pairs]
+        found = [only_one(ask(partial(run_model, model, *pair)).passes) for pair in pairs]
     return found[0] if isinstance(images, Tensor) else found
 
 
@@ -194,7 +194,13 @@ def _of_grafted(
     return [of_batch(batch, tuple(layer[i] for layer in weights)) for i, batch in enumerate(images)]
 
 
-def _only(passes: list[AttentionMaps]) -> AttentionMaps:
+def only_one(passes: list[AttentionMaps]) -> AttentionMaps:
+    """Return the only one of ``passes``.
+
+    Raises:
+        InvalidInputError: If there are several, of other kinds of attention.
+
+    """
     if len(passes) == 1:
         return passes[0]
     kinds = list(dict.fromkeys(kind_of(layer) for maps in passes for layer in maps.layers))

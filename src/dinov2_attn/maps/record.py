@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn._compat import raised_by_dynamo
+from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
 from dinov2_attn.grafting.channel import editing, in_a_graph, prove_once, recording, unrecorded
@@ -24,12 +25,23 @@ from dinov2_attn.maps.facets import check_facets, of_layers
 from dinov2_attn.maps.from_weights import FromWeights
 from dinov2_attn.maps.gradients import Gradients, Slot, check_differentiable, watch
 from dinov2_attn.maps.layers import Course, Recorded, advice, kind_of, recorded_in, some_of
+from dinov2_attn.maps.measuring import check_statistics, measure_parts
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import W
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.buffers import NewResult, new_result
 from dinov2_attn.math.selection import positions, resolve_names
-from dinov2_attn.typing import Facet, Grid, Heads, Layer, Model, Queries, RecordedLayers, Source
+from dinov2_attn.typing import (
+    Facet,
+    Grid,
+    Heads,
+    Layer,
+    Model,
+    Queries,
+    RecordedLayers,
+    Source,
+    Statistic,
+)
 
 # The first argument is a layer: an int in a DINOv2, a path in any other model.
 Reduce = Callable[[Any, Tensor], W]
@@ -47,6 +59,7 @@ def record(
     reduce: None = None,
     gradients: bool = False,
     facets: Sequence[Facet] | Facet = (),
+    statistics: Sequence[Statistic] | Statistic = (),
     dtype: torch.dtype | None = None,
     features: FeaturesFrom = "from_kernel",
     check: Check = "first",
@@ -63,6 +76,7 @@ def record(
     reduce: Reduce[W],
     gradients: bool = False,
     facets: Sequence[Facet] | Facet = (),
+    statistics: Sequence[Statistic] | Statistic = (),
     dtype: torch.dtype | None = None,
     features: FeaturesFrom = "from_kernel",
     check: Check = "first",
@@ -81,6 +95,7 @@ def record(
     reduce: Reduce[Any] | None = None,
     gradients: bool = False,
     facets: Sequence[Facet] | Facet = (),
+    statistics: Sequence[Statistic] | Statistic = (),
     dtype: torch.dtype | None = None,
     features: FeaturesFrom = "from_kernel",
     check: Check = "first",
@@ -139,6 +154,10 @@ def record(
         facets: Which of ``"query"``, ``"key"`` and ``"value"`` to keep, as the kernel was given
             them: behind norms and rotation, in its dtype, for all tokens. They do not go through
             ``reduce``.
+        statistics: Which of ``"entropy"``, ``"distance"``, ``"received"``, ``"prefix_mass"``,
+            ``"spread"`` and ``"centroid"`` to measure, of all rows whatever ``queries`` is. They
+            are in ``maps.statistics``, as ``statistics`` returns them, outside of autograd's
+            graph. No matrix is needed for them: say ``queries="cls"`` or ``queries=[]``.
         dtype: The floating dtype in which weights are kept, by default that of the kernel. They
             are computed as ever. ``torch.float16`` and ``torch.bfloat16`` take half of the memory
             of ``float32``. Gradients and facets keep their dtype.
@@ -168,7 +187,7 @@ def record(
     """
     modules = recorded_in(model, layers, every=True)
     recorder = _Recorder(modules, queries, heads, reduce, check, grid, prefix)
-    recorder.beside = Beside(gradients, check_facets(facets))
+    recorder.beside = Beside(gradients, check_facets(facets), check_statistics(statistics))
     recorder.keep_as(dtype)
     attentions = [*modules.wanted, *modules.others]
     source: AbstractContextManager[object] = nullcontext()
@@ -198,6 +217,7 @@ def record_one(
     *,
     queries: Queries = None,
     heads: Heads = None,
+    statistics: Sequence[Statistic] = (),
 ) -> Recording[Tensor]:
     """Return the recording of one pass, which ends with the last of ``layers`` where it may.
 
@@ -210,6 +230,7 @@ def record_one(
         run: Runs ``model``.
         queries: The tokens whose rows are wanted.
         heads: None for each head, ``"mean"`` for their mean.
+        statistics: The statistics to measure.
 
     Raises:
         NotRecordedError: If the pass lacks layers.
@@ -217,6 +238,7 @@ def record_one(
     """
     modules = recorded_in(model, layers)
     recorder = _Recorder(modules, queries, heads, None, "first", None, None)
+    recorder.beside = Beside(statistics=tuple(statistics))
     whole = modules.whole
     recorder.may_stop = modules.is_chosen
     attentions = [*modules.wanted, *modules.others]
@@ -244,6 +266,7 @@ class Beside(NamedTuple):
 
     gradients: bool = False
     facets: tuple[Facet, ...] = ()
+    statistics: tuple[Statistic, ...] = ()
 
 
 class _Batch(NamedTuple):
@@ -254,6 +277,7 @@ class _Batch(NamedTuple):
     rows: int
     slot: Slot | None
     facets: dict[str, Tensor]
+    measured: dict[Statistic, Tensor]
 
 
 class _Recorder:
@@ -407,10 +431,40 @@ class _Recorder:
         slots: list[Slot | None] = [None] * len(each)
         if call.place is not None and self.beside.gradients:
             slots = [*watch(call.place, own, len(each), queries, self._heads, reduce)]
-        for one, slot, facets in zip(each, slots, own.facets(self.beside.facets), strict=True):
+        facets, measured = own.facets(self.beside.facets), self._measured(layer, call, len(each))
+        for one, slot, own_facets, numbers in zip(each, slots, facets, measured, strict=True):
             rows = one.shape[-1] if isinstance(weights, list) else call.rows
             kept = one if reduce is None else reduce(one)
-            yield _Batch(kept, int(one.shape[-1]), int(rows), slot, facets)  # tensors in a trace
+            sizes = (int(one.shape[-1]), int(rows))  # tensors in a trace
+            yield _Batch(kept, *sizes, slot, own_facets, numbers)
+
+    def _measured(
+        self, layer: Layer, call: KernelCall, batches: int
+    ) -> list[dict[Statistic, Tensor]]:
+        """Return the statistics of each of the ``batches`` of a ``call``."""
+        names = self.beside.statistics
+        if not names:
+            return [{}] * batches
+        attention = next(m for m, name in self.modules.wanted.items() if name == layer)
+        first = len(self._kept.get(layer, []))
+        layouts = [partial(self._layout_of, attention, first + i, batches) for i in range(batches)]
+        return measure_parts(call.detached().parts, names, layouts, self._heads)
+
+    def _layout_of(
+        self, attention: nn.Module, number: int, several: int, columns: int
+    ) -> Layout | None:
+        """Return where the patches of batch ``number`` are, one of ``several`` in a call."""
+        prefix, grid = self._prefix_or_counted, self._grid
+        if grid is not None and prefix + math.prod(grid) <= columns:
+            return Layout(prefix, columns - prefix - math.prod(grid), grid)
+        # A model may embed images without running its layers. A call takes the last ones.
+        images = self._images[-several:] if several > 1 else self._images
+        near = images[number : number + 1] or images[-1:]
+        for one in [*near, *(other for other in images if other is not near[0])]:
+            layout = self._tokens(attention, one, columns).layout()
+            if layout is not None:
+                return layout
+        return None
 
     def _end_or_break_off(self) -> None:
         if self.modules.is_chosen:
@@ -458,6 +512,7 @@ class _Recorder:
             sources=_AT_KERNEL * len(found),
             facets=self._facets_of(found),
             _later=_gradients(found),
+            _measured=self._measured_of(found),
         )
         attention = next(m for m, layer in self.modules.wanted.items() if layer == first)
         self.recording.add(maps, None if fits else self._tokens(attention, images, columns))
@@ -465,6 +520,10 @@ class _Recorder:
     def _facets_of(self, found: dict[Layer, _Batch]) -> dict[Facet, tuple[Any, ...]]:
         names = self.beside.facets
         return of_layers([batch.facets for batch in found.values()], names) if names else {}
+
+    def _measured_of(self, found: dict[Layer, _Batch]) -> dict[Statistic, tuple[Tensor, ...]]:
+        each = [batch.measured for batch in found.values()]
+        return {name: tuple(one[name] for one in each) for name in self.beside.statistics}
 
     def _tokens(self, attention: nn.Module, images: Tensor | None, columns: int) -> Tokens:
         modules = self.modules

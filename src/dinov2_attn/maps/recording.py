@@ -14,6 +14,7 @@ from dinov2_attn.grafting.tokens import Tokens
 from dinov2_attn.maps.attention_maps import AttentionMaps, placed
 from dinov2_attn.maps.places import Head
 from dinov2_attn.maps.result import Array, Face, W
+from dinov2_attn.maps.statistics import Statistics
 from dinov2_attn.math.token_names import Token
 from dinov2_attn.typing import Facet, Grid, Layer, Source
 
@@ -79,6 +80,11 @@ class Recording(Face, Sequence[AttentionMaps[W]]):
     def facets(self) -> Mapping[Facet, tuple[Any, ...]]:
         """The ``facets`` of the one pass."""
         return self._one("facets").facets
+
+    @property
+    def statistics(self) -> Statistics[Any]:
+        """The ``statistics`` of the one pass."""
+        return self._one("statistics").statistics
 
     @property
     def layers(self) -> tuple[Layer, ...]:
