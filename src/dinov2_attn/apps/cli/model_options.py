@@ -107,7 +107,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=model_name,
         metavar="NAME",
         help="The model by its name on Meta's hub, such as "
-        f"{', '.join(HUB)} or dinov3_vits16, or one of timm's as timm:NAME. "
+        f"{', '.join(HUB)} or dinov3_vits16, one of timm's as timm:NAME, or demo, a small one that "
+        "ships with this package. "
         "Default: dinov2_vits14, unless other options say more.",
     )
     group.add_argument(
