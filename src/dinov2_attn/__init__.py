@@ -18,6 +18,7 @@ from dinov2_attn.grafting.api import Handle, Status, install, status, uninstall
 
 if TYPE_CHECKING:
     from dinov2_attn import viz
+    from dinov2_attn.apps.export.onnx import OnnxExport, export_onnx
     from dinov2_attn.apps.extraction.extract import extract
     from dinov2_attn.apps.extraction.read import AttentionDataset
     from dinov2_attn.apps.weights.checkpoints import load_checkpoint
@@ -42,6 +43,7 @@ __all__ = [
     "AttentionMaps",
     "Dinov2AttnError",
     "Handle",
+    "OnnxExport",
     "Recording",
     "Relevance",
     "Statistics",
@@ -50,6 +52,7 @@ __all__ = [
     "attention_maps",
     "edit",
     "errors",
+    "export_onnx",
     "extract",
     "grafted",
     "install",
@@ -74,12 +77,14 @@ __getattr__, __dir__ = lazily(
         "ArtifactTokens": "dinov2_attn.maps.artifacts",
         "AttentionDataset": "dinov2_attn.apps.extraction.read",
         "AttentionMaps": "dinov2_attn.maps.attention_maps",
+        "OnnxExport": "dinov2_attn.apps.export.onnx",
         "Recording": "dinov2_attn.maps.recording",
         "Relevance": "dinov2_attn.maps.relevance",
         "Statistics": "dinov2_attn.maps.statistics",
         "artifact_tokens": "dinov2_attn.maps.find_artifacts",
         "attention_maps": "dinov2_attn.maps.one_batch",
         "edit": "dinov2_attn.maps.edit",
+        "export_onnx": "dinov2_attn.apps.export.onnx",
         "extract": "dinov2_attn.apps.extraction.extract",
         "grafted": "dinov2_attn.grafting.grafted",
         "load_checkpoint": "dinov2_attn.apps.weights.checkpoints",

@@ -22,7 +22,8 @@ ROOMS = [
     *("math", "kernels", "backbone", "history", "grafting", "maps"),
     "__init__",
     *("proof/conformance", "proof/verify"),
-    *("apps/weights", "apps/viz", "apps/explorer", "apps/extraction", "apps/demo", "apps/cli"),
+    *("apps/weights", "apps/viz", "apps/explorer", "apps/extraction", "apps/export"),
+    *("apps/demo", "apps/cli"),
     *("viz", "__main__"),
 ]
 FACES = {"__init__", "viz", "__main__"}  # these name applications, the first one lazily

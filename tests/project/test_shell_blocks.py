@@ -27,6 +27,7 @@ NOT_RUN = {
     "dinov2-attn heatmap photo.jpg -o out --model dinov3_vits16": "needs weights under a licence",
     "pytest --pyargs dinov2_attn.conformance": "minutes; tests/proof/test_conformance.py",
     "dinov2-attn verify": "minutes; tests/proof/test_verify.py",
+    "dinov2-attn export": "needs onnxruntime; tests/apps/export/test_onnx.py",
     "torchrun": "eight GPUs; tests/apps/extraction/test_extract_ranks.py",
     "tools/wild": "minutes; tests/wild/test_wild.py",
 }

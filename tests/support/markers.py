@@ -90,6 +90,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
     "slow": (
         "apps/cli/",
         "apps/demo/",
+        "apps/export/test_onnx.py",
         "apps/explorer/test_explore.py",
         "apps/extraction/",
         "apps/viz/test_heatmap.py",

@@ -557,8 +557,9 @@ def fused_call(
 
 def _of_one_batch(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return query, key and value ``(B, heads, N, d)``, of which some may serve all samples."""
-    batch = max(len(tensor) for tensor in tensors)
-    tensors = [t.expand(batch, -1, -1, -1) if len(t) == 1 < batch else t for t in tensors]
+    # Not len(): a graph would be of this size of batch only.
+    batch = max(tensor.shape[0] for tensor in tensors)
+    tensors = [t.expand(batch, -1, -1, -1) if t.shape[0] == 1 < batch else t for t in tensors]
     query, heads = tensors[0], tensors[1].shape[1]
     return [query.expand(-1, heads, -1, -1) if query.shape[1] == 1 else query, *tensors[1:]]
 
@@ -583,7 +584,7 @@ def by_heads(tensor: Tensor, heads: int | None, dim: int | None = None) -> Tenso
     if tensor.ndim == 4:
         return tensor
     tensor = tensor if tensor.ndim == 3 else tensor[None]
-    if heads is None or len(tensor) % heads:
+    if heads is None or tensor.shape[0] % heads:
         return tensor[:, None]
     return tensor.reshape(-1, heads, *tensor.shape[1:])
 

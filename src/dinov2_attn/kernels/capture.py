@@ -478,7 +478,8 @@ def _is_whole(found: _Softmax, factor: Tensor) -> bool:
 
 def _layout(tensor: Tensor) -> Hashable:
     """Return what tells ``tensor`` from other views of its memory."""
-    return storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    # As text: in a graph a size may be a symbol, which has no hash.
+    return storage_of(tensor), str((tensor.storage_offset(), tensor.shape, tensor.stride()))
 
 
 def _along_last(softmax: Tensor, factor: Tensor) -> bool:

@@ -107,7 +107,7 @@ def _measured(model: nn.Module) -> Geometry:
         backbone = modules.backbone
         return Geometry(patch_size, channels, backbone.prefix, depth, heads, width)
     like = next(model.parameters())
-    size = _size_of_images(model, patch_size)
+    size = size_of_images(model, patch_size)
     images = torch.zeros(1, channels, *size, dtype=like.dtype, device=like.device)
     layout = Tokens(modules.whole, modules.backbone, attention, None, images).layout()
     _check_layout(model, layout)
@@ -121,7 +121,7 @@ def _width_of(attention: nn.Module) -> int:
     return min(linear, default=1)
 
 
-def _size_of_images(model: Any, patch_size: Grid) -> Grid:
+def size_of_images(model: Any, patch_size: Grid) -> Grid:
     """Return a size of images that ``model`` takes: timm's or transformers' own, or any."""
     config = getattr(model, "config", None)
     for given in (

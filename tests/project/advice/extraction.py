@@ -13,6 +13,7 @@ from PIL import Image
 
 import dinov2_attn
 from dinov2_attn import AttentionDataset, attention_maps, extract
+from dinov2_attn.apps.export.asked import read_asked
 from dinov2_attn.errors import UnreadableFileError
 from tests.backbone import test_channel_adaptive
 from tests.support.advice import Table
@@ -67,6 +68,13 @@ case(
     "Pass tensors of your channels (B, C, H, W) to attention_maps(model, images)",
     lambda lab: adaptive(lab, lambda model: extract(model, source(lab), lab.folder / "out")),
     lambda lab: adaptive(lab, lambda model: attention_maps(model, lab.x[:, :2])),
+)
+
+case(
+    "apps/export",
+    "Name layers first: last, all, or numbers from 0 on. Try last:cls",
+    lambda lab: read_asked("cls"),
+    lambda lab: [read_asked(text) for text in ("last", "all", "0,1:patches", "last:cls")],
 )
 
 # Options

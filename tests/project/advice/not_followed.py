@@ -76,6 +76,23 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "needs a disk that cannot be written, and a package index: test_source follows it": {
         "_download": ("Set TORCH_HOME to a folder",),
     },
+    "of exports, which test_onnx follows where onnxruntime is installed": {
+        "apps/export": (
+            "No file was written. Try another --opset",
+            "Install a newer onnxruntime, or write a file that it cannot check",
+            "Wrap the model in a module whose forward returns the tensors",
+            "Try model.onnx.",
+            "Name another file.",
+            "Pass the module itself.",
+            "Call model.eval().",
+            "Convert it: model.float().",
+            "Try ",
+            "Run `pip install --upgrade torch`.",
+            "Export a model on the CPU without xFormers",
+            "Install them with `pip install 'dinov2-attn[onnx]'`.",
+        ),
+        "apps/cli": ("Name it: model.onnx.",),
+    },
     "runs a command that test_not_a_checkpoint runs": {
         "apps/weights": ("python -m torch.distributed.checkpoint.format_utils dcp_to_torch",),
     },

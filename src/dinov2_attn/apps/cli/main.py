@@ -11,14 +11,24 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dinov2_attn import __version__
-from dinov2_attn.apps.cli import demo, doctor, explore, extract, figure, heatmap, summary, verify
+from dinov2_attn.apps.cli import (
+    demo,
+    doctor,
+    explore,
+    export,
+    extract,
+    figure,
+    heatmap,
+    summary,
+    verify,
+)
 from dinov2_attn.apps.cli.complaints import Parser
 from dinov2_attn.apps.cli.complaints import unknown as _unknown
 from dinov2_attn.apps.cli.completion import SHELLS, completion
 from dinov2_attn.apps.cli.log import PROGRAM, configure, warnings_as_lines
 from dinov2_attn.errors import Dinov2AttnError
 
-COMMANDS = (demo, heatmap, figure, explore, extract, summary, verify, doctor)
+COMMANDS = (demo, heatmap, figure, explore, extract, summary, export, verify, doctor)
 
 log = logging.getLogger(__name__)
 

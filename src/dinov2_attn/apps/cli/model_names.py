@@ -6,12 +6,15 @@ import argparse
 import difflib
 from argparse import ArgumentTypeError
 
+from dinov2_attn.apps.demo.load import PATH
 from dinov2_attn.apps.weights import dinov3
 from dinov2_attn.apps.weights.models import ARCHS, CLASSIFIERS, HUB
 from dinov2_attn.errors import InvalidInputError
 
 TIMM = "timm:"
-NAMES = (*HUB, *CLASSIFIERS, *dinov3.ARCHS)
+# The small model that ships with this package.
+DEMO = "demo"
+NAMES = (*HUB, *CLASSIFIERS, *dinov3.ARCHS, DEMO)
 
 
 def model_name(text: str) -> str:
@@ -63,6 +66,9 @@ def chosen(args: argparse.Namespace) -> argparse.Namespace:
         _refuse(args, f"--model {name}", ("arch", "registers", "patch_size"))
         found.arch, found.registers = HUB[backbone]
         found.patch_size = 14
+    elif name == DEMO:
+        _refuse(args, "--model demo", _SAID_BY_DEMO)
+        found.model, found.weights = None, str(PATH)
     elif is_timm:
         others = ("arch", "registers", "patch_size", "num_heads", "key", "repo")
         _refuse(args, f"--model {name}", others)
@@ -77,6 +83,15 @@ def chosen(args: argparse.Namespace) -> argparse.Namespace:
     return found
 
 
+_SAID_BY_DEMO = (
+    "arch",
+    "registers",
+    "patch_size",
+    "num_heads",
+    "key",
+    "weights",
+    "random_weights",
+)
 _SAID_BY_DINOV3 = ("patch_size", "num_heads", "registers")
 
 

@@ -109,8 +109,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=model_name,
         metavar="NAME",
         help="The model by its name on Meta's hub, such as "
-        f"{', '.join(HUB)} or dinov3_vits16, or one of timm's as timm:NAME. One of DINOv2 with "
-        "_lc behind it, such as dinov2_vits14_lc, has a classifier of ImageNet's classes. "
+        f"{', '.join(HUB)} or dinov3_vits16, one of timm's as timm:NAME, or demo, a small one that "
+        "ships with this package. One of DINOv2 with _lc behind it, such as dinov2_vits14_lc, has "
+        "a classifier of ImageNet's classes. "
         "Default: dinov2_vits14, unless other options say more.",
     )
     group.add_argument(

@@ -1,0 +1,1 @@
+"""A model with its attention as a file for other runtimes: ONNX."""
