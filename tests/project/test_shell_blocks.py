@@ -71,7 +71,8 @@ def folder(first, tmp_path, monkeypatch, request):
     first.module("dinov2.models.vision_transformer")
     monkeypatch.setenv("TORCH_HOME", str(request.getfixturevalue("hub")))
     monkeypatch.chdir(tmp_path)
-    torch.save({"teacher": load.load_demo_model().state_dict()}, "teacher_checkpoint.pth")
+    for name in ("teacher_checkpoint.pth", "student.pth"):
+        torch.save({"teacher": load.load_demo_model().state_dict()}, name)
     for seed, name in enumerate(("cat.jpg", "photo.jpg", "a.jpg", "b.jpg", "more/c.jpg")):
         draw(tmp_path / name, (70, 252), seed)
     draw(tmp_path / "photos" / "a.png", (70, 126), 0)

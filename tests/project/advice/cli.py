@@ -300,6 +300,17 @@ case(
 )
 
 
+case(
+    "apps/cli",
+    "or name one model",
+    lambda lab: heatmap(lab, lab.image, "--weights", lab.weights, "--overview"),
+    lambda lab: [
+        heatmap(lab, lab.image, "--weights", lab.weights),
+        heatmap(lab, lab.image, "--overview"),
+    ],
+)
+
+
 # What argparse refuses, and proposes: the command, the option and a wrong value of it
 
 PROPOSED = [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.cli import early, plot_options
+from dinov2_attn.apps.cli import early, plot_options, two_models
 from dinov2_attn.apps.cli.argtypes import add_output
+from dinov2_attn.apps.cli.comparing import REFUSED, write_comparison
 from dinov2_attn.apps.cli.drawing import Drawn, Subject, write
 from dinov2_attn.apps.cli.image_options import (
     add_example,
@@ -19,7 +21,7 @@ from dinov2_attn.apps.cli.image_options import (
     require_libraries,
     some_images,
 )
-from dinov2_attn.apps.cli.model_options import Loaded, add_options, load_model
+from dinov2_attn.apps.cli.model_options import Loaded, add_options
 from dinov2_attn.apps.cli.report import (
     add_open,
     next_command,
@@ -44,7 +46,8 @@ mask_th{t}_head{j}.png. attention.npy holds the maps (heads, h, w). Names withou
 CLS. Files of another token end in its name, such as attention-3-17.npy. image.json records how the
 image was read (size, range, mean, std), and run.json the image, model, options and files of the
 run. The next run into the same folder removes these files. One image goes directly into DIR.
-Several images go into a folder each.
+Several images go into a folder each. Two models (--weights A --weights B) are drawn side by side
+in compare, on one scale, with the difference B - A. compare-heads has a row for each head.
 """
 
 EPILOG = """\
@@ -67,6 +70,7 @@ def add(subparsers: Any) -> None:
     add_image_size(parser)
     plot_options.add_options(parser)
     add_options(parser)
+    two_models.allow(parser)
     parser.set_defaults(run=run)
 
 
@@ -74,17 +78,19 @@ def run(args: argparse.Namespace) -> int:
     """Draw every image; report those that fail, and return 1 if there are any."""
     require_libraries()
     size, images = some_images(args)
-    early.check_model(args)
-    early.check_tokens(args, args.queries or (), args.layers)
+    two_models.refuse(args, REFUSED)
+    two_models.check_models(args, args.queries or (), args.layers)
     early.check_folder(args.output)
     jobs = list(zip(images, _folders(args.output, images), strict=True))
     readable = [job for job in jobs if _is_readable(job[0])]
     if not readable:
         return 1
-    loaded = load_model(args)
-    plot_options.check(args, loaded)
-    check_reading(loaded, args)
-    drawn = _draw_all(loaded, readable, size, args)
+    loaded = two_models.load_models(args)
+    for model in loaded:
+        plot_options.check(args, model)
+        check_reading(model, args)
+    draw = partial(write_comparison, loaded) if len(loaded) > 1 else partial(_draw, loaded[0])
+    drawn = _draw_all(draw, readable, size, args)
     if drawn:
         _end(args, *drawn[0])
     return 1 if len(drawn) < len(jobs) else 0
@@ -99,8 +105,12 @@ def _is_readable(image: Path) -> bool:
     return True
 
 
+# Draws an image of some size into a folder.
+Draw = Callable[[Path, Path, "ImageSize", argparse.Namespace], Drawn]
+
+
 def _draw_all(
-    loaded: Loaded, jobs: Sequence[tuple[Path, Path]], size: ImageSize, args: argparse.Namespace
+    draw: Draw, jobs: Sequence[tuple[Path, Path]], size: ImageSize, args: argparse.Namespace
 ) -> list[tuple[Path, Drawn]]:
     """Draw images into folders; return those that did not fail."""
     from tqdm import tqdm
@@ -114,7 +124,7 @@ def _draw_all(
     ):
         for i, (image, folder) in enumerate(jobs):
             try:
-                drawn.append((image, _draw(loaded, image, folder, size, args)))
+                drawn.append((image, draw(image, folder, size, args)))
             except Dinov2AttnError as error:
                 log.error("%s", error)
             else:
@@ -138,11 +148,17 @@ def _draw(
 def _said(args: argparse.Namespace, image: Path, drawn: Drawn) -> str:
     lines = [
         f"{image}: {drawn.said}",
-        wrote(args, drawn.folder, drawn.files, "every head on one scale"),
+        wrote(args, drawn.folder, drawn.files, _what(args)),
     ]
     if drawn.removed:
         lines.append(removed(args, drawn.folder, drawn.removed))
     return "\n".join(lines)
+
+
+def _what(args: argparse.Namespace) -> str:
+    """Return what the first file shows."""
+    two = two_models.are_two(args)
+    return "A, B and B − A, mean of heads" if two else "every head on one scale"
 
 
 def _end(args: argparse.Namespace, image: Path, drawn: Drawn) -> None:
