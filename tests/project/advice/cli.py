@@ -117,9 +117,9 @@ case(
 case(
     "apps/cli",
     "Name its images. `dinov2-attn extract` takes folders",
-    lambda lab: heatmap(lab, photos(lab)),
+    lambda lab: explore(lab, photos(lab)),
     lambda lab: (
-        heatmap(lab, photos(lab) / "a.png"),
+        explore(lab, photos(lab) / "a.png"),
         lab.typed("extract", photos(lab), "-o", lab.folder / "e", "--weights", lab.weights),
     ),
 )
@@ -308,6 +308,14 @@ case(
         heatmap(lab, lab.image, "--weights", lab.weights),
         heatmap(lab, lab.image, "--overview"),
     ],
+)
+
+
+case(
+    "apps/cli",
+    "out, or name images",
+    lambda lab: heatmap(lab, lab.frames, "--overview"),
+    lambda lab: heatmap(lab, lab.image, "--overview"),
 )
 
 

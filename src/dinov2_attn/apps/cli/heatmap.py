@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.cli import early, plot_options, two_models
+from dinov2_attn.apps.cli import early, filming, plot_options, two_models
 from dinov2_attn.apps.cli.argtypes import add_output
 from dinov2_attn.apps.cli.comparing import REFUSED, write_comparison
 from dinov2_attn.apps.cli.drawing import Drawn, Subject, write
@@ -47,7 +47,9 @@ CLS. Files of another token end in its name, such as attention-3-17.npy. image.j
 image was read (size, range, mean, std), and run.json the image, model, options and files of the
 run. The next run into the same folder removes these files. One image goes directly into DIR.
 Several images go into a folder each. Two models (--weights A --weights B) are drawn side by side
-in compare, on one scale, with the difference B - A. compare-heads has a row for each head.
+in compare, on one scale, with the difference B - A. compare-heads has a row for each head. Of a
+video (clip.mp4), or a folder of frames, film.mp4 shows the attention in every frame. film.txt is
+its caption.
 """
 
 EPILOG = """\
@@ -63,12 +65,19 @@ def add(subparsers: Any) -> None:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="An image to draw.")
+    parser.add_argument(
+        "images",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE",
+        help="An image to draw, or a video or a folder of frames, of which a film is made.",
+    )
     add_example(parser)
     add_output(parser, "DIR", "The folder for the pictures.")
     add_open(parser, "the picture of all heads")
     add_image_size(parser)
     plot_options.add_options(parser)
+    filming.add_options(parser)
     add_options(parser)
     two_models.allow(parser)
     parser.set_defaults(run=run)
@@ -78,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw every image; report those that fail, and return 1 if there are any."""
     require_libraries()
     size, images = some_images(args)
+    filming.check(images, args)
     two_models.refuse(args, REFUSED)
     two_models.check_models(args, args.queries or (), args.layers)
     early.check_folder(args.output)
@@ -98,7 +108,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _is_readable(image: Path) -> bool:
     try:
-        early.check_image(image)
+        if filming.is_film(image):
+            early.check_input(image)
+        else:
+            early.check_image(image)
     except Dinov2AttnError as error:
         log.error("%s", error)
         return False
@@ -141,6 +154,8 @@ def _draw(
 ) -> Drawn:
     from dinov2_attn.apps.viz.provenance import origin_of
 
+    if filming.is_film(image):
+        return filming.write_film(loaded, image, folder, size, args)
     subject = Subject(read(loaded, image, size, args), origin_of(image))
     return write(loaded, subject, folder, args)
 
@@ -148,22 +163,25 @@ def _draw(
 def _said(args: argparse.Namespace, image: Path, drawn: Drawn) -> str:
     lines = [
         f"{image}: {drawn.said}",
-        wrote(args, drawn.folder, drawn.files, _what(args)),
+        wrote(args, drawn.folder, drawn.files, _what(args, drawn.files[0])),
     ]
     if drawn.removed:
         lines.append(removed(args, drawn.folder, drawn.removed))
     return "\n".join(lines)
 
 
-def _what(args: argparse.Namespace) -> str:
-    """Return what the first file shows."""
+def _what(args: argparse.Namespace, first: str) -> str:
+    """Return what the ``first`` file shows."""
+    if first.startswith("film"):
+        return "the attention in each frame"
     two = two_models.are_two(args)
     return "A, B and B − A, mean of heads" if two else "every head on one scale"
 
 
 def _end(args: argparse.Namespace, image: Path, drawn: Drawn) -> None:
     page = Path(image.with_suffix(".html").name)
-    say(args, next_command(args, "explore", image, "-o", page))
+    if not filming.is_film(image):
+        say(args, next_command(args, "explore", image, "-o", page))
     if args.open:
         open_file(drawn.folder / drawn.files[0])
 
