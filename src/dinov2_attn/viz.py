@@ -17,6 +17,7 @@ from dinov2_attn._imports import lazily, require
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.explorer.explore import explore
+    from dinov2_attn.apps.viz.compare import compare
     from dinov2_attn.apps.viz.components import pca
     from dinov2_attn.apps.viz.figure import PaperFigure, figure
     from dinov2_attn.apps.viz.images import LoadedImage, load_image
@@ -29,6 +30,7 @@ __all__ = [
     "PaperFigure",
     "Style",
     "animate",
+    "compare",
     "explore",
     "figure",
     "load_image",
@@ -45,6 +47,7 @@ _MODULES = {
     "PaperFigure": "dinov2_attn.apps.viz.figure",
     "Style": "dinov2_attn.apps.viz.style",
     "animate": "dinov2_attn.apps.viz.saving",
+    "compare": "dinov2_attn.apps.viz.compare",
     "explore": "dinov2_attn.apps.explorer.explore",
     "figure": "dinov2_attn.apps.viz.figure",
     "load_image": "dinov2_attn.apps.viz.images",

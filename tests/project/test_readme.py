@@ -91,7 +91,8 @@ def folder(first, tmp_path, monkeypatch):
     transformer = first.cls("DinoVisionTransformer")
     shape = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "num_heads": 6, "depth": 12}
     model = randomise(transformer(**shape, block_chunks=0), 0)
-    torch.save({"teacher": model.state_dict()}, "teacher_checkpoint.pth")
+    for name in ("teacher_checkpoint.pth", "student.pth"):
+        torch.save({"teacher": model.state_dict()}, name)
     monkeypatch.setattr(torch.hub, "load", lambda *_: model.eval())
     draw(tmp_path / "cat.jpg", (70, 126), 0)
     draw(tmp_path / "photos" / "a.png", (70, 126), 1)

@@ -10,9 +10,11 @@ import torch
 
 from dinov2_attn.apps.cli.main import main
 from dinov2_attn.apps.demo import load
+from dinov2_attn.apps.viz.videos import is_readable
 from dinov2_attn.apps.weights.models import build
 from tests.project.test_readme import PAGES, SHELL, named
 from tests.support.extraction import draw
+from tests.support.videos import bright, write_video
 
 # Where such a line begins, and why no test of this file runs it.
 NOT_RUN = {
@@ -41,6 +43,8 @@ def lines(page):
 
 def reason(line):
     """Return why ``line`` is not run; ``None`` if it is."""
+    if {"clip.mp4", "frames"} & set(line.split()) and not is_readable():
+        return "needs PyAV"
     return next((why for start, why in NOT_RUN.items() if line.startswith(start)), None)
 
 
@@ -74,10 +78,14 @@ def folder(first, tmp_path, monkeypatch, request):
     first.module("dinov2.models.vision_transformer")
     monkeypatch.setenv("TORCH_HOME", str(request.getfixturevalue("hub")))
     monkeypatch.chdir(tmp_path)
-    torch.save({"teacher": load.load_demo_model().state_dict()}, "teacher_checkpoint.pth")
+    for name in ("teacher_checkpoint.pth", "student.pth"):
+        torch.save({"teacher": load.load_demo_model().state_dict()}, name)
     for seed, name in enumerate(("cat.jpg", "photo.jpg", "a.jpg", "b.jpg", "more/c.jpg")):
         draw(tmp_path / name, (70, 252), seed)
     draw(tmp_path / "photos" / "a.png", (70, 126), 0)
+    draw(tmp_path / "frames" / "f0.png", (70, 126), 0)
+    if is_readable():
+        write_video(tmp_path / "clip.mp4", [bright((1, 1))])
     return tmp_path
 
 

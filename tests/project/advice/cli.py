@@ -117,9 +117,9 @@ case(
 case(
     "apps/cli",
     "Name its images. `dinov2-attn extract` takes folders",
-    lambda lab: heatmap(lab, photos(lab)),
+    lambda lab: explore(lab, photos(lab)),
     lambda lab: (
-        heatmap(lab, photos(lab) / "a.png"),
+        explore(lab, photos(lab) / "a.png"),
         lab.typed("extract", photos(lab), "-o", lab.folder / "e", "--weights", lab.weights),
     ),
 )
@@ -297,6 +297,25 @@ case(
     "Check it out, inspect it, and name that folder",
     with_a_link_outside,
     lambda lab: find(f"{lab.folder}/checkout", None, scratch(lab, "b"))[0].unpack(),
+)
+
+
+case(
+    "apps/cli",
+    "or name one model",
+    lambda lab: heatmap(lab, lab.image, "--weights", lab.weights, "--overview"),
+    lambda lab: [
+        heatmap(lab, lab.image, "--weights", lab.weights),
+        heatmap(lab, lab.image, "--overview"),
+    ],
+)
+
+
+case(
+    "apps/cli",
+    "out, or name images",
+    lambda lab: heatmap(lab, lab.frames, "--overview"),
+    lambda lab: heatmap(lab, lab.image, "--overview"),
 )
 
 

@@ -11,6 +11,8 @@ from PIL import Image
 
 from dinov2_attn import viz
 from dinov2_attn.apps.explorer.explore import explore
+from dinov2_attn.apps.viz import videos
+from dinov2_attn.apps.viz.videos import open_video
 from tests.support import raw_files
 from tests.support.advice import Table
 
@@ -307,4 +309,28 @@ case(
     "or for a picture the size of a patch",
     lambda lab: viz.load_image(lab.image, lab.block),
     lambda lab: (viz.load_image(lab.image, lab.small), viz.load_image(lab.image, 2)),
+)
+
+
+def video(path, **options):
+    return list(open_video(path, **options).frames())
+
+
+case(
+    "apps/viz",
+    "Leave it out for all frames",
+    lambda lab: videos.sampling_of(1, 0),
+    lambda lab: videos.sampling_of(1, None),
+)
+case(
+    "apps/viz",
+    "To draw the images of a folder one by one, name them",
+    lambda lab: video(lab.frames_of_two_sizes),
+    lambda lab: [lab.read(path) for path in videos.images_in(lab.frames_of_two_sizes)],
+)
+case(
+    "apps/viz",
+    "Name a video such as clip.mp4, or a folder of images",
+    lambda lab: video(lab.path("empty/none").parent),
+    lambda lab: video(lab.frames_of_two_sizes, sampling=videos.Sampling(every=2)),
 )

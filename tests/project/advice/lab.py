@@ -85,6 +85,18 @@ class Lab:
         Image.fromarray(self.photograph).save(self.path("photograph.png"))
         return self.path("photograph.png")
 
+    @cached_property
+    def frames_of_two_sizes(self):
+        """A folder with two images of other sizes."""
+        for number, pixels in enumerate((self.photograph, self.photograph[:2])):
+            Image.fromarray(pixels).save(self.path(f"frames/{number}.png"))
+        return self.path("frames/0.png").parent
+
+    @property
+    def frames(self):
+        """A folder of which a film is made."""
+        return self.frames_of_two_sizes
+
     def read(self, path, **options):
         return load_image(path, 2, **options)
 

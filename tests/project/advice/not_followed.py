@@ -67,6 +67,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "proof/verify": ("pip install 'dinov2-attn[test]'",),
         "apps/viz": (
             "Install it with `pip install",
+            "Install it with `pip install 'dinov2-attn[video]'`",
+            "Install the one of PyPI: `pip install --force-reinstall av`",
             "pip install tifffile",
             "Install it (apt install ffmpeg",
             "Run `pip install --upgrade pillow`, or write a GIF",
@@ -110,6 +112,15 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "Leave this layer out with layers=[...]. record(model) gives",
             "Leave this module out with layers=[...], or let its code write into a copy",
         ),
+    },
+    "of videos, which need PyAV: test_videos makes broken ones": {
+        "apps/viz": (
+            "Copy it again, or repair it: ffmpeg",
+            "Check that a video player plays it to its last frame",
+            "Check that a video player plays it",
+            "Check that a video player plays it",
+        ),
+        "apps/cli": ("Choose one of these, or mean",),
     },
     "needs a GPU, whose flash kernel takes no mask: test_cuda follows it there": {
         "kernels": ("Allow one more: sdpa_kernel([SDPBackend.FLASH_ATTENTION",),

@@ -329,3 +329,36 @@ case(
     lambda lab: page_of(lab, with_nan(lab)),
     lambda lab: page_of(lab, without_nan(with_nan(lab))),
 )
+case(
+    "apps/viz",
+    "Give both models the same crop of the image",
+    lambda lab: viz.compare(lab.maps(), attention_maps(lab.model, lab.x.mT)),
+    lambda lab: viz.compare(lab.maps(), attention_maps(lab.model, lab.x)),
+)
+case(
+    "apps/viz",
+    "Leave limits at 'robust', or give 'shared' or (low, high)",
+    lambda lab: viz.compare(lab.maps(), lab.maps(), style=viz.Style(limits="each")),
+    lambda lab: [
+        viz.compare(lab.maps(), lab.maps(), style=viz.Style(limits=limits))
+        for limits in ("robust", "shared", (0, 8))
+    ],
+)
+
+
+def two(lab, first, **options):
+    return viz.explore(first, lab.photograph, other=lab.model, **options)
+
+
+case(
+    "apps/explorer",
+    "Of maps, draw a picture: viz.compare(a, b)",
+    lambda lab: two(lab, lab.maps()),
+    lambda lab: [two(lab, lab.model), viz.compare(lab.maps(), lab.maps())],
+)
+case(
+    "apps/explorer",
+    "Give B an image of another size",
+    lambda lab: two(lab, lab.model, other_image=lab.photograph[:2]),
+    lambda lab: two(lab, lab.model, other_image=lab.photograph),
+)

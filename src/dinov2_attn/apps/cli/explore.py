@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 from argparse import ArgumentTypeError
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.cli import early
+from dinov2_attn.apps.cli import early, two_models
 from dinov2_attn.apps.cli.argtypes import HEADS, above_zero, add_layers
 from dinov2_attn.apps.cli.image_options import (
     add_example,
@@ -16,9 +17,10 @@ from dinov2_attn.apps.cli.image_options import (
     check_reading,
     given_images,
     read,
+    read_on_grid,
     require_libraries,
 )
-from dinov2_attn.apps.cli.model_options import Loaded, add_options, load_model
+from dinov2_attn.apps.cli.model_options import Loaded, add_options
 from dinov2_attn.apps.cli.report import (
     RECORD,
     add_open,
@@ -40,7 +42,8 @@ DESCRIPTION = """\
 Write one HTML page that works offline and needs no other file. Point at a patch to see its
 attention, or the attention that it receives, in every layer and head. Queries and keys are
 stored where they are smaller than weights, and the page states the error. The page and the log
-say what had to be left out to stay below --max-mb.
+say what had to be left out to stay below --max-mb. With two models (--weights A --weights B) the
+page shows both on one scale, with the difference B - A.
 """
 
 EPILOG = """\
@@ -80,6 +83,7 @@ def add(subparsers: Any) -> None:
         help="The maximum size of the page, which decides what it keeps. Default: 25.",
     )
     add_options(parser)
+    two_models.allow(parser)
     parser.set_defaults(run=run)
 
 
@@ -99,54 +103,74 @@ def run(args: argparse.Namespace) -> int:
     size, images = given_images(args)
     image = _only(images)
     _check(args, image)
-    loaded = load_model(args)
-    check_reading(loaded, args)
+    loaded = two_models.load_models(args)
+    for model in loaded:
+        check_reading(model, args)
     page = _page(loaded, image, size, args)
     record = f"{args.output.name}.{RECORD}"
     _write(page, loaded, image, record, args)
     if page.left_out:
         log.warning("%s", page.left_out)
-    say(args, f"{image}: {loaded.name}; {page.size / 1e6:.1f} MB; keeps {page.kept}")
+    say(args, f"{image}: {_named(loaded)}; {page.size / 1e6:.1f} MB; keeps {page.kept}")
     files = [args.output.name, record]
     say(args, wrote(args, args.output.parent, files, "point at a patch to see its attention"))
-    figure = args.output.with_suffix(".pdf")
-    say(args, next_command(args, "figure", image, "-o", figure))
+    after = _after(args)
+    say(args, next_command(args, after, image, "-o", args.output.with_suffix(AFTER[after])))
     if args.open:
         open_file(args.output)
     return 0
 
 
 def _check(args: argparse.Namespace, image: Path) -> None:
-    early.check_model(args)
-    early.check_tokens(args, (), args.layers)
+    two_models.check_models(args, (), args.layers)
     early.check_file(args.output)
     early.check_image(image)
 
 
-def _page(loaded: Loaded, image: Path, size: ImageSize, args: argparse.Namespace) -> ExplorerPage:
+def _page(
+    loaded: Sequence[Loaded], image: Path, size: ImageSize, args: argparse.Namespace
+) -> ExplorerPage:
     from dinov2_attn.apps.explorer.explore import explore
 
+    first = loaded[0]
+    beside: dict[str, Any] = {}
+    for second in loaded[1:]:
+        seen = read_on_grid(second, first, image, size, args)
+        beside = {"other": second.model, "other_image": seen, "other_name": second.name}
     return explore(
-        loaded.model,
-        read(loaded, image, size, args),
+        first.model,
+        read(first, image, size, args),
         None,
         args.layers,
         heads="mean" if args.heads == "mean" else None,
         title=image.name,
-        name=loaded.name,
-        warning=loaded.warning,
+        name=first.name,
+        warning=two_models.warning_of(loaded),
         max_mb=args.max_mb,
+        **beside,
     )
 
 
+# The command that comes next, and what its output ends in.
+AFTER = {"figure": ".pdf", "heatmap": ""}
+
+
+def _after(args: argparse.Namespace) -> str:
+    return "heatmap" if two_models.are_two(args) else "figure"
+
+
+def _named(loaded: Sequence[Loaded]) -> str:
+    return two_models.named(loaded) if len(loaded) > 1 else loaded[0].name
+
+
 def _write(
-    page: ExplorerPage, loaded: Loaded, image: Path, record: str, args: argparse.Namespace
+    page: ExplorerPage, loaded: Sequence[Loaded], image: Path, record: str, args: argparse.Namespace
 ) -> None:
     """Write the page and its record, both or none."""
     from dinov2_attn._files import atomic_folder
     from dinov2_attn.apps.viz.provenance import origin_of, read_record, record_of, write_record
 
-    facts = record_of("explore", [origin_of(image)], loaded.name, options_of(args))
+    facts = record_of("explore", [origin_of(image)], _named(loaded), options_of(args))
     folder = args.output.parent
     read_record(folder / record)  # raises if it is another file
     with atomic_folder(folder) as unfinished:

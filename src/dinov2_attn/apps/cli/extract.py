@@ -21,6 +21,7 @@ from dinov2_attn.apps.cli.argtypes import (
     positive,
     whole,
 )
+from dinov2_attn.apps.cli.filming import add_sampling
 from dinov2_attn.apps.cli.image_options import (
     add_image_size,
     check_reading,
@@ -47,7 +48,8 @@ READ = "dinov2_attn.AttentionDataset({!r})"
 
 SOURCES = """\
 A folder, an uncompressed tar (such as a shard of WebDataset), a glob, or a text file with one path
-per line. Images are all files that Pillow can decode; other files are counted by suffix."""
+per line. Images are all files that Pillow can decode, and the frames of videos; other files are
+counted by suffix."""
 
 
 def add(subparsers: Any) -> None:
@@ -61,6 +63,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE", help=SOURCES)
     add_output(parser, "OUT", "The folder for the shards and the index.")
     _add_what(parser)
+    add_sampling(parser.add_argument_group("videos"))
     add_image_size(parser)
     _add_how(parser)
     add_options(parser)
@@ -175,6 +178,8 @@ def run(args: argparse.Namespace) -> int:
             facets=args.facets,
             image_size=size,
             max_pixels=args.max_pixels,
+            every=args.every,
+            fps=args.fps,
             range=args.range,
             mean=args.mean or loaded.mean,
             std=args.std or loaded.std,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.cli import early, plot_options, relevance_options
+from dinov2_attn.apps.cli import early, filming, plot_options, relevance_options, two_models
 from dinov2_attn.apps.cli.argtypes import add_output
+from dinov2_attn.apps.cli.comparing import REFUSED, write_comparison
 from dinov2_attn.apps.cli.drawing import Drawn, Subject, write
 from dinov2_attn.apps.cli.image_options import (
     add_example,
@@ -19,7 +21,7 @@ from dinov2_attn.apps.cli.image_options import (
     require_libraries,
     some_images,
 )
-from dinov2_attn.apps.cli.model_options import Loaded, add_options, load_model
+from dinov2_attn.apps.cli.model_options import Loaded, add_options
 from dinov2_attn.apps.cli.report import (
     add_open,
     next_command,
@@ -45,7 +47,10 @@ which patches made a class or a similarity, and relevance.npy holds that map (h,
 token are of CLS. Files of another token end in its name, such as attention-3-17.npy. image.json
 records how the image was read (size, range, mean, std), and run.json the image, model, options and
 files of the run. The next run into the same folder removes these files. One image goes directly
-into DIR. Several images go into a folder each.
+into DIR. Several images go into a folder each. Two models (--weights A --weights B) are drawn side
+by side in compare, on one scale, with the difference B - A. compare-heads has a row for each head.
+Of a video (clip.mp4), or a folder of frames, film.mp4 shows the attention in every frame. film.txt
+is its caption.
 """
 
 EPILOG = """\
@@ -61,14 +66,22 @@ def add(subparsers: Any) -> None:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="An image to draw.")
+    parser.add_argument(
+        "images",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE",
+        help="An image to draw, or a video or a folder of frames, of which a film is made.",
+    )
     add_example(parser)
     add_output(parser, "DIR", "The folder for the pictures.")
     add_open(parser, "the picture of all heads")
     add_image_size(parser)
     plot_options.add_options(parser)
     relevance_options.add_options(parser.add_argument_group("explanation"))
+    filming.add_options(parser)
     add_options(parser)
+    two_models.allow(parser)
     parser.set_defaults(run=run)
 
 
@@ -76,19 +89,22 @@ def run(args: argparse.Namespace) -> int:
     """Draw every image; report those that fail, and return 1 if there are any."""
     require_libraries()
     size, images = some_images(args)
+    filming.check(images, args)
+    two_models.refuse(args, REFUSED)
     relevance_options.check(args)
-    early.check_model(args)
-    early.check_tokens(args, args.queries or (), args.layers)
+    two_models.check_models(args, args.queries or (), args.layers)
     early.check_folder(args.output)
     jobs = list(zip(images, _folders(args.output, images), strict=True))
     readable = [job for job in jobs if _is_readable(job[0])]
     if not readable:
         return 1
-    loaded = load_model(args)
-    plot_options.check(args, loaded)
-    relevance_options.check(args, loaded)
-    check_reading(loaded, args)
-    drawn = _draw_all(loaded, readable, size, args)
+    loaded = two_models.load_models(args)
+    for model in loaded:
+        plot_options.check(args, model)
+        relevance_options.check(args, model)
+        check_reading(model, args)
+    draw = partial(write_comparison, loaded) if len(loaded) > 1 else partial(_draw, loaded[0])
+    drawn = _draw_all(draw, readable, size, args)
     if drawn:
         _end(args, *drawn[0])
     return 1 if len(drawn) < len(jobs) else 0
@@ -96,15 +112,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _is_readable(image: Path) -> bool:
     try:
-        early.check_image(image)
+        if filming.is_film(image):
+            early.check_input(image)
+        else:
+            early.check_image(image)
     except Dinov2AttnError as error:
         log.error("%s", error)
         return False
     return True
 
 
+# Draws an image of some size into a folder.
+Draw = Callable[[Path, Path, "ImageSize", argparse.Namespace], Drawn]
+
+
 def _draw_all(
-    loaded: Loaded, jobs: Sequence[tuple[Path, Path]], size: ImageSize, args: argparse.Namespace
+    draw: Draw, jobs: Sequence[tuple[Path, Path]], size: ImageSize, args: argparse.Namespace
 ) -> list[tuple[Path, Drawn]]:
     """Draw images into folders; return those that did not fail."""
     from tqdm import tqdm
@@ -118,7 +141,7 @@ def _draw_all(
     ):
         for i, (image, folder) in enumerate(jobs):
             try:
-                drawn.append((image, _draw(loaded, image, folder, size, args)))
+                drawn.append((image, draw(image, folder, size, args)))
             except Dinov2AttnError as error:
                 log.error("%s", error)
             else:
@@ -135,6 +158,8 @@ def _draw(
 ) -> Drawn:
     from dinov2_attn.apps.viz.provenance import origin_of
 
+    if filming.is_film(image):
+        return filming.write_film(loaded, image, folder, size, args)
     subject = Subject(read(loaded, image, size, args), origin_of(image))
     return write(loaded, subject, folder, args)
 
@@ -142,20 +167,26 @@ def _draw(
 def _said(args: argparse.Namespace, image: Path, drawn: Drawn) -> str:
     lines = [
         f"{image}: {drawn.said}",
-        wrote(args, drawn.folder, drawn.files, _shown(args)),
+        wrote(args, drawn.folder, drawn.files, _what(args, drawn.files[0])),
     ]
     if drawn.removed:
         lines.append(removed(args, drawn.folder, drawn.removed))
     return "\n".join(lines)
 
 
-def _shown(args: argparse.Namespace) -> str:
+def _what(args: argparse.Namespace, first: str) -> str:
+    """Return what the ``first`` file shows."""
+    if first.startswith("film"):
+        return "the attention in each frame"
+    if two_models.are_two(args):
+        return "A, B and B − A, mean of heads"
     return "every head on one scale" if args.target is None else "which patches made the target"
 
 
 def _end(args: argparse.Namespace, image: Path, drawn: Drawn) -> None:
     page = Path(image.with_suffix(".html").name)
-    say(args, next_command(args, "explore", image, "-o", page))
+    if not filming.is_film(image):
+        say(args, next_command(args, "explore", image, "-o", page))
     if args.open:
         open_file(drawn.folder / drawn.files[0])
 

@@ -81,6 +81,24 @@ def read(loaded: Loaded, image: Path, size: ImageSize, args: argparse.Namespace)
     )
 
 
+def read_on_grid(
+    loaded: Loaded, first: Loaded, image: Path, size: ImageSize, args: argparse.Namespace
+) -> LoadedImage:
+    """Return what ``first`` sees of ``image`` for another model, with the same grid of patches."""
+    from dinov2_attn.apps.viz.images import load_on_grid
+
+    return load_on_grid(
+        image,
+        loaded.model,
+        first.model,
+        size,
+        args.max_pixels,
+        range=args.range,
+        mean=args.mean or loaded.mean,
+        std=args.std or loaded.std,
+    )
+
+
 def check_reading(loaded: Loaded, args: argparse.Namespace) -> None:
     """Raise ``InvalidInputError`` if the mean has other channels; log what is assumed."""
     from dinov2_attn.apps.viz.reading import reading_for

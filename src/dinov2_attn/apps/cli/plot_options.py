@@ -14,7 +14,7 @@ from dinov2_attn.math.token_names import Token
 from dinov2_attn.typing import Layers
 
 if TYPE_CHECKING:
-    from dinov2_attn.apps.viz.style import Style
+    from dinov2_attn.apps.viz.style import Cmap, Style
 
 # The value of --layers if it is not on the command line, where None means all.
 NOT_GIVEN = ()
@@ -80,8 +80,7 @@ def add_colours(group: Options, outliers: str = "mark", chosen: str = "robust") 
     group.add_argument(
         "--cmap",
         choices=("viridis", "inferno", "magma", "plasma", "cividis", "gray"),
-        default="viridis",
-        help="The colour map. Default: viridis.",
+        help="The colour map. Default: viridis, or inferno for a film of a video.",
     )
     group.add_argument("--log", action="store_true", help="Use logarithmic colours.")
     group.add_argument(
@@ -116,12 +115,16 @@ def limits(text: str) -> str | tuple[float, float]:
     return ends[0], ends[1]
 
 
-def style_of(args: argparse.Namespace) -> Style:
-    """Return the style that the options of ``add_colours`` describe, and those of overlays."""
+def style_of(args: argparse.Namespace, cmap: Cmap = "viridis") -> Style:
+    """Return the style that the options of ``add_colours`` describe, and those of overlays.
+
+    ``cmap`` is the colour map if none is chosen.
+    """
     from dinov2_attn.apps.viz.style import Style
 
-    names = ("log", "interpolation", "outliers", "limits", "cmap", "alpha", "background")
-    return Style(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    names = ("log", "interpolation", "outliers", "limits", "alpha", "background")
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return Style(**given, cmap=args.cmap or cmap)
 
 
 def check(args: argparse.Namespace, loaded: Loaded) -> None:

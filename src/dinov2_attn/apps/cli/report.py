@@ -26,7 +26,7 @@ RECORD = "run.json"  # that of a folder; a file has its own name before it
 
 # Of these, records and the next command say nothing.
 _OWN = (
-    *("run", "parser", "command", "quiet", "verbose", "open", "print_completion"),
+    *("run", "parser", "command", "quiet", "verbose", "open", "print_completion", "second"),
     *("output", "images", "sources"),
 )
 _MODEL = (
@@ -112,16 +112,30 @@ def _model_options(args: argparse.Namespace) -> list[str]:
         value = getattr(args, action.dest, None)
         if action.dest in _MODEL and value != action.default:
             option = action.option_strings[-1]
-            given += [option] if value is True else [f"{option}={value}"]
+            values = [value, *_second(args, action.dest)]
+            given += [option] if value is True else [f"{option}={one}" for one in values]
     size = getattr(args, "image_size", None) or []
     lengths = [one for one in size if one.isdecimal()]
     return given + (["--image-size", *lengths] if lengths else [])
 
 
+def _second(args: argparse.Namespace, name: str) -> list[Any]:
+    """Return the value that an option has for the second of two models, if it has one."""
+    given: dict[str, Any] = getattr(args, "second", {})
+    return [given[name]] if name in given else []
+
+
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of a run as values of JSON, for its record."""
+    """Return the options of a run as values of JSON, for its record.
+
+    What is given for each of two models is a list.
+    """
     return {
-        name: str(value) if isinstance(value, Path) else value
+        name: [value, *two]
+        if (two := _second(args, name))
+        else str(value)
+        if isinstance(value, Path)
+        else value
         for name, value in sorted(vars(args).items())
         if name not in _OWN
     }

@@ -53,7 +53,7 @@ function put(id, value, text) {
 function describe(layer, line, limits) {
   const column = isOn("column");
   $("direction").textContent = column ? "Who looks at it" : "Where it looks";
-  $("caption").textContent = `${nameOf(chosen())} · layer ${layer.number}, ${headName()}`;
+  $("caption").textContent = `${other ? "A · " : ""}${nameOf(chosen())} · layer ${layer.number}, ${headName()}`;
   $("token-role").textContent = column ? "Key" : "Query";
   $("cursor-role").textContent = column ? "Query, under the cursor" : "Key, under the cursor";
   $("token").textContent = nameOf(chosen());
@@ -146,7 +146,7 @@ function show() {
   const line = layer.line(view.head, token, column);
   const lines = line ? layer.lines(token, column) : [];
   const together = line && kind === "shared" && limitsOf(lines.length ? lines : [line], kind, log);
-  const limits = together || (line && limitsOf([line], kind, log));
+  const limits = together || (line && limitsBeside(line, kind, log));
   paint(mapSheet, line, limits, log);
   cancelAnimationFrame(waiting);
   waiting = requestAnimationFrame(() => showHeads(layer, lines, line, together, kind, log));
@@ -159,12 +159,21 @@ function show() {
   for (const mark of cursorMarks) place(mark, view.cursor);
   for (const group of outlierMarks) group.toggleAttribute("hidden", !$("outliers").checked);
   describe(layer, line, limits);
-  compare(line);
+  compare(line, limits);
   remember();
   if (!performance.getEntriesByName("shown").length) {
     performance.mark("shown");
     fitWindow();
   }
+}
+
+/** The limits of a map. A second model beside it shares them. */
+function limitsBeside(line, kind, log) {
+  const beside = pinned?.isModel ? pinned.line() : null;
+  const own = limitsOf([line], kind, log);
+  if (!beside) return own;
+  const theirs = limitsOf([beside], kind, log, pinned.outliers());
+  return [Math.min(own[0], theirs[0]), Math.max(own[1], theirs[1])];
 }
 
 function cannotRead(error) {
@@ -343,6 +352,7 @@ function begin() {
   new Uint32Array(colours.data.buffer).set(PALETTE);
   bar.putImageData(colours, 0, 0);
   recall(location.hash);
+  beginModels();
   addEventListener("resize", fitWindow);
   addEventListener("hashchange", ({ newURL }) => recall(new URL(newURL).hash));
   loadOthers();

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import ROUND_UP, Context, Decimal
 from html import escape
 from importlib import resources
@@ -33,8 +34,27 @@ Tables = Mapping[str, Table | CodedLayer]
 
 SCRIPTS = (
     *("weights.js", "coded.js", "app.js", "colours.js"),
-    *("compare.js", "share.js", "input.js"),
+    *("compare.js", "models.js", "share.js", "input.js"),
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What a page holds of a model.
+
+    Attributes:
+        frame: The page without weights.
+        kept: The rows of each layer that it keeps.
+        tables: Their weights.
+        whole: How many bytes each layer takes if all of it is kept. ``None``: as weights.
+
+    """
+
+    frame: Frame
+    kept: Mapping[int, KeptRows]
+    tables: Mapping[int, Tables]
+    whole: Mapping[int, int] | None = None
+
 
 _NUMBERS = """\
 <p>An attention weight, softmax(q kᵀ), is what a query gives to a key. Patches are (row, column),
@@ -82,10 +102,11 @@ def assemble(
     kept: Mapping[int, KeptRows],
     tables: Mapping[int, Tables],
     missing: str = "",
+    other: Held | None = None,
 ) -> bytes:
     """Return the page, with the ``tables`` of every layer that keeps anything.
 
-    ``missing`` says what the page leaves out.
+    ``missing`` says what the page leaves out, and ``other`` is a second model to compare.
     """
     script = "".join(map(_file, SCRIPTS))
     style = _file("app.css")
@@ -93,22 +114,49 @@ def assemble(
     parts = {
         "policy": _policy(style, script),
         "title": escape(_valid(frame.title)),
-        "about": escape(_valid(" · ".join(filter(None, (frame.model, frame.token_counts))))),
+        "about": _about(frame, other),
         "warning": _notes(frame, missing),
         "image": frame.image_url(),
         "width": str(width),
         "height": str(height),
         "rows": str(frame.shape.grid[0]),
         "columns": str(frame.shape.grid[1]),
-        "numbers": _numbers(frame, kept, tables),
-        "data": embedded_json(_data(frame, kept, tables)),
-        "tables": "\n".join(_elements(tables)),
+        "numbers": _numbers(frame, kept, tables) + ("" if other is None else _numbers_of(other)),
+        "data": embedded_json({**_data(frame, kept, tables), "other": _other(other)}),
+        "tables": "\n".join([*_elements(tables), *_elements(other.tables if other else {}, "b-")]),
         "style": style,
         "script": script,
     }
     # In one pass, so that the title "{{data}}" is not replaced.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _file("page.html"))
     return page.encode()
+
+
+def _about(frame: Frame, other: Held | None) -> str:
+    """Return the line below the title: the models and their tokens."""
+    frames = [frame] if other is None else [frame, other.frame]
+    said = [" · ".join(filter(None, (one.model, one.token_counts))) for one in frames]
+    if other is None:
+        return escape(_valid(said[0]))
+    lines = (f"{letter}: {escape(_valid(text))}" for letter, text in zip("AB", said, strict=True))
+    return "<br>".join(lines)
+
+
+def _other(other: Held | None) -> dict[str, object] | None:
+    if other is None:
+        return None
+    data = _data(other.frame, other.kept, other.tables)
+    return {name: data[name] for name in ("prefix", "heads", "layers", "outliers")}
+
+
+def _numbers_of(other: Held) -> str:
+    """Return what is to be known of the numbers of the second model."""
+    errors = [table.error for one in other.tables.values() for table in one.values()]
+    return (
+        f"\n<p>B: the largest error of a weight is {at_least(max(errors, default=0.0))}. "
+        f"Outliers: {escape(other.frame.outliers_found)}. "
+        f"Kept: {escape(describe(dict(other.kept), other.frame.shape))}.</p>"
+    )
 
 
 def _data(
@@ -148,9 +196,10 @@ def _layer(frame: Frame, layer: int, keep: KeptRows, tables: Tables) -> dict[str
     }
 
 
-def _elements(tables: Mapping[int, Tables]) -> list[str]:
+def _elements(tables: Mapping[int, Tables], model: str = "") -> list[str]:
     return [
-        f'<script type="application/octet-stream" id="{kind}-{layer}">{embedded(table)}</script>'
+        f'<script type="application/octet-stream" id="{model}{kind}-{layer}">'
+        f"{embedded(table)}</script>"
         for layer, by_kind in tables.items()
         for kind, table in by_kind.items()
     ]
@@ -170,10 +219,12 @@ def what_is_missing(
     kept: Mapping[int, KeptRows],
     lacking: str,
     whole: Mapping[int, int] | None = None,
+    models: int = 1,
 ) -> str:
     """Return what the page leaves out, why, and what would keep it.
 
     ``whole`` says how many bytes each layer takes if all of it is kept, by default as weights.
+    Of several ``models`` each has the same share of the page.
     """
     complete = everything(frame.shape)
     as_weights = dict.fromkeys(kept, cost(complete, frame.shape))
@@ -183,8 +234,9 @@ def what_is_missing(
         if keep != complete
     )
     return (
-        f"Left out to stay below {frame.limit / 1e6:g} MB: {lacking}. "
-        f"--max-mb {-(-all_of_it // 1_000_000)} keeps everything. Fewer --layers need less."
+        f"Left out to stay below {models * frame.limit / 1e6:g} MB: {lacking}. "
+        f"--max-mb {models * -(-all_of_it // 1_000_000)} keeps everything. "
+        "Fewer --layers need less."
     )
 
 

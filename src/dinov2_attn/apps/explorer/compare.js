@@ -9,6 +9,7 @@ function pin() {
   const layer = layers[view.layer];
   const line = layer.ready ? layer.line(view.head, chosen(), isOn("column")) : null;
   if (!pinned && !line) return;
+  if (pinned?.isModel) pinned = null;
   const [kind, log] = [form.elements.limits.value, isOn("log")];
   const toward = isOn("column") ? "who looks at" : "where it looks:";
   const name = `${toward} ${nameOf(chosen())} · layer ${layer.number}, ${headName()}`;
@@ -18,20 +19,29 @@ function pin() {
 
 function setPin(next) {
   pinned = next;
-  $("pin").setAttribute("aria-pressed", Boolean(pinned));
-  $("pin").textContent = pinned ? "Unpin" : "Pin";
+  const isModel = Boolean(pinned?.isModel);
+  $("pin").setAttribute("aria-pressed", Boolean(pinned) && !isModel);
+  $("pin").textContent = pinned && !isModel ? "Unpin" : "Pin";
+  $("model-b").setAttribute("aria-pressed", isModel);
   $("compare").hidden = !pinned;
+  $("compare-title").textContent = isModel ? "Model B, and its difference from A" : "Difference from the pinned map";
+  $("pinned-caption").textContent = isModel ? "B" : "pinned";
+  $("difference-caption").textContent = isModel ? "B − A" : "this map − pinned";
   show();
   fitWindow();
 }
 
-function compare(line) {
+/** Draw the pinned map, and how it differs. A second model has the limits of the map. */
+function compare(line, limits) {
   if (!pinned) return;
+  const isModel = Boolean(pinned.isModel);
   const other = pinned.line();
-  $("pinned-name").textContent = pinned.name;
-  paint(pinnedSheet, other, other && limitsOf([other], pinned.kind, pinned.log, pinned.outliers?.()), pinned.log);
+  $("pinned-name").textContent = isModel ? pinned.name() : pinned.name;
+  if (isModel) paint(pinnedSheet, other, limits, isOn("log"));
+  else paint(pinnedSheet, other, other && limitsOf([other], pinned.kind, pinned.log, pinned.outliers?.()), pinned.log);
   const both = Boolean(line && other);
-  const difference = both ? line.map((weight, i) => weight - other[i]) : new Float64Array(TOKENS);
+  const sign = isModel ? -1 : 1;
+  const difference = both ? line.map((weight, i) => sign * (weight - other[i])) : new Float64Array(TOKENS);
   const [low, high] = extremesOf(difference);
   const most = Math.max(-low, high, 0);
   paintDifference(differenceSheet, difference, most);
@@ -44,7 +54,8 @@ function differenceInWords(difference, low, high) {
   const where = (value) => nameOf(PREFIX + difference.subarray(PREFIX).indexOf(value));
   const half = difference.reduce((sum, one) => sum + Math.abs(one), 0) / 2;
   const moved = isOn("column") ? "" : ` ${(100 * half).toFixed(1)} % of the attention is elsewhere.`;
-  return `Most above the pinned map: ${where(high)} (${times(high)} ×). Most below: ${where(low)} (${times(low)} ×).${moved}`;
+  const from = pinned.isModel ? "A" : "the pinned map";
+  return `Most above ${from}: ${where(high)} (${times(high)} ×). Most below: ${where(low)} (${times(low)} ×).${moved}`;
 }
 
 // Another image: the page of the same model and grid that the reader opens.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinov2_attn.apps.explorer.asked import Asked, asked_of, grafted_inside
-from dinov2_attn.apps.explorer.assemble import Tables
+from dinov2_attn.apps.explorer.assemble import Held, Tables
 from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, cost, everything
 from dinov2_attn.apps.explorer.coded import CodedLayer
 from dinov2_attn.apps.explorer.content import Frame, bytes_in
@@ -28,10 +28,12 @@ from dinov2_attn.apps.explorer.write import (
     chosen,
     page_of,
     page_of_maps,
+    page_of_two,
     quantise_layer,
     room_for_layers,
     rows_to_keep,
 )
+from dinov2_attn.apps.viz.images import load_on_grid
 from dinov2_attn.apps.viz.inference import inference_on
 from dinov2_attn.apps.viz.model_input import as_picture, image_for
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError
@@ -53,12 +55,16 @@ def explore(
     max_mb: float = 25.0,
     sample: int = 0,
     artifacts: ArtifactTokens | None = None,
+    other: nn.Module | None = None,
+    other_image: Any = None,
+    other_name: str = "",
 ) -> ExplorerPage:
     """Show where every token of an image looks, in every layer and head, as an interactive page.
 
     >>> viz.explore(model, "cat.jpg")                 # shown in a notebook
     >>> viz.explore(model, "cat.jpg", "cat.html")     # and written
     >>> viz.explore(maps, images[0]).save("cat.html")
+    >>> viz.explore(model, "cat.jpg", other=trained)  # two models side by side
 
     Any model will do, as for ``attention_maps``. Its queries and keys are stored in place of
     weights where they are smaller and decide alone. The page then computes every weight of every
@@ -81,6 +87,11 @@ def explore(
         sample: Which image of the batch of maps.
         artifacts: What ``artifact_tokens`` found in the batch of maps. A model is searched for
             them.
+        other: A second model B, to compare with the first one, A: the page shows both on one
+            scale, and the difference B − A. Both need the same grid of patches.
+        other_image: The image for B, if it needs another size or normalisation. By default
+            ``image``. A file is resized so that both have the same grid.
+        other_name: What the page calls B.
 
     Returns:
         The page, with its size and what it keeps and leaves out.
@@ -92,7 +103,12 @@ def explore(
 
     """
     about: Any = {"title": title, "warning": warning, "max_mb": max_mb}
-    if isinstance(maps_or_model, nn.Module):
+    if other is not None:
+        first, second = _model(maps_or_model), _model(other)
+        seen = _for_other(image, first, second) if other_image is None else other_image
+        models = (first, image, name), (second, seen, other_name)
+        page = _of_two(models, layers, heads, **about)
+    elif isinstance(maps_or_model, nn.Module):
         page = _of_model(maps_or_model, image, layers, heads, name=name, **about)
     else:
         maps = chosen(maps_or_model, layers, heads)
@@ -103,7 +119,53 @@ def explore(
     return page
 
 
+def _model(given: Any) -> nn.Module:
+    if isinstance(given, nn.Module):
+        return given
+    raise InvalidInputError(
+        "two models to compare on a page",
+        type(given).__name__,
+        "Pass both models. Of maps, draw a picture: viz.compare(a, b).",
+    )
+
+
+def _for_other(image: Any, first: nn.Module, second: nn.Module) -> Any:
+    """Return the image of ``first`` for ``second``: a file is read again, on the same grid."""
+    return load_on_grid(image, second, first) if isinstance(image, str | Path) else image
+
+
+def _of_two(
+    models: Sequence[tuple[nn.Module, Any, str]],
+    layers: RecordedLayers,
+    heads: Heads,
+    *,
+    title: str,
+    warning: str | None,
+    max_mb: float,
+) -> ExplorerPage:
+    """Return the page of two models, each with half of the room."""
+    about: Any = {"title": title, "warning": warning, "max_mb": max_mb / 2}
+    first, second = (
+        _held(model, image, layers, heads, name=name, **about) for model, image, name in models
+    )
+    grids = [held.frame.shape.grid for held in (first, second)]
+    if grids[0] != grids[1]:
+        raise InvalidInputError(
+            "two models with the same grid of patches",
+            " and ".join("{} × {}".format(*grid) for grid in grids),
+            "Give B an image of another size: other_image=viz.load_image(path, other, (H, W)).",
+        )
+    return page_of_two(first, second)
+
+
 def _of_model(
+    model: nn.Module, image: Any, layers: RecordedLayers, heads: Heads, **about: Any
+) -> ExplorerPage:
+    held = _held(model, image, layers, heads, **about)
+    return page_of(held.frame, held.kept, held.tables, held.whole)
+
+
+def _held(
     model: nn.Module,
     image: Any,
     layers: RecordedLayers,
@@ -113,7 +175,8 @@ def _of_model(
     name: str,
     warning: str | None,
     max_mb: float,
-) -> ExplorerPage:
+) -> Held:
+    """Return what a page holds of a model."""
     loaded = image_for(model, image)
     device = next(model.parameters()).device
     with grafted_inside(model), inference_on(loaded.tensor[None]):
@@ -128,7 +191,7 @@ def _of_model(
         tables: dict[int, Tables] = dict(_tables(asked, kept))
     kept.update(dict.fromkeys(coded, everything(asked.shape)))
     tables.update({layer: {"coded": one} for layer, one in coded.items()})
-    return page_of(frame, kept, dict(sorted(tables.items())), whole)
+    return Held(frame, kept, dict(sorted(tables.items())), whole)
 
 
 def _outliers(model: nn.Module, images: Tensor) -> ArtifactTokens | None:

@@ -69,8 +69,8 @@ class Table {
 }
 
 class Layer {
-  constructor({ layer, coded, each, mean, kept }, tokens, page) {
-    const element = (kind) => page.getElementById(`${kind}-${layer}`);
+  constructor({ layer, coded, each, mean, kept }, tokens, page, model = "") {
+    const element = (kind) => page.getElementById(`${model}${kind}-${layer}`);
     this.number = layer;
     this.kept = kept;
     this.ready = !coded;
@@ -97,7 +97,7 @@ class Layer {
   line(head, token, column) {
     if (!this.has(head, token, column)) return null;
     const lines = this.lines(token, column);
-    if (head !== MEAN) return lines[head];
+    if (head !== MEAN) return lines[head] ?? null;
     return lines.length ? meanOf(lines) : this.mean.line(0, token, column);
   }
 

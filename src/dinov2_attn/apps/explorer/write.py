@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn._files import atomic_folder
-from dinov2_attn.apps.explorer.assemble import Tables, assemble, what_is_missing
+from dinov2_attn.apps.explorer.assemble import Held, Tables, assemble, what_is_missing
 from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, Shape, describe, left_out, plan
 from dinov2_attn.apps.explorer.content import Frame, Outliers, bytes_in
 from dinov2_attn.apps.explorer.quantise import Table, quantise
@@ -229,10 +229,32 @@ def page_of(
         whole: How many bytes each layer takes if all of it is kept. Default: as weights.
 
     """
-    lacking = left_out(dict(kept), frame.shape)
-    missing = what_is_missing(frame, kept, lacking, whole) if lacking else ""
+    missing = _missing(frame, kept, whole)
     content = assemble(frame, kept, tables, missing)
     return ExplorerPage(content, describe(dict(kept), frame.shape), missing)
+
+
+def _missing(
+    frame: Frame, kept: Mapping[int, KeptRows], whole: Mapping[int, int] | None, models: int = 1
+) -> str:
+    lacking = left_out(dict(kept), frame.shape)
+    return what_is_missing(frame, kept, lacking, whole, models) if lacking else ""
+
+
+def page_of_two(first: Held, second: Held) -> ExplorerPage:
+    """Return the page of two models of one grid. Each may have half of the room."""
+    halves = {"A": first, "B": second}
+    missing = " ".join(
+        f"{letter}: {said}"
+        for letter, held in halves.items()
+        if (said := _missing(held.frame, held.kept, held.whole, 2))
+    )
+    kept = "; ".join(
+        f"{letter}: {describe(dict(held.kept), held.frame.shape)}"
+        for letter, held in halves.items()
+    )
+    content = assemble(first.frame, first.kept, first.tables, missing, second)
+    return ExplorerPage(content, kept, missing)
 
 
 def _rows(weights: Tensor, queries: tuple[int, ...], chosen: tuple[int, ...]) -> Tensor:

@@ -11,13 +11,16 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dinov2_attn.apps.extraction.items import Item
-from dinov2_attn.apps.viz.decoding import decode, stored_size
+from dinov2_attn.apps.viz.decoding import Decoded, decode, decode_open, stored_size
 from dinov2_attn.apps.viz.images import ImageSize, fit, fitted_size
 from dinov2_attn.apps.viz.inference import summary_of
+from dinov2_attn.apps.viz.opening import check_pixels
 from dinov2_attn.apps.viz.reading import IMAGENET, Reading
+from dinov2_attn.apps.viz.videos import FrameReader, is_video, times_of
 from dinov2_attn.errors import Dinov2AttnError, UnreadableFileError, in_one_line
 
 Size = tuple[int, int]
@@ -107,12 +110,41 @@ class Decoder:
         return or_refused(self._decode, *numbered)
 
     def _decode(self, number: int, item: Item) -> Picture:
+        if is_video(Path(item.file)):
+            return self._of_frame(number, item)
         content, path = item.read(), Path(item.path)
         decoded = decode(path, self.reading, self.max_pixels, content)
         size = decoded.pixels.shape[0], decoded.pixels.shape[1]
         pixels = fit(decoded.pixels, self.patch_size, self.image_size, path)
         origin = Origin(number, item, hashlib.sha256(content).hexdigest(), size)
         return Picture(origin, pixels, decoded.doubt)
+
+    def _of_frame(self, number: int, item: Item) -> Picture:
+        decoded, sha256 = decode_frame(item, self.reading, self.max_pixels)
+        size = decoded.pixels.shape[0], decoded.pixels.shape[1]
+        pixels = fit(decoded.pixels, self.patch_size, self.image_size, Path(item.path))
+        return Picture(Origin(number, item, sha256, size), pixels, decoded.doubt)
+
+
+def decode_frame(item: Item, reading: Reading, max_pixels: int | None) -> tuple[Decoded, str]:
+    """Return a frame of a video, and the sha256 of its pixels.
+
+    Raises:
+        UnreadableFileError: If the video is broken, which is one item without a frame.
+
+    """
+    path = Path(item.file)
+    if item.frame is None:
+        times_of(path)  # raises what is wrong with it
+    pixels = _FRAMES(path, item.frame or 0)
+    check_pixels(Path(item.path), pixels.shape[:2], max_pixels)
+    image = Image.fromarray(pixels)
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+    return decode_open(image, Path(item.path), reading), digest
+
+
+# Each process reads videos from the first frame to the last.
+_FRAMES = FrameReader()
 
 
 @dataclass(frozen=True)
@@ -129,7 +161,13 @@ class Measurer:
 
     def _measure(self, _: int, item: Item) -> Size:
         path = Path(item.file if item.place is None else item.path)
+        if is_video(Path(item.file)):
+            size = decode_frame(item, IMAGENET, self.max_pixels)[0].pixels.shape[:2]
+            return self._patches((size[0], size[1]), path)
         size = stored_size(path, self.max_pixels, None if item.place is None else item.read())
+        return self._patches(size, path)
+
+    def _patches(self, size: Size, path: Path) -> Size:
         height, width = fitted_size(size, self.patch_size, self.image_size, path)
         return height // self.patch_size, width // self.patch_size
 

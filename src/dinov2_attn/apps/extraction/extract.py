@@ -41,6 +41,8 @@ class ExtractOptions(TypedDict, total=False):
     facets: Sequence[Facet] | Facet
     image_size: ImageSize
     max_pixels: int | None
+    every: int
+    fps: float | None
     range: Range
     mean: Numbers
     std: Numbers
@@ -100,6 +102,8 @@ def extract(
     facets: Sequence[Facet] | Facet = (),
     image_size: ImageSize = None,
     max_pixels: int | None = None,
+    every: int = 1,
+    fps: float | None = None,
     range: Range = None,
     mean: Numbers = None,
     std: Numbers = None,
@@ -129,7 +133,9 @@ def extract(
     Args:
         model: A vision transformer in eval mode, on any device: DINOv2, or one of timm or
             transformers.
-        source: A folder, a tar, a list of paths, an image, a glob, or several of these. Or a
+        source: A folder, a tar, a list of paths, an image, a glob, or several of these. Frames of
+            videos are images too (``dinov2-attn[video]``): ``clip.mp4#12``, with their numbers
+            and times in the index. A broken video is one image without maps. Or a
             map-style dataset or a list, whose items are tensors or Pillow's images, alone, first
             in a tuple, or in a dict as ``"image"`` or ``"pixel_values"``.
         out: The folder for the shards and the index.
@@ -151,6 +157,8 @@ def extract(
         image_size: The length of the short side in pixels, or ``(height, width)``. By default
             the size of the image, up to 518.
         max_pixels: The maximum number of pixels. Larger images count as unreadable.
+        every: Of a video, take the frames whose numbers are multiples of it.
+        fps: Of a video, take at most so many frames of a second.
         range: ``(low, high)``, the values that become 0 and 1, or ``"auto"`` for the minimum and
             maximum of each image. By default the range of the format.
         mean: One number or one for each channel, to subtract from values between 0 and 1. By
@@ -189,6 +197,7 @@ def extract(
     from dinov2_attn.apps.extraction.options import at_least, check_options
     from dinov2_attn.apps.extraction.plan import NO_MEANING
     from dinov2_attn.apps.extraction.sources import source_of
+    from dinov2_attn.apps.viz.videos import sampling_of
 
     if not isinstance(model, nn.Module):
         raise InvalidInputError(
@@ -223,7 +232,7 @@ def extract(
         shard_size=shard_size,
     )
     workers = at_least(0, workers, "workers")
-    given = source_of(source, transform)
+    given = source_of(source, transform, sampling_of(at_least(1, every, "every"), fps))
     warning = NO_MEANING if random else warning
     job = Job(
         model, given, Path(out), options, workers, strict, retry, verify, progress, name, warning

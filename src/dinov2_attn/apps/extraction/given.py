@@ -19,12 +19,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov2_attn.apps.extraction.decode import Origin, Picture, Refused, Size, or_refused
+from dinov2_attn.apps.extraction.decode import (
+    Origin,
+    Picture,
+    Refused,
+    Size,
+    decode_frame,
+    or_refused,
+)
 from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.viz.decoding import Decoded, decode, decode_open
 from dinov2_attn.apps.viz.images import ImageSize, fit
 from dinov2_attn.apps.viz.opening import MOST_PIXELS
 from dinov2_attn.apps.viz.reading import Reading
+from dinov2_attn.apps.viz.videos import is_video
 from dinov2_attn.errors import InvalidInputError
 
 # How many items are tried before anything is written. If none has a picture, none will.
@@ -122,6 +130,8 @@ class FileReader:
 
     def __call__(self, _: int, item: Item) -> tuple[Decoded, str]:
         """Return the image in a file, and the file's sha256."""
+        if is_video(Path(item.file)):
+            return decode_frame(item, self.reading, self.max_pixels)
         content = item.read()
         image = decode(Path(item.path), self.reading, self.max_pixels, content)
         return image, hashlib.sha256(content).hexdigest()

@@ -8,14 +8,15 @@ import os
 import stat
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dinov2_attn.apps.extraction.layout import ABOUT
-from dinov2_attn.apps.extraction.passed_over import LINKS, Sieve, describe, is_hidden
+from dinov2_attn.apps.extraction.passed_over import LINKS, Sieve, describe, is_hidden, suffix_of
 from dinov2_attn.apps.viz.decoding import stored_size
 from dinov2_attn.apps.viz.opening import plugin_for
-from dinov2_attn.errors import InvalidInputError, UnreadableFileError
+from dinov2_attn.apps.viz.videos import WHOLE, Sampling, is_video, library, times_of
+from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, UnreadableFileError
 
 # The first bytes of gzip, bzip2, xz, Zstandard and zip.
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
@@ -30,6 +31,8 @@ class Item:
         path: The path of the image in there, as a list has it, parts joined by ``/``.
         file: The file with its bytes: the image itself or the tar. Empty for an item of a dataset.
         place: The offset and length of the image in a tar.
+        frame: The number of a frame of a video, whose ``path`` ends in it: ``clip.mp4#12``.
+        time: The time of that frame in seconds.
 
     """
 
@@ -37,6 +40,8 @@ class Item:
     path: str
     file: str
     place: tuple[int, int] | None = None
+    frame: int | None = None
+    time: float | None = None
 
     def check(self) -> None:
         """Raise ``UnreadableFileError`` if it is no file: reading a pipe may never end."""
@@ -64,7 +69,9 @@ class Item:
             ) from error
 
 
-def list_items(sources: Sequence[str | Path], sieve: Sieve | None = None) -> list[Item]:
+def list_items(
+    sources: Sequence[str | Path], sieve: Sieve | None = None, sampling: Sampling = WHOLE
+) -> list[Item]:
     """Return the images of all ``sources``, one source after the other.
 
     Args:
@@ -74,9 +81,11 @@ def list_items(sources: Sequence[str | Path], sieve: Sieve | None = None) -> lis
               names. Links to folders are followed, and names that begin with a dot are skipped.
             - a tar: every image in it, in its order, including shards of WebDataset.
             - an image.
+            - a video, whose frames are images. The other sources may hold videos too, but for tars.
             - a glob: the folders, tars and images that match, in the order of their paths.
             - any other file: a list with one path per line, absolute or relative to its folder.
         sieve: Counts the files that are no images.
+        sampling: Which frames of videos are taken.
 
     Raises:
         UnreadableFileError: If a source cannot be read.
@@ -94,10 +103,27 @@ def list_items(sources: Sequence[str | Path], sieve: Sieve | None = None) -> lis
                 "none called like one" + f" ({describe(passed_over)})" * bool(passed_over),
                 "Name a folder, a tar, or a list with a path on each line.",
             )
-        items += found
+        items += (frame for item in found for frame in _frames(item, sampling))
     if not items:
         raise InvalidInputError("a source of images", "none", "Name a folder, a list or a tar.")
     return items
+
+
+def _frames(item: Item, sampling: Sampling) -> Iterator[Item]:
+    """Yield the frames of a video, and any other item, or a video without frames, as it is."""
+    path = Path(item.file)
+    if not is_video(path):
+        yield item
+        return
+    library()
+    try:
+        times = times_of(path)
+    except Dinov2AttnError:  # reading it says why
+        yield item
+        return
+    for number, time in sampling.of((one, one[1]) for one in enumerate(times)):
+        name = f"{item.path}#{number}"
+        yield replace(item, path=name, frame=number, time=round(float(time), 6))
 
 
 def _items_of(source: Path, sieve: Sieve) -> Iterator[Item]:
@@ -113,7 +139,7 @@ def _items_of(source: Path, sieve: Sieve) -> Iterator[Item]:
                 f"{source}, which is neither",
                 "Write a list into a file first: a pipe can be read only once.",
             )
-        elif sieve.takes(source.name, counted=False):
+        elif is_video(source) or sieve.takes(source.name, counted=False):
             yield Item(name, name, str(source))
         elif _is_tar(source):
             yield from _in_tar(source, name, sieve)
@@ -185,6 +211,8 @@ def _in_tar(source: Path, name: str, sieve: Sieve) -> Iterator[Item]:
     for path, place in _members(source):
         if place is None:
             sieve.pass_over(LINKS)
+        elif is_video(Path(path)):
+            sieve.pass_over(suffix_of(path))
         elif sieve.takes(path):
             yield Item(name, path, str(source), place)
 

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 
+from dinov2_attn.apps.viz import videos
 from dinov2_attn.apps.viz.opening import plugin_for, readable_suffixes
 
 # How many suffixes are listed. Some folders of data have one for each part.
@@ -14,8 +15,9 @@ LINKS = "links and devices"
 
 
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes of the files in a folder that count as images."""
-    return readable_suffixes() | {".mpo"}  # Pillow reads it as the JPEG at its start
+    """Return the suffixes of the files in a folder that count as images, or as videos."""
+    found = readable_suffixes() | {".mpo"}  # Pillow reads it as the JPEG at its start
+    return found | videos.SUFFIXES if videos.is_readable() else found
 
 
 def suffix_of(name: str) -> str:
@@ -61,14 +63,21 @@ def describe(passed_over: Mapping[str, int]) -> str:
     Formats that a plug-in of Pillow reads are listed with the command that installs it.
     """
     # Formats that could be read come first, so that they are always listed.
-    several = sorted(passed_over, key=lambda suffix: plugin_for(f"x{suffix}") is None)
+    several = sorted(passed_over, key=lambda suffix: _needs(suffix) is None)
     said = [f"{passed_over[suffix]:,} {_called(suffix)}" for suffix in several[:NAMED]]
     if rest := several[NAMED:]:
         said.append(f"{sum(passed_over[suffix] for suffix in rest):,} with {len(rest):,} others")
     return f"passed over: {', '.join(said)}"
 
 
+def _needs(suffix: str) -> str | None:
+    """Return the package that makes files of ``suffix`` readable, if there is one to install."""
+    if suffix in videos.SUFFIXES and not videos.is_readable():
+        return "av"
+    return plugin_for(f"x{suffix}")
+
+
 def _called(suffix: str) -> str:
-    if suffix and (package := plugin_for(f"x{suffix}")):
+    if suffix and (package := _needs(suffix)):
         return f"{suffix} (`pip install {package}` makes it readable)"
     return suffix or "without suffix"

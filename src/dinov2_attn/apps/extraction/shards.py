@@ -18,6 +18,7 @@ from dinov2_attn._files import UNFINISHED, atomic_file
 from dinov2_attn.apps.extraction.decode import Refused
 from dinov2_attn.apps.extraction.described import metadata_of, readme
 from dinov2_attn.apps.extraction.inference import BatchMaps
+from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.extraction.layout import (
     ABOUT,
     INDEX,
@@ -175,10 +176,16 @@ def _entries(batch: BatchMaps) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
             "artifacts": artifacts,
             "sha256": origin.sha256,
             "checksum": checksum(*tensors),
+            **_of_frame(origin.item),
             **({"facets": list(batch.facets)} if batch.facets else {}),
         }
         # Safetensors requires that tensors do not share memory.
         yield entry, [tensor.clone() for tensor in tensors]
+
+
+def _of_frame(item: Item) -> dict[str, Any]:
+    """Return the number and the time in seconds of a frame of a video."""
+    return {} if item.frame is None else {"frame": item.frame, "time": item.time}
 
 
 def _finite(numbers: Tensor) -> list[float | None]:

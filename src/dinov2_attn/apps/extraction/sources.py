@@ -26,6 +26,7 @@ from dinov2_attn.apps.extraction.given import (
 from dinov2_attn.apps.extraction.items import Item, list_items
 from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.apps.extraction.passed_over import Sieve
+from dinov2_attn.apps.viz.videos import WHOLE, Sampling
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.geometry import geometry_of
 from dinov2_attn.typing import Model
@@ -54,6 +55,7 @@ class Files:
 
     sources: Sequence[str | Path]
     own: Transform
+    sampling: Sampling = WHOLE  # of videos
 
     @property
     def transform(self) -> str | None:
@@ -62,7 +64,7 @@ class Files:
 
     def items(self, sieve: Sieve) -> list[Item]:
         """Return all images; ``sieve`` counts the other files."""
-        return list_items(self.sources, sieve)
+        return list_items(self.sources, sieve, self.sampling)
 
     def check(self, items: Sequence[Item], wanted: Wanted) -> None:
         """Raise ``InvalidInputError`` if the transform makes no pictures."""
@@ -126,25 +128,28 @@ def wanted(model: Model, options: Options) -> Wanted:
     )
 
 
-def source_of(source: object, transform: Transform) -> Source:
-    """Return the source of ``extract``; raise ``InvalidInputError`` if it is none."""
+def source_of(source: object, transform: Transform, sampling: Sampling = WHOLE) -> Source:
+    """Return the source of ``extract``; raise ``InvalidInputError`` if it is none.
+
+    ``sampling`` is of the videos in folders, lists and globs.
+    """
     if transform is not None and not callable(transform):
         raise InvalidInputError("transform as a function", repr(transform), "Leave it out.")
     if isinstance(source, str | Path):
-        return Files([source], transform)
+        return Files([source], transform, sampling)
     if isinstance(source, Tensor | Image.Image):
         several = isinstance(source, Tensor) and source.ndim == 4
         return Given(list(source) if several else [source], transform)  # type: ignore[arg-type]
     if isinstance(source, list | tuple):
-        return _of_list(source, transform)
+        return _of_list(source, transform, sampling)
     _check_dataset(source)
     return Given(source, transform)
 
 
-def _of_list(source: Sequence[object], transform: Transform) -> Source:
+def _of_list(source: Sequence[object], transform: Transform, sampling: Sampling) -> Source:
     paths = [one for one in source if isinstance(one, str | Path)]
     if len(paths) == len(source):
-        return Files(paths, transform)
+        return Files(paths, transform, sampling)
     if paths:
         other = next(i for i, one in enumerate(source) if not isinstance(one, str | Path))
         raise InvalidInputError(

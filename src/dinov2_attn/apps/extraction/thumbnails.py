@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
+from dinov2_attn.apps.extraction.decode import decode_frame
 from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.viz.decoding import decode, shown
 from dinov2_attn.apps.viz.images import fit
@@ -137,17 +138,27 @@ class Photographs:
         return f'<div class="missing">{why}</div>'
 
     def _pixels(self, entry: dict[str, Any]) -> npt.NDArray[np.uint8]:
-        path = Path(self.folder or "", entry["path"])
+        frame = entry.get("frame")
+        name = entry["path"] if frame is None else entry["path"].removesuffix(f"#{frame}")
+        path = Path(self.folder or "", name)
         if not path.is_file():
             raise _AbsentError("not found")
-        content = Item(entry["source"], entry["path"], str(path)).read()
-        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise _AbsentError("changed since")
         options = self.about["options"]
-        size = options["image_size"]
-        decoded = decode(path, _reading(options["reading"]), None, content)
+        size, reading = options["image_size"], _reading(options["reading"])
+        item = Item(entry["source"], entry["path"], str(path), frame=frame)
+        if frame is None:
+            content = item.read()
+            decoded, digest = decode(path, reading, None, content), _digest(content)
+        else:
+            decoded, digest = decode_frame(item, reading, None)
+        if digest != entry["sha256"]:
+            raise _AbsentError("changed since")
         patch: Any = tuple(self.about["model"]["patch_size"])
         return fit(decoded.pixels, patch, tuple(size) if isinstance(size, list) else size, path)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 class _AbsentError(Exception):

@@ -69,7 +69,7 @@ def outlying_in(
 def subject(row: AttentionRow, where: str, name: str | None) -> str:
     """Return what a picture shows: the attention of which token, where, and in which model."""
     model = f" Model: {name}." if name else ""
-    return f"Attention of {_token(row)}, {where}.{model}"
+    return f"Attention of {token_sentence(row)}, {where}.{model}"
 
 
 def in_layer(layer: Layer, head: Head | None = None) -> str:
@@ -80,7 +80,8 @@ def in_layer(layer: Layer, head: Head | None = None) -> str:
     return f"in layer {layer} (counted from 0): {what}"
 
 
-def _token(row: AttentionRow) -> str:
+def token_sentence(row: AttentionRow) -> str:
+    """Return the words for the token whose attention is drawn."""
     if row.patch is not None:
         return f"{row.name} (row, column; framed in white)"
     if row.query == 0:

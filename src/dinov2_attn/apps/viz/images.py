@@ -137,6 +137,36 @@ def load_image(
     return LoadedImage(tensor, shown(pixels), reading, decoded.ends)
 
 
+def load_on_grid(
+    path: str | Path,
+    model: nn.Module,
+    other: nn.Module,
+    image_size: ImageSize = None,
+    max_pixels: int | None = None,
+    *,
+    range: Range = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+) -> LoadedImage:
+    """Load what ``other`` sees of an image for ``model``, with the same grid of patches.
+
+    If the patch sizes differ, the crop of ``other`` is resized. The other arguments are those of
+    ``load_image``.
+    """
+    patch_size, channels = patches_of(model)
+    others, _ = patches_of(other)
+    reading = reading_for(channels, range, mean, std)
+    decoded = decode(Path(path), reading, max_pixels)
+    pixels = fit(decoded.pixels, others, image_size, Path(path))
+    height, width = (
+        side // old * new
+        for side, old, new in zip(pixels.shape[:2], others, patch_size, strict=True)
+    )
+    pixels = fit(pixels, patch_size, (height, width), Path(path))
+    tensor = normalise(torch.from_numpy(pixels)[None], reading)[0]
+    return LoadedImage(tensor, shown(pixels), reading, decoded.ends)
+
+
 def normalise(pictures: Tensor, reading: Reading = IMAGENET) -> Tensor:
     """Return uint8 ``(B, H, W, C)`` as the input of a model: float32 ``(B, C, H, W)``."""
     channels_first = pictures.permute(0, 3, 1, 2).contiguous()

@@ -19,8 +19,13 @@ def single_sheet(grid: tuple[int, int]) -> Sheet:
     return Sheet(Cells(grid), _side(grid, 6.0, 1, 1))
 
 
-def grid_sheet(grid: tuple[int, int], count: int) -> tuple[Sheet, list[tuple[int, int]]]:
-    """Return a sheet of about 4 by 3 for ``count`` titled cells, and the places of the cells."""
+def grid_sheet(
+    grid: tuple[int, int], count: int, *, full: bool = False
+) -> tuple[Sheet, list[tuple[int, int]]]:
+    """Return a sheet of about 4 by 3 for ``count`` titled cells, and the places of the cells.
+
+    With ``full`` every row has as many cells as the others.
+    """
     height, width = grid
 
     def badness(columns: int) -> float:
@@ -28,7 +33,8 @@ def grid_sheet(grid: tuple[int, int], count: int) -> tuple[Sheet, list[tuple[int
         empty = rows * columns - count
         return abs(math.log(columns * width / (rows * height) * 3 / 4)) + empty / count
 
-    columns = min(range(1, count + 1), key=badness)
+    possible = [n for n in range(1, count + 1) if not (full and count % n)]
+    columns = min(possible, key=badness)
     rows = math.ceil(count / columns)
     patch = _side(grid, 2.4, rows, columns)
     title = 14 * 0.6 * SMALL / POINTS_PER_INCH  # head 12 · 43.1 %

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 
 from dinov2_attn.apps.viz.colours import Mask
 from dinov2_attn.apps.viz.rows import Values
@@ -67,12 +67,20 @@ class Mosaic:
             spine.set_visible(False)
 
     def map(
-        self, place: tuple[int, int], values: Values, norm: Normalize, alpha: float = 1.0
+        self,
+        place: tuple[int, int],
+        values: Values,
+        norm: Normalize,
+        alpha: float = 1.0,
+        colours: Colormap | None = None,
     ) -> None:
-        """Draw values ``(h, w)`` in the colours of the style. NaN and infinity are black."""
+        """Draw values of any grid, stretched over the cell. NaN and infinity are black.
+
+        ``colours`` are those of the style by default.
+        """
         self._ax.imshow(
             np.ma.masked_invalid(values),
-            cmap=self._style.colour_map(),
+            cmap=colours or self._style.colour_map(),
             norm=norm,
             alpha=alpha,
             interpolation=self._style.interpolation,
@@ -89,10 +97,10 @@ class Mosaic:
         self._ax.imshow(overlay, interpolation="nearest", extent=self._extent(place))
 
     def outlines(self, place: tuple[int, int], patches: Mask) -> None:
-        """Frame in red on white the patches that ``patches`` ``(h, w)`` marks."""
-        self._lines(
-            [self._square(place, *patch) for patch in np.argwhere(patches)], RED, "white", 1.25
-        )
+        """Frame in red on white the patches that ``patches``, of any grid, marks."""
+        grid = patches.shape[0], patches.shape[1]
+        squares = [self._square(place, row, column, grid) for row, column in np.argwhere(patches)]
+        self._lines(squares, RED, "white", 1.25)
 
     def contour(self, place: tuple[int, int], mask: Mask, times: float = 1.0) -> None:
         """Draw a line, white on black, around what ``mask`` marks, stretched over the cell."""
@@ -104,9 +112,14 @@ class Mosaic:
         ]
         self._lines(sides, "white", "black", times)
 
-    def query(self, place: tuple[int, int], patch: tuple[int, int] | None) -> None:
-        """Frame the patch of the query in white on black."""
-        squares = [] if patch is None else [self._square(place, *patch)]
+    def query(
+        self,
+        place: tuple[int, int],
+        patch: tuple[int, int] | None,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        """Frame the patch of the query in white on black; ``grid`` is that of cells by default."""
+        squares = [] if patch is None else [self._square(place, *patch, grid or self._cells.grid)]
         self._lines(squares, "white", "black", 1.5)
 
     def title(self, place: tuple[int, int], text: str, points: float) -> None:
@@ -131,14 +144,15 @@ class Mosaic:
         x, y = self._cells.corner(*place)
         return x, x + self._cells.grid[1], y + self._cells.grid[0], y
 
-    def _square(self, place: tuple[int, int], row: int, column: int) -> Any:
+    def _square(self, place: tuple[int, int], row: int, column: int, grid: tuple[int, int]) -> Any:
         x, y = self._cells.corner(*place)
-        left, top = x + column, y + row
+        down, right = (n / m for n, m in zip(self._cells.grid, grid, strict=True))
+        left, top = x + column * right, y + row * down
         return [
             (left, top),
-            (left + 1, top),
-            (left + 1, top + 1),
-            (left, top + 1),
+            (left + right, top),
+            (left + right, top + down),
+            (left, top + down),
             (left, top),
         ]
 

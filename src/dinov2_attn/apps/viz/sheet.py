@@ -34,6 +34,7 @@ class Sheet:
         left: The room for labels of rows.
         top: The room for labels of columns.
         bar: Whether there is a colour bar.
+        second: Whether there is another one at its right.
 
     """
 
@@ -42,11 +43,20 @@ class Sheet:
     left: float = 0.0
     top: float = 0.0
     bar: bool = True
+    second: bool = False
 
     def figure(self, caption: list[str], warning: str | None) -> tuple[Figure, Axes, Any]:
         """Return a figure, its Axes for the mosaic, and its Axes for the colour bar."""
+        figure, ax, bars = self.figure_with_bars(caption, warning)
+        return figure, ax, bars[0] if bars else None
+
+    def figure_with_bars(
+        self, caption: list[str], warning: str | None
+    ) -> tuple[Figure, Axes, list[Axes]]:
+        """Return a figure, its Axes for the mosaic, and the Axes of each colour bar."""
         height, width = (side * self.patch for side in self.cells.size)
-        right = MARGIN + BAR + BAR_LABELS if self.bar else 0.0
+        count = self.bar + self.second
+        right = MARGIN + count * (BAR + BAR_LABELS) if count else 0.0
         whole = max(LEAST_WIDTH, 2 * MARGIN + self.left + width + right)
         lines = wrap(caption, whole - 2 * MARGIN, POINTS)
         red = wrap([warning], whole - 2 * MARGIN, POINTS, bold=True) if warning else []
@@ -62,7 +72,8 @@ class Sheet:
             return figure.add_axes(box, axes_class=ShownAxes)
 
         ax = axes(MARGIN + self.left, width, height)
-        bar = axes(2 * MARGIN + self.left + width, BAR, middle) if self.bar else None
+        first = 2 * MARGIN + self.left + width
+        bars = [axes(first + i * (BAR + BAR_LABELS), BAR, middle) for i in range(count)]
         _write(figure, lines, (MARGIN, MARGIN))
         if red:
             strip = LINE * len(red) + MARGIN
@@ -71,7 +82,7 @@ class Sheet:
             )
             top = total - strip + MARGIN / 2
             _write(figure, red, (MARGIN, top), color="white", weight="bold")
-        return figure, ax, bar
+        return figure, ax, bars
 
 
 def _write(figure: Figure, lines: list[str], at: tuple[float, float], **font: Any) -> None:

@@ -62,6 +62,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def font_of(pixels: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Return the font of pictures at a size in pixels, for Pillow."""
+    name = f"{FONT}:bold" if bold else FONT
+    return ImageFont.truetype(matplotlib.font_manager.findfont(name), pixels)
+
+
 @functools.cache
 def _letters() -> frozenset[int]:
     return frozenset(FT2Font(matplotlib.font_manager.findfont(FONT)).get_charmap())

@@ -1,0 +1,62 @@
+"""Frames of videos as images of an extraction, by their numbers and times."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dinov2_attn import extract, install
+from dinov2_attn.apps.extraction.items import list_items
+from dinov2_attn.apps.viz.videos import Sampling
+from tests.support.extraction import build, draw, index_of
+from tests.support.videos import write_video
+
+pytest.importorskip("av")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An image, a video and a broken one."""
+    frames = np.random.default_rng(0).integers(0, 256, (7, 16, 20, 3), dtype=np.uint8)
+    source = tmp_path / "in"
+    draw(source / "a.png", (4, 6), 0)
+    write_video(source / "b.mp4", list(frames), rate=10)
+    (source / "c.mp4").write_bytes((source / "b.mp4").read_bytes()[:200])
+    return source
+
+
+def test_frames_are_listed_by_their_numbers(folder):
+    names = [item.path for item in list_items([folder], sampling=Sampling(every=3))]
+    assert names == ["a.png", "b.mp4#0", "b.mp4#3", "b.mp4#6", "c.mp4"]
+    (folder / "list.txt").write_text("b.mp4\na.png\n")
+    names = [item.path for item in list_items([folder / "list.txt"])]
+    assert names == [*(f"b.mp4#{i}" for i in range(7)), "a.png"]
+    assert [item.time for item in list_items([folder / "b.mp4"])][:2] == [0.0, 0.1]
+
+
+@pytest.mark.parametrize("transform", [None, lambda image: image])
+def test_frames_are_extracted_and_a_broken_video_is_one_failure(first, folder, tmp_path, transform):
+    with install(first.package):
+        model = build(first).eval()
+        done = extract(model, folder, tmp_path / "out", every=2, transform=transform)
+    assert (done.images, done.unreadable) == (6, 1)
+    entries = index_of(tmp_path / "out")
+    assert [entry["path"] for entry in entries][1:] == [f"b.mp4#{i}" for i in (0, 2, 4, 6)]
+    assert [entry["frame"] for entry in entries[1:]] == [0, 2, 4, 6]
+    assert [entry["time"] for entry in entries[1:]] == [0.0, 0.2, 0.4, 0.6]
+    assert all(entry["size"] == [16, 20] for entry in entries[1:])
+    assert len({entry["checksum"] for entry in entries}) == 5, "each frame has a map of its own"
+    (refused,) = index_of(tmp_path / "out", "unreadable.jsonl")
+    assert refused["path"] == "c.mp4"
+    assert "without any frame" in refused["reason"]
+
+
+def test_another_sampling_is_another_extraction(first, folder, tmp_path):
+    from dinov2_attn.errors import InvalidInputError
+
+    with install(first.package):
+        model = build(first).eval()
+        extract(model, folder / "b.mp4", tmp_path / "out", fps=5)
+        assert len(index_of(tmp_path / "out")) == 4
+        with pytest.raises(InvalidInputError):
+            extract(model, folder / "b.mp4", tmp_path / "out", fps=2)

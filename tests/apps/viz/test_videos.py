@@ -1,0 +1,224 @@
+"""Videos: frames and their times, the film of the attention, and what is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2_attn.apps.cli.main import main
+from dinov2_attn.apps.viz.film_of_video import fitted
+from dinov2_attn.apps.viz.videos import FrameReader, Sampling, images_in, open_video, times_of
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError
+from tests.support.bright_patch import GRID
+from tests.support.videos import bright, read_video, turned, write_frames, write_video
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("av")
+pytest_plugins = ["tests.support.cli_fixtures"]  # fixtures: imported, weights
+IRREGULAR = [0, 40, 80, 400, 440, 600]
+PATCHES = [(1, 5), (0, 0), (3, 6), (2, 3), (1, 1), (0, 6)]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Six frames, each with a bright patch at another place."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    return write_video(path, [bright(patch) for patch in PATCHES])
+
+
+def film(video, out, weights, *options):
+    return main(["heatmap", str(video), "-o", str(out), "--weights", str(weights), *options])
+
+
+def brightest(frame):
+    """Return the patch of a frame that is brightest."""
+    height, width = (frame.shape[0] // GRID[0], frame.shape[1] // GRID[1])
+    cells = frame.astype(int).sum(2).reshape(GRID[0], height, GRID[1], width).mean((1, 3))
+    return divmod(int(cells.argmax()), GRID[1])
+
+
+# Reading
+
+
+def test_frames_have_their_numbers_and_times(clip):
+    frames = list(open_video(clip).frames())
+    assert [frame.number for frame in frames] == list(range(6))
+    assert [frame.time for frame in frames] == [Fraction(i, 10) for i in range(6)]
+    assert [brightest(frame.pixels) for frame in frames] == PATCHES
+    assert times_of(clip) == [frame.time for frame in frames]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "numbers"),
+    [
+        (Sampling(every=2), [0, 2, 4]),
+        (Sampling(every=4), [0, 4]),
+        (Sampling(fps=Fraction(5)), [0, 2, 4]),
+        (Sampling(fps=Fraction(3)), [0, 4]),
+        (Sampling(fps=Fraction(100)), list(range(6))),
+        (Sampling(every=10), [0]),
+    ],
+)
+def test_some_frames_are_taken_at_their_times(clip, sampling, numbers):
+    video = open_video(clip, sampling)
+    frames = list(video.frames())
+    assert [frame.number for frame in frames] == numbers
+    assert [frame.time for frame in frames] == [Fraction(i, 10) for i in numbers]
+    assert video.count == len(numbers)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_a_turned_video_is_upright(clip, tmp_path, degrees):
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(clip.read_bytes())
+    first = next(open_video(turned(path, degrees)).frames()).pixels
+    # A player turns clockwise by these degrees.
+    expected = np.rot90(next(open_video(clip).frames()).pixels, -degrees // 90)
+    assert np.abs(first.astype(int) - expected).max() == 0
+
+
+def test_a_frame_is_read_by_its_number_in_any_order(clip):
+    read = FrameReader()
+    for number in (0, 3, 4, 1, 5, 5):
+        assert brightest(read(clip, number)) == PATCHES[number]
+    with pytest.raises(UnreadableFileError, match="frame 6"):
+        read(clip, 6)
+
+
+def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
+    folder = write_frames(tmp_path / "frames", [bright((0, i % 7)) for i in range(12)])
+    (folder / "notes.txt").write_text("no frame")
+    assert [path.name for path in images_in(folder)][:3] == ["f0.png", "f1.png", "f2.png"]
+    video = open_video(folder)
+    assert (video.rate, video.count) == (25, 12)
+    assert [frame.time for frame in video.frames()][1] == Fraction(1, 25)
+
+
+def test_frames_of_other_sizes_are_refused(tmp_path):
+    folder = write_frames(tmp_path / "frames", [bright((0, 0)), bright((0, 0))[:28]])
+    with pytest.raises(InvalidInputError, match="frames of one size"):
+        list(open_video(folder).frames())
+
+
+def test_a_frame_with_too_many_pixels_is_refused(clip):
+    with pytest.raises(InvalidInputError, match="at most 100 pixels"):
+        open_video(clip, max_pixels=100)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lambda whole: b"", "can be decoded"),
+        (lambda whole: b"no video" * 100, "can be decoded"),
+        (lambda whole: whole[: len(whole) * 6 // 10], "which ends after"),
+        (lambda whole: whole[:100], "without any frame"),
+    ],
+)
+def test_what_is_broken_is_said(clip, tmp_path, content, said):
+    path = tmp_path / "broken.mp4"
+    path.write_bytes(content(clip.read_bytes()))
+    with pytest.raises(UnreadableFileError, match=said):
+        open_video(path)
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted", "expected"),
+    [
+        ((56, 98), None, (56, 98)),
+        ((97, 195), None, (98, 196)),
+        ((1080, 1920), None, (518, 924)),
+        ((1920, 1080), 224, (392, 224)),
+        ((100, 100), (30, 50), (28, 56)),
+        ((4, 4), None, (14, 14)),
+    ],
+)
+def test_frames_are_stretched_to_the_nearest_whole_patches(size, wanted, expected):
+    assert fitted(size, (14, 14), wanted) == expected
+
+
+# Films
+
+
+@pytest.mark.usefixtures("imported")
+def test_a_film_has_the_times_the_size_and_the_patch_of_each_frame(weights, tmp_path):
+    frames = [bright(patch)[:-1] for patch in PATCHES]  # 55 rows
+    video = write_video(tmp_path / "a.mkv", [f[:54, :98] for f in frames], times=IRREGULAR)
+    assert film(video, tmp_path / "out", weights) == 0
+    shown, times, about, streams = read_video(tmp_path / "out" / "film.mp4")
+    assert about[:2] == (54, 98)
+    assert about[3] == "yuv420p"
+    assert times == pytest.approx([time / 1000 for time in IRREGULAR])
+    assert streams == 1
+    cells = [np.pad(frame, ((0, 2), (0, 0), (0, 0)), "edge") for frame in shown]
+    assert [brightest(frame) for frame in cells] == PATCHES
+    maps = np.load(tmp_path / "out" / "attention.npy")
+    assert maps.shape == (6, *GRID)
+    assert [divmod(int(one.argmax()), GRID[1]) for one in maps] == PATCHES
+    caption = (tmp_path / "out" / "film.txt").read_text("utf-8")
+    assert "in all frames" in caption
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert set(record["files"]) == {"film.mp4", "film.txt", "attention.npy"}
+
+
+@pytest.mark.usefixtures("imported")
+def test_looks_tokens_heads_and_folders(weights, tmp_path):
+    folder = write_frames(tmp_path / "frames", [bright(patch)[:, :97] for patch in PATCHES[:3]])
+    options = ("--film", "side", "--queries", "cls", "1,2", "--head", "2", "--fps", "10")
+    assert film(folder, tmp_path / "out", weights, *options) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"film.mp4", "film-1-2.mp4", "attention-1-2.npy"} <= names
+    shown, _, about, _ = read_video(tmp_path / "out" / "film.mp4")
+    assert about[:3] == (56, 192, 10)
+    assert np.abs(shown[1][:, :90].astype(int) - bright(PATCHES[1])[:, :90]).mean() < 8
+    assert film(folder, tmp_path / "out", weights, "--film", "overlay", "--cmap", "gray") == 0
+    assert not (tmp_path / "out" / "film-1-2.mp4").exists()
+    shown, *_ = read_video(tmp_path / "out" / "film.mp4")
+    assert np.ptp(shown[0].astype(int), axis=2).max() < 12, "grey below grey"
+
+
+@pytest.mark.usefixtures("imported")
+def test_a_film_of_random_weights_says_so_in_every_frame(clip, tmp_path):
+    assert main(["heatmap", str(clip), "-o", str(tmp_path), "--random-weights"]) == 0
+    for frame in read_video(tmp_path / "film.mp4")[0]:
+        red, green, blue = frame[-3:].reshape(-1, 3).mean(0)
+        assert red > 100
+        assert max(green, blue) < 80
+    assert "RANDOM WEIGHTS" in (tmp_path / "film.txt").read_text("utf-8")
+
+
+@pytest.mark.usefixtures("imported")
+def test_a_broken_video_fails_alone_and_leaves_nothing(clip, weights, tmp_path, caplog):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(clip.read_bytes()[:-2000])
+    out = tmp_path / "out"
+    images = [str(broken), str(clip)]
+    assert main(["heatmap", *images, "-o", str(out), "--weights", str(weights)]) == 1
+    assert os.listdir(out) == ["clip"]
+    assert "broken.mp4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options", [["--overview"], ["--animate", "gif"], ["--weights", "a", "--weights", "b"]]
+)
+def test_what_no_film_has_is_refused(clip, tmp_path, options, caplog):
+    assert main(["heatmap", str(clip), "-o", str(tmp_path / "out"), *options]) == 2
+    assert "of which a film is made" in caplog.text
+
+
+def test_a_folder_without_images_is_no_film(tmp_path, caplog):
+    (tmp_path / "empty").mkdir()
+    assert main(["heatmap", str(tmp_path / "empty"), "-o", str(tmp_path / "out")]) == 1
+    assert "it is a folder" in caplog.text
+
+
+def test_a_gif_is_an_image(tmp_path):
+    frames = [Image.fromarray(bright(patch)) for patch in PATCHES[:2]]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    from dinov2_attn.apps.cli.filming import is_film
+
+    assert not is_film(tmp_path / "a.gif")
