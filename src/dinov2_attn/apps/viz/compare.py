@@ -25,11 +25,11 @@ from dinov2_attn.apps.viz.difference import Pair, pair_of
 from dinov2_attn.apps.viz.layout import SMALL, grid_sheet, line_width, table_sheet
 from dinov2_attn.apps.viz.limits import extend, scale, scale_together
 from dinov2_attn.apps.viz.mosaic import Mosaic
-from dinov2_attn.apps.viz.pictures import PLAIN, Picture, draw_map, head_name
+from dinov2_attn.apps.viz.pictures import Picture, draw_map, head_name
 from dinov2_attn.apps.viz.pixels import as_pixels
 from dinov2_attn.apps.viz.rows import Drawable, Values
 from dinov2_attn.apps.viz.sheet import BAR_POINTS, Sheet
-from dinov2_attn.apps.viz.style import Limits, Style
+from dinov2_attn.apps.viz.style import PLAIN, Limits, Style
 from dinov2_attn.apps.viz.text import percent
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.places import Head
