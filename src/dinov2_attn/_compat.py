@@ -42,6 +42,20 @@ def is_transformed() -> bool:
     return is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_autocast_on(device_type: str) -> bool:
+    """Return whether autocast is on in this thread for ``"cpu"`` or ``"cuda"``."""
+    # torch before 2.4 has a function for each.
+    if _ASKS_BY_DEVICE:
+        return torch.is_autocast_enabled(device_type)
+    asked: Any = (
+        torch.is_autocast_cpu_enabled if device_type == "cpu" else torch.is_autocast_enabled
+    )
+    return bool(asked())
+
+
+_ASKS_BY_DEVICE = hasattr(torch.amp, "is_autocast_available")
+
+
 def is_traced() -> bool:
     """Return whether ``torch.jit.trace`` records this call."""
     # Every version. torch.jit.is_tracing() asks the same, but has no types.

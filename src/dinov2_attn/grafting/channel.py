@@ -335,7 +335,10 @@ def run_captured(
             for receiver in wanting:
                 receiver.take(module, call)
 
-    with unrecorded(), unedited():
+    # Not unrecorded() and unedited(): this runs in each layer, and contexts take microseconds.
+    before = STATE.receivers, STATE.editors
+    STATE.receivers, STATE.editors = (), ()
+    try:
         if not (wanting or editing):
             return original(module, *args, **kwargs)
         # The first time all of it runs, to see that there is one call, and what it returns.
@@ -343,6 +346,8 @@ def run_captured(
         edit = partial(_edited, module, editing) if editing else None
         with Capture(module, take, stops=early, edit=edit) as capture:
             output = original(module, *args, **kwargs)
+    finally:
+        STATE.receivers, STATE.editors = before
     # Code that only looks like attention is left out; a module with its projections is not.
     if capture.calls != calls and (capture.calls or looks_like_attention(module)):
         check_calls(capture.calls, name_of(type(module)), calls)

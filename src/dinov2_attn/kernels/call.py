@@ -113,7 +113,10 @@ class FusedCall:
     def ran(self, output: Tensor, heads_first: Callable[[Tensor], Tensor]) -> FusedCall:
         """Return the call with what the kernel returned, which ``heads_first`` rearranges."""
         place = None if output.grad_fn is None else place_of(output, heads_first)
-        return replace(self, output=heads_first(output), place=place)
+        # As replace() does, which calls the constructor: on a GPU each microsecond counts.
+        call: FusedCall = object.__new__(type(self))
+        vars(call).update(vars(self), output=heads_first(output), place=place)
+        return call
 
     def detached(self) -> FusedCall:
         """Return the call outside of autograd's graph, without output."""
@@ -236,7 +239,7 @@ class FusedCall:
                 out = F.scaled_dot_product_attention(query, key, value)
             except RuntimeError:  # sdpa_kernel may leave a kernel that takes no single key
                 out = query @ key.transpose(-2, -1)
-        if all(tensor.dtype == out.dtype for tensor in (self.query, self.key, self.value)):
+        if self.query.dtype == self.key.dtype == self.value.dtype == out.dtype:
             return self
         query, key, value = (t.to(out.dtype) for t in (self.query, self.key, self.value))
         return replace(self, query=query, key=key, value=value)
@@ -501,6 +504,8 @@ class ExplicitCall:
 
 KernelCall = FusedCall | ExplicitCall
 
+_SDPA = "scaled_dot_product_attention"
+
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -533,16 +538,17 @@ def fused_call(
     ``heads`` of the module are needed where they are part of the batch.
     """
     del enable_gqa  # fewer heads of keys say the same
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+    if query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return FusedCall(_SDPA, query, key, value, scale, attn_mask, is_causal, dropout_p)
     dim = dim_of_heads(query.shape, heads)
     if attn_mask is not None and query.ndim != 4 and attn_mask.ndim > 2:
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
         attn_mask = by_heads(attn_mask, heads, dim)
     given = [by_heads(tensor, heads, dim) for tensor in (query, key, value)]
     query, key, value = _of_one_batch(given)
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[-1])
-    name = "scaled_dot_product_attention"
-    return FusedCall(name, query, key, value, scale, attn_mask, is_causal, dropout_p)
+    return FusedCall(_SDPA, query, key, value, scale, attn_mask, is_causal, dropout_p)
 
 
 def _of_one_batch(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -314,7 +314,7 @@ class _Recorder:
     @property
     def stops(self) -> bool:
         """Whether the next layer is the last one that is needed."""
-        if not self.may_stop or len(self._kept) + 1 != len(set(self.modules.wanted.values())):
+        if not self.may_stop or len(self._kept) + 1 != self.modules.count:
             return False
         return self.modules.is_backbone or self.size in _RAN_ONCE.get(self.modules.whole, ())
 
@@ -350,7 +350,7 @@ class _Recorder:
             self._end_or_break_off()
         if kind_of(layer) not in self._rows:
             self._rows[kind_of(layer)] = self._rows_of(attention, call)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.beside.gradients):
+        with torch.no_grad() if self.beside.gradients else nullcontext():
             self._kept.setdefault(layer, []).extend(self._batches(layer, call))
         self._last = layer
         if self.modules.is_chosen and self._is_whole():
@@ -407,7 +407,9 @@ class _Recorder:
         slots: list[Slot | None] = [None] * len(each)
         if call.place is not None and self.beside.gradients:
             slots = [*watch(call.place, own, len(each), queries, self._heads, reduce)]
-        for one, slot, facets in zip(each, slots, own.facets(self.beside.facets), strict=True):
+        names = self.beside.facets
+        found = own.facets(names) if names else [{} for _ in each]
+        for one, slot, facets in zip(each, slots, found, strict=True):
             rows = one.shape[-1] if isinstance(weights, list) else call.rows
             kept = one if reduce is None else reduce(one)
             yield _Batch(kept, int(one.shape[-1]), int(rows), slot, facets)  # tensors in a trace
@@ -419,8 +421,9 @@ class _Recorder:
             self._end_layers()
 
     def _is_whole(self) -> bool:
-        counts = {len(kept) for kept in self._kept.values()}
-        return len(self._kept) == len(set(self.modules.wanted.values())) and len(counts) == 1
+        if len(self._kept) < self.modules.count:
+            return False
+        return len({len(kept) for kept in self._kept.values()}) == 1
 
     def _end_layers(self) -> None:
         """Append what was kept to the recording: an entry for each batch, and each kind in it."""

@@ -13,7 +13,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn._compat import MASKED_ROWS_ARE_ZERO, has_tangents, is_traced, is_transformed
+from dinov2_attn._compat import (
+    MASKED_ROWS_ARE_ZERO,
+    has_tangents,
+    is_autocast_on,
+    is_compiling,
+    is_traced,
+    is_transformed,
+)
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math.buffers import is_fresh, new_result
 from dinov2_attn.typing import Heads
@@ -214,6 +221,9 @@ def softmax_into(
     row = max(1, shape[3] * query.element_size())
     limit = tile_bytes() if on_cpu and not in_place else PIECE_BYTES
     rows, together = limit // row, _samples_at_once(key)
+    if in_place and together == shape[0] and math.prod(shape[:3]) <= rows:
+        _at_once_into(result, query, key, scale, bias, seen)
+        return
     pieces = list(_pieces(shape[:3], rows, samples=together, heads_last=mean))
     keys = _RightFactors(key, shape[2])
     values = None if value is None else _RightFactors(value, shape[2])
@@ -237,6 +247,23 @@ def softmax_into(
             total.add(piece, scores)
         elif not direct:
             out.copy_(scores)
+
+
+def _at_once_into(
+    result: Tensor,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    seen: Tensor | None,
+) -> None:
+    """Write all weights into ``result`` in the fewest steps, as few rows need."""
+    _product_into(result, query * scale, key.flatten(0, 1).transpose(1, 2))
+    if bias is not None:
+        result += bias
+    if seen is not None:
+        result.masked_fill_(~seen, -math.inf)
+    _softmax_into(result, result, biased=bias is not None)
 
 
 def tile_bytes() -> int:
@@ -320,7 +347,9 @@ def past(rows: Tensor, length: int) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off inside, where there is one for ``device``."""
-    if device.type in _AUTOCAST_DEVICES:
+    # A graph switches it off as a part of its own. Else there may be nothing to switch off, which
+    # is asked first because the context takes ten microseconds.
+    if device.type in _AUTOCAST_DEVICES and (is_compiling() or is_autocast_on(device.type)):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
