@@ -22,6 +22,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 # torch 2.5 on, where this function came in. Before, such a row is NaN.
 MASKED_ROWS_ARE_ZERO = hasattr(torch, "_safe_softmax")
 
+# Whether a product of half precision can have float32. On CUDA it can from torch 2.8 on.
+BMM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype_out")
+
 # In torch 2.0, gloo often hangs when three processes destroy their group.
 CAN_DESTROY_GLOO = torch.__version__.split(".")[:2] != ["2", "0"]
 

@@ -68,6 +68,11 @@ class Receiver(Protocol):
 class Editor(Protocol):
     """What changes the weights that kernels use in a thread."""
 
+    @property
+    def replaces(self) -> bool:
+        """Whether no row keeps the output of the kernel."""
+        return False
+
     def begin(self, images: Tensor) -> None:
         """Note the ``images (B, C, H, W)`` with which a pass begins."""
         return  # for those who need no images
@@ -365,7 +370,10 @@ def _edited(
     """
     is_proved = module in _PROVED or isinstance(pattern, EditedProduct)
     if not is_proved and not pattern.base.dropout:  # another run would draw other numbers
-        prove_once(module, replace(pattern.base, output=original()), name_of(type(module)))
+        # Checkpointing counts what is saved for the backward pass, and proves nothing again.
+        with torch.no_grad() if all(one.replaces for one in editors) else nullcontext():
+            output = original()
+        prove_once(module, replace(pattern.base, output=output), name_of(type(module)))
     for editor in editors:
         pattern = editor.edit(module, pattern)
     return pattern

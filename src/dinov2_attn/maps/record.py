@@ -17,7 +17,7 @@ from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
 from dinov2_attn.grafting.channel import editing, in_a_graph, prove_once, recording, unrecorded
 from dinov2_attn.grafting.tokens import Tokens, named
-from dinov2_attn.kernels.call import KernelCall
+from dinov2_attn.kernels.call import KernelCall, Proof, verify
 from dinov2_attn.kernels.capture import StopPassError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.facets import check_facets, of_layers
@@ -297,6 +297,7 @@ class _Recorder:
         self.may_stop = False
         self.size: tuple[int, ...] | None = None  # of the images, without their batch
         self.beside = Beside()
+        self._proofs: list[Proof] = []
         self._new: NewResult = new_result
         self._dtype: torch.dtype | None = None
 
@@ -371,6 +372,7 @@ class _Recorder:
     def check(self) -> None:
         """Raise ``NotRecordedError`` unless there were passes, and each with all of its layers."""
         self._end_pass()
+        self._verify()
         if self._broken or not self._whole:
             raise self._not_recorded()
         if missing := self._siblings_that_never_ran():
@@ -386,7 +388,12 @@ class _Recorder:
             return
         proved = prove_once(attention, call, f"layer {layer}")
         if self._check == "every" and not proved:
-            call.check(f"layer {layer}", one_head=True)
+            self._proofs += call.proofs(f"layer {layer}", one_head=True)
+
+    def _verify(self) -> None:
+        """Read the proofs of a pass, for which the device is waited for once."""
+        proofs, self._proofs = self._proofs, []
+        verify(proofs)
 
     def _runs_again_for_a_list(self, layer: Layer) -> bool:
         """Return whether ``layer`` may run for the next batch of a list, before other layers."""
@@ -427,6 +434,7 @@ class _Recorder:
 
     def _end_layers(self) -> None:
         """Append what was kept to the recording: an entry for each batch, and each kind in it."""
+        self._verify()
         count = max(map(len, self._kept.values()))
         # A model may embed images without running its layers. The last images belong to this pass.
         for i, images in enumerate(([None] * count + self._images)[-count:]):
