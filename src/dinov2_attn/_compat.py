@@ -22,6 +22,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 # torch 2.5 on, where this function came in. Before, such a row is NaN.
 MASKED_ROWS_ARE_ZERO = hasattr(torch, "_safe_softmax")
 
+# Whether a product of half precision can have float32. On CUDA it can from torch 2.8 on.
+BMM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.bmm, "dtype_out")
+
 # In torch 2.0, gloo often hangs when three processes destroy their group.
 CAN_DESTROY_GLOO = torch.__version__.split(".")[:2] != ["2", "0"]
 
@@ -40,6 +43,20 @@ def is_transformed() -> bool:
     """Return whether Dynamo or a transform of torch.func (vmap, grad, …) traces this call."""
     # No version has a public function for the second.
     return is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_autocast_on(device_type: str) -> bool:
+    """Return whether autocast is on in this thread for ``"cpu"`` or ``"cuda"``."""
+    # torch before 2.4 has a function for each.
+    if _ASKS_BY_DEVICE:
+        return torch.is_autocast_enabled(device_type)
+    asked: Any = (
+        torch.is_autocast_cpu_enabled if device_type == "cpu" else torch.is_autocast_enabled
+    )
+    return bool(asked())
+
+
+_ASKS_BY_DEVICE = hasattr(torch.amp, "is_autocast_available")
 
 
 def is_traced() -> bool:

@@ -327,7 +327,7 @@ def test_the_kernels_own_rounding_is_no_error(dtype, seed, size):
 
 def test_the_rows_of_a_proof_draw_nothing_from_torch():
     state = torch.get_rng_state()
-    rows = {tuple(some_rows(40)) for _ in range(20)}
+    rows = {some_rows(40).start for _ in range(20)}
     assert len(rows) > 1
     assert_same_bits(torch.get_rng_state(), state)
 

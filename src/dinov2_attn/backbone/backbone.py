@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn._compat import submodules
-from dinov2_attn.backbone.structure import Role, attention_modules, name_of, role_of_module
+from dinov2_attn.backbone.structure import (
+    Role,
+    attention_modules,
+    name_of,
+    role_of_module,
+    walk,
+)
 from dinov2_attn.errors import InvalidInputError, NotGraftedError
 from dinov2_attn.math.selection import layers_to_take, resolve_names, to_index
 from dinov2_attn.typing import Grid, Layers, Queries
@@ -161,7 +167,7 @@ class Backbone:
 
 def transformers_in(model: nn.Module) -> list[nn.Module]:
     """Return the vision transformers that ``model`` is or contains, wrapped or not."""
-    return [module for module in model.modules() if _is_transformer(module)]
+    return [module for _, module in walk(model) if _is_transformer(module)]
 
 
 def backbone_in(model: nn.Module) -> Backbone:

@@ -68,6 +68,11 @@ class Receiver(Protocol):
 class Editor(Protocol):
     """What changes the weights that kernels use in a thread."""
 
+    @property
+    def replaces(self) -> bool:
+        """Whether no row keeps the output of the kernel."""
+        return False
+
     def begin(self, images: Tensor) -> None:
         """Note the ``images (B, C, H, W)`` with which a pass begins."""
         return  # for those who need no images
@@ -335,7 +340,10 @@ def run_captured(
             changes = [receiver.take(module, call) for receiver in wanting]
         return _one_after_the_other([change for change in changes if change is not None])
 
-    with unrecorded(), unedited():
+    # Not unrecorded() and unedited(): this runs in each layer, and contexts take microseconds.
+    before = STATE.receivers, STATE.editors
+    STATE.receivers, STATE.editors = (), ()
+    try:
         if not (wanting or editing):
             return original(module, *args, **kwargs)
         # The first time all of it runs, to see that there is one call, and what it returns.
@@ -343,6 +351,8 @@ def run_captured(
         edit = partial(_edited, module, editing) if editing else None
         with Capture(module, take, stops=early, edit=edit) as capture:
             output = original(module, *args, **kwargs)
+    finally:
+        STATE.receivers, STATE.editors = before
     # Code that only looks like attention is left out; a module with its projections is not.
     if capture.calls != calls and (capture.calls or looks_like_attention(module)):
         check_calls(capture.calls, name_of(type(module)), calls)
@@ -368,7 +378,10 @@ def _edited(
     """
     is_proved = module in _PROVED or isinstance(pattern, EditedProduct)
     if not is_proved and not pattern.base.dropout:  # another run would draw other numbers
-        prove_once(module, replace(pattern.base, output=original()), name_of(type(module)))
+        # Checkpointing counts what is saved for the backward pass, and proves nothing again.
+        with torch.no_grad() if all(one.replaces for one in editors) else nullcontext():
+            output = original()
+        prove_once(module, replace(pattern.base, output=output), name_of(type(module)))
     for editor in editors:
         pattern = editor.edit(module, pattern)
     return pattern

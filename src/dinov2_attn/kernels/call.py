@@ -19,7 +19,12 @@ from torch import Tensor
 
 from dinov2_attn.errors import InvalidInputError, UnfaithfulError
 from dinov2_attn.kernels.place import Place, place_of
-from dinov2_attn.math.attention import attention_weights, may_tile, shape_of_weights
+from dinov2_attn.math.attention import (
+    attention_weights,
+    may_autocast,
+    may_tile,
+    shape_of_weights,
+)
 from dinov2_attn.math.bias import (
     Group,
     bias_of_rows,
@@ -118,7 +123,10 @@ class FusedCall:
     def ran(self, output: Tensor, heads_first: Callable[[Tensor], Tensor]) -> FusedCall:
         """Return the call with what the kernel returned, which ``heads_first`` rearranges."""
         place = None if output.grad_fn is None else place_of(output, heads_first)
-        return replace(self, output=heads_first(output), place=place)
+        # As replace() does, which calls the constructor: on a GPU each microsecond counts.
+        call: FusedCall = object.__new__(type(self))
+        vars(call).update(vars(self), output=heads_first(output), place=place)
+        return call
 
     def detached(self) -> FusedCall:
         """Return the call outside of autograd's graph, without output."""
@@ -225,23 +233,31 @@ class FusedCall:
         each time. Where no value is finite there is nothing to compare: that raises
         ``InvalidInputError``.
         """
+        verify(self.proofs(module, one_head=one_head))
+
+    def proofs(self, module: str, *, one_head: bool = False) -> list[Proof]:
+        """Return what ``check`` compares, for ``verify``. Nothing waits for the device until then.
+
+        A call without an output, or whose kernel drops weights, has none.
+        """
         if self.output is None or self.dropout:
-            return
-        call = self._same_dtype()
-        for part in call._parts():
-            if part.query.numel() and part.key.numel():
-                (part._one_head() if one_head else part)._check(module)
+            return []
+        parts = [p for p in self._same_dtype()._parts() if p.query.numel() and p.key.numel()]
+        return [(part._one_head() if one_head else part)._proof(module) for part in parts]
 
     def _same_dtype(self) -> FusedCall:
         """Return the call in the dtype in which the kernel ran: autocast's, where it is on."""
         out = self.output
+        same = self.query.dtype == self.key.dtype == self.value.dtype
+        if same and not may_autocast(self.query.device):
+            return self
         if out is None:
             query, key, value = (t[:1, :1, :1] for t in (self.query, self.key, self.value))
             try:
                 out = F.scaled_dot_product_attention(query, key, value)
             except RuntimeError:  # sdpa_kernel may leave a kernel that takes no single key
                 out = query @ key.transpose(-2, -1)
-        if all(tensor.dtype == out.dtype for tensor in (self.query, self.key, self.value)):
+        if same and self.query.dtype == out.dtype:
             return self
         query, key, value = (t.to(out.dtype) for t in (self.query, self.key, self.value))
         return replace(self, query=query, key=key, value=value)
@@ -338,45 +354,77 @@ class FusedCall:
         return replace(self, query=one(self.query), key=key, value=value, bias=bias, output=output)
 
     @torch.no_grad()
-    def _check(self, module: str) -> None:
-        if self.output is None:
-            return
+    def _proof(self, module: str) -> Proof:
         key, value = (tensor.detach() for tensor in self._by_query_head)
+        output = self.query if self.output is None else self.output.detach()
         rows = some_rows(self.rows)
         query, wide = self.query.detach()[:, :, rows].to(self._wide), key.to(self._wide)
         weights = self._of_rows(query, wide, rows)
-        gap = weights @ value.to(self._wide) - self.output.detach()[:, :, rows]
-        error, *sizes = _largest_of(gap, query.norm(dim=-1), wide.norm(dim=-1), value)
-        if not (sizes[-1] or value.isfinite().any()):
+        gap = weights @ value.to(self._wide) - output[:, :, rows]
+        sizes = [_largest(one) for one in (gap, query.norm(dim=-1), wide.norm(dim=-1), value)]
+        sizes += [value.isfinite().any()]
+        found = torch.stack([size.to(self._wide) for size in sizes])
+        rounding = _ROUNDINGS * _epsilon(self.query)
+        return Proof(self.kernel, module, abs(self.scale), rounding, found)
+
+
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """The difference between ``weights @ value`` and the output of a kernel, on a few rows.
+
+    Attributes:
+        kernel: The name of the kernel.
+        module: What called it.
+        scale: The size of the factor on ``query @ keyᵀ``.
+        rounding: The relative error that is allowed, for scores of the size 0.
+        sizes: The largest difference, norm of a query, norm of a key and value; and whether a value
+            is finite.
+
+    """
+
+    kernel: str
+    module: str
+    scale: float
+    rounding: float
+    sizes: Tensor
+
+    def read(self, error: float, query: float, key: float, value: float, finite: float) -> None:
+        """Raise ``UnfaithfulError`` if the difference is larger than the kernel's own error.
+
+        A rounding of the scores is a relative error of the weights of about their size times the
+        machine epsilon. The sum with the values has errors of that size again.
+        """
+        if not finite:
             raise InvalidInputError(
                 f"finite values at {self.kernel}, so that its weights can be proved",
-                f"none in {module}",
+                f"none in {self.module}",
                 "Load a checkpoint or initialise the model, and look for NaN in the images: "
                 "DINOv3's masked key bias is NaN until model.init_weights().",
             )
-        allowed = self._tolerance(*sizes)
+        allowed = self.rounding * (1 + self.scale * query * key) * value
         if not error <= allowed:
             raise UnfaithfulError(
                 f"weights @ values equal to the output of {self.kernel}, within {allowed:.1e}",
-                f"a difference of {error:.1e} in {module}",
+                f"a difference of {error:.1e} in {self.module}",
                 "Report the model: its kernel computes something else. record(..., check=False) "
                 "records it unproved.",
             )
 
-    def _tolerance(self, query: float, key: float, value: float) -> float:
-        """Return the error that the kernel itself may make, from the sizes of its arguments.
 
-        A rounding of the scores is a relative error of the weights of about their size times the
-        machine epsilon. The sum with the values has errors of that size again.
+def verify(proofs: Sequence[Proof]) -> None:
+    """Raise ``UnfaithfulError`` unless all ``proofs`` hold. The device is waited for once.
 
-        Args:
-            query: The largest norm of a query.
-            key: The largest norm of a key.
-            value: The largest number in the values.
+    Raises:
+        UnfaithfulError: If weights are not those of a kernel.
+        InvalidInputError: If a kernel was given no finite value.
 
-        """
-        scores = abs(self.scale) * query * key
-        return _ROUNDINGS * _epsilon(self.query) * (1 + scores) * value
+    """
+    if not proofs:
+        return
+    device = proofs[0].sizes.device
+    sizes = torch.stack([proof.sizes.to(device, torch.float64) for proof in proofs])
+    for proof, found in zip(proofs, sizes.tolist(), strict=True):
+        proof.read(*found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -508,8 +556,15 @@ class ExplicitCall:
     def check(self, module: str, *, one_head: bool = False) -> None:
         """Do nothing: the weights are the very tensor that was multiplied."""
 
+    def proofs(self, module: str, *, one_head: bool = False) -> list[Proof]:
+        """Return an empty list, because there is nothing to prove."""
+        del module, one_head
+        return []
+
 
 KernelCall = FusedCall | ExplicitCall
+
+_SDPA = "scaled_dot_product_attention"
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -543,16 +598,17 @@ def fused_call(
     ``heads`` of the module are needed where they are part of the batch.
     """
     del enable_gqa  # fewer heads of keys say the same
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+    if query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return FusedCall(_SDPA, query, key, value, scale, attn_mask, is_causal, dropout_p)
     dim = dim_of_heads(query.shape, heads)
     if attn_mask is not None and query.ndim != 4 and attn_mask.ndim > 2:
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
         attn_mask = by_heads(attn_mask, heads, dim)
     given = [by_heads(tensor, heads, dim) for tensor in (query, key, value)]
     query, key, value = _of_one_batch(given)
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[-1])
-    name = "scaled_dot_product_attention"
-    return FusedCall(name, query, key, value, scale, attn_mask, is_causal, dropout_p)
+    return FusedCall(_SDPA, query, key, value, scale, attn_mask, is_causal, dropout_p)
 
 
 def _of_one_batch(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -596,27 +652,22 @@ def as_given(tensor: Tensor, shape: Sequence[int], heads: int | None) -> Tensor:
     return tensor.reshape(moved).movedim(-3, dim)
 
 
-def some_rows(length: int) -> list[int]:
-    """Return a few positions below ``length``, others each time. No state of torch's is drawn."""
-    return sorted(_CHOICE.sample(range(length), min(PROVED_ROWS, length)))
+def some_rows(length: int) -> slice:
+    """Return a few positions below ``length``, others each time. No state of torch's is drawn.
+
+    They lie side by side: positions in a list would have to be copied to the device.
+    """
+    count = min(PROVED_ROWS, length)
+    start = _CHOICE.randrange(length - count + 1)
+    return slice(start, start + count)
 
 
 _CHOICE = random.Random()
 
 
-def _largest_of(*tensors: Tensor) -> list[float]:
-    """Return the largest size of a finite number in each of ``tensors``: one sample may be NaN.
-
-    All of them are read at once, because each read waits for the device.
-    """
-    sizes = torch.stack([_largest(tensor).to(tensors[0].dtype) for tensor in tensors]).tolist()
-    if all(map(math.isfinite, sizes)):
-        return sizes
-    finite = (tensor.nan_to_num(nan=0, posinf=0, neginf=0) for tensor in tensors)
-    return [float(_largest(tensor)) for tensor in finite]
-
-
 def _largest(tensor: Tensor) -> Tensor:
+    """Return the largest size of a finite number: one sample may be NaN."""
+    tensor = tensor.nan_to_num(nan=0, posinf=0, neginf=0)
     low, high = tensor.aminmax()
     return torch.maximum(-low, high)
 

@@ -38,6 +38,11 @@ Edit = Callable[[Pattern, Callable[[], Tensor]], Pattern]
 
 _PRODUCTS = {"matmul", "__matmul__", "mm", "bmm", "linalg_matmul", "einsum", "baddbmm"}
 
+_SDPA = "scaled_dot_product_attention"
+
+# The functions with which something begins that is followed.
+_WATCHED = {_SDPA, "softmax", *_PRODUCTS}
+
 # The names by which classes call their number of heads.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "nheads", "n_head")
 
@@ -147,21 +152,19 @@ class Capture(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
         if _CURRENT.capture is not self:
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name == "scaled_dot_product_attention":
-            call = fused_call(*args, **kwargs, heads=heads_of(self._module))
-            shape = shape_of_output(*args, **kwargs)
-            return self.ran(
-                call,
-                lambda: func(*args, **kwargs),
-                self._heads_first,
-                lambda out: as_given(out, shape, heads_of(self._module)),
-            )
+        if name not in _WATCHED and self._scores is None and not self._softmaxes:
+            return func(*args, **kwargs) if kwargs else func(*args)  # most of all calls
+        kwargs = kwargs or {}
+        if name == _SDPA:
+            return self._sdpa(func, args, kwargs)
         if name == "softmax":
             return self._after_softmax(func(*args, **kwargs), args, kwargs)
+        return self._follow(name, func, args, kwargs)
+
+    def _follow(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._used is not None and name in _PRODUCTS:
             self._refuse_second(args)
         if not self._softmaxes:
@@ -169,6 +172,15 @@ class Capture(TorchFunctionMode):
         if name in _PRODUCTS:
             return self._product(name, func, args, kwargs)
         return self._other(name, func, args, kwargs)
+
+    def _sdpa(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        heads = heads_of(self._module)
+
+        def restored(out: Tensor) -> Tensor:
+            return as_given(out, shape_of_output(*args, **kwargs), heads)
+
+        call = fused_call(*args, **kwargs, heads=heads)
+        return self.ran(call, lambda: func(*args, **kwargs), self._heads_first, restored)
 
     def ran(
         self,
@@ -194,7 +206,10 @@ class Capture(TorchFunctionMode):
         """
         self.calls += 1
         taken: Any = call
-        with unseen():  # a kernel may call another one, and so does what takes the call
+        # A kernel may call another one, and so does what takes the call. Not a context manager: on
+        # a GPU each microsecond counts.
+        before, _CURRENT.capture = _CURRENT.capture, None
+        try:
             if self._edit is not None:
                 run = functools.cache(run)
                 pattern = self._edit(editable(call, factor), lambda: heads_first(run()))
@@ -206,8 +221,10 @@ class Capture(TorchFunctionMode):
             output = run()
             change = self._take(taken.ran(output, heads_first))
             return output if change is None else change(output)
+        finally:
+            _CURRENT.capture = before
 
-    @property
+    @functools.cached_property
     def _heads_first(self) -> Change:
         """Makes a tensor ``(B, heads, …, …)``. A graph may keep it, so it does not hold this."""
         return functools.partial(by_heads, heads=heads_of(self._module))
@@ -374,8 +391,11 @@ def unseen() -> Iterator[None]:
 
 def heads_of(module: nn.Module) -> int | None:
     """Return the number of heads of an attention module, by the names that classes use."""
-    found = (getattr(module, name, None) for name in _HEADS)
-    return next((heads for heads in found if isinstance(heads, int)), None)
+    for name in _HEADS:
+        heads = getattr(module, name, None)
+        if isinstance(heads, int):
+            return heads
+    return None
 
 
 def check_calls(calls: int, module: str, expected: int = 1) -> None:

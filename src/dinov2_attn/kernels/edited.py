@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_attn.errors import NotEditedError
-from dinov2_attn.kernels.call import ExplicitCall, FusedCall, KernelCall
+from dinov2_attn.kernels.call import ExplicitCall, FusedCall, KernelCall, Proof, verify
 from dinov2_attn.kernels.place import Place, place_of
 from dinov2_attn.math.attention import (
     may_tile,
@@ -304,8 +304,13 @@ class EditedCall(_OfBase[FusedCall]):
 
         Weights that were put in, and rows of zeros, make the output by definition.
         """
-        if self.put is None and not self.zeroed:
-            replace(self.masked, output=self.output).check(module, one_head=one_head)
+        verify(self.proofs(module, one_head=one_head))
+
+    def proofs(self, module: str, *, one_head: bool = False) -> list[Proof]:
+        """Return what ``check`` compares, for ``verify``."""
+        if self.put is not None or self.zeroed:
+            return []
+        return replace(self.masked, output=self.output).proofs(module, one_head=one_head)
 
     @cached_property
     def masked(self) -> FusedCall:
@@ -545,6 +550,11 @@ class EditedList(_OfBase[FusedCall]):
 
     def check(self, module: str, *, one_head: bool = False) -> None:
         """Do nothing: the call was proved before it was edited."""
+
+    def proofs(self, module: str, *, one_head: bool = False) -> list[Proof]:
+        """Return an empty list, because there is nothing left to prove."""
+        del module, one_head
+        return []
 
 
 Part = EditedCall | EditedProduct

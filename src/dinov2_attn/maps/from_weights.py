@@ -29,6 +29,11 @@ class FromWeights(Editor):
     wanted: Mapping[nn.Module, Layer]
     dtype: torch.dtype | None
 
+    @property
+    def replaces(self) -> bool:
+        """True: the kernel runs for a proof only."""
+        return True
+
     def wants(self, attention: nn.Module) -> bool:
         """Return whether ``attention`` is that of a layer to record."""
         return attention in self.wanted

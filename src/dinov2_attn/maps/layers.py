@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache, cached_property
 from typing import Any
 
 from torch import nn
@@ -41,6 +42,11 @@ class Recorded:
     entrances: list[nn.Module]
     whole: nn.Module
     is_chosen: bool
+
+    @cached_property
+    def count(self) -> int:
+        """The number of layers to record."""
+        return len(set(self.wanted.values()))
 
     @property
     def is_backbone(self) -> bool:
@@ -102,6 +108,7 @@ def _attends_beside(model: nn.Module, backbone: Backbone) -> bool:
     return any(module not in inside for module in attention_modules(model).values())
 
 
+@cache
 def kind_of(layer: Layer) -> str:
     """Return what ``layer`` shares with others of its kind: its path without the numbers."""
     return re.sub(r"\d+", "*", layer) if isinstance(layer, str) else ""

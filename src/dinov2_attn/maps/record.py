@@ -18,7 +18,7 @@ from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
 from dinov2_attn.grafting.channel import editing, in_a_graph, prove_once, recording, unrecorded
 from dinov2_attn.grafting.tokens import Tokens, named
-from dinov2_attn.kernels.call import KernelCall
+from dinov2_attn.kernels.call import KernelCall, Proof, verify
 from dinov2_attn.kernels.capture import StopPassError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.facets import check_facets, of_layers
@@ -321,6 +321,7 @@ class _Recorder:
         self.may_stop = False
         self.size: tuple[int, ...] | None = None  # of the images, without their batch
         self.beside = Beside()
+        self._proofs: list[Proof] = []
         self._new: NewResult = new_result
         self._dtype: torch.dtype | None = None
 
@@ -338,7 +339,7 @@ class _Recorder:
     @property
     def stops(self) -> bool:
         """Whether the next layer is the last one that is needed."""
-        if not self.may_stop or len(self._kept) + 1 != len(set(self.modules.wanted.values())):
+        if not self.may_stop or len(self._kept) + 1 != self.modules.count:
             return False
         return self.modules.is_backbone or self.size in _RAN_ONCE.get(self.modules.whole, ())
 
@@ -374,7 +375,7 @@ class _Recorder:
             self._end_or_break_off()
         if kind_of(layer) not in self._rows:
             self._rows[kind_of(layer)] = self._rows_of(attention, call)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.beside.gradients):
+        with torch.no_grad() if self.beside.gradients else nullcontext():
             self._kept.setdefault(layer, []).extend(self._batches(layer, call))
         self._last = layer
         if self.modules.is_chosen and self._is_whole():
@@ -395,6 +396,7 @@ class _Recorder:
     def check(self) -> None:
         """Raise ``NotRecordedError`` unless there were passes, and each with all of its layers."""
         self._end_pass()
+        self._verify()
         if self._broken or not self._whole:
             raise self._not_recorded()
         if missing := self._siblings_that_never_ran():
@@ -410,7 +412,12 @@ class _Recorder:
             return
         proved = prove_once(attention, call, f"layer {layer}")
         if self._check == "every" and not proved:
-            call.check(f"layer {layer}", one_head=True)
+            self._proofs += call.proofs(f"layer {layer}", one_head=True)
+
+    def _verify(self) -> None:
+        """Read the proofs of a pass, for which the device is waited for once."""
+        proofs, self._proofs = self._proofs, []
+        verify(proofs)
 
     def _runs_again_for_a_list(self, layer: Layer) -> bool:
         """Return whether ``layer`` may run for the next batch of a list, before other layers."""
@@ -431,8 +438,9 @@ class _Recorder:
         slots: list[Slot | None] = [None] * len(each)
         if call.place is not None and self.beside.gradients:
             slots = [*watch(call.place, own, len(each), queries, self._heads, reduce)]
-        facets, measured = own.facets(self.beside.facets), self._measured(layer, call, len(each))
-        for one, slot, own_facets, numbers in zip(each, slots, facets, measured, strict=True):
+        names, measured = self.beside.facets, self._measured(layer, call, len(each))
+        found = own.facets(names) if names else [{} for _ in each]
+        for one, slot, own_facets, numbers in zip(each, slots, found, measured, strict=True):
             rows = one.shape[-1] if isinstance(weights, list) else call.rows
             kept = one if reduce is None else reduce(one)
             sizes = (int(one.shape[-1]), int(rows))  # tensors in a trace
@@ -473,11 +481,13 @@ class _Recorder:
             self._end_layers()
 
     def _is_whole(self) -> bool:
-        counts = {len(kept) for kept in self._kept.values()}
-        return len(self._kept) == len(set(self.modules.wanted.values())) and len(counts) == 1
+        if len(self._kept) < self.modules.count:
+            return False
+        return len({len(kept) for kept in self._kept.values()}) == 1
 
     def _end_layers(self) -> None:
         """Append what was kept to the recording: an entry for each batch, and each kind in it."""
+        self._verify()
         count = max(map(len, self._kept.values()))
         # A model may embed images without running its layers. The last images belong to this pass.
         for i, images in enumerate(([None] * count + self._images)[-count:]):

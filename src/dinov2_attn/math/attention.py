@@ -13,7 +13,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn._compat import MASKED_ROWS_ARE_ZERO, has_tangents, is_traced, is_transformed
+from dinov2_attn._compat import (
+    BMM_HAS_OUT_DTYPE,
+    MASKED_ROWS_ARE_ZERO,
+    has_tangents,
+    is_autocast_on,
+    is_compiling,
+    is_traced,
+    is_transformed,
+)
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math.buffers import is_fresh, new_result
 from dinov2_attn.typing import Heads
@@ -82,14 +90,15 @@ def attention_weights(
     """
     with without_autocast(query.device):
         dtype = torch.promote_types(query.dtype, torch.float32)
-        wide = key.to(dtype)
         bias, seen = _masks(key, bias, causal_rows, dtype)
         if may_tile(query):
             if out is None:
                 out = new_result(query, shape_of_weights(query, key, heads))
-            softmax_into(out, query.to(dtype), wide, scale, bias=bias, seen=seen)
+            if not _has_wide_products(query):
+                query, key = query.to(dtype), key.to(dtype)
+            softmax_into(out, query, key, scale, bias=bias, seen=seen)
             return out
-        scores = (query.to(dtype) * scale) @ wide.transpose(2, 3)
+        scores = (query.to(dtype) * scale) @ key.to(dtype).transpose(2, 3)
         if bias is not None:
             scores = scores + bias
         if seen is not None:
@@ -196,35 +205,41 @@ def softmax_into(
     Args:
         result: ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean over heads. Any dtype,
             contiguous.
-        query: ``(B, heads, Q, head_dim)``, float32 or float64.
+        query: ``(B, heads, Q, head_dim)``, float32 or float64, or half precision on a device whose
+            products of it are float32.
         key: ``(B, heads or 1, N, head_dim)``, the same dtype.
         scale: The factor on the products.
         bias: Broadcastable to ``(B, heads, Q, N)``, added to the scores.
         seen: Boolean ``(Q, N)``, true where a key is visible.
-        value: ``(B, heads or 1, N, d)``, the dtype of the query.
+        value: ``(B, heads or 1, N, d)``, float32 or float64.
         output: ``(B, heads, Q, d)``, contiguous, for the product of the weights with ``value``.
 
     """
     shape = (*query.shape[:3], key.shape[2])
     mean, on_cpu = result.ndim == 3, query.device.type == "cpu"
-    direct = not mean and result.dtype == query.dtype
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    direct = not mean and result.dtype == dtype
     in_place = direct and output is None and is_fresh(result)
     if bias is not None:
         bias = bias.expand(shape)
-    row = max(1, shape[3] * query.element_size())
+    row = max(1, shape[3] * torch.finfo(dtype).bits // 8)
     limit = tile_bytes() if on_cpu and not in_place else PIECE_BYTES
     rows, together = limit // row, _samples_at_once(key)
+    if output is None and together == shape[0] and math.prod(shape[:3]) <= rows:
+        scores = result if direct else query.new_empty(shape, dtype=dtype)
+        _at_once_into(result, scores, query, key, scale, bias, seen)
+        return
     pieces = list(_pieces(shape[:3], rows, samples=together, heads_last=mean))
     keys = _RightFactors(key, shape[2])
     values = None if value is None else _RightFactors(value, shape[2])
-    tile = None if in_place else _tile(query, pieces[:1], shape[3])
+    tile = None if in_place else _tile(query, pieces[:1], shape[3], dtype)
     total = _Mean(result, shape[1]) if mean else None
     for piece in pieces:
         samples, _, lines = piece
-        part = query[piece] * scale
+        part, after = _scaled(query[piece], scale)
         out = result[samples, lines] if mean else result[piece]
         scores = out if tile is None else _like(part, tile, shape[3])
-        _product_into(scores, part, keys.keys(piece))
+        _product_into(scores, part, keys.keys(piece), after)
         if bias is not None:
             scores += bias[piece]
         if seen is not None:
@@ -237,6 +252,27 @@ def softmax_into(
             total.add(piece, scores)
         elif not direct:
             out.copy_(scores)
+
+
+def _at_once_into(
+    result: Tensor,
+    scores: Tensor,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    seen: Tensor | None,
+) -> None:
+    """Write all weights into ``result`` in the fewest steps, by way of ``scores``."""
+    query, after = _scaled(query, scale)
+    _product_into(scores, query, key.flatten(0, 1).transpose(1, 2), after)
+    if bias is not None:
+        scores += bias
+    if seen is not None:
+        scores.masked_fill_(~seen, -math.inf)
+    _softmax_into(scores, scores, biased=bias is not None)
+    if scores is not result:
+        result.copy_(scores.mean(dim=1) if result.ndim == 3 else scores)
 
 
 def tile_bytes() -> int:
@@ -320,14 +356,40 @@ def past(rows: Tensor, length: int) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off inside, where there is one for ``device``."""
-    if device.type in _AUTOCAST_DEVICES:
+    # A graph switches it off as a part of its own. Else there may be nothing to switch off, which
+    # is asked first because the context takes ten microseconds.
+    if device.type in _AUTOCAST_DEVICES and (is_compiling() or is_autocast_on(device.type)):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
-def _tile(query: Tensor, largest: list[Piece], length: int) -> Tensor:
+def may_autocast(device: torch.device) -> bool:
+    """Return whether autocast may be on for ``device``: it is, or that is not known."""
+    return device.type not in _AUTOCAST_DEVICES or is_autocast_on(device.type)
+
+
+def _has_wide_products(tensor: Tensor) -> bool:
+    """Return whether a product of half precision can have float32, without a copy of its factors.
+
+    So it keeps the tensor cores of a GPU, and adds up in float32 as the fused kernels do.
+    """
+    return tensor.is_cuda and tensor.element_size() == 2 and BMM_HAS_OUT_DTYPE
+
+
+def _scaled(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Return ``query · scale``, and the factor on the scores that is left.
+
+    Half precision is scaled by powers of two only, which round nothing.
+    """
+    if query.element_size() == 2 and math.frexp(scale)[0] != 0.5:
+        return query, scale
+    return query * scale, 1.0
+
+
+def _tile(query: Tensor, largest: list[Piece], length: int, dtype: torch.dtype) -> Tensor:
     """Return memory for the scores of the ``largest`` piece. All pieces use it, in the cache."""
-    return new_result(query, (sum(query[p].shape[:3].numel() for p in largest) * length,))
+    size = sum(query[piece].shape[:3].numel() for piece in largest) * length
+    return new_result(query, (size,), dtype)
 
 
 def _like(query: Tensor, tile: Tensor, length: int) -> Tensor:
@@ -335,8 +397,8 @@ def _like(query: Tensor, tile: Tensor, length: int) -> Tensor:
     return tile[: rows.numel() * length].view(*rows, length)
 
 
-def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Write ``left (b, heads, lines, …) @ right (units, …, …)`` into ``out``.
+def _product_into(out: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> None:
+    """Write ``left (b, heads, lines, …) @ right (units, …, …) · factor`` into ``out``.
 
     The rows of all heads that share a key make one product.
     """
@@ -345,10 +407,14 @@ def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
     # It must be a view, because the product writes into it. A piece is whole in every dimension
     # after the first one that it cuts, so a view exists.
     out, left = out.view(units, lines, right.shape[2]), left.reshape(units, lines, right.shape[1])
-    if units == 1:
+    if out.dtype != left.dtype:
+        torch.bmm(left, right, out_dtype=out.dtype, out=out)
+    elif units == 1:
         torch.mm(left[0], right[0], out=out[0])
     else:
         torch.bmm(left, right, out=out)
+    if factor != 1:
+        out *= factor
 
 
 def _softmax_into(out: Tensor, scores: Tensor, *, biased: bool) -> None:

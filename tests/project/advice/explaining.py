@@ -97,6 +97,32 @@ case(
 )
 
 
+# Features from weights
+
+
+def fed(model):
+    return recorded(model, lambda: model(torch.zeros(1, 3, 4)), features="from_weights")
+
+
+case(
+    "maps",
+    'Call model.eval() first, or leave features="from_weights" out',
+    lambda _: fed(nn.Sequential(Dropping())),
+    lambda _: fed(nn.Sequential(Dropping()).eval()),
+)
+case(
+    "maps",
+    "Leave it out for features that are bit for bit those of an unrecorded pass",
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), features="weights"),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x)),
+)
+case(
+    "maps",
+    "Leave it out for that of the kernel, or pass torch.float16",
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), dtype="half"),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), dtype=torch.float16),
+)
+
 # Facets
 
 
