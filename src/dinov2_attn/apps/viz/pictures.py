@@ -126,7 +126,7 @@ def plot(
         bar_of(norm, values, style, row.tokens).draw(figure, bar, BAR_POINTS)
         thick = line_width(sheet.patch)
     else:
-        _title(ax, [*caption, *([warning] if warning else [])])
+        title(ax, [*caption, *([warning] if warning else [])])
         thick = 1.5
     mosaic = Mosaic(ax, Cells(row.grid), style, thick)
     if image is not None:
@@ -408,7 +408,8 @@ def _image(
     mosaic.title(place, "image", SMALL)
 
 
-def _title(ax: Axes, caption: list[str]) -> None:
+def title(ax: Axes, caption: list[str]) -> None:
+    """Write ``caption`` above ``ax``, in lines that fit."""
     figure: Any = ax.figure
     width = ax.get_position().width * figure.get_size_inches()[0]
     lines = wrap(caption, width, POINTS)
