@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dinov2_attn.apps.viz.images import LoadedImage, load_image
     from dinov2_attn.apps.viz.pictures import plot, plot_heads, plot_layers, plot_masks
     from dinov2_attn.apps.viz.saving import animate, save
+    from dinov2_attn.apps.viz.statistics import plot_received, plot_statistics
     from dinov2_attn.apps.viz.style import Style
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "plot_heads",
     "plot_layers",
     "plot_masks",
+    "plot_received",
+    "plot_statistics",
     "save",
 ]
 
@@ -57,6 +60,8 @@ _MODULES = {
     "plot_heads": "dinov2_attn.apps.viz.pictures",
     "plot_layers": "dinov2_attn.apps.viz.pictures",
     "plot_masks": "dinov2_attn.apps.viz.pictures",
+    "plot_received": "dinov2_attn.apps.viz.statistics",
+    "plot_statistics": "dinov2_attn.apps.viz.statistics",
     "save": "dinov2_attn.apps.viz.saving",
 }
 

@@ -53,7 +53,7 @@ def test_a_folder_is_written(source, tmp_path, capsys):
 def test_every_option_is_heard(source, tmp_path):
     options = "--layers all --queries #0 0,3 --heads mean --dtype float16 --grid 2,4 --artifacts"
     options += " --batch-size 2 --shard-size 3 --max-pixels 2900 --image-size 28 56"
-    options += " --facets key value"
+    options += " --facets key value --statistics entropy,centroid"
     options += " --range 0,200 --mean 0.5 --std 0.1,0.2,0.3"
     assert run(source, "-o", tmp_path / "out", *options.split()) == 1  # some have more pixels
     about = json.loads((tmp_path / "out" / "extraction.json").read_text())["options"]
@@ -75,6 +75,7 @@ def test_every_option_is_heard(source, tmp_path):
             "std": [0.1, 0.2, 0.3],
         },
         "facets": ["key", "value"],
+        "statistics": ["entropy", "centroid"],
     }
     for entry, maps, prefix in stored(tmp_path / "out"):
         assert maps.shape == (4, 2, 2, 4)

@@ -10,7 +10,7 @@ from argparse import ArgumentTypeError
 from glob import has_magic
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dinov2_attn.apps.cli import early
 from dinov2_attn.apps.cli.argtypes import (
@@ -31,6 +31,7 @@ from dinov2_attn.apps.cli.image_options import (
 from dinov2_attn.apps.cli.model_options import add_options, load_model
 from dinov2_attn.apps.cli.report import say
 from dinov2_attn.apps.extraction.processes import end_with
+from dinov2_attn.typing import Statistic
 
 DESCRIPTION = """\
 Store the attention maps of every image of SOURCE. The folder OUT gets shards of maps (safetensors),
@@ -98,6 +99,14 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         choices=("query", "key", "value"),
         default=(),
         help="Store what the kernel was given for the patches too, with heads joined.",
+    )
+    group.add_argument(
+        "--statistics",
+        type=names_of_statistics,
+        metavar="NAME,…",
+        default=(),
+        help="Store statistics of each head and token too: entropy, distance, received, "
+        "prefix_mass, spread, centroid.",
     )
 
 
@@ -176,6 +185,7 @@ def run(args: argparse.Namespace) -> int:
             grid=args.grid,
             artifacts=args.artifacts,
             facets=args.facets,
+            statistics=args.statistics,
             image_size=size,
             max_pixels=args.max_pixels,
             every=args.every,
@@ -222,6 +232,17 @@ def _workers() -> int:
     cores = os.cpu_count() or 1
     together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(16, max(1, cores // together - 1))
+
+
+def names_of_statistics(text: str) -> tuple[str, ...]:
+    """Read names of statistics with commas between them."""
+    names, known = text.split(","), get_args(Statistic)
+    if all(name in known and names.count(name) == 1 for name in names):
+        return tuple(names)
+    raise ArgumentTypeError(
+        f"expected some of {', '.join(known)}, with commas between them, each once; found "
+        f"{text!r}. Try entropy,distance."
+    )
 
 
 def grid(text: str) -> tuple[int, int]:

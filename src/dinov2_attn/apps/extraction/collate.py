@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn.maps.facets import FACETS
+from dinov2_attn.maps.measuring import STATISTICS
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -27,7 +28,8 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         ``maps`` ``(B, layers, heads, queries, h, w)`` and ``prefix`` ``(B, layers, heads,
         queries, tokens)``, both without heads for their mean; each facet that is stored,
-        ``(B, layers, C, h, w)``; ``mask``, bool ``(B, queries, h,
+        ``(B, layers, C, h, w)``; each statistic that is stored, ``(B, layers, heads, N)``, with
+        zeros behind the tokens of smaller images; ``mask``, bool ``(B, queries, h,
         w)``, true where a map has a number; ``shape``, int64 ``(B, 3)``: queries, rows and
         columns of each; ``number``, int64 ``(B,)``; ``path``, a list.
 
@@ -44,11 +46,21 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             name: torch.stack([_padded(one, (height, width)) for one in each])
             for name, each in facets.items()
         },
+        **{
+            name: torch.stack([_padded(row[name], _largest(rows, name)) for row in rows])
+            for name in STATISTICS
+            if name in rows[0]
+        },
         "mask": torch.stack([_mask(shape, (queries, height, width)) for shape in shapes.tolist()]),
         "shape": shapes,
         "number": torch.tensor([row["number"] for row in rows]),
         "path": [row["path"] for row in rows],
     }
+
+
+def _largest(rows: Sequence[dict[str, Any]], name: str) -> tuple[int, ...]:
+    """Return the largest lengths of a tensor in all of ``rows``."""
+    return tuple(torch.tensor([row[name].shape for row in rows]).amax(0).tolist())
 
 
 def _padded(tensor: Tensor, sides: tuple[int, ...]) -> Tensor:

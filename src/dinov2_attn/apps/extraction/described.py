@@ -10,6 +10,7 @@ from dinov2_attn.apps.extraction.options import Options
 from dinov2_attn.apps.viz.images import LARGEST_SHORT_SIDE
 from dinov2_attn.maps.facets import FACETS
 from dinov2_attn.maps.geometry import geometry_of
+from dinov2_attn.maps.measuring import STATISTICS
 from dinov2_attn.typing import Model
 
 # The one key of a shard's metadata. Safetensors writes several keys in a random order.
@@ -32,6 +33,10 @@ def tensors_of(model: Model, options: Options) -> dict[str, Any]:
         "queries": list(options.queries),
         "tokens": ["cls", *(f"register:{i}" for i in range(1, geometry.prefix))][: geometry.prefix],
         **{name: ["layers", "channels", "rows", "columns"] for name in options.facets},
+        **{
+            name: [*axes[:-1], "tokens", *["row and column"] * (name == "centroid")]
+            for name in options.statistics
+        },
     }
 
 
@@ -84,7 +89,11 @@ def _rows(about: dict[str, Any]) -> list[str]:
         "queries (whose attention)": tensors["queries"],
         "tokens of `N.prefix`": tensors["tokens"],
         "dtype": tensors["dtype"],
-        **{f"axes of `N.{name}`": tensors[name] for name in FACETS if name in tensors},
+        **{
+            f"axes of `N.{name}`": tensors[name]
+            for name in (*FACETS, *STATISTICS)
+            if name in tensors
+        },
         "rows and columns": f"resampled to {grid}" if grid else "one for each patch of the image",
         "images": {key: made[key] for key in ("transform", "range", "resize", "crop")},
         "normalised with": {key: made[key] for key in ("mean", "std")},

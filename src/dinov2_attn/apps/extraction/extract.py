@@ -12,7 +12,7 @@ from dinov2_attn import _imports
 from dinov2_attn.backbone.backbone import Backbone, transformers_in
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.geometry import geometry_of
-from dinov2_attn.typing import Facet, Heads, Layers, Model
+from dinov2_attn.typing import Facet, Heads, Layers, Model, Statistic
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,6 +39,7 @@ class ExtractOptions(TypedDict, total=False):
     grid: Sequence[int] | None
     artifacts: bool
     facets: Sequence[Facet] | Facet
+    statistics: Sequence[Statistic] | Statistic
     image_size: ImageSize
     max_pixels: int | None
     every: int
@@ -100,6 +101,7 @@ def extract(
     grid: Sequence[int] | None = None,
     artifacts: bool = False,
     facets: Sequence[Facet] | Facet = (),
+    statistics: Sequence[Statistic] | Statistic = (),
     image_size: ImageSize = None,
     max_pixels: int | None = None,
     every: int = 1,
@@ -154,6 +156,12 @@ def extract(
             kernel was given them, with heads joined: ``(layers, C, h, w)``. On another ``grid`` a
             cell has the mean of what lies in it. Each image then runs through the whole model, and
             ``artifacts`` take a second pass.
+        statistics: Which of ``"entropy"``, ``"distance"``, ``"received"``, ``"prefix_mass"``,
+            ``"spread"`` and ``"centroid"`` to store of every token, ``(layers, heads, N)`` in
+            float32, as ``dinov2_attn.statistics`` returns them; of ``"centroid"`` ``(layers, heads,
+            N, 2)``. Without heads for their mean. On another ``grid`` a patch has the mean of what
+            lies in it (the sum for ``"received"``). Places and distances stay in patches that the
+            model saw. Each image then runs through the whole model, as for ``facets``.
         image_size: The length of the short side in pixels, or ``(height, width)``. By default
             the size of the image, up to 518.
         max_pixels: The maximum number of pixels. Larger images count as unreadable.
@@ -223,6 +231,7 @@ def extract(
         grid=grid,
         artifacts=artifacts,
         facets=facets,
+        statistics=statistics,
         image_size=image_size,
         max_pixels=max_pixels,
         range=range,

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn.apps.extraction.decode import Origin, Picture, Refused
-from dinov2_attn.apps.extraction.facets import maps_with_facets, stored_facets
+from dinov2_attn.apps.extraction.facets import (
+    maps_with_others,
+    stored_facets,
+    stored_statistics,
+)
 from dinov2_attn.apps.extraction.options import DTYPES, Options
 from dinov2_attn.apps.viz.images import normalise
 from dinov2_attn.apps.viz.inference import cannot_run, check_alive
@@ -50,6 +54,7 @@ class BatchMaps:
             queries.
         artifacts: The artifact tokens of the batch, if the options ask for them.
         facets: ``(B, layers, C, H, W)`` of each facet of the options, heads joined.
+        statistics: ``(B, layers, heads, N)`` of each statistic of the options.
 
     """
 
@@ -60,6 +65,7 @@ class BatchMaps:
     entropy: Tensor
     artifacts: ArtifactTokens | None
     facets: dict[str, Tensor]
+    statistics: dict[str, Tensor]
 
 
 def attend_batch(
@@ -128,6 +134,7 @@ def _attend(model: Model, pictures: list[Picture], options: Options) -> BatchMap
         entropy=torch.stack([_entropy(weights) for weights in maps.weights], dim=1),
         artifacts=artifacts,
         facets=stored_facets(maps, options),
+        statistics=stored_statistics(maps, options),
     )
 
 
@@ -166,8 +173,8 @@ def _maps(
     grid = geometry.grid(*images.shape[-2:])
     queries = resolve_names(resolve(options.queries, geometry.prefix, grid), geometry.registers)
     choice: dict[str, Any] = {"queries": queries, "heads": options.heads}
-    if options.facets:
-        maps = maps_with_facets(model, images, options, **choice)
+    if options.facets or options.statistics:
+        maps = maps_with_others(model, images, options, **choice)
         return maps, _artifacts(model, images) if options.artifacts else None
     if not options.artifacts:
         return attention_maps(model, images, options.layers, **choice), None

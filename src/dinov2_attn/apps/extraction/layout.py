@@ -4,9 +4,9 @@
 
     OUT/extraction.json            everything that decides the bytes of the other files
     OUT/README.md                  the same for readers: files, axes, preprocessing
-    OUT/shards/00000.safetensors   tensors "N.maps" and "N.prefix" for image number N, "N.key" and
-                                   so on if facets were asked for, and as metadata axes,
-                                   preprocessing and the sha256 of its index
+    OUT/shards/00000.safetensors   tensors "N.maps" and "N.prefix" for image number N, "N.key",
+                                   "N.entropy" and so on if facets or statistics were asked for,
+                                   and as metadata axes, preprocessing and the sha256 of its index
     OUT/shards/00000.jsonl         a line for each of its images; exists when the shard is done
     OUT/index.jsonl                all lines with maps; exists when every shard is done
     OUT/unreadable.jsonl           all lines with the stage (decode, pass) that failed, and why
@@ -67,8 +67,8 @@ def _shortened(value: object) -> str:
 
 
 def kinds(entry: dict[str, Any]) -> tuple[str, ...]:
-    """Return what is stored of an image: maps, prefix, and the facets that were asked for."""
-    return ("maps", "prefix", *entry.get("facets", ()))
+    """Return what is stored of an image: maps, prefix, and the facets and statistics asked for."""
+    return ("maps", "prefix", *entry.get("facets", ()), *entry.get("statistics", ()))
 
 
 def names(entry: dict[str, Any]) -> tuple[str, ...]:

@@ -15,9 +15,10 @@ from dinov2_attn.apps.viz.tokens import as_texts, check_queries, count
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.facets import check_facets
 from dinov2_attn.maps.geometry import geometry_of
+from dinov2_attn.maps.measuring import check_statistics
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.selection import layers_to_take, whole_number
-from dinov2_attn.typing import Facet, Grid, Heads, Layers, Model
+from dinov2_attn.typing import Facet, Grid, Heads, Layers, Model, Statistic
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,6 +47,7 @@ class Options:
     shard_size: int
     reading: Reading = IMAGENET
     facets: tuple[Facet, ...] = ()
+    statistics: tuple[Statistic, ...] = ()
 
 
 def check_options(
@@ -64,6 +66,7 @@ def check_options(
     mean: Numbers = None,
     std: Numbers = None,
     facets: Sequence[Facet] | Facet = (),
+    statistics: Sequence[Statistic] | Statistic = (),
     **others: Any,
 ) -> Options:
     """Return the options for ``model``; raise ``InvalidInputError`` if one is wrong."""
@@ -90,6 +93,7 @@ def check_options(
         shard_size=1,
         reading=reading_for(geometry.channels, range, mean, std),
         facets=check_facets(facets),
+        statistics=check_statistics(statistics),
         **others,
     )
     weights, stored = _bytes_of_one(model, options)
@@ -113,7 +117,10 @@ def stored_bytes(model: Model, options: Options, grid: Grid) -> int:
     geometry, cells = geometry_of(model), math.prod(options.grid or grid)
     numbers = rows_of(model, options, grid) * (geometry.prefix + cells)
     numbers += len(options.layers) * len(options.facets) * geometry.width * cells
-    return numbers * torch.finfo(DTYPES[options.dtype]).bits // 8
+    measured = sum(2 if name == "centroid" else 1 for name in options.statistics)
+    heads = 1 if options.heads == "mean" else geometry.heads
+    of_statistics = 4 * measured * len(options.layers) * heads * (geometry.prefix + cells)
+    return numbers * torch.finfo(DTYPES[options.dtype]).bits // 8 + of_statistics
 
 
 def _bytes_of_one(model: Model, options: Options) -> tuple[int, int]:

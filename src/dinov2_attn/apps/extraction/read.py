@@ -47,6 +47,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
     >>> maps[0]["maps"]   # (layers, heads, queries, h, w), without heads for their mean
     >>> maps[0]["prefix"] # (layers, heads, queries, 1 + R): CLS and registers
     >>> maps[0]["key"]    # (layers, C, h, w), if extract was asked for facets="key"
+    >>> maps[0]["distance"]  # (layers, heads, N), if it was asked for statistics="distance"
     >>> maps[0]["path"]   # of the image
     >>> maps.entry(0)     # the whole line of the index
     >>> maps["b/001.png"] # by its path
@@ -103,7 +104,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, i: slice) -> AttentionDataset: ...
 
     def __getitem__(self, i: Key | slice) -> Row | AttentionDataset:
-        """Return maps, prefix, facets, path and number of one image, or the dataset of a slice.
+        """Return all that is stored of one image, by name, or the dataset of a slice.
 
         Args:
             i: A position, negative ones counted from the end; a path of the index; or a slice.

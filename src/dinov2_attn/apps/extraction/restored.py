@@ -40,6 +40,9 @@ def restored(
             for query in _positions(about["tensors"]["queries"], before, seen, suffix)
         ),
         suffix=suffix,
+        _measured={
+            name: tuple(layer[None] for layer in row[name]) for name in entry.get("statistics", ())
+        },
     )
 
 

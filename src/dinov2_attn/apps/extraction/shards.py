@@ -161,7 +161,7 @@ def refusals(folder: Path, shard: int) -> list[dict[str, Any]]:
 def _entries(batch: BatchMaps) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
     """Yield each image's line of the index, without its shard, and its tensors."""
     reports = batch.artifacts.cpu().report() if batch.artifacts else [None] * len(batch.origins)
-    stored = [one.cpu() for one in (batch.maps, batch.prefix, *batch.facets.values())]
+    stored = [one.cpu() for one in _tensors(batch)]
     each = zip(batch.origins, reports, batch.entropy.cpu(), *stored, strict=True)
     for origin, artifacts, entropy, *tensors in each:
         mass = tensors[1].float().sum(-1).flatten(1).mean(1)
@@ -178,6 +178,7 @@ def _entries(batch: BatchMaps) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
             "checksum": checksum(*tensors),
             **_of_frame(origin.item),
             **({"facets": list(batch.facets)} if batch.facets else {}),
+            **({"statistics": list(batch.statistics)} if batch.statistics else {}),
         }
         # Safetensors requires that tensors do not share memory.
         yield entry, [tensor.clone() for tensor in tensors]
@@ -186,6 +187,11 @@ def _entries(batch: BatchMaps) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
 def _of_frame(item: Item) -> dict[str, Any]:
     """Return the number and the time in seconds of a frame of a video."""
     return {} if item.frame is None else {"frame": item.frame, "time": item.time}
+
+
+def _tensors(batch: BatchMaps) -> list[Tensor]:
+    """Return what is stored, in the order of ``layout.kinds``."""
+    return [batch.maps, batch.prefix, *batch.facets.values(), *batch.statistics.values()]
 
 
 def _finite(numbers: Tensor) -> list[float | None]:

@@ -147,7 +147,7 @@ def _plot_one(
         one.bar.draw(figure, bar, BAR_POINTS)
         thick = line_width(sheet.patch)
     else:
-        _title(ax, [*caption, *([warning] if warning else [])])
+        title(ax, [*caption, *([warning] if warning else [])])
         thick = 1.5
     mosaic = Mosaic(ax, Cells(grid), style, thick)
     if image is not None:
@@ -429,7 +429,8 @@ def _image(
     mosaic.title(place, "image", SMALL)
 
 
-def _title(ax: Axes, caption: list[str]) -> None:
+def title(ax: Axes, caption: list[str]) -> None:
+    """Write ``caption`` above ``ax``, in lines that fit."""
     figure: Any = ax.figure
     width = ax.get_position().width * figure.get_size_inches()[0]
     lines = wrap(caption, width, POINTS)

@@ -18,12 +18,14 @@ from dinov2_attn.apps.viz.mosaic import Mosaic
 from dinov2_attn.apps.viz.pictures import draw_map, plot, plot_heads
 from dinov2_attn.apps.viz.rows import Values
 from dinov2_attn.apps.viz.sheet import BAR_POINTS
+from dinov2_attn.apps.viz.statistics import plot_received, plot_statistics
 from dinov2_attn.apps.viz.style import PLAIN
 from dinov2_attn.maps.artifacts import ArtifactTokens
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.recording import Recording
 from dinov2_attn.maps.result import as_array
 from dinov2_attn.maps.rollout import Rollout
+from dinov2_attn.maps.statistics import Statistics
 
 
 @singledispatch
@@ -46,6 +48,14 @@ def _of_maps(maps: AttentionMaps) -> Figure:
 @figure_of.register(Recording)
 def _of_recording(recording: Recording) -> Figure | None:
     return _of_maps(recording[0]) if len(recording) == 1 else None
+
+
+@figure_of.register(Statistics)
+def _of_statistics(found: Statistics) -> Figure:
+    if set(found) <= {"received", "centroid"}:
+        alone: Figure = plot_received(found).figure  # type: ignore[assignment]  # not a part of one
+        return alone
+    return plot_statistics(found, queries=None if found.grid is None else "patches")
 
 
 @figure_of.register(Rollout)
