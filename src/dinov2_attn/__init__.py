@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dinov2_attn.apps.export.onnx import OnnxExport, export_onnx
     from dinov2_attn.apps.extraction.extract import extract
     from dinov2_attn.apps.extraction.read import AttentionDataset
+    from dinov2_attn.apps.training.lightning import lightning_callback
+    from dinov2_attn.apps.training.logger import AttentionLogger
     from dinov2_attn.apps.weights.checkpoints import load_checkpoint
     from dinov2_attn.grafting.grafted import grafted
     from dinov2_attn.maps.artifacts import ArtifactTokens
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArtifactTokens",
     "AttentionDataset",
+    "AttentionLogger",
     "AttentionMaps",
     "Dinov2AttnError",
     "Handle",
@@ -56,6 +59,7 @@ __all__ = [
     "extract",
     "grafted",
     "install",
+    "lightning_callback",
     "load_checkpoint",
     "record",
     "release_memory",
@@ -76,6 +80,7 @@ __getattr__, __dir__ = lazily(
     {
         "ArtifactTokens": "dinov2_attn.maps.artifacts",
         "AttentionDataset": "dinov2_attn.apps.extraction.read",
+        "AttentionLogger": "dinov2_attn.apps.training.logger",
         "AttentionMaps": "dinov2_attn.maps.attention_maps",
         "OnnxExport": "dinov2_attn.apps.export.onnx",
         "Recording": "dinov2_attn.maps.recording",
@@ -87,6 +92,7 @@ __getattr__, __dir__ = lazily(
         "export_onnx": "dinov2_attn.apps.export.onnx",
         "extract": "dinov2_attn.apps.extraction.extract",
         "grafted": "dinov2_attn.grafting.grafted",
+        "lightning_callback": "dinov2_attn.apps.training.lightning",
         "load_checkpoint": "dinov2_attn.apps.weights.checkpoints",
         "record": "dinov2_attn.maps.record",
         "relevance": "dinov2_attn.maps.relevance",

@@ -108,3 +108,7 @@ class SuspiciousArtifactsWarning(UserWarning):
 
 class SuspiciousRangeWarning(UserWarning):
     """An image uses little of the range of its format, so its values may have another range."""
+
+
+class NotDrawnWarning(UserWarning):
+    """A picture of a training could not be drawn, and the training goes on without it."""

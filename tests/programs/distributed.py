@@ -21,7 +21,7 @@ from tests.support import upstreams
 from tests.support import xformers_visibility as xformers
 from tests.support.bit_identity import assert_unchanged
 from tests.support.recordings import IMAGES, assert_all_close, build
-from tests.support.tolerances import assert_close
+from tests.support.tolerances import assert_close, assert_same_bits
 
 
 def main(way, rank, world, store):
@@ -32,7 +32,8 @@ def main(way, rank, world, store):
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world)
     )
-    {"DDP": ddp, "FSDP2": fsdp2, "FSDP2 in chunks": fsdp2_in_chunks}[way](int(rank))
+    ways = {"DDP": ddp, "FSDP2": fsdp2, "FSDP2 in chunks": fsdp2_in_chunks, "pictures": pictures}
+    ways[way](int(rank))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -45,6 +46,40 @@ def ddp(rank):
         answers_are_those_of_one_process(model, share)
         weights = model.module.get_self_attention(share)
         assert_close(weights, build(upstreams.FIRST).get_self_attention(share))
+
+
+def pictures(rank):
+    """The first process draws while the others train on, and all train as without pictures."""
+
+    def trained(every):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            build(upstreams.FIRST, drop_path_rate=0.2), nn.BatchNorm1d(8).double()
+        )
+        model = nn.parallel.DistributedDataParallel(model.train(), find_unused_parameters=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        to = Pages()
+        logger = every and dinov2_attn.AttentionLogger(model, IMAGES, to, every=every)
+        for step in range(4):
+            if logger:
+                assert logger(step) == (rank == 0 and step % every == 0)
+            optimizer.zero_grad()
+            model(IMAGES + rank).square().mean().backward()
+            optimizer.step()
+        return [torch.get_rng_state(), *model.state_dict().values()], to.steps
+
+    without, _ = trained(None)
+    left, steps = trained(2)
+    assert_same_bits(left, without)
+    assert steps == ([0, 0, 2, 2] if rank == 0 else [])
+
+
+class Pages:
+    def __init__(self):
+        self.steps = []
+
+    def add_image(self, name, pixels, global_step, dataformats):
+        self.steps.append(global_step)
 
 
 def fsdp2(rank, chunks=0):

@@ -23,13 +23,17 @@ from tests.project.advice import (
     models,
     not_followed,
     recordings,
+    training,
     viz,
     weights,
 )
 from tests.project.advice.lab import Lab
 from tests.support.advice import Hint, hints, unanswered
 
-TABLES = (engine, recordings, explaining, weights, models, images, viz, extraction, datasets, cli)
+TABLES = (
+    *(engine, recordings, explaining, weights, models, images, viz, extraction, datasets, cli),
+    training,
+)
 CASES = [case for table in TABLES for case in table.CASES]
 NOT_FOLLOWED = not_followed.ENTRIES
 

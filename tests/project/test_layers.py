@@ -23,6 +23,7 @@ ROOMS = [
     "__init__",
     *("proof/conformance", "proof/verify"),
     *("apps/weights", "apps/viz", "apps/explorer", "apps/extraction", "apps/export"),
+    "apps/training",
     *("apps/demo", "apps/cli"),
     *("viz", "__main__"),
 ]

@@ -33,6 +33,7 @@ needs_fsdp2 = pytest.mark.skipif(
     "way",
     [
         "DDP",
+        "pictures",
         pytest.param("FSDP2", marks=needs_fsdp2),
         pytest.param("FSDP2 in chunks", marks=needs_fsdp2),
     ],

@@ -95,6 +95,14 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "apps/cli": ("Name it: model.onnx.",),
     },
+    "of trainings, which apps/training follows with the libraries of loggers": {
+        "apps/training": (
+            "Draw from a checkpoint: dinov2-attn heatmap",
+            "Pass the module that torch.compile was given",
+            "Install it with `pip install 'dinov2-attn[training]'`",
+            "Pass Trainer(logger=TensorBoardLogger(folder))",
+        ),
+    },
     "runs a command that test_not_a_checkpoint runs": {
         "apps/weights": ("python -m torch.distributed.checkpoint.format_utils dcp_to_torch",),
     },

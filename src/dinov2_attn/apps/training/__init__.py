@@ -1,0 +1,1 @@
+"""Pictures of attention in the log of a training."""
