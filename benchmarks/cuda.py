@@ -65,6 +65,12 @@ def ours(model: Any, images: torch.Tensor) -> dict[str, Callable[[], object]]:
         "every block, CLS row": partial(record, queries="cls"),
         'every block, CLS row, check="every"': partial(record, queries="cls", check="every"),
         "every block, full, kept": record,
+        'every block, full, kept, features="from_weights"': partial(
+            record, features="from_weights"
+        ),
+        "every block, entropy and distance, no weights": partial(
+            record, queries=[], statistics=("entropy", "distance")
+        ),
         'every block, heads="mean"': partial(record, heads="mean"),
         "every block, reduced to the head mean": to_mean,
     }

@@ -9,7 +9,7 @@ import torch
 from torch.nn import attention as kernels
 
 import dinov2_attn
-from dinov2_attn import artifact_tokens, attention_maps, record, rollout
+from dinov2_attn import artifact_tokens, attention_maps, record, rollout, statistics
 from dinov2_attn.errors import NotEditedError
 from tests.support import upstreams
 from tests.support.strategies import noise, randomise
@@ -140,8 +140,8 @@ def results(model, images):
         "weights": attention_maps(model, images).weights[0],
         "rollout": rollout(model, images).weights,
         "norms": found.norms,
-        "received": found.from_all,
-    }
+        "received by artifacts": found.from_all,
+    } | {name: torch.cat(own) for name, own in statistics(model, images).values.items()}
 
 
 def test_asking_is_recording(grafted):
@@ -212,3 +212,35 @@ def test_edits_keep_what_they_do_not_change(name, dtype):
     row[..., 7] = 0
     mixed = (row / row.sum(-1, keepdim=True) @ value).transpose(1, 2).flatten(2)
     assert_close(hidden[0]["out"][:, :1], mixed, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_a_pass_from_its_weights_and_statistics_are_those_of_the_matrices(dtype):
+    model, images = model_of().to(dtype), noise(2, 3, 98, 98, seed=1, dtype=dtype).cuda()
+    with torch.no_grad():
+        with record(model, features="from_weights"):  # both, for the proof of its first pass
+            model(images)
+        with observed(model) as seen, record(model, features="from_weights") as maps:
+            model(images)
+        with observed(model) as plain, record(model, queries=[], statistics="entropy") as some:
+            model(images)
+    for found, weights in zip(seen, maps.weights, strict=True):
+        expected, value = truth(found, 3)
+        assert_close(weights, expected, "weights", dtype=dtype)
+        mixed = torch.einsum("bhqk,bhkd->bqhd", weights.double(), value).flatten(2)
+        assert_close(found["out"], mixed, "weights @ v", dtype=dtype)
+    for found, entropy in zip(plain, some.statistics["entropy"], strict=True):
+        expected, _ = truth(found, 3)
+        assert entropy.dtype == torch.float32
+        assert_close(entropy, torch.special.entr(expected).sum(-1), within=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_weights_are_kept_in_half_precision(dtype):
+    model, images = model_of().to(dtype), noise(2, 3, 98, 98, seed=1, dtype=dtype).cuda()
+    with torch.no_grad(), observed(model) as seen, record(model, dtype=torch.float16) as maps:
+        model(images)
+    for found, weights in zip(seen, maps.weights, strict=True):
+        assert weights.dtype == torch.float16
+        coarse = torch.float16 if dtype == torch.float32 else dtype
+        assert_close(weights, truth(found, 3)[0], "weights", dtype=coarse)

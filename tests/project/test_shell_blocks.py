@@ -61,7 +61,7 @@ def to_run(page):
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
-    """A folder of torch.hub's with a ViT-S and a classifier of random weights in the place of Meta's."""
+    """A folder of torch.hub's with a ViT-S and a classifier of random weights, not Meta's."""
     folder = tmp_path_factory.mktemp("hub")
     file = folder / "hub" / "checkpoints" / "dinov2_vits14_pretrain.pth"
     file.parent.mkdir(parents=True)

@@ -15,12 +15,12 @@ from dinov2_attn.apps.viz.captions import colour_sentence, in_layer
 from dinov2_attn.apps.viz.layout import line_width, single_sheet
 from dinov2_attn.apps.viz.limits import scale
 from dinov2_attn.apps.viz.mosaic import Cells, Mosaic
-from dinov2_attn.apps.viz.pictures import PLAIN, Picture, draw_map, title
+from dinov2_attn.apps.viz.pictures import Picture, draw_map, title
 from dinov2_attn.apps.viz.pixels import as_pixels, greyed
 from dinov2_attn.apps.viz.rows import Values
 from dinov2_attn.apps.viz.sheet import BAR_POINTS, POINTS
 from dinov2_attn.apps.viz.shown import ShownFigure
-from dinov2_attn.apps.viz.style import Style
+from dinov2_attn.apps.viz.style import PLAIN, Style
 from dinov2_attn.apps.viz.text import FONT, wrap
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.measuring import check_statistics
