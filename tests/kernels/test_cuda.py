@@ -141,7 +141,10 @@ def results(model, images):
         "rollout": rollout(model, images).weights,
         "norms": found.norms,
         "received by artifacts": found.from_all,
-    } | {name: torch.cat(own) for name, own in statistics(model, images).values.items()}
+    } | {
+        name: torch.cat(own).nan_to_num(nan=-1)  # of tokens that are no patches
+        for name, own in statistics(model, images).values.items()
+    }
 
 
 def test_asking_is_recording(grafted):
