@@ -18,6 +18,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/explorer/test_page_in_browser.py",
         "apps/extraction/test_contact_sheet_in_browser.py",
         "apps/explorer/test_page_accessibility.py",
+        "apps/explorer/test_page_relevance.py",
         "apps/explorer/test_page_views.py",
         "apps/explorer/test_two_models.py",
         "apps/viz/test_notebook.py::test_jupyterlab_shows_pictures_and_the_page",

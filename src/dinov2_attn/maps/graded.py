@@ -55,6 +55,16 @@ class Graded:
             yield GradedTile(lines, weights, gradients)
 
 
+def check_parameters(model: nn.Module) -> None:
+    """Raise ``InvalidInputError`` if autograd cannot use the parameters of ``model``."""
+    if any(tensor.is_inference() for tensor in model.parameters()):
+        raise InvalidInputError(
+            "a model whose parameters autograd can use",
+            "parameters that were made inside torch.inference_mode()",
+            "Build or load the model outside of it.",
+        )
+
+
 @dataclass(eq=False)
 class GradedCalls(Calls):
     """A receiver that keeps calls, and the gradients that backward passes make there.

@@ -20,7 +20,7 @@ from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.tokens import named
 from dinov2_attn.maps.calls import keep_calls
 from dinov2_attn.maps.each_layer import gradients_of_each_layer
-from dinov2_attn.maps.graded import Graded, GradedCalls
+from dinov2_attn.maps.graded import Graded, GradedCalls, check_parameters
 from dinov2_attn.maps.layers import recorded_in
 from dinov2_attn.maps.one_batch import batches_of, run_model
 from dinov2_attn.maps.result import W
@@ -191,6 +191,7 @@ def _one(
 ) -> Relevance:
     """Return the relevance of one batch."""
     calls = GradedCalls(recorded_in(model, layers), whole=True)
+    check_parameters(model)
     # Parameters may be frozen, and autograd off: then the images alone have a gradient.
     with torch.inference_mode(False), torch.enable_grad():
         images = images.detach().clone().requires_grad_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from typing import get_args
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dinov2_attn import relevance
+from dinov2_attn import relevance, viz
 from dinov2_attn.apps.cli.main import main
 from dinov2_attn.apps.cli.model_options import add_options, load_model
 from dinov2_attn.apps.cli.relevance_options import METHODS
@@ -149,6 +150,40 @@ def test_a_class_needs_a_classifier(image, tmp_path, capsys, caplog):
 
 def test_methods_are_those_of_the_function():
     assert set(get_args(Method)) == set(METHODS)
+
+
+def shown_on(page):
+    """Return the relevance that a page is given."""
+    data = re.search(rb'id="about">(.*?)</script>', page.read_bytes())
+    return json.loads(data[1])["relevance"]
+
+
+def test_the_page_is_given_the_same(files, image, tmp_path):
+    page = tmp_path / "page.html"
+    run = ["explore", str(image), "-o", str(page), "--weights", str(files[1]), "--layers", "1"]
+    assert main([*run, "--target", "3", "--method", "attention_gradient"]) == 0
+    model = classifier_of(1)
+    given = load_image(image, model.backbone)
+    expected = relevance(model, given.tensor[None], 3, "attention_gradient")
+    shown = shown_on(page)
+    assert_close(torch.tensor(shown["values"]), expected.weights[0, 0], within=1e-5)
+    assert (shown["target"], shown["layers"]) == ("class 3", "last layer")
+    options = json.loads((tmp_path / "page.html.run.json").read_text())["options"]
+    assert (options["target"], options["method"]) == ("3", "attention_gradient")
+    assert main([*run, "--target", "7"]) == 2
+    assert main([*run, "--method", "legrad"]) == 2
+
+
+def test_a_page_of_a_model_asks_it_for_the_target(files, image, tmp_path):
+    backbone = classifier_of(1).backbone
+    given = load_image(image, backbone)
+    target = token_similarity(3)
+    viz.explore(backbone, given, tmp_path / "page.html", target=target, method="legrad")
+    expected = relevance(backbone, given.tensor[None], target, "legrad")
+    shown = shown_on(tmp_path / "page.html")
+    assert_close(torch.tensor(shown["values"]), expected.weights[0, 0], within=1e-5)
+    assert shown["target"] == "the similarity of patch (0, 2) and CLS"
+    assert (shown["method"], shown["row"]) == ("legrad", "mean of the rows of all tokens")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from torch import nn
 from dinov2_attn import record, relevance, rollout, token_similarity
 from tests.project.advice.recordings import recorded
 from tests.support.advice import Table
+from tests.support.recordings import build
 
 CASES = Table()
 case = CASES.add
@@ -81,6 +82,19 @@ case(
     "Call loss.backward(), or torch.autograd.grad(loss, images)",
     lambda lab: not_differentiated(lab).gradients,
     lambda lab: differentiated(lab).gradients,
+)
+
+
+def made_without_autograd(lab):
+    with torch.inference_mode():
+        relevance(build(lab.upstream), lab.x, lambda output: output[:, 0])
+
+
+case(
+    "maps",
+    "Build or load the model outside of it",
+    made_without_autograd,
+    lambda lab: relevance(lab.model, lab.x, lambda output: output[:, 0]),
 )
 case("maps", "images.requires_grad_() before the pass", without_grad, of_frozen)
 case(

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from dinov2_attn import artifact_tokens, attention_maps, rollout, viz
+from dinov2_attn import artifact_tokens, attention_maps, relevance, rollout, viz
 from dinov2_attn.apps.explorer.write import write_page
 from tests.project.advice.recordings import recorded
 from tests.support.advice import Table
@@ -26,6 +26,34 @@ def rolled(lab, **options):
     return drawn(lab, rollout(lab.model, lab.x), **options)
 
 
+def explored(lab, **options):
+    return viz.explore(lab.maps(), lab.photograph, **options)
+
+
+case(
+    "apps/explorer",
+    "Pass target=relevance(model, images, target), or the model",
+    lambda lab: explored(lab, target=3),
+    lambda lab: (
+        explored(lab, target=relevance(lab.model, lab.x, 3)),
+        viz.explore(lab.small, lab.photograph, target=3),
+    ),
+)
+case(
+    "apps/explorer",
+    "Leave other out, or the target",
+    lambda lab: viz.explore(lab.small, lab.photograph, other=lab.small, target=3),
+    lambda lab: (
+        viz.explore(lab.small, lab.photograph, target=3),
+        viz.explore(lab.small, lab.photograph, other=lab.small),
+    ),
+)
+case(
+    "apps/explorer",
+    "Pass what relevance returned for the same image",
+    lambda lab: explored(lab, target=relevance(lab.model, lab.x[..., :4], 3)),
+    lambda lab: explored(lab, target=relevance(lab.model, lab.x, 3)),
+)
 case(
     "apps/viz",
     "Leave it out. Maps of one layer and head",

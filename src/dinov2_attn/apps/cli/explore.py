@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinov2_attn.apps.cli import early, two_models
+from dinov2_attn.apps.cli import early, relevance_options, two_models
 from dinov2_attn.apps.cli.argtypes import HEADS, above_zero, add_layers
 from dinov2_attn.apps.cli.image_options import (
     add_example,
@@ -43,7 +43,8 @@ Write one HTML page that works offline and needs no other file. Point at a patch
 attention, or the attention that it receives, in every layer and head. Queries and keys are
 stored where they are smaller than weights, and the page states the error. The page and the log
 say what had to be left out to stay below --max-mb. With two models (--weights A --weights B) the
-page shows both on one scale, with the difference B - A.
+page shows both on one scale, with the difference B - A. With --target the page also shows which
+patches made a class or a similarity.
 """
 
 EPILOG = """\
@@ -82,6 +83,7 @@ def add(subparsers: Any) -> None:
         metavar="MB",
         help="The maximum size of the page, which decides what it keeps. Default: 25.",
     )
+    relevance_options.add_options(parser.add_argument_group("explanation"))
     add_options(parser)
     two_models.allow(parser)
     parser.set_defaults(run=run)
@@ -105,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args, image)
     loaded = two_models.load_models(args)
     for model in loaded:
+        relevance_options.check(args, model)
         check_reading(model, args)
     page = _page(loaded, image, size, args)
     record = f"{args.output.name}.{RECORD}"
@@ -122,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, image: Path) -> None:
+    two_models.refuse(args, ("target", "method"))
+    relevance_options.check(args)
     two_models.check_models(args, (), args.layers)
     early.check_file(args.output)
     early.check_image(image)
@@ -132,14 +137,16 @@ def _page(
 ) -> ExplorerPage:
     from dinov2_attn.apps.explorer.explore import explore
 
-    first = loaded[0]
+    first, seen = loaded[0], read(loaded[0], image, size, args)
     beside: dict[str, Any] = {}
     for second in loaded[1:]:
-        seen = read_on_grid(second, first, image, size, args)
-        beside = {"other": second.model, "other_image": seen, "other_name": second.name}
+        on_grid = read_on_grid(second, first, image, size, args)
+        beside = {"other": second.model, "other_image": on_grid, "other_name": second.name}
+    if args.target is not None:
+        beside["target"] = relevance_options.relevance_of(first, seen, [0], args)
     return explore(
         first.model,
-        read(first, image, size, args),
+        seen,
         None,
         args.layers,
         heads="mean" if args.heads == "mean" else None,

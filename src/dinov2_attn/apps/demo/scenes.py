@@ -45,17 +45,19 @@ class Scene:
         return height // PATCH, width // PATCH
 
 
-def draw(seed: int, grid: Grid) -> Scene:
+def draw(seed: int, grid: Grid, *, target: bool = True) -> Scene:
     """Draw a scene of ``grid`` patches ``(h, w)``: the target and up to eight distractors.
 
-    ``seed`` is from 0 to 2**32 - 1, ``h`` and ``w`` at least 1.
+    ``seed`` is from 0 to 2**32 - 1, ``h`` and ``w`` at least 1. Without ``target`` one more
+    distractor takes its place.
     """
     random = Random(seed)
     picture = _background(random, grid)
-    target, *others = _centres(random, grid)
+    place, *others = _centres(random, grid)
     for centre in others:
         _paint(picture, random, centre, _one_of(random, OUTLINES), _one_of(random, TEXTURES))
-    inside = _paint(picture, random, target, _disc, _rings)
+    shape = (_disc, _rings) if target else (_one_of(random, OUTLINES), _one_of(random, TEXTURES))
+    inside = _paint(picture, random, place, *shape)
     picture += random.uniform(-0.04, 0.04, (*inside.shape, 1))
     return Scene((picture.clip(0, 1) * 255).round().astype(np.uint8), inside)
 

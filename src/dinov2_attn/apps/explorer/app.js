@@ -8,12 +8,15 @@ const VIRIDIS = fromBase64(about.viridis);
 const OUTLIERS = new Set(about.outliers);
 const layers = about.layers.map((layer) => new Layer(layer, TOKENS, document));
 const LIMITS = ["robust", "shared", "each"];
+// The relevance of every token for a target, if the page has one.
+const RELEVANCE = about.relevance && { ...about.relevance, line: Float64Array.from(about.relevance.values) };
 
 const $ = (id) => document.getElementById(id);
 const form = $("controls");
 const canvas = $("map").querySelector("canvas");
 const clamp = (value, least, most) => Math.min(Math.max(value, least), most);
 const isOn = (name) => form.elements[name].value === "yes";
+const relevant = () => Boolean(RELEVANCE) && form.elements.column.value === "relevance";
 
 // `kept` is the token that was chosen, `preview` the one under the pointer, if there is one.
 const view = { layer: layers.length - 1, head: MEAN, kept: about.token, preview: null, cursor: null };
@@ -43,6 +46,9 @@ function times(weight, digits = 3) {
   return text.replace(/^-/, "−");
 }
 
+/** A number of the map: relevance has no unit. */
+const amount = (weight) => (relevant() ? number(weight, 3) : `${times(weight)} ×`);
+
 function put(id, value, text) {
   $(id).value = value;
   $(id).textContent = text;
@@ -51,6 +57,11 @@ function put(id, value, text) {
 // Texts
 
 function describe(layer, line, limits) {
+  const unit = relevant() ? "relevance" : "× uniform";
+  $("unit").textContent = unit;
+  $("weight-role").textContent = relevant() ? "Relevance" : "Weight";
+  $("share").hidden = relevant();
+  if (relevant()) return describeRelevance(line, limits);
   const column = isOn("column");
   $("direction").textContent = column ? "Who looks at it" : "Where it looks";
   $("caption").textContent = `${other ? "A · " : ""}${nameOf(chosen())} · layer ${layer.number}, ${headName()}`;
@@ -70,6 +81,45 @@ function describe(layer, line, limits) {
   $("missing").textContent = line ? "" : lacking(layer, column);
   $("sentence").textContent = line ? inOneSentence(line, layer, column, limits) : lacking(layer, column);
   announce(weight, column);
+}
+
+function describeRelevance(line, limits) {
+  $("direction").textContent = "Relevance";
+  $("caption").textContent = relevanceName();
+  $("token-role").textContent = "Target";
+  $("cursor-role").textContent = "Under the cursor";
+  $("token").textContent = RELEVANCE.target;
+  $("cursor").textContent = nameOf(view.cursor);
+  const value = view.cursor === null ? null : line[view.cursor];
+  put("times", value ?? "", value === null ? "–" : amount(value));
+  put("weight", "", "");
+  put("doubt", "", "");
+  put("low", limits[0], amount(limits[0]));
+  put("high", limits[1], amount(limits[1]));
+  $("above").hidden = extremesOf(line)[1] <= limits[1];
+  $("missing").hidden = true;
+  $("sentence").textContent = relevanceInOneSentence(line, limits);
+  const text = value === null ? $("sentence").textContent : `${nameOf(view.cursor)}: relevance ${amount(value)}`;
+  clearTimeout(announcing);
+  announcing = setTimeout(() => ($("live").textContent = text), 300);
+}
+
+const relevanceName = () => `for ${RELEVANCE.target}, by ${RELEVANCE.method} (${RELEVANCE.row}; ${RELEVANCE.layers})`;
+
+function relevanceInOneSentence(line, limits) {
+  const patches = line.subarray(PREFIX);
+  const sum = (part) => part.reduce((total, one) => total + one, 0);
+  const whole = sum(patches); // that of CLS for itself is much larger
+  if (!(whole > 0)) return `Relevance ${relevanceName()}: zero at every patch. The target does not depend on this row.`;
+  const most = Math.max(...patches);
+  const share = (part) => `${((100 * sum(part)) / whole).toFixed(1)} %`;
+  const above = patches.reduce((count, one) => count + (one > limits[1]), 0);
+  const parts = [
+    `Relevance ${relevanceName()}: highest at ${nameOf(PREFIX + patches.indexOf(most))} (${amount(most)})`,
+    `the five highest patches hold ${share(highest(patches, Math.min(5, patches.length)))} of that of all patches`,
+  ];
+  if (above) parts.push(`${above} of ${patches.length} patches lie above the colours`);
+  return `${parts.join("; ")}.`;
 }
 
 function lacking(layer, column) {
@@ -143,13 +193,16 @@ function show() {
   document.body.removeAttribute("aria-busy");
   const [token, column, log] = [chosen(), isOn("column"), isOn("log")];
   const kind = form.elements.limits.value;
-  const line = layer.line(view.head, token, column);
-  const lines = line ? layer.lines(token, column) : [];
-  const together = line && kind === "shared" && limitsOf(lines.length ? lines : [line], kind, log);
-  const limits = together || (line && limitsBeside(line, kind, log));
+  const attention = layer.line(view.head, token, column);
+  const lines = attention ? layer.lines(token, column) : [];
+  const together = attention && kind === "shared" && limitsOf(lines.length ? lines : [attention], kind, log);
+  const line = relevant() ? RELEVANCE.line : attention;
+  const limits = relevant()
+    ? limitsOf([line], kind === "shared" ? "each" : kind, log)
+    : together || (line && limitsBeside(line, kind, log));
   paint(mapSheet, line, limits, log);
   cancelAnimationFrame(waiting);
-  waiting = requestAnimationFrame(() => showHeads(layer, lines, line, together, kind, log));
+  waiting = requestAnimationFrame(() => showHeads(layer, lines, attention, together, kind, log));
   cells.forEach((cell, one) => {
     paintCell(cell, line && line[one], limits, log);
     cell.setAttribute("aria-pressed", one === view.cursor);
@@ -159,7 +212,9 @@ function show() {
   for (const mark of cursorMarks) place(mark, view.cursor);
   for (const group of outlierMarks) group.toggleAttribute("hidden", !$("outliers").checked);
   describe(layer, line, limits);
-  compare(line, limits);
+  $("pin").disabled = relevant(); // attention and relevance have no common unit
+  $("compare").hidden = !pinned || relevant();
+  if (!relevant()) compare(line, limits);
   remember();
   if (!performance.getEntriesByName("shown").length) {
     performance.mark("shown");
@@ -189,13 +244,14 @@ function paintCell(button, weight, limits, log) {
   button.style.color = none ? "" : colour > 150 ? "black" : "white";
   const shown = button.querySelector("data");
   shown.value = none ? "" : weight;
-  shown.textContent = none ? "–" : `${times(weight)} ×`;
+  shown.textContent = none ? "–" : amount(weight);
 }
 
 /** All heads of the layer, small. */
 function showHeads(layer, lines, line, together, kind, log) {
   $("side-layer").textContent = layer.number;
-  $("side-scale").textContent =
+  $("side-scale").textContent = relevant() ? `Attention of ${nameOf(chosen())}. ` : "";
+  $("side-scale").textContent +=
     lines.length || !line
       ? together
         ? "Click one to show it. One scale for all."
@@ -261,7 +317,10 @@ function tile(head) {
   made.append(head === MEAN ? "mean" : head);
   made.setAttribute("aria-label", headName(head));
   [small.width, small.height] = [COLUMNS, ROWS];
-  made.addEventListener("click", () => turnHead(head));
+  made.addEventListener("click", () => {
+    if (relevant()) form.elements.column.value = "no";
+    turnHead(head);
+  });
   return { head, button: made, sheet: sheet(small) };
 }
 

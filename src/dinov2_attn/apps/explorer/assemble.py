@@ -72,9 +72,21 @@ It ends below them if the highest is more than twice the next patch, and if they
 thirds of the attention to patches. <b>Shared</b> ends at the highest patch of all heads of the
 layer, <b>Each</b> at that of this map. overlay.png of heatmap has the same limits. In heads.png
 one robust scale is for the mean and all heads together.</p>
-<p>Outliers {outliers} are patches with an unusually large norm. Their weights are not changed. If
-they are marked, Robust and Each leave them out of the limits.</p>
+{relevance}<p>Outliers {outliers} are patches with an unusually large norm. Their weights are not
+changed. If they are marked, Robust and Each leave them out of the limits.</p>
 {read}<p>Kept: {kept}.{left_out}</p>"""
+
+_CHOICE = (
+    '<label title="Which tokens made the target, by all layers"><input type="radio" name="column" '
+    'value="relevance"> Relevance</label>'
+)
+_KEY = "<tr><td><kbd>T</kbd></td><td>relevance for the target</td></tr>\n"
+_RELEVANCE = (
+    "<p>Relevance says which tokens made {target}, by the method {method}: {row}. It has no unit, "
+    "and does not depend on the layer, head and token that are chosen. Robust and Each limits are "
+    "as for attention; Shared is the same as Each. Methods disagree, and none of them is the "
+    "truth.</p>\n"
+)
 
 _AS_WEIGHTS = (
     "Each weight is stored in 8 bits, in cubic steps from the minimum of its row to the maximum."
@@ -121,6 +133,8 @@ def assemble(
         "height": str(height),
         "rows": str(frame.shape.grid[0]),
         "columns": str(frame.shape.grid[1]),
+        "relevance": "" if frame.explained is None else _CHOICE,
+        "relevance_key": "" if frame.explained is None else _KEY,
         "numbers": _numbers(frame, kept, tables) + ("" if other is None else _numbers_of(other)),
         "data": embedded_json({**_data(frame, kept, tables), "other": _other(other)}),
         "tables": "\n".join([*_elements(tables), *_elements(other.tables if other else {}, "b-")]),
@@ -173,6 +187,7 @@ def _data(
         "layers": layers,
         "outliers": frame.outlier_tokens,
         "outliersFound": frame.outliers_found,
+        "relevance": None if frame.explained is None else frame.explained.data(),
         "viridis": base64.b64encode(colours.tobytes()).decode(),
     }
 
@@ -250,10 +265,18 @@ def _numbers(frame: Frame, kept: Mapping[int, KeptRows], tables: Mapping[int, Ta
         error=at_least(max(errors, default=0.0)),
         mean=_STORED if stored else _COMPUTED,
         outliers=escape(frame.outliers_found),
+        relevance=_explained(frame),
         read=f"<p>{escape(frame.range_note)}</p>\n" if frame.range_note else "",
         kept=escape(describe(dict(kept), frame.shape)),
         left_out=escape(f" Left out: {lacking}.") if lacking else "",
     )
+
+
+def _explained(frame: Frame) -> str:
+    one = frame.explained
+    if one is None:
+        return ""
+    return _RELEVANCE.format(target=escape(one.target), method=one.method, row=escape(one.row))
 
 
 def at_least(value: float) -> str:

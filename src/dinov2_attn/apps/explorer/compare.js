@@ -8,7 +8,7 @@ const differenceSheet = sheet($("difference"));
 function pin() {
   const layer = layers[view.layer];
   const line = layer.ready ? layer.line(view.head, chosen(), isOn("column")) : null;
-  if (!pinned && !line) return;
+  if (relevant() || (!pinned && !line)) return;
   if (pinned?.isModel) pinned = null;
   const [kind, log] = [form.elements.limits.value, isOn("log")];
   const toward = isOn("column") ? "who looks at" : "where it looks:";
@@ -23,7 +23,6 @@ function setPin(next) {
   $("pin").setAttribute("aria-pressed", Boolean(pinned) && !isModel);
   $("pin").textContent = pinned && !isModel ? "Unpin" : "Pin";
   $("model-b").setAttribute("aria-pressed", isModel);
-  $("compare").hidden = !pinned;
   $("compare-title").textContent = isModel ? "Model B, and its difference from A" : "Difference from the pinned map";
   $("pinned-caption").textContent = isModel ? "B" : "pinned";
   $("difference-caption").textContent = isModel ? "B − A" : "this map − pinned";

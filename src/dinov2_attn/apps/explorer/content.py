@@ -13,6 +13,8 @@ from PIL import Image
 
 from dinov2_attn.apps.explorer.budget import MEGABYTE, Shape
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.maps.relevance import Relevance
+from dinov2_attn.math.selection import name_token
 
 
 class Outliers(Protocol):
@@ -29,6 +31,53 @@ class Outliers(Protocol):
     def layer(self) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Explained:
+    """The relevance of every token for a target.
+
+    Attributes:
+        target: What is explained, in words.
+        method: The method.
+        row: Whose row it is, in words.
+        values: The relevance of each token.
+
+    """
+
+    target: str
+    method: str
+    row: str
+    values: tuple[float, ...]
+
+    def data(self) -> dict[str, object]:
+        """Return what the page is given. Six digits are more than colours show."""
+        layers = "last layer" if self.method == "attention_gradient" else "all layers"
+        values = [float(f"{value:.6g}") for value in self.values]
+        about = {"target": self.target, "method": self.method, "row": self.row, "layers": layers}
+        return {**about, "values": values}
+
+
+def explained(found: Relevance[Any], shape: Shape, sample: int = 0) -> Explained:
+    """Return the first row of the relevance of one image.
+
+    Raises:
+        InvalidInputError: If its tokens are not those of the page.
+
+    """
+    if found.grid != shape.grid or found.prefix != shape.prefix or found.suffix:
+        raise InvalidInputError(
+            f"a relevance of {shape.prefix} tokens and a grid {shape.grid}",
+            f"one of {found.prefix} and {found.grid}",
+            "Pass what relevance returned for the same image.",
+        )
+    words = found.target
+    target = words[sample if len(words) > 1 else 0] if words else "a target"
+    row = "mean of the rows of all tokens"
+    if found.queries:
+        row = f"row of {name_token(found.queries[0], found.prefix, found.grid)}"
+    values = tuple(float(value) for value in found.weights[sample][0])
+    return Explained(target, found.method, row, values)
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
     """What a page shows besides weights.
@@ -43,6 +92,7 @@ class Frame:
         sample: Which image of ``outliers`` this is.
         limit: The maximum size of the page in bytes.
         range_note: A sentence about the range of the image.
+        explained: The relevance for a target, if there is one.
 
     """
 
@@ -55,6 +105,7 @@ class Frame:
     sample: int
     limit: int
     range_note: str = ""
+    explained: Explained | None = None
 
     def __post_init__(self) -> None:
         height, width = self.shape.grid

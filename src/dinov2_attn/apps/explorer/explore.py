@@ -13,7 +13,7 @@ from dinov2_attn.apps.explorer.asked import Asked, asked_of, grafted_inside
 from dinov2_attn.apps.explorer.assemble import Held, Tables
 from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, cost, everything
 from dinov2_attn.apps.explorer.coded import CodedLayer
-from dinov2_attn.apps.explorer.content import Frame, bytes_in
+from dinov2_attn.apps.explorer.content import Explained, Frame, bytes_in, explained
 from dinov2_attn.apps.explorer.fit import (
     COARSEST,
     candidate,
@@ -39,6 +39,8 @@ from dinov2_attn.apps.viz.model_input import as_picture, image_for
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError
 from dinov2_attn.maps.artifacts import ArtifactTokens
 from dinov2_attn.maps.find_artifacts import artifact_tokens
+from dinov2_attn.maps.relevance import Method, Relevance, relevance
+from dinov2_attn.maps.targets import Target
 from dinov2_attn.typing import Heads, RecordedLayers
 
 
@@ -58,6 +60,8 @@ def explore(
     other: nn.Module | None = None,
     other_image: Any = None,
     other_name: str = "",
+    target: Target | Relevance | None = None,
+    method: Method = "chefer",
 ) -> ExplorerPage:
     """Show where every token of an image looks, in every layer and head, as an interactive page.
 
@@ -92,6 +96,9 @@ def explore(
         other_image: The image for B, if it needs another size or normalisation. By default
             ``image``. A file is resized so that both have the same grid.
         other_name: What the page calls B.
+        target: What the page shows the relevance for, as in ``relevance``; or what that function
+            returned for the same image, or for the batch of maps.
+        method: As in ``relevance``.
 
     Returns:
         The page, with its size and what it keeps and leaves out.
@@ -105,15 +112,18 @@ def explore(
     about: Any = {"title": title, "warning": warning, "max_mb": max_mb}
     if other is not None:
         first, second = _model(maps_or_model), _model(other)
+        if target is not None:
+            raise _of_one_model(target)
         seen = _for_other(image, first, second) if other_image is None else other_image
         models = (first, image, name), (second, seen, other_name)
         page = _of_two(models, layers, heads, **about)
     elif isinstance(maps_or_model, nn.Module):
-        page = _of_model(maps_or_model, image, layers, heads, name=name, **about)
+        wanted = (target, method)
+        page = _of_model(maps_or_model, image, layers, heads, name=name, wanted=wanted, **about)
     else:
         maps = chosen(maps_or_model, layers, heads)
-        picture = as_picture(image)
-        page = page_of_maps(picture, maps, **about, model=name, outliers=artifacts, sample=sample)
+        about |= {"model": name, "outliers": artifacts, "sample": sample}
+        page = page_of_maps(as_picture(image), maps, **about, found=_given(target))
     if path is not None:
         page.save(path)
     return page
@@ -158,6 +168,25 @@ def _of_two(
     return page_of_two(first, second)
 
 
+def _given(target: Any) -> Relevance | None:
+    """Return a relevance that was computed already, which is what maps take."""
+    if target is None or isinstance(target, Relevance):
+        return target
+    raise InvalidInputError(
+        "a target together with a model, for maps what relevance returned",
+        f"target={target!r}"[:80],
+        "Pass target=relevance(model, images, target), or the model in place of the maps.",
+    )
+
+
+def _of_one_model(target: object) -> InvalidInputError:
+    return InvalidInputError(
+        "the relevance for a target on the page of one model",
+        f"target={target!r}"[:80] + " and two models",
+        "Leave other out, or the target.",
+    )
+
+
 def _of_model(
     model: nn.Module, image: Any, layers: RecordedLayers, heads: Heads, **about: Any
 ) -> ExplorerPage:
@@ -171,6 +200,7 @@ def _held(
     layers: RecordedLayers,
     heads: Heads,
     *,
+    wanted: tuple[Any, Method] = (None, "chefer"),
     title: str,
     name: str,
     warning: str | None,
@@ -185,6 +215,7 @@ def _held(
             *(loaded.picture, asked.shape, title, name, warning),
             *(_outliers(model, asked.images), 0, bytes_in(max_mb)),
             range_note=loaded.range_note(),
+            explained=_explained(model, asked, *wanted),
         )
         coded, whole = _coded(asked, frame)
         kept = _rows_beside(coded, frame, asked.layers)
@@ -192,6 +223,15 @@ def _held(
     kept.update(dict.fromkeys(coded, everything(asked.shape)))
     tables.update({layer: {"coded": one} for layer, one in coded.items()})
     return Held(frame, kept, dict(sorted(tables.items())), whole)
+
+
+def _explained(model: nn.Module, asked: Asked, target: Any, method: Method) -> Explained | None:
+    if target is None:
+        return None
+    found = target
+    if not isinstance(target, Relevance):
+        found = relevance(model, asked.images, target, method)
+    return explained(found, asked.shape)
 
 
 def _outliers(model: nn.Module, images: Tensor) -> ArtifactTokens | None:

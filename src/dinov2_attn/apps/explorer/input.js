@@ -118,6 +118,13 @@ function flip(name) {
   show();
 }
 
+/** Show the relevance, or what was asked before: where the token looks. */
+function showRelevance() {
+  if (!RELEVANCE) return;
+  form.elements.column.value = relevant() ? "no" : "relevance";
+  show();
+}
+
 function fade() {
   canvas.style.opacity = $("opacity").value / 100;
   $("opacity-value").textContent = `${$("opacity").value} %`;
@@ -131,6 +138,7 @@ const LETTERS = {
   c: () => digit(0),
   m: () => !$("mean").disabled && $("mean").click(),
   r: () => flip("column"),
+  t: showRelevance,
   l: () => flip("log"),
   s: nextLimits,
   p: pin,

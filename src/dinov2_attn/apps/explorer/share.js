@@ -20,6 +20,7 @@ function fragment() {
     head: view.head === MEAN ? "mean" : view.head,
     token: code(view.kept),
     ...(isOn("column") && { direction: "to" }),
+    ...(relevant() && { direction: "relevance" }),
     ...(isOn("log") && { scale: "log" }),
     ...(form.elements.limits.value !== "robust" && { limits: form.elements.limits.value }),
     ...(view.cursor !== null && { cursor: code(view.cursor) }),
@@ -57,6 +58,7 @@ function recall(hash) {
   view.kept = tokenOf(given.get("token")) ?? view.kept;
   view.cursor = tokenOf(given.get("cursor"));
   form.elements.column.value = given.get("direction") === "to" ? "yes" : "no";
+  if (RELEVANCE && given.get("direction") === "relevance") form.elements.column.value = "relevance";
   form.elements.log.value = given.get("scale") === "log" ? "yes" : "no";
   form.elements.limits.value = LIMITS.includes(given.get("limits")) ? given.get("limits") : LIMITS[0];
   if (/^\d+$/.test(given.get("opacity"))) $("opacity").value = given.get("opacity");
@@ -87,6 +89,7 @@ async function recallPin([number, headText, tokenText, direction]) {
 
 function fileName(ending) {
   const title = document.querySelector("h1").textContent.replace(/\.\w+$/, "").replace(/[^\p{L}\p{N}_-]+/gu, "-");
+  if (relevant()) return `${title}_relevance.${ending}`;
   const head = view.head === MEAN ? "mean" : `head${view.head}`;
   const parts = [title, `layer${layers[view.layer].number}`, head, code(chosen()).replace(",", "-")];
   return `${parts.join("_")}${isOn("column") ? "_to" : ""}.${ending}`;
@@ -102,17 +105,26 @@ function download(blob, name) {
 
 /** One line for each token: position, name, patch, weight, the weight × N, and its error bound. */
 function table() {
+  if (relevant()) {
+    const rows = [...RELEVANCE.line].map((value, token) => [...columnsOf(token), value].join(","));
+    return ["position,token,row,column,relevance", ...rows, ""].join("\n");
+  }
   const [layer, column] = [layers[view.layer], isOn("column")];
   const line = layer.line(view.head, chosen(), column);
   if (!line) return null;
   const rows = [...line].map((weight, token) => {
-    const patch = token - PREFIX;
-    const place = patch < 0 ? ["", ""] : [Math.floor(patch / COLUMNS), patch % COLUMNS];
     const [query, key] = column ? [token, chosen()] : [chosen(), token];
-    const name = patch < 0 ? nameOf(token) : "patch";
-    return [token, name, ...place, weight, weight * TOKENS, layer.doubt(view.head, query, key, column)].join(",");
+    const doubt = layer.doubt(view.head, query, key, column);
+    return [...columnsOf(token), weight, weight * TOKENS, doubt].join(",");
   });
   return ["position,token,row,column,weight,times_uniform,error_bound", ...rows, ""].join("\n");
+}
+
+/** Position, name, row and column of a token. */
+function columnsOf(token) {
+  const patch = token - PREFIX;
+  if (patch < 0) return [token, nameOf(token), "", ""];
+  return [token, "patch", Math.floor(patch / COLUMNS), patch % COLUMNS];
 }
 
 function saveTable() {
@@ -160,10 +172,11 @@ function captions(brush, wide, tall) {
   brush.font = "14px system-ui, sans-serif";
   brush.fillText($("low").textContent, wide + 40, tall + 62);
   brush.textAlign = "right";
-  brush.fillText(`${$("high").textContent} × uniform`, 2 * wide + 40, tall + 62);
+  brush.fillText(`${$("high").textContent} ${$("unit").textContent}`, 2 * wide + 40, tall + 62);
   brush.textAlign = "left";
   const title = document.querySelector("h1").textContent;
-  const lines = [`${title} · ${$("caption").textContent}`, document.querySelector("header p").textContent];
+  const what = relevant() ? `Relevance ${$("caption").textContent}` : $("caption").textContent;
+  const lines = [`${title} · ${what}`, document.querySelector("header p").textContent];
   if ($("warning")) lines.push($("warning").textContent);
   lines.forEach((text, i) => brush.fillText(text, 20, tall + 80 + 18 * i, 2 * wide + 20));
 }

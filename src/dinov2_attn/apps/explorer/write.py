@@ -16,12 +16,13 @@ from torch import Tensor
 from dinov2_attn._files import atomic_folder
 from dinov2_attn.apps.explorer.assemble import Held, Tables, assemble, what_is_missing
 from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, Shape, describe, left_out, plan
-from dinov2_attn.apps.explorer.content import Frame, Outliers, bytes_in
+from dinov2_attn.apps.explorer.content import Frame, Outliers, bytes_in, explained
 from dinov2_attn.apps.explorer.quantise import Table, quantise
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.places import place_of_layer
 from dinov2_attn.maps.recording import Recording
+from dinov2_attn.maps.relevance import Relevance
 from dinov2_attn.math.attention import check_heads
 from dinov2_attn.math.selection import layers_to_take
 from dinov2_attn.typing import Grid, Heads, RecordedLayers
@@ -127,6 +128,7 @@ def page_of_maps(
     outliers: Outliers | None,
     sample: int,
     max_mb: float,
+    found: Relevance | None = None,
 ) -> ExplorerPage:
     """Return the page that ``write_page`` writes."""
     if isinstance(maps, list | tuple):  # type: ignore[unreachable]  # of a list of batches
@@ -140,7 +142,10 @@ def page_of_maps(
         for layer, weights in zip(maps.numbers, maps.weights, strict=True)
     }
     shape = _shape(maps, entries)
-    frame = Frame(picture, shape, title, model, warning, outliers, sample, bytes_in(max_mb))
+    frame = Frame(
+        *(picture, shape, title, model, warning, outliers, sample, bytes_in(max_mb)),
+        explained=None if found is None else explained(found, shape, sample),
+    )
     kept = rows_to_keep(frame, list(entries))
     tables = {
         layer: quantise_layer(weights, shape.queries, kept[layer])
