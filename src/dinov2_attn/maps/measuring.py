@@ -7,20 +7,21 @@ another call of the fused kernel with other values, which makes the same product
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from dinov2_attn.backbone.layout import Layout, cut_maps
 from dinov2_attn.errors import InvalidInputError
-from dinov2_attn.math.attention import chunks, without_autocast
+from dinov2_attn.kernels.call import FusedCall
+from dinov2_attn.math.attention import chunks, may_tile, without_autocast
 from dinov2_attn.math.statistics import (
     centroid_and_spread,
-    distances,
+    distances_into,
     entropy,
 )
 from dinov2_attn.typing import Heads, Statistic
@@ -111,14 +112,16 @@ def _measured(
     limit = max(1, (TILE_BYTES if call.device.type == "cpu" else DEVICE_TILE_BYTES) // max(1, row))
     several = call.heads if together else max(1, min(call.heads, limit // max(1, call.rows)))
     step = max(1, limit // several)
-    size = several * min(step, call.rows) * call.columns
+    step = min(step, call.rows)
+    size = several * step * call.columns
     memory, other = torch.empty(2, size, dtype=dtype, device=call.device)
-    sums = _Sums(call, names, layout, 1 if together else call.heads, other)
+    rows_of = _rows_of(call)
+    sums = _Sums(call, names, layout, 1 if together else call.heads, other, step)
     for lines in chunks(call.rows, step):
         positions = torch.arange(lines.start, lines.stop, device=call.device)
         places = sums.distances(positions)
         for sample, heads in product(range(call.batch), chunks(call.heads, several)):
-            weights = call.tile(sample, heads, lines, positions, memory)
+            weights = rows_of(sample, heads, lines, positions, memory)
             if together:
                 sums.add(weights.mean(0, keepdim=True), (sample, heads, lines), places)
             else:
@@ -127,6 +130,29 @@ def _measured(
 
 
 Place = tuple[int, slice, slice]
+Rows = Callable[[int, slice, slice, Tensor, Tensor], Tensor]
+
+
+def _rows_of(call: Any) -> Rows:
+    """Return ``call.tile``, or what returns the same in less Python where nothing is masked.
+
+    A tile takes a fraction of a millisecond, so that the steps around its product count.
+    """
+    by_tile: Rows = call.tile
+    plain = isinstance(call, FusedCall) and call.bias is None and not call.is_causal
+    in_place = call.device.type in ("cpu", "cuda")  # elsewhere a softmax may not be
+    if not (plain and in_place and call.key.shape[1] == call.heads and may_tile(call.query)):
+        return by_tile
+    query, key = call.query * call.scale, call.key.transpose(2, 3)
+
+    def rows(sample: int, heads: slice, lines: slice, _: Tensor, memory: Tensor) -> Tensor:
+        part = query[sample, heads, lines]
+        shape = (*part.shape[:2], key.shape[3])
+        out = memory[: math.prod(shape)].view(shape)
+        torch.bmm(part, key[sample, heads], out=out)
+        return torch.softmax(out, -1, out=out)
+
+    return rows
 
 
 class _Sums:
@@ -144,9 +170,12 @@ class _Sums:
         layout: Layout | None,
         heads: int,
         memory: Tensor,
+        lines: int,
     ) -> None:
         self._names, self._layout, self._memory = names, layout, memory
         self._rows = call.rows
+        if "distance" in names:
+            self._distances = memory.new_zeros(lines, call.columns)
         lead = (call.batch, heads)
         shapes = {"received": (*lead, call.columns), "centroid": (*lead, call.rows, 2)}
         self.found = {
@@ -161,14 +190,12 @@ class _Sums:
         if self._layout is None or "distance" not in self._names:
             return None
         layout = self._layout
-        row, column = _cells(positions, layout, self._memory.dtype)
-        found = distances(row, column, layout.grid).flatten(1)
-        if layout.planes:
-            found = found.repeat(1, layout.per_cell)
-        elif layout.per_cell > 1:
-            found = found.repeat_interleave(layout.per_cell, 1)
         # A product of whole rows is faster than one of their patches, which begin anywhere.
-        return pad(found, (layout.prefix, layout.suffix))
+        found = self._distances[: len(positions)]
+        row, column = _cells(positions, layout, found.dtype)
+        for cells in _by_cell(found[:, _patches(layout)], layout).unbind(1):
+            distances_into(cells, row, column)
+        return found
 
     def add(self, weights: Tensor, place: Place, distances: Tensor | None) -> None:
         """Take ``weights (heads, lines, N)`` of one sample."""
@@ -205,6 +232,14 @@ def _cells(positions: Tensor, layout: Layout, dtype: torch.dtype) -> tuple[Tenso
     row, column = cell // layout.grid[1], cell % layout.grid[1]
     row, column = (one.to(dtype).masked_fill(~inside, torch.nan) for one in (row, column))
     return row, column
+
+
+def _by_cell(patches: Tensor, layout: Layout) -> Tensor:
+    """Return ``patches (lines, P)`` as a view ``(lines, k, h, w)``, k tokens of each cell."""
+    lines, each, grid = len(patches), layout.per_cell, layout.grid
+    if layout.planes:
+        return patches.view(lines, each, *grid)
+    return patches.view(lines, *grid, each).movedim(-1, 1)
 
 
 def _patches(layout: Layout) -> slice:

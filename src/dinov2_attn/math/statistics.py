@@ -26,21 +26,18 @@ def entropy(weights: Tensor, memory: Tensor | None = None) -> Tensor:
     return -logarithms.mul_(weights).sum(-1)
 
 
-def distances(rows: Tensor, columns: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the Euclidean distances from places on a patch grid to all cells.
+def distances_into(result: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Write the Euclidean distances from places on a patch grid to all cells.
 
     Args:
+        result: ``(Q, h, w)``. Fresh memory would cost more than what is written into it.
         rows: The row of each place, ``(Q,)``. NaN is no place.
         columns: The column of each place, ``(Q,)``.
-        grid: Height and width of the grid.
-
-    Returns:
-        ``(Q, h, w)``, in the dtype of ``rows``.
 
     """
-    down, right = _centres(rows, grid)
+    down, right = _centres(rows, result.shape[1:])
     down, right = (down - rows[:, None]).square(), (right - columns[:, None]).square()
-    return (down[:, :, None] + right[:, None]).sqrt_()
+    torch.add(down[:, :, None], right[:, None], out=result).sqrt_()
 
 
 def centroid_and_spread(maps: Tensor) -> tuple[Tensor, Tensor]:
