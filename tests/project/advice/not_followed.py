@@ -103,6 +103,13 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "Pass Trainer(logger=TensorBoardLogger(folder))",
         ),
     },
+    "of DICOM, which test_dicom follows where pydicom is installed": {
+        "apps/viz": (
+            "Leave it out: reports, structures and indexes have no pixels",
+            "Install it with `pip install 'dinov2-attn[dicom]'`",
+            "Check that a viewer opens it. Compressed files may need",
+        ),
+    },
     "runs a command that test_not_a_checkpoint runs": {
         "apps/weights": ("python -m torch.distributed.checkpoint.format_utils dcp_to_torch",),
     },

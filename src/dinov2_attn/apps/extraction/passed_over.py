@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 
-from dinov2_attn.apps.viz import videos
+from dinov2_attn.apps.viz import dicom, videos
 from dinov2_attn.apps.viz.opening import plugin_for, readable_suffixes
 
 # How many suffixes are listed. Some folders of data have one for each part.
@@ -17,6 +17,7 @@ LINKS = "links and devices"
 def image_suffixes() -> frozenset[str]:
     """Return the suffixes of the files in a folder that count as images, or as videos."""
     found = readable_suffixes() | {".mpo"}  # Pillow reads it as the JPEG at its start
+    found |= dicom.SUFFIXES if dicom.is_readable() else set()
     return found | videos.SUFFIXES if videos.is_readable() else found
 
 
@@ -74,6 +75,8 @@ def _needs(suffix: str) -> str | None:
     """Return the package that makes files of ``suffix`` readable, if there is one to install."""
     if suffix in videos.SUFFIXES and not videos.is_readable():
         return "av"
+    if suffix in dicom.SUFFIXES and not dicom.is_readable():
+        return dicom.PACKAGE
     return plugin_for(f"x{suffix}")
 
 

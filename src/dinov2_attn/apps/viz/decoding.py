@@ -20,7 +20,9 @@ from dinov2_attn.apps.viz.depths import (
     sixteen_bits,
     tags_of,
 )
+from dinov2_attn.apps.viz.dicom import dicom_size, is_called_dicom, is_dicom, read_dicom
 from dinov2_attn.apps.viz.opening import (
+    check_pixels,
     is_array,
     is_tiff,
     opened,
@@ -77,9 +79,13 @@ def decode(
     with reported(path, max_pixels):
         if is_array(path, content):
             return _of_array(read_array(path, content, max_pixels), path, reading)
+        if is_dicom(path, content):
+            return _of_dicom(path, content, reading, max_pixels)
         try:
             image = opened(path, content)
         except UnidentifiedImageError:
+            if is_called_dicom(path):
+                return _of_dicom(path, content, reading, max_pixels)
             if not is_tiff(path, content):
                 raise
             return _of_array(read_tiff(path, content, max_pixels), path, reading)
@@ -104,14 +110,30 @@ def stored_size(
         if is_array(path, content):
             height, width = read_array(path, content, max_pixels).shape[:2]
             return height, width
+        if is_dicom(path, content):
+            return _within(path, dicom_size(path, content), max_pixels)
         try:
             with opened(path, content) as image:
                 return image.height, image.width
         except UnidentifiedImageError:
+            if is_called_dicom(path):
+                return _within(path, dicom_size(path, content), max_pixels)
             if not is_tiff(path, content):
                 raise
             with tiff_page(path, content) as first:
                 return first.imagelength, first.imagewidth
+
+
+def _of_dicom(
+    path: Path, content: bytes | None, reading: Reading, max_pixels: int | None
+) -> Decoded:
+    _within(path, dicom_size(path, content), max_pixels)
+    return _of_array(read_dicom(path, content, reading.range), path, reading)
+
+
+def _within(path: Path, size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
+    check_pixels(path, size, max_pixels)
+    return size
 
 
 def _of_image(
