@@ -60,6 +60,26 @@ def test_maps_are_those_without_facets_and_so_are_artifacts(model, images, tmp_p
         assert one["artifacts"] == other["artifacts"]
 
 
+@pytest.mark.parametrize("kind", ["maps", "prefix", "query", "key"])
+def test_each_damaged_tensor_is_written_again_with_verify(model, images, tmp_path, kind):
+    """The header of the file is as it was: only the bytes of one tensor differ."""
+    safetensors = pytest.importorskip("safetensors")
+    options = {"facets": ["query", "key"], "shard_size": 6}
+    extract(model, images, tmp_path, **options)
+    shard = min((tmp_path / "shards").glob("*.safetensors"))
+    before = shard.read_bytes()
+    with safetensors.safe_open(shard, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors[f"1.{kind}"].view(-1)[-1] += 1
+    safetensors.torch.save_file(tensors, shard, metadata)
+    assert shard.stat().st_size == len(before)
+    with pytest.raises(UnreadableFileError, match="other bytes for image 1"):
+        AttentionDataset(tmp_path)[1]
+    assert extract(model, images, tmp_path, verify=True, **options).written == 1
+    assert len(list(AttentionDataset(tmp_path))) == 12
+
+
 def test_a_damaged_facet_is_found(model, images, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     extract(model, images, tmp_path, facets=["key"])
