@@ -110,6 +110,13 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "Check that a viewer opens it. Compressed files may need",
         ),
     },
+    "of Parquet and zarr, which test_extract_parquet and test_extract_zarr follow": {
+        "apps/extraction": (
+            "Install it with `pip install 'dinov2-attn[parquet]'`",
+            "Install it with `pip install 'dinov2-attn[zarr]'`",
+            "Store float16, or safetensors",
+        ),
+    },
     "runs a command that test_not_a_checkpoint runs": {
         "apps/weights": ("python -m torch.distributed.checkpoint.format_utils dcp_to_torch",),
     },

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dinov2_attn import _imports
 from dinov2_attn.apps.extraction import layout
 from dinov2_attn.apps.extraction.collate import collate
 from dinov2_attn.apps.extraction.frame import frame_of
+from dinov2_attn.apps.extraction.storages import opened
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError, UnreadableFileError
 from dinov2_attn.maps import _facts
 
@@ -260,7 +260,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         if name not in self._open:
             while len(self._open) >= MOST_OPEN:
                 self._open.pop(next(iter(self._open)))
-            self._open[name] = _imports.safetensors().safe_open(self.folder / name, "pt")
+            self._open[name] = opened(self.folder / name)
         return self._open[name]
 
     def _wrong(self, found: str) -> UnreadableFileError:
