@@ -43,6 +43,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/extraction/test_extract.py::test_workers_make_the_same_bytes",
         "apps/extraction/test_extract_datasets.py::test_workers_make_the_same_bytes",
         "apps/extraction/test_extract_interrupted.py",
+        "apps/extraction/test_heatmaps.py::test_without_fiftyone_the_error_names_the_extra",
         "apps/extraction/test_extract_parquet.py::test_without_pyarrow_the_error_names_the_extra",
         "apps/extraction/test_extract_zarr.py::test_a_process_that_is_killed_leaves_what_another_one_finishes",
         "apps/extraction/test_extract_zarr.py::test_without_zarr_the_error_names_the_extra",
