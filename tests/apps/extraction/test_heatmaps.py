@@ -16,7 +16,7 @@ from tests.support.tolerances import assert_close, assert_same_bits
 
 NEEDS_FIFTYONE = pytest.mark.skipif(
     importlib.util.find_spec("fiftyone") is None,
-    reason="fiftyone, a gigabyte, is not installed: the map and its range are tested without it",
+    reason="fiftyone (0.7 GB) is not installed: the map and its range are tested without it",
 )
 
 

@@ -133,6 +133,13 @@ def test_names_are_by_layer_head_query_and_image(first):
     assert each.names == [f"attention/layer2/head{i}/cls/0" for i in (0, 1)]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_any_dtype_is_drawn(first, dtype):
+    to = Pages()
+    assert AttentionLogger(build(first).to(dtype), INPUT, to)(0)
+    assert len(to.pages) == 1
+
+
 def test_every_kind_of_image_is_taken(first, tmp_path):
     path = draw(tmp_path / "a.png", (4, 6), 0)
     with Image.open(path) as opened:
@@ -220,10 +227,15 @@ def by_block(model):
 def test_a_compiled_training_is_the_same(first, wrap, installed):
     if installed:
         dinov2_attn.install()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
     without, _ = trained(first, wrap=wrap)
+    compiled = graphs["unique_graphs"]
     torch._dynamo.reset()
+    graphs.clear()
     left, to = trained(first, every=2, wrap=wrap)
     assert_same_bits(left, without)
+    assert graphs["unique_graphs"] == compiled > 0
     assert to.steps == [0, 2, 4]
 
 
