@@ -30,6 +30,9 @@ NOT_RUN = {
     "pytest --pyargs dinov2_attn.conformance": "minutes; tests/proof/test_conformance.py",
     "dinov2-attn verify": "minutes; tests/proof/test_verify.py",
     "dinov2-attn export": "needs onnxruntime; tests/apps/export/test_onnx.py",
+    "dinov2-attn extract photos -o out-tables": (
+        "needs pyarrow and zarr; tests/apps/extraction/test_extract_zarr.py and …_parquet.py"
+    ),
     "torchrun": "eight GPUs; tests/apps/extraction/test_extract_ranks.py",
     "tools/wild": "minutes; tests/wild/test_wild.py",
 }

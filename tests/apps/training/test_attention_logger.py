@@ -111,7 +111,8 @@ def test_it_draws_what_attention_maps_returns(first, installed, monkeypatch):
     if installed:
         dinov2_attn.install()
     model = build(first).train()
-    AttentionLogger(model, INPUT, Pages(), layers=None, queries=["cls", (1, 2)])(7)
+    with torch.autocast("cpu", torch.bfloat16):  # which pictures do without
+        AttentionLogger(model, INPUT, Pages(), layers=None, queries=["cls", (1, 2)])(7)
     maps = attention_maps(model.eval(), INPUT[None], queries=[0, 6])
     assert len(drawn) == 6
     assert_close(list(drawn[0].weights), list(maps.weights))
@@ -131,6 +132,13 @@ def test_names_are_by_layer_head_query_and_image(first):
     each = Pages()
     AttentionLogger(build(first), INPUT, each, heads=None)(0)
     assert each.names == [f"attention/layer2/head{i}/cls/0" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_any_dtype_is_drawn(first, dtype):
+    to = Pages()
+    assert AttentionLogger(build(first).to(dtype), INPUT, to)(0)
+    assert len(to.pages) == 1
 
 
 def test_every_kind_of_image_is_taken(first, tmp_path):
@@ -220,10 +228,15 @@ def by_block(model):
 def test_a_compiled_training_is_the_same(first, wrap, installed):
     if installed:
         dinov2_attn.install()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
     without, _ = trained(first, wrap=wrap)
+    compiled = graphs["unique_graphs"]
     torch._dynamo.reset()
+    graphs.clear()
     left, to = trained(first, every=2, wrap=wrap)
     assert_same_bits(left, without)
+    assert graphs["unique_graphs"] == compiled > 0
     assert to.steps == [0, 2, 4]
 
 

@@ -71,6 +71,18 @@ case(
 )
 
 case(
+    "apps/extraction",
+    "Leave it out for safetensors.",
+    lambda lab: extracted(lab, format="npz"),
+    lambda lab: extracted(lab),
+)
+case(
+    "apps/extraction",
+    "Leave it out for index.jsonl alone.",
+    lambda lab: extracted(lab, index="csv"),
+    lambda lab: extracted(lab),
+)
+case(
     "apps/export",
     "Name layers first: last, all, or numbers from 0 on. Try last:cls",
     lambda lab: read_asked("cls"),

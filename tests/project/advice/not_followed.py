@@ -110,6 +110,16 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "Check that a viewer opens it. Compressed files may need",
         ),
     },
+    "of Parquet, zarr and FiftyOne: test_extract_parquet, …_zarr and test_heatmaps follow it": {
+        "apps/extraction": (
+            "Install it with `pip install 'dinov2-attn[parquet]'`",
+            "Install it with `pip install 'dinov2-attn[zarr]'`",
+            "Store float16, or safetensors",
+            "Install it with `pip install 'dinov2-attn[fiftyone]'`",
+            'Say which: query="cls" or query=(3, 17)',
+            "Name the folder that the paths of the index are below",
+        ),
+    },
     "runs a command that test_not_a_checkpoint runs": {
         "apps/weights": ("python -m torch.distributed.checkpoint.format_utils dcp_to_torch",),
     },

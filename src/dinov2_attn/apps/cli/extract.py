@@ -77,6 +77,20 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     add_queries(group)
     group.add_argument("--heads", choices=("each", "mean"), default="each", help=HEADS)
     group.add_argument(
+        "--format",
+        choices=("safetensors", "zarr"),
+        default="safetensors",
+        help="The files of the maps: safetensors, or zarr arrays, which need `pip install "
+        "'dinov2-attn[zarr]'`. Default: safetensors.",
+    )
+    group.add_argument(
+        "--index",
+        choices=("jsonl", "parquet"),
+        default="jsonl",
+        help="Write index.parquet beside index.jsonl. Needs `pip install 'dinov2-attn[parquet]'`. "
+        "Default: jsonl.",
+    )
+    group.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
@@ -182,6 +196,8 @@ def run(args: argparse.Namespace) -> int:
             queries=args.queries or "cls",
             heads="mean" if args.heads == "mean" else None,
             dtype=args.dtype,
+            format=args.format,
+            index=args.index,
             grid=args.grid,
             artifacts=args.artifacts,
             facets=args.facets,

@@ -77,6 +77,8 @@ def readme(about: dict[str, Any]) -> str:
         maps=", ".join(tensors["maps"]),
         prefix=", ".join(tensors["prefix"]),
         rows="\n".join(_rows(about)),
+        shards=_SHARDS[about["options"]["format"]],
+        reading=_READING[about["options"]["format"]],
     )
 
 
@@ -117,7 +119,7 @@ _TEXT = """\
 |---|---|
 | `index.jsonl` | one line of JSON for each image with maps |
 | `unreadable.jsonl` | one line for each image without, with the reason |
-| `shards/*.safetensors` | the tensors `N.maps` and `N.prefix` of image number N |
+{shards}
 | `shards/*.jsonl` | the lines of the images of one shard |
 | `extraction.json` | the model, the options, axes and preprocessing |
 
@@ -147,12 +149,34 @@ dataset.maps(0)  # the same with its layout, for dinov2_attn.viz
 Without the package:
 
 ```python
+{reading}```
+"""
+
+_SHARDS = {
+    "safetensors": (
+        "| `shards/*.safetensors` | the tensors `N.maps` and `N.prefix` of image number N |"
+    ),
+    "zarr": (
+        "| `shards/*.zarr.zip` | zarr arrays `K/maps` and `K/prefix` with a row for each image, "
+        "whose numbers N are in `K/number`; each K has images of one size |"
+    ),
+}
+
+_READING = {
+    "safetensors": """\
 import json, pathlib
 from safetensors import safe_open
 
 for line in pathlib.Path("index.jsonl").read_text().splitlines():
     image = json.loads(line)
     with safe_open(image["shard"], "pt") as shard:
-        maps = shard.get_tensor(f"{{image['number']}}.maps")
-```
-"""
+        maps = shard.get_tensor(f"{image['number']}.maps")
+""",
+    "zarr": """\
+import pathlib, zarr
+
+for path in sorted(pathlib.Path("shards").glob("*.zarr.zip")):
+    for group in zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r").groups():
+        numbers, maps = group[1]["number"][:], group[1]["maps"]  # a row of maps for each number
+""",
+}

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Paths of files, or a dataset of torch's kind: anything with items and a length.
 Source = Any
+Format = Literal["safetensors", "zarr"]
+Index = Literal["jsonl", "parquet"]
 # None, a position, a slice, text of the grammar of tokens, or a sequence of these and of patches.
 TokenQueries = SupportsIndex | slice | str | Sequence[Any] | None
 
@@ -40,6 +42,8 @@ class ExtractOptions(TypedDict, total=False):
     artifacts: bool
     facets: Sequence[Facet] | Facet
     statistics: Sequence[Statistic] | Statistic
+    format: Format
+    index: Index
     image_size: ImageSize
     max_pixels: int | None
     every: int
@@ -102,6 +106,8 @@ def extract(
     artifacts: bool = False,
     facets: Sequence[Facet] | Facet = (),
     statistics: Sequence[Statistic] | Statistic = (),
+    format: Format = "safetensors",
+    index: Index = "jsonl",
     image_size: ImageSize = None,
     max_pixels: int | None = None,
     every: int = 1,
@@ -162,6 +168,10 @@ def extract(
             N, 2)``. Without heads for their mean. On another ``grid`` a patch has the mean of what
             lies in it (the sum for ``"received"``). Places and distances stay in patches that the
             model saw. Each image then runs through the whole model, as for ``facets``.
+        format: The files of the maps: ``"safetensors"``, or ``"zarr"`` for zarr arrays
+            (``dinov2-attn[zarr]``), which have no bfloat16.
+        index: ``"parquet"`` for an ``index.parquet`` beside ``index.jsonl``, with the columns of
+            ``AttentionDataset.frame`` (``dinov2-attn[parquet]``).
         image_size: The length of the short side in pixels, or ``(height, width)``. By default
             the size of the image, up to 518.
         max_pixels: The maximum number of pixels. Larger images count as unreadable.
@@ -203,6 +213,7 @@ def extract(
     _imports.require("torchvision", "PIL", "tqdm", "safetensors", "filelock")
     from dinov2_attn.apps.extraction.job import Job
     from dinov2_attn.apps.extraction.options import at_least, check_options
+    from dinov2_attn.apps.extraction.parquet import check_index
     from dinov2_attn.apps.extraction.plan import NO_MEANING
     from dinov2_attn.apps.extraction.sources import source_of
     from dinov2_attn.apps.viz.videos import sampling_of
@@ -239,11 +250,24 @@ def extract(
         std=std,
         batch_size=batch_size,
         shard_size=shard_size,
+        format=format,
     )
+    parquet = check_index(index)
     workers = at_least(0, workers, "workers")
     given = source_of(source, transform, sampling_of(at_least(1, every, "every"), fps))
     warning = NO_MEANING if random else warning
     job = Job(
-        model, given, Path(out), options, workers, strict, retry, verify, progress, name, warning
+        model,
+        given,
+        Path(out),
+        options,
+        workers,
+        strict,
+        retry,
+        verify,
+        progress,
+        name,
+        warning,
+        parquet,
     )
     return job.preview() if dry_run else job.run()

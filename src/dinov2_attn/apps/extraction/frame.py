@@ -27,7 +27,9 @@ def frame_of(entries: Iterable[dict[str, Any]], layers: Sequence[int]) -> pandas
         raise UnavailableError(
             "the library pandas", str(error), "Install it with `pip install 'dinov2-attn[pandas]'`."
         ) from error
-    table = pandas.DataFrame([_row(entry, layers) for entry in entries], columns=_columns(layers))
+    table = pandas.DataFrame(
+        [row_of(entry, layers) for entry in entries], columns=columns_of(layers)
+    )
     # An image may have no report, and a number that is missing would make all of them floats.
     return table.astype({"artifacts": "Int64"})
 
@@ -37,14 +39,16 @@ def artifacts_in(entry: dict[str, Any]) -> int | None:
     return None if entry["artifacts"] is None else len(entry["artifacts"]["tokens"])
 
 
-def _columns(layers: Sequence[int]) -> list[str]:
+def columns_of(layers: Sequence[int]) -> list[str]:
+    """Return the names of the columns."""
     numbers = [f"{name}_{layer}" for name in EACH_LAYER for layer in layers]
     sides = ["height", "width", "rows", "columns"]
     digests = ["shard", "sha256", "checksum"]
     return ["number", "source", "path", *sides, *numbers, "artifacts", *digests]
 
 
-def _row(entry: dict[str, Any], layers: Sequence[int]) -> list[Any]:
+def row_of(entry: dict[str, Any], layers: Sequence[int]) -> list[Any]:
+    """Return the row of an image, in the order of the columns."""
     numbers = [number for name in EACH_LAYER for number in _floats(entry[name])[: len(layers)]]
     return [
         *(entry[key] for key in ("number", "source", "path")),

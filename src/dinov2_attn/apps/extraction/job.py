@@ -19,6 +19,7 @@ from dinov2_attn.apps.extraction import shards
 from dinov2_attn.apps.extraction.distributed import Ranks, ranks
 from dinov2_attn.apps.extraction.layout import LOCK
 from dinov2_attn.apps.extraction.options import Options
+from dinov2_attn.apps.extraction.parquet import write_parquet
 from dinov2_attn.apps.extraction.passed_over import Sieve, describe
 from dinov2_attn.apps.extraction.plan import Plan, plan
 from dinov2_attn.apps.extraction.preview import Preview, preview
@@ -88,6 +89,7 @@ class Job:
     progress: bool
     name: str | None
     warning: str | None
+    parquet: bool = False
 
     def run(self) -> Summary:
         """Write the missing shards, and the index when all are finished."""
@@ -173,7 +175,9 @@ class Job:
 
     def _end(self, made: Plan) -> Counter[str]:
         with writing_to(self.folder):
-            return shards.merge(self.folder, made.shards)
+            stages = shards.merge(self.folder, made.shards)
+            write_parquet(self.folder, made.about, asked=self.parquet)
+            return stages
 
     def _bar(self, group: Ranks, total: int) -> tqdm[Any]:
         label = f"process 1 of {group.world}" if group.world > 1 else None

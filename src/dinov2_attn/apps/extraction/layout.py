@@ -4,6 +4,8 @@
 
     OUT/extraction.json            everything that decides the bytes of the other files
     OUT/README.md                  the same for readers: files, axes, preprocessing
+    OUT/index.parquet              the same as a table, if it was asked for
+    OUT/shards/00000.zarr.zip      the same tensors as zarr arrays, if they were asked for
     OUT/shards/00000.safetensors   tensors "N.maps" and "N.prefix" for image number N, "N.key",
                                    "N.entropy" and so on if facets or statistics were asked for,
                                    and as metadata axes, preprocessing and the sha256 of its index

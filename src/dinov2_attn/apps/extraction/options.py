@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dinov2_attn.apps.extraction.storages import check_format
 from dinov2_attn.apps.viz.images import LARGEST_SHORT_SIDE, ImageSize
 from dinov2_attn.apps.viz.reading import IMAGENET, Numbers, Reading, reading_for
 from dinov2_attn.apps.viz.tokens import as_texts, check_queries, count
@@ -48,6 +49,7 @@ class Options:
     reading: Reading = IMAGENET
     facets: tuple[Facet, ...] = ()
     statistics: tuple[Statistic, ...] = ()
+    format: str = "safetensors"
 
 
 def check_options(
@@ -67,6 +69,7 @@ def check_options(
     std: Numbers = None,
     facets: Sequence[Facet] | Facet = (),
     statistics: Sequence[Statistic] | Statistic = (),
+    format: str = "safetensors",
     **others: Any,
 ) -> Options:
     """Return the options for ``model``; raise ``InvalidInputError`` if one is wrong."""
@@ -94,6 +97,7 @@ def check_options(
         reading=reading_for(geometry.channels, range, mean, std),
         facets=check_facets(facets),
         statistics=check_statistics(statistics),
+        format=check_format(format, dtype),
         **others,
     )
     weights, stored = _bytes_of_one(model, options)

@@ -6,7 +6,7 @@ import copy
 import difflib
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import index
 from os import PathLike
 from pathlib import Path
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dinov2_attn import _imports
 from dinov2_attn.apps.extraction import layout
 from dinov2_attn.apps.extraction.collate import collate
 from dinov2_attn.apps.extraction.frame import frame_of
+from dinov2_attn.apps.extraction.storages import opened
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError, UnreadableFileError
 from dinov2_attn.maps import _facts
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     import pandas
 
     from dinov2_attn.apps.extraction.contact_sheet import ContactSheet, SortKey
+    from dinov2_attn.apps.extraction.heatmaps import Images
     from dinov2_attn.maps.attention_maps import AttentionMaps
+    from dinov2_attn.maps.places import Head
+    from dinov2_attn.math.token_names import Token
 
 # An image by its number in the dataset, or by its path.
 Key = SupportsIndex | str | PathLike[str]
@@ -156,6 +159,46 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         """
         return frame_of(self.entries(), self.about["tensors"]["layers"])
 
+    def fiftyone(
+        self,
+        images: Images,
+        samples: Iterable[Any] | None = None,
+        *,
+        field: str = "attention",
+        layer: int | None = None,
+        head: Head = "mean",
+        query: Token | None = None,
+        folder: str | Path | None = None,
+    ) -> list[Any]:
+        """Return samples of FiftyOne with the maps as heatmaps.
+
+        >>> dataset = fo.Dataset("photos")
+        >>> dataset.add_samples(AttentionDataset("out").fiftyone("photos"))
+        >>> AttentionDataset("out").fiftyone("photos", dataset)  # of samples that are there
+
+        A heatmap has the attention weights of the patches, and ends at the highest of them.
+        FiftyOne draws it over the whole image, so that it is up to a patch too wide where the
+        extraction cropped. Frames of videos are left out.
+
+        Args:
+            images: The folder of the images, or a folder for each source by its name.
+            samples: A dataset, a view or samples of FiftyOne, which get the heatmaps by their
+                files. By default new samples are made.
+            field: The name of the field.
+            layer: One of the layers that are stored, by default the last.
+            head: The number of a head, or ``"mean"``.
+            query: ``"cls"``, ``"register:2"``, a patch or a position; by default the only one.
+            folder: Where to write maps as PNG files. By default they are part of the samples.
+
+        Raises:
+            UnavailableError: If fiftyone is missing.
+            InvalidInputError: If an image is not there, or several queries are stored.
+
+        """
+        from dinov2_attn.apps.extraction.heatmaps import samples_of
+
+        return samples_of(self, images, samples, field, layer, head, query, folder)
+
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield the line of the index of each image."""
         with (self.folder / layout.INDEX).open("rb") as file:
@@ -260,7 +303,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         if name not in self._open:
             while len(self._open) >= MOST_OPEN:
                 self._open.pop(next(iter(self._open)))
-            self._open[name] = _imports.safetensors().safe_open(self.folder / name, "pt")
+            self._open[name] = opened(self.folder / name)
         return self._open[name]
 
     def _wrong(self, found: str) -> UnreadableFileError:

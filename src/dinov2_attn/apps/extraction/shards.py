@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2_attn import _imports
 from dinov2_attn._files import UNFINISHED, atomic_file
 from dinov2_attn.apps.extraction.decode import Refused
 from dinov2_attn.apps.extraction.described import metadata_of, readme
@@ -31,6 +30,7 @@ from dinov2_attn.apps.extraction.layout import (
     read_about,
 )
 from dinov2_attn.apps.extraction.plan import Plan, differences
+from dinov2_attn.apps.extraction.storages import SUFFIXES, encoded, opened
 from dinov2_attn.errors import InvalidInputError
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def finished(folder: Path, plan: Plan, verify: bool = False) -> list[int]:
 
 
 def _is_finished(folder: Path, plan: Plan, shard: int, verify: bool) -> bool:
-    path, index = _paths(folder, shard)
+    path, index = _paths(folder, shard, plan.about["options"]["format"])
     if not index.exists():
         return False
     try:
@@ -101,7 +101,7 @@ def _is_whole(
 ) -> bool:
     entries = [line for line in lines if "shard" in line]
     expected = {name for entry in entries for name in names(entry)}
-    with _imports.safetensors().safe_open(path, "pt") as file:
+    with opened(path) as file:
         if file.metadata() != metadata or set(file.keys()) != expected:
             return False
         return not verify or all(_is_stored(file, entry) for entry in entries)
@@ -116,7 +116,8 @@ def write(
     folder: Path, plan: Plan, shard: int, batches: list[BatchMaps], refused: list[Refused]
 ) -> int:
     """Write a shard, then its index; return the number of bytes."""
-    path, index = _paths(folder, shard)
+    form = plan.about["options"]["format"]
+    path, index = _paths(folder, shard, form)
     tensors: dict[str, Tensor] = {}
     lines = [_refusal(one) for one in refused]
     for batch in batches:
@@ -128,7 +129,7 @@ def write(
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     metadata = metadata_of(plan.about, text.encode())
     with atomic_file(path) as unfinished:
-        unfinished.write_bytes(_imports.safetensors().torch.save(tensors, metadata))
+        unfinished.write_bytes(encoded(form, tensors, metadata))
     _write(index, text)
     return path.stat().st_size + index.stat().st_size
 
@@ -209,9 +210,9 @@ def _refusal(refused: Refused) -> dict[str, Any]:
     }
 
 
-def _paths(folder: Path, shard: int) -> tuple[Path, Path]:
+def _paths(folder: Path, shard: int, form: str = "safetensors") -> tuple[Path, Path]:
     path = folder / SHARDS / f"{shard:05d}"
-    return path.with_suffix(".safetensors"), path.with_suffix(".jsonl")
+    return path.with_suffix(SUFFIXES[form]), path.with_suffix(".jsonl")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
