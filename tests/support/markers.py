@@ -79,6 +79,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "maps/test_results.py::test_a_line_imports_no_pictures",
         "maps/test_results.py::test_without_matplotlib_there_is_a_table_and_no_picture",
         "project/test_imports.py",
+        "project/test_notebooks.py",
         "project/test_patches.py::test_the_first_patch_equals_the_grafts_on_pypis_first_commit",
         "project/test_project_files.py::test_no_file_is_larger_than_the_hook_lets_pass",
         "project/test_project_files.py::test_commands_that_forms_name_exist",

@@ -375,18 +375,18 @@ case(
 
 
 def two(lab, first, **options):
-    return viz.explore(first, lab.photograph, other=lab.model, **options)
+    return viz.explore(first, lab.photograph, other=lab.small, **options)
 
 
 case(
     "apps/explorer",
     "Of maps, draw a picture: viz.compare(a, b)",
     lambda lab: two(lab, lab.maps()),
-    lambda lab: [two(lab, lab.model), viz.compare(lab.maps(), lab.maps())],
+    lambda lab: [two(lab, lab.small), viz.compare(lab.maps(), lab.maps())],
 )
 case(
     "apps/explorer",
     "Give B an image of another size",
-    lambda lab: two(lab, lab.model, other_image=lab.photograph[:2]),
-    lambda lab: two(lab, lab.model, other_image=lab.photograph),
+    lambda lab: two(lab, lab.small, other_image=lab.photograph[:2]),
+    lambda lab: two(lab, lab.small, other_image=lab.photograph),
 )
