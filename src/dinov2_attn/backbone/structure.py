@@ -179,7 +179,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             before = f"{path}." if path else ""
             left += [
                 (before + name, child)
-                for name, child in reversed(submodules(module).items())
+                for name, child in reversed([*submodules(module).items()])
                 if child is not None and submodules(child)
             ]
 
