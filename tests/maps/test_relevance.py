@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -241,6 +242,11 @@ def test_a_class_by_its_number(classified):
     assert_close(each[0], expected.weights[0])
     assert_close(each[1:], relevance(model, images[1:], 1).weights)
     assert_close(relevance(model, images, [3, 1]).weights, each)
+    for numbers in (np.array([3, 1]), [np.int64(3), 1]):
+        found = relevance(model, images, numbers)
+        assert_close(found.weights, each)
+        assert found.target == ("class 3", "class 1")
+    assert relevance(model, images, np.int64(3)).target == ("class 3",)
 
 
 def test_a_class_of_a_model_that_returns_logits_by_name(classified):
@@ -377,6 +383,16 @@ WRONG = {
     "classes": (InvalidInputError, lambda m, x: relevance(m, x, [1, 2, 3]), "2 images"),
     "name": (InvalidInputError, lambda m, x: relevance(m, x, "cat"), "class number"),
     "bool": (InvalidInputError, lambda m, x: relevance(m, x, True), "class number"),
+    "another graph": (
+        NotRecordedError,
+        lambda m, x: relevance(m, x, lambda out: torch.ones(len(out)).requires_grad_()),
+        "none of its layers",
+    ),
+    "floats": (
+        InvalidInputError,
+        lambda m, x: relevance(m, x, np.array([3.0, 1.0])),
+        "class number",
+    ),
     "constant": (
         InvalidInputError,
         lambda m, x: relevance(m, x, lambda out: torch.ones(len(out))),

@@ -19,6 +19,7 @@ from dinov2_attn.grafting.channel import prove_once
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.maps.calls import Calls
 from dinov2_attn.maps.gradients import check_differentiable
+from dinov2_attn.maps.layers import some_of
 from dinov2_attn.maps.tiles import tiles
 from dinov2_attn.typing import Layer
 
@@ -116,9 +117,16 @@ class GradedCalls(Calls):
 
         """
         torch.autograd.grad(total, by, retain_graph=retain, allow_unused=True)
-        if missing := [self.names[number] for number in wanted if number not in self.gradients]:
+        missing = [self.names[number] for number in wanted if number not in self.gradients]
+        if missing and len(missing) == len(wanted) > 1:
+            raise NotRecordedError(
+                "a target that depends on what the model returned",
+                "one that depends on none of its layers",
+                "Compute it from the output: lambda output: output[:, 3].",
+            )
+        if missing:
             raise NotRecordedError(
                 "a target that depends on each of the layers",
-                f"one that does not depend on {', '.join(map(str, missing))}",
+                f"one that does not depend on {some_of(missing)}",
                 "Name the layers that it depends on: layers=[...].",
             )

@@ -113,9 +113,16 @@ def in_words(target: Any, layout: Layout) -> tuple[str, ...]:
         return ("the similarity to an embedding",)
     if callable(target):
         return ("a function of the output",)
-    given = target.tolist() if isinstance(target, Tensor) else target
+    given = _plain(target)
     several = isinstance(given, list | tuple)
     return tuple(f"class {number}" for number in (given if several else [given]))
+
+
+def _plain(target: Any) -> Any:
+    """Return the class numbers of a tensor, or of an array or number of NumPy, as plain ones."""
+    if isinstance(target, list | tuple):
+        return [_plain(one) for one in target]
+    return target.tolist() if hasattr(target, "tolist") else target
 
 
 def _token_name(token: Any, layout: Layout) -> str:
@@ -169,7 +176,7 @@ def _cosine(embedding: Tensor, output: Any, images: int) -> Tensor:
 
 
 def _class(target: Any, output: Any, images: int) -> Tensor:
-    given = target.tolist() if isinstance(target, Tensor) else target
+    given = _plain(target)
     numbers = list(given) if isinstance(given, list | tuple) else [given] * images
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in numbers):
         raise InvalidInputError(

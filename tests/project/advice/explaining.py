@@ -85,6 +85,14 @@ case(
 )
 
 
+case(
+    "maps",
+    "Compute it from the output: lambda output: output[:, 3]",
+    lambda lab: relevance(lab.model, lab.x, lambda _: lab.x.sum((1, 2, 3)).requires_grad_()),
+    lambda lab: relevance(lab.model, lab.x, lambda output: output[:, 3]),
+)
+
+
 def made_without_autograd(lab):
     with torch.inference_mode():
         relevance(build(lab.upstream), lab.x, lambda output: output[:, 0])
