@@ -1,10 +1,10 @@
 """Making the weights beside a fused kernel a part of the graph of what it returned.
 
 A fused kernel makes no weights, so its output does not depend on those that are computed beside it.
-A link is the same output with an edge to them. In a backward pass they are given
-``d output @ valueᵀ``, the gradient that explicit attention has there. The kernel itself passes it
-on to query and key, so a hook takes it off again before the weights do. What else is made of the
-weights has its gradients as before.
+A link is the same output with an edge to them. In a backward pass it gives them
+``d output @ valueᵀ``, the gradient that explicit attention has there. The kernel's own backward
+gives query and key what follows from that. So a hook removes it behind the weights, before it goes
+on to query and key a second time. What else is made of the weights has its gradients as before.
 """
 
 from __future__ import annotations
