@@ -99,7 +99,7 @@ def statistics(
     names = check_statistics(of)
     if not names:
         raise InvalidInputError(
-            "at least one statistic", f"of={of!r}", f"Name some of {', '.join(STATISTICS)}."
+            "at least one statistic", f"of={of!r}", "Leave of= out for all of them."
         )
     pairs = batches_of(model, images, masks)
     check_depth(model)

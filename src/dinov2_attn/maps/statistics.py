@@ -84,7 +84,7 @@ class Statistics(Result, Generic[W]):
         raise InvalidInputError(
             f"the statistic {name!r}",
             f"statistics of {', '.join(map(repr, self.values)) or 'none'}",
-            f"Ask for some of {', '.join(map(repr, STATISTICS))}.",
+            "Measure it too: name it in of=, or in statistics= of record and extract.",
         )
 
     def patch_maps(self, name: Statistic) -> tuple[W, ...]:

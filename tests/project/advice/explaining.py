@@ -1,11 +1,11 @@
-"""Advice about gradients, facets and relevance."""
+"""Advice about gradients, facets, relevance and statistics."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from dinov2_attn import record, relevance, rollout, token_similarity
+from dinov2_attn import record, relevance, rollout, statistics, token_similarity, viz
 from tests.project.advice.recordings import recorded
 from tests.support.advice import Table
 from tests.support.recordings import build
@@ -178,6 +178,102 @@ case(
     'record(model, facets=("query", "key", "value"))',
     lambda _: facets_of("key").facet("value"),
     lambda _: facets_of("query", "key", "value").facet("value"),
+)
+
+
+def statistics_of(*names, **how):
+    model, tokens = nn.Sequential(Fused()), torch.zeros(1, 5, 4)
+    return recorded(model, lambda: model(tokens), statistics=names, **how).statistics
+
+
+PLACED = {"grid": (2, 2), "prefix": 1}
+
+case(
+    "maps",
+    'Say ("entropy", "distance"), for instance',
+    lambda _: statistics_of("entropies", **PLACED),
+    lambda _: statistics_of("entropy", "distance", **PLACED),
+)
+case(
+    "maps",
+    "record(model, grid=(h, w), prefix=p, statistics=...)",
+    lambda _: statistics_of("spread"),
+    lambda _: (statistics_of("spread", **PLACED), statistics_of("entropy", "received")),
+)
+case(
+    "maps",
+    "Measure it too: name it in of=",
+    lambda _: statistics_of("entropy")["distance"],
+    lambda _: statistics_of("distance", **PLACED)["distance"],
+)
+case(
+    "maps",
+    'Take its entries: statistics["centroid"]',
+    lambda _: statistics_of("centroid", **PLACED).by_head("centroid"),
+    lambda _: statistics_of("centroid", **PLACED)["centroid"],
+)
+case(
+    "maps",
+    "pass queries=None for all tokens",
+    lambda _: statistics_of("entropy").by_head("entropy"),
+    lambda _: statistics_of("entropy").by_head("entropy", queries=None),
+)
+case(
+    "maps",
+    'record(model, statistics=("entropy", "distance"))',
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x)).statistics,
+    lambda lab: (
+        recorded(lab.model, lambda: lab.model(lab.x), statistics=("entropy", "distance")).statistics
+    ),
+)
+case(
+    "maps",
+    "Leave of= out for all of them",
+    lambda lab: statistics(lab.model, lab.x, ()),
+    lambda lab: statistics(lab.model, lab.x),
+)
+
+
+class Crossed(nn.Module):
+    """Attention of some tokens to others."""
+
+    num_heads = 1
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).chunk(3, -1)
+        query = query[:, :2]
+        return self.proj(nn.functional.scaled_dot_product_attention(query, key, value))
+
+
+def crossed(*names):
+    model, tokens = nn.Sequential(Crossed()), torch.zeros(1, 5, 4)
+    return recorded(model, lambda: model(tokens), statistics=names, **PLACED).statistics
+
+
+case(
+    "maps",
+    "Leave 'distance' out for this layer",
+    lambda _: crossed("distance", "spread"),
+    lambda _: crossed("spread", "entropy"),
+)
+case(
+    "apps/viz",
+    "draw one of them, such as found[0]",
+    lambda lab: viz.plot_statistics(statistics(lab.model, [lab.x])),
+    lambda lab: viz.plot_statistics(statistics(lab.model, [lab.x])[0]),
+)
+case(
+    "apps/viz",
+    "Measure one of them, or draw viz.plot_received",
+    lambda lab: viz.plot_statistics(statistics(lab.model, lab.x, "received")),
+    lambda lab: (
+        viz.plot_statistics(statistics(lab.model, lab.x, "entropy")),
+        viz.plot_received(statistics(lab.model, lab.x, "received")),
+    ),
 )
 case(
     "kernels",

@@ -12,7 +12,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "grafting": ("Pass the position of the token that you mean, or slice(None) for all",),
     },
     "of facets of several kinds of attention, which attention_maps refuses in the same way": {
-        "apps/extraction": ("or leave facets out",),
+        "apps/extraction": ("or leave facets and statistics out",),
     },
     "of biases and lists of tensors, which test_bias, test_call and test_nested follow": {
         "math": (
