@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import random
+import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
+ImageCall = Callable[[torch.Tensor], object]
 
 
 def ratios(
@@ -37,6 +42,57 @@ def ratios(
             seconds.append(_seconds(call))
         found[name].append(seconds[1] / seconds[0])
     return {name: statistics.median(values) for name, values in found.items()}
+
+
+@dataclass(frozen=True)
+class Looped:
+    """What one image of a loop took: medians.
+
+    Attributes:
+        ratio: The time in terms of that of the base, right before on the same image.
+        system: Seconds in the operating system.
+        faults: Page faults.
+        inside: What ``inside`` counted, in terms of the time of the base.
+
+    """
+
+    ratio: float
+    system: float
+    faults: float
+    inside: float
+
+
+def loop(
+    base: ImageCall,
+    calls: dict[str, ImageCall],
+    images: Sequence[torch.Tensor],
+    *,
+    rounds: int,
+    before: Callable[[str | None], None] = lambda name: None,
+    inside: Callable[[], float] = lambda: 0.0,
+) -> dict[str, Looped]:
+    """Return what calls take in a loop over ``images``, as a user runs them.
+
+    In every round all calls run, in random order: each on two images one after the other, of which
+    the second is timed, right after ``base`` on the same image. The results of each call are let go
+    before the next. ``inside()`` is read around each call.
+    """
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
+    endless = itertools.cycle(images)
+    for name in _shuffled(list(calls), rounds):
+        for image in itertools.islice(endless, 2):
+            before(None)
+            seconds = _seconds(partial(base, image))
+            before(name)
+            counted, start = inside(), resource.getrusage(resource.RUSAGE_SELF)
+            own = _seconds(partial(calls[name], image))
+            end = resource.getrusage(resource.RUSAGE_SELF)
+        counts = (end.ru_stime - start.ru_stime, end.ru_minflt - start.ru_minflt)
+        found[name].append((own / seconds, *counts, (inside() - counted) / seconds))
+    return {
+        name: Looped(*map(statistics.median, zip(*all_, strict=True)))
+        for name, all_ in found.items()
+    }
 
 
 def medians(calls: dict[str, Call], *, rounds: int) -> dict[str, float]:

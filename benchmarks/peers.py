@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Call = Callable[[], object]
+ImageCall = Callable[[Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Size:
 SMALL, BASE = Size("vit_small", 384, 6), Size("vit_base", 768, 12)
 
 
-def peers(size: Size, images: Tensor) -> dict[str, Call]:
-    """Return a call for each peer that is installed, answering for ``images``."""
-    found: dict[str, Call] = {}
+def peers(size: Size, images: Tensor) -> dict[str, ImageCall]:
+    """Return a call for each peer that is installed, for images of the size of ``images``."""
+    found: dict[str, ImageCall] = {}
     for build in (_transformers, _timm):
         try:
             found |= build(size, images)
@@ -41,7 +41,7 @@ def peers(size: Size, images: Tensor) -> dict[str, Call]:
     return found
 
 
-def _transformers(size: Size, images: Tensor) -> dict[str, Call]:
+def _transformers(size: Size, images: Tensor) -> dict[str, ImageCall]:
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
     config = Dinov2WithRegistersConfig(
@@ -55,10 +55,10 @@ def _transformers(size: Size, images: Tensor) -> dict[str, Call]:
     )
     model = Dinov2WithRegistersModel(config).to(images).eval()
     ask = {"output_attentions": True}
-    return {"transformers eager, every block, full": lambda: model(images, **ask).attentions}
+    return {"transformers eager, every block, full": lambda images: model(images, **ask).attentions}
 
 
-def _timm(size: Size, images: Tensor) -> dict[str, Call]:
+def _timm(size: Size, images: Tensor) -> dict[str, ImageCall]:
     import timm
     from timm.layers import set_fused_attn
     from timm.utils import AttentionExtract
@@ -73,8 +73,8 @@ def _timm(size: Size, images: Tensor) -> dict[str, Call]:
     every = AttentionExtract(models[0], method="hook")
     only_last = AttentionExtract(models[1], names=last, method="hook")
     return {
-        "timm AttentionExtract, every block, full": lambda: every(images),
-        "timm AttentionExtract, last block, full": lambda: only_last(images),
+        "timm AttentionExtract, every block, full": every,
+        "timm AttentionExtract, last block, full": only_last,
     }
 
 
