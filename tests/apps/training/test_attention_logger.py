@@ -115,6 +115,7 @@ def test_it_draws_what_attention_maps_returns(first, installed, monkeypatch):
         AttentionLogger(model, INPUT, Pages(), layers=None, queries=["cls", (1, 2)])(7)
     maps = attention_maps(model.eval(), INPUT[None], queries=[0, 6])
     assert len(drawn) == 6
+    assert drawn[0].weights[0].dtype == torch.float32
     assert_close(list(drawn[0].weights), list(maps.weights))
 
 

@@ -208,8 +208,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(undisturbed(model, device))
-            # Under autocast a pass without gradients would leave its casts of the weights to the
-            # training's next one, which would then get no gradients for them.
+            # Maps in half precision would be coarse. And in some versions of PyTorch autocast keeps
+            # the casts of a pass without gradients for the training's next one.
             stack.enter_context(without_autocast(device))
             if is_compiled_inside(model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
