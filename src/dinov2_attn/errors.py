@@ -34,6 +34,10 @@ class Dinov2AttnError(Exception):
         )
 
 
+# What ends a program or a generator. Whatever else is raised for one input is its failure.
+ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
 def in_one_line(error: BaseException) -> str:
     """Return the text of ``error`` as one line, for lists, tables and other errors."""
     text = str(error)
