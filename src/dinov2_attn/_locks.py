@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
 
 
 def fork_safe_lock() -> Any:
@@ -44,3 +50,29 @@ class Life:
     def is_here(self) -> bool:
         """Whether the block was entered in this thread."""
         return self._thread == threading.get_ident()
+
+
+class cached_property(Generic[T]):
+    """``functools.cached_property`` without its lock, which Python has before 3.12.
+
+    All objects of a class share that lock. In a forked process it may stay locked for ever.
+    """
+
+    def __init__(self, function: Callable[[Any], T]) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        found: T = self._function(instance)
+        vars(instance)[self._name] = found  # which is found first from now on
+        return found

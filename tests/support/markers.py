@@ -89,6 +89,8 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "torch_features/test_deepcopy_pickle.py",
         "torch_features/test_distributed.py",
         "torch_features/test_fresh_processes.py",
+        "torch_features/test_interrupted.py",
+        "torch_features/test_invisible.py",
         "wild/test_wild.py::test_a_model_from_github_is_answered_rightly_or_refused",
         "wild/test_wild.py::test_a_model_from_pypi_is_answered_rightly_or_refused",
     ),

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 from torch import nn
 
+from dinov2_attn._locks import cached_property
 from dinov2_attn.backbone.backbone import Backbone, transformers_in
 from dinov2_attn.backbone.structure import attention_modules, image_entrances, name_of
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, OutOfRangeError

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import dinov2_attn
+from dinov2_attn._locks import cached_property
 from dinov2_attn.apps.export.asked import Asked
 from dinov2_attn.apps.export.check import TOLERANCES
 from dinov2_attn.apps.export.graph import WithAttentions, tensors_of
