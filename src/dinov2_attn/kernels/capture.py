@@ -238,7 +238,7 @@ class Capture(TorchFunctionMode):
 
     @cached_property
     def _heads_first(self) -> Change:
-        """Makes a tensor ``(B, heads, …, …)``. A graph may keep it, so it does not hold this."""
+        """Return what makes a tensor ``(B, heads, …, …)``. A graph may keep it."""
         return functools.partial(by_heads, heads=heads_of(self._module))
 
     def _before_softmax(

@@ -46,7 +46,7 @@ class Recorded:
 
     @cached_property
     def count(self) -> int:
-        """The number of layers to record."""
+        """Return the number of layers to record."""
         return len(set(self.wanted.values()))
 
     @property

@@ -83,7 +83,7 @@ class Subject:
 
     @cached_property
     def maps(self) -> AttentionMaps:
-        """The attention of one image: layers, rows and grid are those of every image."""
+        """Return the attention of one image: layers, rows and grid are those of every image."""
         return self._maps(self.images(1))
 
     @cached_property

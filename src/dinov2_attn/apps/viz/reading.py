@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dinov2_attn.errors import InvalidInputError, SuspiciousRangeWarning, UnreadableFileError
+from dinov2_attn.errors import InvalidInputError, SuspiciousRangeWarning, UnreadableFileError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,7 +199,7 @@ def _scaled(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np
 def warn(doubt: str | None) -> None:
     """Warn about a suspicious range of an image."""
     if doubt is not None:
-        warnings.warn(doubt, SuspiciousRangeWarning, stacklevel=3)
+        warnings.warn(shown(doubt), SuspiciousRangeWarning, stacklevel=3)
 
 
 def _ends(raw: Raw, wanted: Range, name: str) -> tuple[float, float]:
