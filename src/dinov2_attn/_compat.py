@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,15 @@ def is_compiling() -> bool:
         return bool(compiler.is_compiling())
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and bool(dynamo.is_compiling())
+
+
+def is_tracing() -> bool:
+    """Return whether Dynamo traces this call. An export in another thread is none of it."""
+    # torch.compiler has it from torch 2.2 on.
+    compiler: Any = getattr(torch, "compiler", None)
+    if hasattr(compiler, "is_dynamo_compiling"):
+        return bool(compiler.is_dynamo_compiling())
+    return is_compiling()
 
 
 def is_transformed() -> bool:
@@ -149,6 +158,27 @@ def hooks_of(layer: nn.Module) -> tuple[Mapping[int, object], ...]:
         nn_module._global_forward_hooks,
         nn_module._global_forward_pre_hooks,
     )
+
+
+@contextmanager
+def grad_mode_kept() -> Iterator[None]:
+    """Restore grad mode if ``KeyboardInterrupt`` leaves the block.
+
+    It may have come while PyTorch's own context managers were restoring it.
+    """
+    before = torch.is_grad_enabled()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if torch.is_grad_enabled() != before:
+            torch.set_grad_enabled(before)
+        raise
+
+
+def depth_of_modes() -> int:
+    """Return how many ``TorchFunctionMode`` this thread is in."""
+    # Every version. There is no public name for it.
+    return int(torch._C._len_torch_function_stack())
 
 
 def records_of_archive(path: Path) -> list[str]:

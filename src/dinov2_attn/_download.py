@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dinov2_attn._files import atomic_file
 from dinov2_attn.errors import UnavailableError
 
 TIMEOUT = 10.0
@@ -61,7 +62,6 @@ def fetch_wheel(wheel: Wheel) -> Path:
 
 def _fetch_into_cache(wheel: Wheel, cached: Path) -> None:
     cached.parent.mkdir(parents=True, exist_ok=True)
-    # In the folder of the destination, so that one rename publishes the complete file.
     with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
         file = download(wheel.requirement, Path(folder))
         found = _digest(file)
@@ -71,7 +71,8 @@ def _fetch_into_cache(wheel: Wheel, cached: Path) -> None:
                 f"{file.name} with sha256 {found}",
                 "The file was deleted. Check which package index pip uses (pip config list).",
             )
-        os.replace(file, cached)
+        with atomic_file(cached) as unfinished:
+            shutil.move(file, unfinished)
 
 
 def download(requirement: str, folder: Path) -> Path:

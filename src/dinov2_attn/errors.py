@@ -29,9 +29,19 @@ class Dinov2AttnError(Exception):
         return str(self.args[2])
 
     def __str__(self) -> str:
-        return "\n".join(
-            (_sentence(f"Expected {self.expected}"), _sentence(f"Found {self.found}"), self.hint)
+        return shown(
+            "\n".join(
+                (
+                    _sentence(f"Expected {self.expected}"),
+                    _sentence(f"Found {self.found}"),
+                    self.hint,
+                )
+            )
         )
+
+
+# What ends a program or a generator. Whatever else is raised for one input is its failure.
+ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 def in_one_line(error: BaseException) -> str:
@@ -39,7 +49,24 @@ def in_one_line(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, Dinov2AttnError):
         text = f"expected {error.expected}; found {error.found}. {error.hint}"
-    return " ".join(text.splitlines())
+    return " ".join(shown(text).splitlines())
+
+
+def shown(text: str) -> str:
+    """Return ``text`` as it may be shown: names in it may come from files of others.
+
+    Letters that steer a terminal or turn the direction of text are escaped, and so are bytes that
+    are no text. A line of more than 2,000 letters is shortened.
+    """
+    lines = (line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in text.split("\n"))
+    return "\n".join("".join(map(_letter, line)) for line in lines)
+
+
+_LONGEST = 2000
+
+
+def _letter(letter: str) -> str:
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
 
 
 def _sentence(text: str) -> str:

@@ -17,6 +17,7 @@ ROOMS = [
         "_compat_imports",
         "_files",
         "_imports",
+        "_locks",
         "_download",
     ),
     *("math", "kernels", "backbone", "history", "grafting", "maps"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinov2_attn._compat import submodules
+from dinov2_attn._locks import cached_property
 from dinov2_attn.backbone.structure import (
     Role,
     attention_modules,

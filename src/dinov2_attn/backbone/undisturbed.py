@@ -5,17 +5,18 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from threading import RLock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dinov2_attn._compat import version_of
+from dinov2_attn._compat import grad_mode_kept, version_of
+from dinov2_attn._locks import fork_safe_lock
+from dinov2_attn.backbone.watching import watching
 
-_ONE_AT_A_TIME = RLock()
+_ONE_AT_A_TIME = fork_safe_lock()
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     forward pass changes their values, and FSDP keeps account of its own changes.
     """
     # What one thread restores must not be what another one set for the time of its run.
-    with _ONE_AT_A_TIME, ExitStack() as stack:
+    with _ONE_AT_A_TIME, grad_mode_kept(), ExitStack() as stack:
         cuda = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.callback(random.setstate, random.getstate())
@@ -62,15 +63,8 @@ def first_input(run: Callable[[], object], module: nn.Module) -> tuple[Tensor | 
 
     """
     inputs: list[Tensor | None] = []
-    handle = module.register_forward_pre_hook(
-        partial(_stop_at, inputs, get_ident()), prepend=True, with_kwargs=True
-    )
-    try:
+    with watching(module, before=partial(_stop_at, inputs)), suppress(_Reached):
         run()
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
     return (inputs[0], True) if inputs else (None, False)
 
 
@@ -78,13 +72,10 @@ class _Reached(BaseException):
     """Ends a run. No ``except Exception`` of a model stops it."""
 
 
-def _stop_at(
-    inputs: list[Tensor | None], thread: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> None:
-    if get_ident() == thread:  # another thread may run the same model
-        given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        inputs.append(next(given, None))
-        raise _Reached
+def _stop_at(inputs: list[Tensor | None], args: Any, kwargs: dict[str, Any]) -> None:
+    given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    inputs.append(next(given, None))
+    raise _Reached
 
 
 def _restore_buffer(buffer: Tensor, before: Tensor, version: int | None) -> None:

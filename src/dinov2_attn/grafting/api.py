@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from dinov2_attn._compat_imports import wait_for_imports
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, in_one_line
 from dinov2_attn.grafting.import_hook import Finder
-from dinov2_attn.grafting.registry import LOCK, REGISTRY, RecordingTarget
+from dinov2_attn.grafting.registry import REGISTRY, RecordingTarget, locked
 from dinov2_attn.grafting.targets import MODULES, LiveModel, Package
 from dinov2_attn.history.projects import UPSTREAM
 
@@ -42,7 +42,7 @@ _OUTCOMES: dict[Hashable, _Outcome] = {}
 
 
 def _graft_package(package: Package, arrived: ModuleType | None = None) -> None:
-    with LOCK:
+    with locked():
         # Another thread may have uninstalled it while this one waited.
         if _PACKAGES.get(package.name) is not package or not package.imported():
             return
@@ -100,7 +100,7 @@ def _await_imports() -> None:
 
 
 def _remove(target: Hashable) -> None:
-    with LOCK:
+    with locked():
         REGISTRY.release(target)
         if isinstance(target, str):
             _PACKAGES.pop(target, None)
@@ -226,7 +226,7 @@ def uninstall() -> None:
         PatchedOnTopError: If another patch is on top of a graft. Then nothing is undone.
 
     """
-    with LOCK:
+    with locked():
         REGISTRY.release_all()
         _PACKAGES.clear()
         _OUTCOMES.clear()
@@ -235,7 +235,7 @@ def uninstall() -> None:
 
 def status() -> Status:
     """Return what is grafted, what is pending and how each target was recognised."""
-    with LOCK:
+    with locked():
         grafts = [graft for graft in REGISTRY if not graft.only_records]
         targets = {target for graft in grafts for target in graft.targets}
         targets = {target for target in targets if not isinstance(target, RecordingTarget)}
@@ -279,15 +279,15 @@ def _recognise(target: Hashable) -> str:
 
 
 def _install_package(package: Package, fallback: bool) -> Handle:
-    with LOCK:
-        before = _PACKAGES.get(package.name)
-        package = _PACKAGES.setdefault(package.name, package)
-        restore = partial(_remove, package.name)
-        if before is not None:
-            restore = partial(_switch_package, package, package.fallback)
-        package.fallback = fallback
-        _await_imports()
+    before = _PACKAGES.get(package.name)
+    restore = partial(_remove, package.name)
+    if before is not None:
+        package, restore = before, partial(_switch_package, before, before.fallback)
     try:
+        with locked():
+            package = _PACKAGES.setdefault(package.name, package)
+            package.fallback = fallback
+            _await_imports()
         _finish_imports(package)
         _graft_package(package)
     except BaseException:
@@ -309,13 +309,18 @@ def _install_model(model: nn.Module, fallback: bool) -> Handle:
         )
     label = f"model with {name_of(classes[-1][0])}"
     target = LiveModel(label, frozenset(cls for cls, _ in classes))
-    with LOCK:
-        before = [graft for graft in REGISTRY if target in graft.targets]
-        _graft(target, classes, fallback, running_attention(model))
-    if not before:
-        return Handle(target, partial(_remove, target))
-    former = any(graft.is_kernel for graft in before)
-    return Handle(target, partial(_switch_model, target, classes, former))
+    restore = partial(_remove, target)
+    try:
+        with locked():
+            before = [graft for graft in REGISTRY if target in graft.targets]
+            if before:
+                former = any(graft.is_kernel for graft in before)
+                restore = partial(_switch_model, target, classes, former)
+            _graft(target, classes, fallback, running_attention(model))
+        return Handle(target, restore)
+    except KeyboardInterrupt:  # any other error has undone what it did
+        restore()
+        raise
 
 
 def _switch_package(package: Package, fallback: bool) -> None:
@@ -325,7 +330,7 @@ def _switch_package(package: Package, fallback: bool) -> None:
 
 
 def _switch_model(target: LiveModel, classes: list[tuple[type, Role]], fallback: bool) -> None:
-    with LOCK:
+    with locked():
         if any(
             target in graft.targets for graft in REGISTRY
         ):  # it may have been uninstalled meanwhile

@@ -7,7 +7,9 @@ set on a module. Graphs go another way: see asked.py.
 
 from __future__ import annotations
 
+import copy
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,21 +17,25 @@ from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from types import FunctionType
 from typing import Any, Protocol, TypeVar
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from dinov2_attn._compat import (
+    grad_mode_kept,
     is_compiling,
     is_foreign_thread,
     is_in_backward,
+    is_tracing,
     is_transformed,
 )
+from dinov2_attn._locks import Life, fork_safe_lock
 from dinov2_attn.backbone.structure import looks_like_attention, name_of
 from dinov2_attn.errors import NotEditedError, NotRecordedError
-from dinov2_attn.grafting.registry import LOCK, REGISTRY, Owner, RecordingTarget
+from dinov2_attn.grafting.registry import LOCK, REGISTRY, Owner, RecordingTarget, locked
 from dinov2_attn.kernels.call import KernelCall
 from dinov2_attn.kernels.capture import Capture, Change, StopPassError, check_calls
 from dinov2_attn.kernels.edited import EditedProduct, Pattern
@@ -110,29 +116,36 @@ class _Active:
     def __init__(self) -> None:
         self.on = False
         self.edits = False  # whether any thread has an editor
-        self._users = 0
-        self._lock = threading.Lock()
+        self._users: WeakSet[Life] = WeakSet()
+        self._lock = fork_safe_lock()
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Keep it on inside, for this thread and so for all."""
-        if is_compiling():  # a graph must restore the state, and cannot take a lock
+        if is_tracing():  # a graph must restore the state, and cannot take a lock
             before, self.on = self.on, True
             try:
                 yield
             finally:
                 self.on = before
             return
-        self._count(1)
+        life = Life()
         try:
+            with self._lock:
+                self._users.add(life)
+                self.on = True
             yield
         finally:
-            self._count(-1)
+            self._leave(life)
 
-    def _count(self, users: int) -> None:
+    def _leave(self, *gone: Life) -> None:
         with self._lock:
-            self._users += users
-            self.on = self._users > 0
+            self._users.difference_update(gone)
+            self.on = bool(self._users)
+
+    def leave_others(self) -> None:
+        """Forget the users in other threads, after a fork."""
+        self._leave(*(life for life in self._users if not life.is_here))
 
 
 ACTIVE = _Active()
@@ -140,19 +153,20 @@ ACTIVE = _Active()
 
 # What was entered in this context: an asyncio task has one of its own.
 _ENTERED: ContextVar[tuple[object, ...]] = ContextVar("dinov2_attn_entered", default=())
-# The ids of what was not left yet, by whichever thread or context.
-_ALIVE: set[int] = set()
+# The lives of what was not left yet, by whichever thread or context.
+_ALIVE: WeakValueDictionary[int, Life] = WeakValueDictionary()
 
 
 @contextmanager
 def _entered(one: object) -> Iterator[None]:
     """Bind ``one`` to this context, until its block is left from anywhere."""
-    _ENTERED.set((*_ENTERED.get(), one))
-    _ALIVE.add(id(one))
+    life = Life()
     try:
+        _ALIVE[id(one)] = life
+        _ENTERED.set((*_ENTERED.get(), one))
         yield
     finally:
-        _ALIVE.discard(id(one))
+        _ALIVE.pop(id(one), None)
         _ENTERED.set(tuple(other for other in _ENTERED.get() if other is not one))
 
 
@@ -160,8 +174,8 @@ def _here(given: tuple[T, ...]) -> tuple[T, ...]:
     """Return those of ``given`` that were entered in this context and not left since."""
     if not given or is_compiling():  # a graph cannot read a context
         return given
-    entered = set(map(id, _ENTERED.get())) & _ALIVE
-    return tuple(one for one in given if id(one) in entered)
+    entered = set(map(id, _ENTERED.get()))
+    return tuple(one for one in given if id(one) in entered and id(one) in _ALIVE)
 
 
 @contextmanager
@@ -171,9 +185,9 @@ def receiving(receiver: Receiver) -> Iterator[None]:
     The context is that of ``contextvars`` in this thread. So a task of asyncio has what it entered
     itself and what was entered where it was made. A generator shares that of its caller.
     """
-    STATE.receivers = (*(one for one in STATE.receivers if id(one) in _ALIVE), receiver)
     try:
         with _entered(receiver), ACTIVE.active():
+            STATE.receivers = (*(one for one in STATE.receivers if id(one) in _ALIVE), receiver)
             yield
     finally:
         STATE.receivers = tuple(other for other in STATE.receivers if other is not receiver)
@@ -182,8 +196,9 @@ def receiving(receiver: Receiver) -> Iterator[None]:
 @contextmanager
 def unrecorded() -> Iterator[tuple[Receiver, ...]]:
     """Record nothing that runs inside. Yields the receivers that are set aside."""
-    before, STATE.receivers = STATE.receivers, ()
+    before = STATE.receivers
     try:
+        STATE.receivers = ()
         yield before
     finally:
         STATE.receivers = before
@@ -192,8 +207,9 @@ def unrecorded() -> Iterator[tuple[Receiver, ...]]:
 @contextmanager
 def unedited() -> Iterator[None]:
     """Edit nothing that runs inside."""
-    before, STATE.editors = STATE.editors, ()
+    before = STATE.editors
     try:
+        STATE.editors = ()
         yield
     finally:
         STATE.editors = before
@@ -342,15 +358,19 @@ def run_captured(
 
     # Not unrecorded() and unedited(): this runs in each layer, and contexts take microseconds.
     before = STATE.receivers, STATE.editors
-    STATE.receivers, STATE.editors = (), ()
     try:
+        STATE.receivers, STATE.editors = (), ()
         if not (wanting or editing):
             return original(module, *args, **kwargs)
         # The first time all of it runs, to see that there is one call, and what it returns.
         early = stops and module in _PROVED
         edit = partial(_edited, module, editing) if editing else None
-        with Capture(module, take, stops=early, edit=edit) as capture:
-            output = original(module, *args, **kwargs)
+        capture = Capture(module, take, stops=early, edit=edit)
+        try:
+            with capture:
+                output = original(module, *args, **kwargs)
+        finally:
+            capture.leave()
     finally:
         STATE.receivers, STATE.editors = before
     # Code that only looks like attention is left out; a module with its projections is not.
@@ -428,9 +448,9 @@ def editing(
         entrances: Modules that are given the images of a pass.
 
     """
-    with _grafts(attentions, entrances), ACTIVE.active(), _known(editor), _entered(editor):
-        STATE.editors = (*(one for one in STATE.editors if id(one) in _ALIVE), editor)
+    with _grafts(attentions, entrances), ACTIVE.active(), _entered(editor), _known(editor):
         try:
+            STATE.editors = (*(one for one in STATE.editors if id(one) in _ALIVE), editor)
             yield
         finally:
             STATE.editors = tuple(other for other in STATE.editors if other is not editor)
@@ -448,16 +468,20 @@ _EDITORS: list[tuple[int, Editor]] = []
 @contextmanager
 def _known(editor: Editor) -> Iterator[None]:
     """Let threads of autograd find ``editor`` inside."""
-    entry = (threading.get_ident(), editor)
-    with LOCK:
-        _EDITORS.append(entry)
-        ACTIVE.edits = True
     try:
+        with LOCK:
+            _EDITORS.append((threading.get_ident(), editor))
+            _note_editors()
         yield
     finally:
         with LOCK:
-            _EDITORS.remove(entry)
-            ACTIVE.edits = bool(_EDITORS)
+            _note_editors(editor)
+
+
+def _note_editors(gone: Editor | None = None) -> None:
+    """Keep the editors whose block was not left, without the one that is ``gone``."""
+    _EDITORS[:] = [one for one in _EDITORS if one[1] is not gone and id(one[1]) in _ALIVE]
+    ACTIVE.edits = bool(_EDITORS)
 
 
 def _editors_of(module: nn.Module) -> list[Editor]:
@@ -501,47 +525,75 @@ def _grafts(
     wholes: Iterable[nn.Module] = (),
 ) -> Iterator[None]:
     """Have the grafts on the classes of these modules inside."""
-    target, attentions = RecordingTarget(), list(attentions)
-    with LOCK:
-        for graft, modules in (
-            (graft_captured, attentions),
-            (graft_entrance, entrances),
-            (graft_whole, wholes),
-        ):
-            for module in {_key(module): module for module in modules}.values():
-                _graft(module, graft, target)
-        for cls in {type(module) for module in attentions if hasattr(module, LIST)}:
-            if not REGISTRY.claim(cls, LIST, target):
-                REGISTRY.set(cls, LIST, graft_captured_list(getattr(cls, LIST)), target)
-        for home in kernel_homes():
-            if not REGISTRY.claim(home, KERNEL, target):
-                REGISTRY.set(home, KERNEL, graft_captured_kernel(home[KERNEL]), target)
+    life, attentions = Life(), list(attentions)
+    target = RecordingTarget(life)
     try:
-        yield
+        with locked():
+            REGISTRY.begin(target)
+            _set_grafts(target, attentions, entrances, wholes)
+        with grad_mode_kept():
+            yield
     finally:
-        with LOCK:
+        with locked():
             REGISTRY.release(target)
 
 
+def _set_grafts(
+    target: RecordingTarget,
+    attentions: list[nn.Module],
+    entrances: Iterable[nn.Module],
+    wholes: Iterable[nn.Module],
+) -> None:
+    for graft, modules in (
+        (graft_captured, attentions),
+        (graft_entrance, entrances),
+        (graft_whole, wholes),
+    ):
+        for module in modules:
+            _graft(module, graft, target)
+    for cls in {type(module) for module in attentions if hasattr(module, LIST)}:
+        if not REGISTRY.claim(cls, LIST, target):
+            REGISTRY.set(cls, LIST, graft_captured_list(getattr(cls, LIST)), target)
+    for home in kernel_homes():
+        if not REGISTRY.claim(home, KERNEL, target):
+            REGISTRY.set(home, KERNEL, graft_captured_kernel(home[KERNEL]), target)
+
+
 def _graft(module: nn.Module, graft: Graft, target: RecordingTarget) -> None:
+    if _is_torchs(module):
+        target.modules.add(module)
+        graft = partial(_only_recorded, graft)
     owner: Owner = vars(module) if _is_its_own(module) else type(module)
     if REGISTRY.claim(owner, "forward", target):
         return
     if isinstance(owner, dict):
         own = module.forward  # bound, or a function without self
-        REGISTRY.set(owner, "forward", _without_self(module, graft(_with_self(own))), target)
+        REGISTRY.set(owner, "forward", InstanceForward(module, graft(_with_self(own)), own), target)
     else:
         REGISTRY.set(owner, "forward", graft(owner.forward), target)  # type: ignore[attr-defined]
 
 
-def _key(module: nn.Module) -> object:
-    """Return what modules share if one graft serves them all."""
-    return module if _is_its_own(module) else type(module)
+def _only_recorded(graft: Graft, original: Forward) -> Forward:
+    """Graft a class of PyTorch's for those of its modules that a recording concerns."""
+    grafted = graft(original)
+
+    @functools.wraps(original, updated=())
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if ACTIVE.on and not is_compiling() and REGISTRY.concerns(self):
+            return grafted(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return forward
 
 
 def _is_its_own(module: nn.Module) -> bool:
-    """Return whether the class of ``module`` does not decide what runs, or is PyTorch's."""
-    return "forward" in vars(module) or type(module).__module__.partition(".")[0] == "torch"
+    """Return whether the class of ``module`` does not decide what runs."""
+    return "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Return whether many other modules may share the class."""
+    return not _is_its_own(module) and type(module).__module__.partition(".")[0] == "torch"
 
 
 def _with_self(forward: Forward) -> Forward:
@@ -551,8 +603,40 @@ def _with_self(forward: Forward) -> Forward:
     return of_self
 
 
-def _without_self(module: nn.Module, forward: Forward) -> Forward:
-    def of_module(*args: Any, **kwargs: Any) -> Any:
-        return forward(module, *args, **kwargs)
+class InstanceForward:
+    """The graft of a module that has a ``forward`` of its own, which copies and pickles keep.
 
-    return of_module
+    A copy gets what was there before. In a pickle stands what stood there before too, so that
+    reading it needs no code of ours.
+    """
+
+    def __init__(self, module: nn.Module, forward: Forward, own: Callable[..., Any]) -> None:
+        self._module, self._forward, self._own = module, forward, own
+        functools.update_wrapper(self, own, updated=())  # its signature and name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(self._module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._own, memo)
+
+    def __copy__(self) -> Any:
+        return self._own
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if isinstance(self._own, FunctionType):
+            return partial, (self._own,)  # functions have no such method
+        return self._own.__reduce_ex__(protocol)
+
+
+def _forget_other_threads() -> None:
+    """Drop, in a forked process, what belongs to threads that do not exist there."""
+    for key, life in list(_ALIVE.items()):
+        if not life.is_here:
+            _ALIVE.pop(key, None)
+    ACTIVE.leave_others()
+    _note_editors()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)

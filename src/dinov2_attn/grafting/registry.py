@@ -6,13 +6,18 @@ only what is still ours is undone.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import ref
 
+from dinov2_attn._locks import Life, fork_safe_lock
 from dinov2_attn.errors import PatchedOnTopError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _ABSENT = object()
 
@@ -21,7 +26,22 @@ Owner = type | dict[str, Any]
 
 
 class RecordingTarget:
-    """A target that is a recording: its grafts end with it, whatever is uninstalled before."""
+    """A target that is a recording: its grafts end with it, whatever is uninstalled before.
+
+    Attributes:
+        modules: Those of PyTorch's own classes that it concerns.
+
+    """
+
+    def __init__(self, life: Life) -> None:
+        self._life = ref(life)
+        self.modules: set[nn.Module] = set()
+
+    @property
+    def is_left(self) -> bool:
+        """Whether its block was left, or belongs to a thread that ended in a fork."""
+        life = self._life()
+        return life is None or (life.is_forked and not life.is_here)
 
 
 @dataclass(eq=False)
@@ -86,6 +106,9 @@ class GraftRegistry:
 
     def __init__(self) -> None:
         self._grafts: list[Graft] = []
+        self._recordings: list[RecordingTarget] = []
+        # For each transaction that has begun, the grafts before it.
+        self.begun: list[list[Graft]] = []
 
     def __iter__(self) -> Iterator[Graft]:
         return iter(list(self._grafts))
@@ -97,13 +120,33 @@ class GraftRegistry:
         its targets.
         """
         graft = Graft(owner, name, new, namespace_of(owner).get(name, _ABSENT), {target})
-        for former in self.find(owner, name):
+        formers = self.find(owner, name)
+        for former in formers:
             if former.in_force:
                 graft.old = former.old
             graft.targets |= former.targets
-            self._grafts.remove(former)
-        _set(owner, name, new)
+        # In this order, so that an interruption or a fork in between loses no graft.
         self._grafts.append(graft)
+        _set(owner, name, new)
+        for former in formers:
+            self._grafts.remove(former)
+
+    def begin(self, recording: RecordingTarget) -> None:
+        """Note that grafts for ``recording`` come."""
+        self._recordings.append(recording)
+
+    def concerns(self, module: nn.Module) -> bool:
+        """Return whether a recording concerns ``module``, which is of one of PyTorch's classes."""
+        return any(module in recording.modules for recording in tuple(self._recordings))
+
+    def heal(self) -> None:
+        """Undo what an interruption kept from being undone, or a fork in another thread."""
+        while self.begun:
+            self.roll_back(self.begun[-1])
+            self.begun.pop()
+        for recording in [one for one in self._recordings if one.is_left]:
+            with suppress(PatchedOnTopError):
+                self.release(recording)
 
     def claim(self, owner: Owner, name: str, target: Hashable) -> bool:
         """Return whether there is a graft on ``owner.name``, and keep it for ``target`` too.
@@ -121,7 +164,8 @@ class GraftRegistry:
         """Undo every graft that is not in ``before``, and have those again."""
         for graft in reversed(list(self)):
             if graft not in before:
-                graft.undo()
+                if not graft.is_undone:  # nor set, where an interruption came first
+                    graft.undo()
                 for former in before:  # what only recordings need, and this one replaced
                     same = former.owner is graft.owner and former.name == graft.name
                     if same and former.only_records:
@@ -134,6 +178,7 @@ class GraftRegistry:
         self._undo([graft for graft in concerned if graft.targets == {target}])
         for graft in concerned:
             graft.targets.discard(target)
+        self._recordings = [one for one in self._recordings if one is not target]
 
     def release_all(self) -> None:
         """Undo everything. What recordings in progress need stays until they end."""
@@ -154,11 +199,17 @@ class GraftRegistry:
 
     def _undo(self, leaving: list[Graft]) -> None:
         """Undo all of it, or nothing if another patch is on top."""
-        _refuse_if_covered([g for g in leaving if not (g.in_force or g.is_undone)])
+        _refuse_if_covered(
+            [g for g in leaving if not (g.in_force or g.is_undone or self._is_replaced(g))]
+        )
         for graft in reversed(list(leaving)):
             if graft.in_force:
                 graft.undo()
             self._grafts.remove(graft)
+
+    def _is_replaced(self, graft: Graft) -> bool:
+        """Return whether another graft of ours took its place, and was interrupted then."""
+        return any(other.in_force for other in self.find(graft.owner, graft.name))
 
 
 def _set(owner: Owner, name: str, value: object) -> None:
@@ -198,5 +249,15 @@ def _refuse_if_covered(covered: list[Graft]) -> None:
     )
 
 
-LOCK = threading.RLock()
+LOCK = fork_safe_lock()
 REGISTRY = GraftRegistry()
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Hold ``LOCK`` inside, after what an interruption left over was undone."""
+    is_inner = LOCK._is_owned()
+    with LOCK:
+        if not is_inner:
+            REGISTRY.heal()
+        yield

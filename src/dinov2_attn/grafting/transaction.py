@@ -9,6 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from dinov2_attn._compat import grad_mode_kept
 from dinov2_attn.backbone import contract, proof
 from dinov2_attn.backbone.structure import BLOCK_CHILDREN, Role, in_order, name_of, names_a_kernel
 from dinov2_attn.errors import (
@@ -50,6 +51,7 @@ class Transaction:
         self.registry = registry
         self.target = target
         self._before = list(registry)
+        registry.begun.append(self._before)  # until it ends, however it does
 
     def __enter__(self) -> Transaction:
         return self
@@ -62,6 +64,8 @@ class Transaction:
     ) -> None:
         if kind is not None:
             self.rollback()
+        if self.registry.begun and self.registry.begun[-1] is self._before:
+            self.registry.begun.pop()
 
     @property
     def has_new_grafts(self) -> bool:
@@ -114,7 +118,7 @@ def graft_classes(
         IncompatibleUpstreamError: If no attention class is left. Then nothing is grafted.
 
     """
-    with Transaction(registry, target) as transaction:
+    with grad_mode_kept(), Transaction(registry, target) as transaction:
         found = in_order(classes)
         options = constructor_options(found)
         refused: dict[type, Dinov2AttnError] = {}

@@ -10,13 +10,13 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_attn._locks import cached_property
 from dinov2_attn.errors import InvalidInputError, UnfaithfulError
 from dinov2_attn.kernels.place import Place, place_of
 from dinov2_attn.math.attention import (

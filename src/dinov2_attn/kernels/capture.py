@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dinov2_attn._compat import storage_of, version_of
+from dinov2_attn._compat import depth_of_modes, storage_of, version_of
+from dinov2_attn._locks import cached_property
 from dinov2_attn.errors import NotEditedError, NotRecordedError
 from dinov2_attn.kernels.call import ExplicitCall, KernelCall, as_given, by_heads, fused_call
 from dinov2_attn.kernels.edited import Pattern, editable
@@ -111,6 +112,8 @@ class Capture(TorchFunctionMode):
         self, module: nn.Module, take: Take, *, stops: bool = False, edit: Edit | None = None
     ) -> None:
         super().__init__()
+        self._outer: Capture | None = None
+        self._depth: int | None = None  # of PyTorch's modes, before it was entered
         self._module = module
         self._take = take
         self._stops = stops
@@ -125,9 +128,18 @@ class Capture(TorchFunctionMode):
         self.calls = 0
 
     def __enter__(self) -> Capture:
-        self._outer, _CURRENT.capture = _CURRENT.capture, self
+        self._outer = _CURRENT.capture
+        self._depth = depth_of_modes()
+        _CURRENT.capture = self
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
+
+    def leave(self) -> None:
+        """Leave it if an interruption ended its own ``__exit__``."""
+        if self._depth is not None and depth_of_modes() > self._depth:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if _CURRENT.capture is self:
+            _CURRENT.capture = self._outer
 
     def __exit__(
         self,
@@ -224,9 +236,9 @@ class Capture(TorchFunctionMode):
         finally:
             _CURRENT.capture = before
 
-    @functools.cached_property
+    @cached_property
     def _heads_first(self) -> Change:
-        """Makes a tensor ``(B, heads, …, …)``. A graph may keep it, so it does not hold this."""
+        """Return what makes a tensor ``(B, heads, …, …)``. A graph may keep it."""
         return functools.partial(by_heads, heads=heads_of(self._module))
 
     def _before_softmax(
@@ -382,8 +394,9 @@ def current_capture() -> Capture | None:
 @contextmanager
 def unseen() -> Iterator[None]:
     """Capture nothing inside."""
-    before, _CURRENT.capture = _CURRENT.capture, None
+    before = _CURRENT.capture
     try:
+        _CURRENT.capture = None
         yield
     finally:
         _CURRENT.capture = before

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_attn._locks import cached_property
 from dinov2_attn.errors import NotEditedError
 from dinov2_attn.kernels.call import ExplicitCall, FusedCall, KernelCall, Proof, verify
 from dinov2_attn.kernels.place import Place, place_of
@@ -314,7 +315,7 @@ class EditedCall(_OfBase[FusedCall]):
 
     @cached_property
     def masked(self) -> FusedCall:
-        """The call with the hidden keys in its bias, as one for all rows."""
+        """Return the call with the hidden keys in its bias, as one for all rows."""
         if not self.hidden:
             return self.base
         bias = with_hidden(self.base._dense_bias, self._seen(self.hidden))

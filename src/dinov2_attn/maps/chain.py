@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn.backbone.structure import name_of
+from dinov2_attn.backbone.watching import Before, watching
 from dinov2_attn.errors import IncompatibleUpstreamError
 
 
@@ -88,26 +89,29 @@ def norms_of(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[Norms]:
             returned, so that its output may not be the tokens.
 
     """
-    norms, thread = Norms(model), get_ident()
+    norms = Norms(model)
     with ExitStack() as stack:
         for i, block in enumerate(blocks):
-            enter, leave = partial(_enter, norms, i, thread), partial(_leave, norms, i, thread)
-            before = block.register_forward_pre_hook(enter, with_kwargs=True)
-            stack.callback(before.remove)
-            stack.callback(block.register_forward_hook(leave).remove)
+            enter, leave = partial(_enter, norms, i), partial(norms.leave, i)
+            if block._forward_pre_hooks:  # which may change what the block is given
+                hook = partial(_enter_behind, enter, get_ident())
+                handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+                stack.enter_context(watching(block, after=leave))
+            else:
+                stack.enter_context(watching(block, before=enter, after=leave))
         yield norms
 
 
-def _enter(
-    norms: Norms, number: int, thread: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
+def _enter_behind(
+    enter: Before, thread: int, _: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> None:
     if get_ident() == thread:
-        norms.enter(number, (*args, *kwargs.values()))
+        enter(args, kwargs)
 
 
-def _leave(norms: Norms, number: int, thread: int, _: nn.Module, __: Any, output: object) -> None:
-    if get_ident() == thread:
-        norms.leave(number, output)
+def _enter(norms: Norms, number: int, args: Any, kwargs: dict[str, Any]) -> None:
+    norms.enter(number, (*args, *kwargs.values()))
 
 
 def _no_chain(model: nn.Module, found: str) -> IncompatibleUpstreamError:

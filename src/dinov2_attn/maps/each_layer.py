@@ -8,22 +8,20 @@ of them. Only the block of that layer is differentiated.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
-from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
 
 from dinov2_attn.backbone.layout import Layout
+from dinov2_attn.backbone.watching import watching
 from dinov2_attn.grafting.channel import unrecorded
 from dinov2_attn.maps.calls import keep_calls
 from dinov2_attn.maps.chain import blocks_around
 from dinov2_attn.maps.graded import Graded, GradedCalls
 from dinov2_attn.maps.targets import Pass, Target, score, watching_norm
 from dinov2_attn.typing import RecordedLayers
-
-Hook = Callable[[nn.Module, Any, Any], Any]
 
 
 def gradients_of_each_layer(
@@ -45,7 +43,7 @@ def gradients_of_each_layer(
     behind: dict[nn.Module, Any] = {}
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_hooked(block, partial(_keep, behind)))
+            stack.enter_context(watching(block, after=partial(_keep, behind, block)))
         keep_calls(calls, model, layers, run)
     layout = calls.layout(images)
     graded = []
@@ -66,29 +64,14 @@ def _with_tokens(
     normed: list[Tensor] = []
     with (
         unrecorded(),
-        _hooked(last, lambda *_: tokens),
+        watching(last, after=lambda _: tokens),
         watching_norm(calls.modules, normed),
     ):
         return run(), normed
 
 
-def _keep(behind: dict[nn.Module, Any], block: nn.Module, _: Any, output: Any) -> None:
+def _keep(behind: dict[nn.Module, Any], block: nn.Module, output: Any) -> None:
     behind[block] = output
-
-
-@contextmanager
-def _hooked(block: nn.Module, hook: Hook) -> Iterator[None]:
-    """Let ``hook`` run after ``block`` in this thread."""
-    thread = get_ident()
-
-    def only_here(*args: Any) -> Any:
-        return hook(*args) if get_ident() == thread else None
-
-    handle = block.register_forward_hook(only_here)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 from torch import nn
 
+from dinov2_attn._locks import cached_property
 from dinov2_attn.backbone.backbone import Backbone, transformers_in
 from dinov2_attn.backbone.structure import attention_modules, image_entrances, name_of
 from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, OutOfRangeError
@@ -45,7 +46,7 @@ class Recorded:
 
     @cached_property
     def count(self) -> int:
-        """The number of layers to record."""
+        """Return the number of layers to record."""
         return len(set(self.wanted.values()))
 
     @property

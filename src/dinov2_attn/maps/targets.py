@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_attn.backbone.layout import Layout
+from dinov2_attn.backbone.watching import watching
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
 from dinov2_attn.grafting.tokens import named
 from dinov2_attn.maps.layers import Recorded
@@ -60,17 +60,13 @@ def watching_norm(modules: Recorded, seen: list[Tensor]) -> Iterator[None]:
     if not isinstance(norm, nn.Module):
         yield
         return
-    thread = get_ident()
 
-    def note(_: nn.Module, __: Any, output: Any) -> None:
-        if get_ident() == thread and isinstance(output, Tensor):
+    def note(output: Any) -> None:
+        if isinstance(output, Tensor):
             seen.append(output)
 
-    hook = norm.register_forward_hook(note)
-    try:
+    with watching(norm, after=note):
         yield
-    finally:
-        hook.remove()
 
 
 def score(target: Any, found: Pass, images: int) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 
 import dinov2_attn
 from dinov2_attn import viz
-from dinov2_attn.apps.cli.log import held_back, visible
+from dinov2_attn.apps.cli.log import held_back
 from dinov2_attn.apps.cli.main import main
+from dinov2_attn.errors import shown
 from tests.apps.cli.test_model_options import load
 from tests.support import subprocesses, upstreams
 from tests.support.tolerances import assert_close
@@ -267,9 +268,9 @@ def read(terminal):
 
 
 def test_names_cannot_steer_the_terminal_or_fill_it():
-    assert visible("a\x1b[31mb\r\n\u202ec") == "a\\x1b[31mb\\r\n\\u202ec"
-    assert len(visible("key" * 10**6)) == 2001
-    assert visible("Grüße, 3 × 4 … 5") == "Grüße, 3 × 4 … 5"
+    assert shown("a\x1b[31mb\r\n\u202ec") == "a\\x1b[31mb\\r\n\\u202ec"
+    assert len(shown("key" * 10**6)) == 2001
+    assert shown("Grüße, 3 × 4 … 5") == "Grüße, 3 × 4 … 5"
 
 
 def test_an_error_shows_a_name_escaped(capfd):

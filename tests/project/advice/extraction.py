@@ -89,6 +89,26 @@ case(
     lambda lab: [read_asked(text) for text in ("last", "all", "0,1:patches", "last:cls")],
 )
 
+
+def linked_lock(lab):
+    lab.written("out/.lock", b"").unlink()
+    (lab.folder / "out" / ".lock").symlink_to("elsewhere")
+    return lab
+
+
+case(
+    "apps/extraction",
+    "Remove it, or name another folder",
+    lambda lab: extracted(linked_lock(lab)),
+    lambda lab: ((lab.folder / "out" / ".lock").unlink(), extracted(lab)),
+)
+case(
+    "_files",
+    "Name another file",
+    lambda lab: extracted(lab).sheet().save(lab.folder),
+    lambda lab: AttentionDataset(lab.folder / "out").sheet().save(lab.folder / "sheet.html"),
+)
+
 # Options
 
 case(

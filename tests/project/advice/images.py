@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import struct
@@ -40,6 +41,35 @@ def in_png(lab):
     return lab.folder / "drawing.png"
 
 
+def pipe(lab):
+    os.mkfifo(lab.folder / "pipe.png")
+    return lab.folder / "pipe.png"
+
+
+def cut_short(lab):
+    path = lab.array("short.npy", np.zeros((4, 6, 3), np.uint8))
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
+case(
+    "apps/viz",
+    "Save the image in a file first",
+    lambda lab: lab.read(pipe(lab)),
+    lambda lab: lab.read(lab.image),
+)
+case(
+    "apps/viz",
+    "Save the array again",
+    lambda lab: lab.read(cut_short(lab)),
+    lambda lab: lab.read(lab.array("short.npy", np.zeros((4, 6, 3), np.uint8))),
+)
+case(
+    "apps/viz",
+    "Check that an image viewer opens it",
+    lambda lab: lab.read(lab.written("a.jpg", b"\xff\xd8\xff" + bytes(50_000))),
+    lambda lab: lab.read(lab.image),
+)
 case(
     "apps/viz",
     "Convert it to PNG",

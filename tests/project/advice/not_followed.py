@@ -160,14 +160,17 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "apps/weights": ("Install it with `pip install timm`",),
     },
+    "needs gigabytes: test_hostile_images lowers the bound": {
+        "apps/viz": ("or allow more with --max-pixels N",),
+    },
     "of a file that is removed while it is read": {
         "apps/viz": ("Check the path and that an image viewer opens it",),
     },
     "needs a process that is killed for its memory": {
-        "apps/extraction": ("try fewer workers, or a smaller --max-pixels",),
-    },
-    "needs a proof, which takes minutes: test_verify writes reports": {
-        "apps/cli": ("Name another.",),
+        "apps/extraction": (
+            "try fewer workers, or a smaller --max-pixels",
+            "Give a smaller --shard-size",
+        ),
     },
     "of a function of this package, which is asked only where it can answer": {
         "backbone": ("Use get_self_attention, whose weights include it",),

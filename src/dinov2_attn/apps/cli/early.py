@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from dinov2_attn._files import check_destination, destination
 from dinov2_attn.apps.cli.model_names import chosen
 from dinov2_attn.apps.viz.tokens import check_queries
 from dinov2_attn.apps.weights import checkout
@@ -83,7 +84,10 @@ def check_folder(path: Path) -> None:
 def check_file(path: Path) -> None:
     """Raise ``UnwritableOutputError`` if the file ``path`` cannot be written."""
     check_folder(path.parent)
-    _check_output(path, "a file", os.path.isfile)
+    check_destination(path)
+    target = destination(path)  # of links
+    check_folder(target.parent)
+    _check_output(target, "a file", os.path.isfile)
 
 
 def _check_output(path: Path, what: str, fits: Callable[[Path], bool]) -> None:

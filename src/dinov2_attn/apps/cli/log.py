@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from dinov2_attn.errors import SuspiciousRangeWarning
+from dinov2_attn.errors import SuspiciousRangeWarning, shown
 
 PROGRAM = "dinov2-attn"
 
@@ -20,24 +20,8 @@ class _Lines(logging.Formatter):
     """``dinov2-attn: error: …``, the form of argparse's errors, further lines indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = visible(super().format(record)).replace("\n", "\n  ")
+        text = shown(super().format(record)).replace("\n", "\n  ")
         return f"{PROGRAM}: {record.levelname.lower()}: {text}"
-
-
-def visible(text: str) -> str:
-    """Return ``text`` as a terminal may show it: names in it may come from files of others.
-
-    Letters that steer a terminal are escaped, and a line of more than 2,000 letters is shortened.
-    """
-    lines = (line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in text.split("\n"))
-    return "\n".join("".join(map(_letter, line)) for line in lines)
-
-
-_LONGEST = 2000
-
-
-def _letter(letter: str) -> str:
-    return letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
 
 
 def configure(args: argparse.Namespace) -> None:

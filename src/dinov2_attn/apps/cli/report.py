@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_attn.apps.cli.argtypes import Options
-from dinov2_attn.apps.cli.log import visible
+from dinov2_attn.errors import shown
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def add_open(parser: Options, what: str) -> None:
 def say(args: argparse.Namespace, text: str) -> None:
     """Print ``text``, unless the user wants it quiet. Names in it cannot steer the terminal."""
     if not args.quiet:
-        print(visible(text), flush=True)
+        print(shown(text), flush=True)
 
 
 def wrote(args: argparse.Namespace, folder: Path, files: Sequence[str], first: str) -> str:

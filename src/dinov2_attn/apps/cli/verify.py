@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
+from dinov2_attn._files import write_file
+from dinov2_attn.apps.cli import early
 from dinov2_attn.apps.cli.argtypes import positive
 from dinov2_attn.apps.cli.report import say
-from dinov2_attn.errors import UnwritableOutputError
 from dinov2_attn.history import eras
 from dinov2_attn.history.projects import PROJECTS, Project, project_named
 from dinov2_attn.proof.verify.findings import audit_copy
@@ -74,6 +75,9 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 def run(args: argparse.Namespace) -> int:
     """Verify, report, and return the exit status."""
+    for file in (args.json, args.junit):
+        if file not in (None, "-"):
+            early.check_file(Path(file))
     with tempfile.TemporaryDirectory(prefix="dinov2-attn-") as scratch:
         revisions = _find(args, Path(scratch))
         proofs = _prove(revisions, args.jobs)
@@ -150,14 +154,9 @@ def _write(
     if file == "-":
         print(form(lines))
     elif file is not None:
-        try:
-            text = form(lines) + "\n"
-            Path(file).write_text(text, encoding="utf-8", errors="backslashreplace")
-            say(args, f"wrote {file}")
-        except OSError as error:
-            raise UnwritableOutputError(
-                f"a file that can be written at {file}", str(error), "Name another."
-            ) from error
+        text = form(lines) + "\n"
+        write_file(file, text.encode("utf-8", "backslashreplace"))
+        say(args, f"wrote {file}")
 
 
 def _propose(lines: list[Line]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import dinov2_attn
+from dinov2_attn._files import atomic_file
 from dinov2_attn.apps.demo.game import held_out, table, to_tensor
 from dinov2_attn.apps.demo.load import ARCHITECTURE, build, fill
 from dinov2_attn.apps.demo.scenes import FIRST_TRAINING_SEED, PATCH, Scene, draw
@@ -91,7 +92,8 @@ def save(model: Any, path: Path) -> None:
     from safetensors.torch import save_file
 
     state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    save_file(state, path, {key: str(value) for key, value in ARCHITECTURE.items()})
+    with atomic_file(path) as unfinished:
+        save_file(state, unfinished, {key: str(value) for key, value in ARCHITECTURE.items()})
 
 
 def rate(step: int, steps: int) -> float:

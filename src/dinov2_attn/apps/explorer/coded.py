@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dinov2_attn._locks import cached_property
 from dinov2_attn.apps.explorer.factors import Factors, QueriesKeys, factors
 from dinov2_attn.apps.explorer.quantise import not_finite
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dinov2_attn._files import atomic_folder
+from dinov2_attn._files import write_file
 from dinov2_attn.apps.explorer.assemble import Held, Tables, assemble, what_is_missing
 from dinov2_attn.apps.explorer.budget import NOTHING, KeptRows, Shape, describe, left_out, plan
 from dinov2_attn.apps.explorer.content import Frame, Outliers, bytes_in, explained
@@ -55,9 +55,7 @@ class ExplorerPage:
             UnwritableOutputError: if the file cannot be written. Missing folders are created.
 
         """
-        path = Path(path)
-        with atomic_folder(path.parent) as unfinished:
-            (unfinished / path.name).write_bytes(self.content)
+        write_file(path, self.content)
 
     def _repr_html_(self) -> str:
         # In a frame without the notebook's origin: the page needs scripts, and saves files.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import dinov2_attn
+from dinov2_attn._locks import cached_property
 from dinov2_attn.apps.export.asked import Asked
 from dinov2_attn.apps.export.check import TOLERANCES
 from dinov2_attn.apps.export.graph import WithAttentions, tensors_of
@@ -83,7 +83,7 @@ class Subject:
 
     @cached_property
     def maps(self) -> AttentionMaps:
-        """The attention of one image: layers, rows and grid are those of every image."""
+        """Return the attention of one image: layers, rows and grid are those of every image."""
         return self._maps(self.images(1))
 
     @cached_property

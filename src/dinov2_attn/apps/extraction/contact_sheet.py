@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from dinov2_attn._files import atomic_folder
+from dinov2_attn._files import write_file
 from dinov2_attn.apps.extraction.frame import artifacts_in
 from dinov2_attn.apps.extraction.options import at_least
 from dinov2_attn.apps.extraction.thumbnails import Photographs, map_picture
@@ -54,9 +54,7 @@ class ContactSheet:
             UnwritableOutputError: If the file cannot be written.
 
         """
-        path = Path(path)
-        with atomic_folder(path.parent) as unfinished:
-            (unfinished / path.name).write_bytes(self.content)
+        write_file(path, self.content)
 
     def _repr_html_(self) -> str:
         page = escape(self.content.decode())

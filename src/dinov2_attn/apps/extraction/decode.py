@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2_attn.apps.extraction.items import Item
-from dinov2_attn.apps.viz.decoding import Decoded, decode, decode_open, stored_size
+from dinov2_attn.apps.viz.decoding import Decoded, decode, decode_open
 from dinov2_attn.apps.viz.images import ImageSize, fit, fitted_size
 from dinov2_attn.apps.viz.inference import summary_of
 from dinov2_attn.apps.viz.opening import check_pixels
 from dinov2_attn.apps.viz.reading import IMAGENET, Reading
 from dinov2_attn.apps.viz.videos import FrameReader, is_video, times_of
-from dinov2_attn.errors import Dinov2AttnError, UnreadableFileError, in_one_line
+from dinov2_attn.errors import ENDINGS, Dinov2AttnError, UnreadableFileError, in_one_line
 
 Size = tuple[int, int]
 T = TypeVar("T")
@@ -112,7 +112,7 @@ class Decoder:
     def _decode(self, number: int, item: Item) -> Picture:
         if is_video(Path(item.file)):
             return self._of_frame(number, item)
-        content, path = item.read(), Path(item.path)
+        content, path = item.read(self.max_pixels), Path(item.path)
         decoded = decode(path, self.reading, self.max_pixels, content)
         size = decoded.pixels.shape[0], decoded.pixels.shape[1]
         pixels = fit(decoded.pixels, self.patch_size, self.image_size, path)
@@ -160,12 +160,11 @@ class Measurer:
         return or_refused(self._measure, *numbered)
 
     def _measure(self, _: int, item: Item) -> Size:
-        path = Path(item.file if item.place is None else item.path)
+        path = Path(item.path)
         if is_video(Path(item.file)):
             size = decode_frame(item, IMAGENET, self.max_pixels)[0].pixels.shape[:2]
             return self._patches((size[0], size[1]), path)
-        size = stored_size(path, self.max_pixels, None if item.place is None else item.read())
-        return self._patches(size, path)
+        return self._patches(item.size(self.max_pixels), path)
 
     def _patches(self, size: Size, path: Path) -> Size:
         height, width = fitted_size(size, self.patch_size, self.image_size, path)
@@ -179,7 +178,9 @@ def or_refused(decode: Callable[[int, Item], T], number: int, item: Item) -> T |
         return decode(number, item)
     except Dinov2AttnError as error:
         return Refused(number, item, in_one_line(error))
-    except Exception as error:  # out of memory, or any exception of a library
+    except ENDINGS:
+        raise
+    except BaseException as error:  # out of memory, any exception of a library, a panic in Rust
         reason = UnreadableFileError(
             "an image that can be decoded",
             f"{item.path} ({summary_of(error)})",

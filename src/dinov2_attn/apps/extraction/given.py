@@ -33,7 +33,7 @@ from dinov2_attn.apps.viz.images import ImageSize, fit
 from dinov2_attn.apps.viz.opening import MOST_PIXELS
 from dinov2_attn.apps.viz.reading import Reading
 from dinov2_attn.apps.viz.videos import is_video
-from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.errors import ENDINGS, InvalidInputError
 
 # How many items are tried before anything is written. If none has a picture, none will.
 FIRST = 3
@@ -132,7 +132,7 @@ class FileReader:
         """Return the image in a file, and the file's sha256."""
         if is_video(Path(item.file)):
             return decode_frame(item, self.reading, self.max_pixels)
-        content = item.read()
+        content = item.read(self.max_pixels)
         image = decode(Path(item.path), self.reading, self.max_pixels, content)
         return image, hashlib.sha256(content).hexdigest()
 
@@ -148,7 +148,9 @@ def check_first(decoder: GivenDecoder, items: Sequence[Item]) -> None:
             decoder.decode(number, item)
         except NoPicture as error:
             wrong.append(error)
-        except Exception:  # the run lists it
+        except ENDINGS:
+            raise
+        except BaseException:  # the run lists it
             return
     if len(wrong) == len(items[:FIRST]) > 0:
         raise wrong[0]

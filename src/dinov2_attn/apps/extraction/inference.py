@@ -24,6 +24,7 @@ from dinov2_attn.apps.viz.reading import Reading
 from dinov2_attn.apps.viz.tokens import resolve
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import (
+    ENDINGS,
     Dinov2AttnError,
     InvalidInputError,
     SuspiciousArtifactsWarning,
@@ -103,9 +104,9 @@ def _maps_or_refused(
         return _attend(model, pictures, options)
     except InvalidInputError as error:
         return _refused(pictures[0], error)
-    except (Dinov2AttnError, Warning):
+    except (Dinov2AttnError, Warning, *ENDINGS):
         raise
-    except Exception as error:  # upstream's code and hooks may raise any exception
+    except BaseException as error:  # upstream's code and hooks may raise any exception
         height, width = pictures[0].sides
         found = f"{pictures[0].origin.item.path}, of which it sees {height} × {width} pixels"
         smaller = "Give a smaller image size, or pass over large ones: --max-pixels."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import io
 import itertools
 import os
 import stat
@@ -10,14 +12,17 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from dinov2_attn.apps.extraction.layout import ABOUT
 from dinov2_attn.apps.extraction.passed_over import LINKS, Sieve, describe, is_hidden, suffix_of
 from dinov2_attn.apps.viz.decoding import stored_size
-from dinov2_attn.apps.viz.opening import plugin_for
+from dinov2_attn.apps.viz.opening import check_bytes, length_of, plugin_for
 from dinov2_attn.apps.viz.videos import WHOLE, Sampling, is_video, library, times_of
 from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, UnreadableFileError
 
+# The header of a file of more bytes is looked at before all of it is read.
+LARGE = 2**20
 # The first bytes of gzip, bzip2, xz, Zstandard and zip.
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
 
@@ -52,14 +57,36 @@ class Item:
                 "Leave it out of the source.",
             )
 
-    def read(self) -> bytes:
-        """Return the bytes of the image. Raises ``UnreadableFileError``."""
+    def size(self, max_pixels: int | None) -> tuple[int, int]:
+        """Return height and width as they are stored, of which only the header is read."""
+        with self.opened() as file:
+            return stored_size(Path(self.path), max_pixels, file)
+
+    def read(self, max_pixels: int | None = None) -> bytes:
+        """Return the bytes of the image, after a look at the header of a large one.
+
+        Raises:
+            UnreadableFileError: If it cannot be read, or a large file is no image.
+            InvalidInputError: If it has too many pixels or bytes.
+
+        """
+        path = Path(self.path)
+        with self.opened() as file:
+            length = length_of(path, file)
+            check_bytes(path, length, max_pixels)
+            if length > LARGE:
+                stored_size(path, max_pixels, file)
+            file.seek(0)
+            return file.read(length)  # not what is appended meanwhile
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[BinaryIO]:
+        """Open the image, or its place in a tar. Raises ``UnreadableFileError``."""
         try:
             with open(self.file, "rb") as file:
-                if self.place is None:
-                    return file.read()
-                file.seek(self.place[0])
-                return file.read(self.place[1])
+                yield file if self.place is None else cast("BinaryIO", _Section(file, *self.place))
+        except Dinov2AttnError:
+            raise
         except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
             reason = getattr(error, "strerror", None) or error
             raise UnreadableFileError(
@@ -67,6 +94,34 @@ class Item:
                 f"{self.path} ({type(error).__name__}: {reason})",
                 "Check the path and who may read it.",
             ) from error
+
+
+class _Section(io.BufferedIOBase):
+    """``length`` bytes of a file from ``start`` on, to be read as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        rest = max(0, self._length - self._at)
+        self._file.seek(self._start + self._at)
+        found = self._file.read(rest if size is None or size < 0 else min(size, rest))
+        self._at += len(found)
+        return found
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, origin + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
 
 
 def list_items(
@@ -218,8 +273,8 @@ def _in_tar(source: Path, name: str, sieve: Sieve) -> Iterator[Item]:
 
 
 def _in_list(source: Path, name: str) -> Iterator[Item]:
-    content = source.read_bytes()
-    if b"\0" in content or content.startswith((b"%!PS", b"%PDF")):
+    content, is_text = _text_of(source)
+    if not is_text or content.startswith((b"%!PS", b"%PDF")):
         if _is_image(source):
             yield Item(name, name, str(source))
             return
@@ -236,6 +291,17 @@ def _in_list(source: Path, name: str) -> Iterator[Item]:
     for line in text.split("\n"):
         if path := line.rstrip("\r"):
             yield Item(name, path, str(source.parent / path))
+
+
+def _text_of(source: Path) -> tuple[bytes, bool]:
+    """Return the bytes of a file, up to where it proves to be no text, and whether it is text."""
+    parts: list[bytes] = []
+    with source.open("rb") as file:
+        while part := file.read(LARGE):
+            parts.append(part)
+            if b"\0" in part:
+                return b"".join(parts), False
+    return b"".join(parts), True
 
 
 def _is_image(source: Path) -> bool:

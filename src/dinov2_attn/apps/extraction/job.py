@@ -192,7 +192,14 @@ def _alone(folder: Path) -> Iterator[None]:
     The lock is released when the process ends, however it ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / LOCK)
+    path = folder / LOCK
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # it would be emptied
+        raise UnwritableOutputError(
+            f"a lock of an extraction at {path}",
+            "a link, or something that is not a file",
+            "Remove it, or name another folder.",
+        )
+    lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:

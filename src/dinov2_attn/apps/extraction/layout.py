@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -36,7 +37,7 @@ FORMAT = 2
 def read_about(folder: Path) -> dict[str, Any]:
     """Return ``extraction.json`` of ``folder``; raise ``UnreadableFileError`` if it has none."""
     try:
-        about = json.loads((folder / ABOUT).read_text())
+        about = json.loads(read_text(folder / ABOUT))
         if isinstance(about, dict) and "format" in about:
             return about
         reason = "no JSON object with a format"
@@ -47,6 +48,13 @@ def read_about(folder: Path) -> dict[str, Any]:
         f"{ABOUT} that cannot be read ({reason})",
         "Name the folder that `dinov2-attn extract -o` was given.",
     )
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file; raise ``OSError`` if there is none. A pipe might never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "There is something that is not a file", str(path))
+    return path.read_text()
 
 
 def check_format(folder: Path, about: dict[str, Any]) -> None:

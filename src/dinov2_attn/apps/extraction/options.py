@@ -127,16 +127,37 @@ def stored_bytes(model: Model, options: Options, grid: Grid) -> int:
     return numbers * torch.finfo(DTYPES[options.dtype]).bits // 8 + of_statistics
 
 
+def images_together(model: Model, options: Options, sides: Grid) -> int:
+    """Return how many images of ``sides`` (height, width) in pixels run together.
+
+    Their weights take no more memory than those of ``batch_size`` images of the usual size.
+    """
+    usual, own = (
+        _weight_bytes(model, options, _usual(options)),
+        _weight_bytes(model, options, sides),
+    )
+    return max(1, options.batch_size * min(usual, own) // own)
+
+
 def _bytes_of_one(model: Model, options: Options) -> tuple[int, int]:
-    """Return the bytes of the weights of a largest image, and the bytes stored of it."""
+    """Return the bytes of the weights of an image of the usual size, and the bytes stored of it."""
+    sides = _usual(options)
+    stored = stored_bytes(model, options, geometry_of(model).grid(*sides))
+    return _weight_bytes(model, options, sides), max(1, stored)
+
+
+def _usual(options: Options) -> Grid:
+    """Return the sides in pixels of a square image, as large as it gets."""
     size = options.image_size or LARGEST_SHORT_SIDE
-    sides = (size, size) if isinstance(size, int) else size
+    return (size, size) if isinstance(size, int) else size
+
+
+def _weight_bytes(model: Model, options: Options, sides: Grid) -> int:
     geometry = geometry_of(model)
-    height, width = geometry.grid(*sides)
-    columns = geometry.prefix + height * width
-    weights = 4 * rows_of(model, options, (height, width)) * columns
-    # With sides shorter than a patch there may be no rows. The callers divide by both.
-    return max(1, weights), max(1, stored_bytes(model, options, (height, width)))
+    grid = geometry.grid(*sides)
+    weights = 4 * rows_of(model, options, grid) * (geometry.prefix + math.prod(grid))
+    # With sides shorter than a patch there may be no rows. The callers divide by it.
+    return max(1, weights)
 
 
 def _image_size(size: ImageSize) -> ImageSize:

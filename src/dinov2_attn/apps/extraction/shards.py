@@ -80,7 +80,7 @@ def finished(folder: Path, plan: Plan, verify: bool = False) -> list[int]:
 
 def _is_finished(folder: Path, plan: Plan, shard: int, verify: bool) -> bool:
     path, index = _paths(folder, shard, plan.about["options"]["format"])
-    if not index.exists():
+    if not index.is_file():
         return False
     try:
         content = index.read_bytes()
@@ -99,6 +99,8 @@ def _is_finished(folder: Path, plan: Plan, shard: int, verify: bool) -> bool:
 def _is_whole(
     path: Path, metadata: dict[str, str], lines: list[dict[str, Any]], verify: bool
 ) -> bool:
+    if not (path.is_file() or path.is_dir()):  # a pipe might never end
+        return False
     entries = [line for line in lines if "shard" in line]
     expected = {name for entry in entries for name in names(entry)}
     with opened(path) as file:

@@ -23,6 +23,7 @@ from dinov2_attn.apps.viz.images import fit
 from dinov2_attn.apps.viz.limits import scale
 from dinov2_attn.apps.viz.reading import Reading
 from dinov2_attn.apps.viz.style import Style
+from dinov2_attn.errors import ENDINGS
 
 # The longer side of a photograph in pixels, twice what the page shows.
 SIDE = 320
@@ -120,7 +121,9 @@ class Photographs:
             pixels = self._pixels(entry)
         except _AbsentError as absent:
             return self._missing(str(absent))
-        except Exception:  # the reader of images may raise any exception
+        except ENDINGS:
+            raise
+        except BaseException:  # the reader of images may raise any exception
             return self._missing("unreadable")
         small = Image.fromarray(shown(pixels))
         small.thumbnail((SIDE, SIDE))

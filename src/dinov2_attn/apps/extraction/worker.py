@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dinov2_attn.apps.extraction import shards
-from dinov2_attn.apps.extraction.decode import OfItems, Picture, Refused, T
+from dinov2_attn.apps.extraction.decode import OfItems, Picture, Refused, Size, T
 from dinov2_attn.apps.extraction.inference import BatchMaps, attend_batch
 from dinov2_attn.apps.extraction.items import Item
-from dinov2_attn.apps.extraction.options import Options
+from dinov2_attn.apps.extraction.options import Options, images_together
 from dinov2_attn.apps.extraction.plan import Plan
 from dinov2_attn.apps.extraction.processes import ending_context
+from dinov2_attn.apps.viz.inference import is_out_of_memory, summary_of
 from dinov2_attn.apps.viz.reading import warn
 from dinov2_attn.errors import (
     Dinov2AttnError,
@@ -52,19 +55,27 @@ class Buckets:
     The batches depend on the order of the pictures alone, so that every run makes the same.
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, together: Callable[[Size], int] | None = None) -> None:
         self._batch_size = batch_size
+        self._together = together or (lambda _: batch_size)
         self._waiting: dict[Kind, list[Picture]] = {}
+        self._most: dict[Kind, int] = {}  # how many of a kind run together
 
     def add(self, picture: Picture) -> Iterator[list[Picture]]:
         """Add a picture; yield the batch that it fills, or the fullest one if too many wait."""
         kind = tuple(picture.pixels.shape), str(picture.pixels.dtype)
+        if kind not in self._most:
+            self._most[kind] = self._together(picture.sides)
         bucket = self._waiting.setdefault(kind, [])
         bucket.append(picture)
-        if len(bucket) == self._batch_size:
+        if len(bucket) >= self._most[kind]:
             yield self._waiting.pop(kind)
-        elif sum(map(len, self._waiting.values())) >= WAITING * self._batch_size:
-            yield self._waiting.pop(max(self._waiting, key=lambda key: len(self._waiting[key])))
+        elif sum(map(self._full, self._waiting)) >= WAITING:
+            yield self._waiting.pop(max(self._waiting, key=self._full))
+
+    def _full(self, kind: Kind) -> Fraction:
+        """Return how much of its batch waits."""
+        return Fraction(len(self._waiting[kind]), self._most[kind])
 
     def rest(self) -> Iterator[list[Picture]]:
         """Yield the remaining batches, smallest pictures first."""
@@ -106,8 +117,17 @@ class Run:
             return done + self._bytes_of(writing)
 
     def _bytes_of(self, writing: Future[int] | None) -> int:
-        with writing_to(self.folder):
-            return writing.result() if writing else 0
+        try:
+            with writing_to(self.folder):
+                return writing.result() if writing else 0
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UnavailableError(
+                f"memory for a shard of {self.options.shard_size} images",
+                summary_of(error),
+                "Give a smaller --shard-size.",
+            ) from error
 
     def _attend(
         self, shard: int, pictures: Iterator[Picture | Refused]
@@ -126,7 +146,8 @@ class Run:
     def _batches(
         self, shard: int, pictures: Iterator[Picture | Refused], refused: list[Refused]
     ) -> Iterator[list[Picture]]:
-        buckets = Buckets(self.options.batch_size)
+        together = partial(images_together, self.model, self.options)
+        buckets = Buckets(self.options.batch_size, together)
         for _ in self.plan.numbered(shard):
             found = next(pictures)
             if isinstance(found, Refused):
@@ -192,12 +213,13 @@ def decoded(
     )
     try:
         yield from loader
-    except RuntimeError as error:
-        if isinstance(error, Dinov2AttnError) or "worker" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        ours = isinstance(error, Dinov2AttnError)
+        if ours or not workers or not ("worker" in str(error) or is_out_of_memory(error)):
             raise
         raise UnavailableError(
             f"{workers} processes that decode images",
-            str(error).partition("\n")[0],
+            summary_of(error),
             "Their memory may not suffice: try fewer workers, or a smaller --max-pixels.",
         ) from error
 

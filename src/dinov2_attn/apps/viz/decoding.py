@@ -22,6 +22,8 @@ from dinov2_attn.apps.viz.depths import (
 )
 from dinov2_attn.apps.viz.dicom import dicom_size, is_called_dicom, is_dicom, read_dicom
 from dinov2_attn.apps.viz.opening import (
+    Content,
+    array_shape,
     check_pixels,
     is_array,
     is_tiff,
@@ -82,15 +84,14 @@ def decode(
         if is_dicom(path, content):
             return _of_dicom(path, content, reading, max_pixels)
         try:
-            image = opened(path, content)
+            with opened(path, content) as image:
+                return _of_image(image, path, content, reading, max_pixels)
         except UnidentifiedImageError:
             if is_called_dicom(path):
                 return _of_dicom(path, content, reading, max_pixels)
             if not is_tiff(path, content):
                 raise
             return _of_array(read_tiff(path, content, max_pixels), path, reading)
-        with image:
-            return _of_image(image, path, content, reading, max_pixels)
 
 
 def decode_open(image: Image.Image, path: Path, reading: Reading = IMAGENET) -> Decoded:
@@ -100,15 +101,21 @@ def decode_open(image: Image.Image, path: Path, reading: Reading = IMAGENET) -> 
 
 
 def stored_size(
-    path: Path, max_pixels: int | None = None, content: bytes | None = None
+    path: Path, max_pixels: int | None = None, content: Content = None
 ) -> tuple[int, int]:
     """Return the height and width of an image from its header.
 
     EXIF orientation is not applied: ``decode`` may swap the two.
+
+    Args:
+        path: The file, or only its name if ``content`` is given.
+        max_pixels: The largest image that is taken; 100 million by default.
+        content: The bytes of the file, or the open file, of which only the header is read.
+
     """
     with reported(path, max_pixels):
         if is_array(path, content):
-            height, width = read_array(path, content, max_pixels).shape[:2]
+            height, width = array_shape(path, content, max_pixels)[:2]
             return height, width
         if is_dicom(path, content):
             return _within(path, dicom_size(path, content), max_pixels)
@@ -144,7 +151,7 @@ def _of_image(
     max_pixels: int | None,
 ) -> Decoded:
     if has_page_per_channel(image, reading.channels):
-        pages = np.stack([page(image, i) for i in range(reading.channels)], axis=-1)
+        pages = np.stack([page(image, i, path, max_pixels) for i in range(reading.channels)], -1)
         log.info("%s has %d pages: each is a channel", path, reading.channels)
         return _of_array(pages, path, reading)
     if getattr(image, "is_animated", False):
@@ -263,12 +270,26 @@ def has_page_per_channel(image: Image.Image, channels: int) -> bool:
     """Return whether a TIFF has as many grey pages as a model has channels."""
     if channels in (1, 3) or image.format != "TIFF":
         return False
-    return getattr(image, "n_frames", 1) == channels and len(image.getbands()) == 1
+    if len(image.getbands()) != 1:
+        return False
+    # Not n_frames: there may be a million.
+    found = _has_page(image, channels - 1) and not _has_page(image, channels)
+    image.seek(0)
+    return found
 
 
-def page(image: Image.Image, number: int) -> npt.NDArray[Any]:
+def _has_page(image: Image.Image, number: int) -> bool:
+    try:
+        image.seek(number)
+    except EOFError:
+        return False
+    return True
+
+
+def page(image: Image.Image, number: int, path: Path, max_pixels: int | None) -> npt.NDArray[Any]:
     """Return a page of a TIFF."""
     image.seek(number)
+    check_pixels(path, (image.height, image.width), max_pixels)
     return np.array(image)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dinov2_attn.apps.viz.opening import Content, header
 from dinov2_attn.apps.viz.reading import Range, Raw
 from dinov2_attn.errors import Dinov2AttnError, UnreadableFileError
 
@@ -37,15 +38,12 @@ def is_called_dicom(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
-def is_dicom(path: Path, content: bytes | None) -> bool:
+def is_dicom(path: Path, content: Content) -> bool:
     """Return whether a file is DICOM by its first bytes, which old files do not have."""
-    if content is None:
-        with path.open("rb") as file:
-            content = file.read(PREAMBLE + len(LETTERS))
-    return content[PREAMBLE : PREAMBLE + len(LETTERS)] == LETTERS
+    return header(path, content, PREAMBLE + len(LETTERS))[PREAMBLE:] == LETTERS
 
 
-def dicom_size(path: Path, content: bytes | None) -> tuple[int, int]:
+def dicom_size(path: Path, content: Content) -> tuple[int, int]:
     """Return the height and width of the image in a file, from its header."""
     return _size(_dataset(path, content, pixels=False), path)
 
@@ -178,7 +176,7 @@ def _size(dataset: Any, path: Path) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _dataset(path: Path, content: bytes | None, *, pixels: bool = True) -> Any:
+def _dataset(path: Path, content: Content, *, pixels: bool = True) -> Any:
     if not is_readable():
         raise UnreadableFileError(
             "an image that Pillow can open",
@@ -187,10 +185,13 @@ def _dataset(path: Path, content: bytes | None, *, pixels: bool = True) -> Any:
         )
     import pydicom
 
+    given: Any = io.BytesIO(content) if isinstance(content, bytes) else content or path
+    if not isinstance(given, Path):
+        given.seek(0)
     with _decoding(path):
         # Forced: old files have no letters at their start.
         return pydicom.dcmread(
-            path if content is None else io.BytesIO(content),
+            given,
             force=is_called_dicom(path),
             stop_before_pixels=not pixels,
         )

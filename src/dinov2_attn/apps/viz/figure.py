@@ -23,7 +23,7 @@ from dinov2_attn.apps.viz.pictures import Picture, draw_map, head_name
 from dinov2_attn.apps.viz.pixels import as_pixels
 from dinov2_attn.apps.viz.provenance import Facts
 from dinov2_attn.apps.viz.rows import AttentionRow, Drawable, Values, select_row
-from dinov2_attn.apps.viz.saving import save, written
+from dinov2_attn.apps.viz.saving import write_figure, written
 from dinov2_attn.apps.viz.style import PLAIN, Style
 from dinov2_attn.apps.viz.text import POINTS_PER_INCH
 from dinov2_attn.errors import InvalidInputError
@@ -65,9 +65,9 @@ class PaperFigure:
             UnwritableOutputError: if a file cannot be written.
 
         """
-        save(self.figure, path, dpi=PRINT, facts=facts)
-        text = Path(path).with_suffix(".txt")
-        with written(text):
+        path = Path(path)
+        with written(path) as drawn, written(path.with_suffix(".txt")) as text:
+            write_figure(self.figure, drawn, PRINT, facts)
             text.write_text(self.caption + "\n", encoding="utf-8")
 
     def _repr_png_(self) -> bytes:

@@ -91,11 +91,11 @@ def load_image(
     >>> viz.load_image("cells.tif", 14, range=(0, 4095), mean=0.5, std=0.5)
 
     Pillow reads the file. HEIC and JPEG XL need their Pillow plug-in, DICOM pydicom. TIFF files
-    with other than 1, 3 or 4 channels need tifffile. A ``.npy`` file may hold ``(H, W)`` or ``(H,
-    W, C)``. EXIF orientation is applied. Transparent pixels become white, unless alpha is a channel
-    of the model. Of several frames or pages the first one is used, with a message in the log. If a
-    TIFF has as many grey pages as the model has channels, each page is a channel. Pixels are
-    reduced to 8 bits. The crop removes pixels at the right and at the bottom.
+    with other than 1, 3 or 4 channels need tifffile. A ``.npy`` file may hold ``(H, W)`` or
+    ``(H, W, C)``. EXIF orientation is applied. Transparent pixels become white, unless alpha is a
+    channel of the model. Of several frames or pages the first one is used, with a message in the
+    log. If a TIFF has as many grey pages as the model has channels, each page is a channel. Pixels
+    are reduced to 8 bits. The crop removes pixels at the right and at the bottom.
 
     Args:
         path: The image file.

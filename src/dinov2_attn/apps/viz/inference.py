@@ -31,7 +31,7 @@ def inference_on(images: Tensor) -> Iterator[None]:
         raise cannot_run(error, found, "Give a smaller --image-size.") from error
 
 
-def cannot_run(error: Exception, image: str, smaller: str) -> InvalidInputError:
+def cannot_run(error: BaseException, image: str, smaller: str) -> InvalidInputError:
     """Return the error for an ``image`` on which a model raised ``error``.
 
     ``smaller`` is the advice if memory ran out.
@@ -44,7 +44,7 @@ def cannot_run(error: Exception, image: str, smaller: str) -> InvalidInputError:
     )
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a device or this machine ran out of memory."""
     # The CPU's allocator raises a plain RuntimeError.
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or any(
@@ -53,7 +53,7 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def summary_of(error: Exception) -> str:
+def summary_of(error: BaseException) -> str:
     """Return the class of ``error`` and the first line of its message, equal in every run.
 
     Addresses of objects and the state of a device are left out.

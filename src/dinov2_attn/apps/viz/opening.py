@@ -6,22 +6,34 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import math
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, UnreadableFileError
+from dinov2_attn._locks import fork_safe_lock
+from dinov2_attn.errors import ENDINGS, Dinov2AttnError, InvalidInputError, UnreadableFileError
 
 # Such an image takes 0.3 GB decoded and 1.2 GB as a tensor. Its attention would take petabytes.
 MOST_PIXELS = 100_000_000
+# Of a file, and of the values in it, for each pixel that is allowed: 4 floats, or 16 channels.
+BYTES_PER_PIXEL = 16
+# How often Pillow may read from a file until it knows the size. A damaged JPEG is read byte by
+# byte, which takes a second for 3 MB.
+MOST_READS = 20_000
+# And how many bytes it has to get from each of the reads after that.
+BYTES_PER_READ = 64
+# The start of a NumPy file, which is long enough for its header.
+NUMPY_HEADER = 2**16
+
+Content = bytes | BinaryIO | None
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -35,9 +47,9 @@ def reported(path: Path, max_pixels: int | None) -> Iterator[None]:
             yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path, most, str(error)) from error
-    except Dinov2AttnError:
+    except (Dinov2AttnError, *ENDINGS):
         raise
-    except Exception as error:  # Pillow's readers may raise anything
+    except BaseException as error:  # Pillow's readers may raise anything, a panic in Rust too
         raise UnreadableFileError(
             "a complete image file",
             f"{path}, which cannot be read ({type(error).__name__}: {error})",
@@ -45,11 +57,28 @@ def reported(path: Path, max_pixels: int | None) -> Iterator[None]:
         ) from error
 
 
-def opened(path: Path, content: bytes | None) -> Image.Image:
-    """Open an image with Pillow or a plug-in. Raise ``UnreadableFileError`` if one is missing."""
+def most_bytes(max_pixels: int | None) -> int:
+    """Return how many bytes a file of an image may have, and the values in it."""
+    return BYTES_PER_PIXEL * max(max_pixels or 0, MOST_PIXELS)
+
+
+@contextlib.contextmanager
+def opened(path: Path, content: Content) -> Iterator[Image.Image]:
+    """Open an image with Pillow or a plug-in.
+
+    Raises:
+        UnreadableFileError: If a plug-in is missing, or there is no header where one has to be.
+
+    """
     register_plugins()
+    with _counted(path, content) as file, _identified(path, content, file) as image:
+        file.left = MOST_READS + file.length // BYTES_PER_READ
+        yield image
+
+
+def _identified(path: Path, content: Content, file: _Counted) -> Image.Image:
     try:
-        image = Image.open(path if content is None else _Content(content, path))
+        image = Image.open(cast("BinaryIO", file))
     except UnidentifiedImageError as error:
         if package := plugin_for(header(path, content)) or plugin_for(path):
             raise UnreadableFileError(
@@ -66,33 +95,91 @@ def opened(path: Path, content: bytes | None) -> Image.Image:
     return image
 
 
-def header(path: Path, content: bytes | None) -> bytes:
-    """Return the first 32 bytes of a file."""
+def header(path: Path, content: Content, size: int = 32) -> bytes:
+    """Return the first bytes of a file."""
+    if isinstance(content, bytes):
+        return content[:size]
     if content is not None:
-        return content[:32]
+        content.seek(0)
+        return content.read(size)
+    check_is_file(path)
     with path.open("rb") as file:
-        return file.read(32)
+        return file.read(size)
 
 
-def is_array(path: Path, content: bytes | None) -> bool:
+def check_is_file(path: Path) -> None:
+    """Raise ``UnreadableFileError`` if ``path`` is a pipe, which may never end, or the like."""
+    if path.exists() and not path.is_file():
+        raise UnreadableFileError(
+            "a file of an image",
+            f"{path}, which cannot be read: it is a pipe, a device or a folder",
+            "Save the image in a file first.",
+        )
+
+
+def is_array(path: Path, content: Content) -> bool:
     """Return whether a file holds a NumPy array."""
     return header(path, content).startswith(b"\x93NUMPY")
 
 
-def read_array(path: Path, content: bytes | None, max_pixels: int | None) -> npt.NDArray[Any]:
-    """Return the array ``(H, W)`` or ``(H, W, C)`` of a .npy file, without unpickling."""
-    if content is None:
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    else:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-    if array.ndim not in (2, 3) or array.dtype.kind not in "buif" or not array.size:
+def array_shape(path: Path, content: Content, max_pixels: int | None) -> tuple[int, ...]:
+    """Return the shape of the array in a .npy file from its header.
+
+    Raises:
+        UnreadableFileError: If it is no image, or the file is shorter than the array.
+        InvalidInputError: If it has too many pixels or bytes.
+
+    """
+    start = io.BytesIO(header(path, content, NUMPY_HEADER))
+    formats: Any = np.lib.format
+    version = formats.read_magic(start)
+    # Version 3 differs from 2 only in the letters of names of fields.
+    first = version == (1, 0)
+    read = formats.read_array_header_1_0 if first else formats.read_array_header_2_0
+    shape, _, dtype = read(start)
+    if len(shape) not in (2, 3) or dtype.kind not in "buif" or not math.prod(shape):
         raise UnreadableFileError(
             "an array of numbers of shape (H, W) or (H, W, C)",
-            f"{path} of {array.dtype} {array.shape}",
+            f"{path} of {dtype} {shape}",
             "Save one image with its channels last.",
         )
-    check_pixels(path, array.shape[:2], max_pixels)
+    check_pixels(path, shape[:2], max_pixels)
+    size = math.prod(shape) * dtype.itemsize
+    check_bytes(path, size, max_pixels)
+    if length_of(path, content) < start.tell() + size:
+        raise UnreadableFileError(
+            "a complete array",
+            f"{path}, which is shorter than its {dtype} {shape}",
+            "Save the array again.",
+        )
+    return tuple(shape)
+
+
+def read_array(path: Path, content: bytes | None, max_pixels: int | None) -> npt.NDArray[Any]:
+    """Return the array ``(H, W)`` or ``(H, W, C)`` of a .npy file, without unpickling."""
+    array_shape(path, content, max_pixels)
+    file: Any = path if content is None else io.BytesIO(content)
+    mode: Any = "r" if content is None else None
+    array: npt.NDArray[Any] = np.load(file, mmap_mode=mode, allow_pickle=False)
     return array
+
+
+def length_of(path: Path, content: Content) -> int:
+    """Return the number of bytes of a file."""
+    if isinstance(content, bytes):
+        return len(content)
+    return os.stat(path).st_size if content is None else content.seek(0, os.SEEK_END)
+
+
+def check_bytes(path: Path, size: int, max_pixels: int | None) -> None:
+    """Raise ``InvalidInputError`` for a file, or for values in one, of more than ``most_bytes``."""
+    most = most_bytes(max_pixels)
+    if size > most:
+        raise InvalidInputError(
+            f"an image of at most {most:,} bytes, {BYTES_PER_PIXEL} for each pixel that is allowed",
+            f"{path} ({size:,})",
+            "Shrink it, or allow more with --max-pixels N.",
+        )
 
 
 def check_pixels(path: Path, size: tuple[int, ...], max_pixels: int | None) -> None:
@@ -103,7 +190,7 @@ def check_pixels(path: Path, size: tuple[int, ...], max_pixels: int | None) -> N
 
 
 @contextlib.contextmanager
-def tiff_page(path: Path, content: bytes | None) -> Iterator[Any]:
+def tiff_page(path: Path, content: Content) -> Iterator[Any]:
     """Open the first page of a TIFF with tifffile.
 
     Raises:
@@ -119,8 +206,8 @@ def tiff_page(path: Path, content: bytes | None) -> Iterator[Any]:
         )
     import tifffile
 
-    file = tifffile.TiffFile(path if content is None else io.BytesIO(content))
-    with file:
+    given: Any = io.BytesIO(content) if isinstance(content, bytes) else content or path
+    with tifffile.TiffFile(given) as file:
         yield file.pages[0]
 
 
@@ -128,12 +215,13 @@ def read_tiff(path: Path, content: bytes | None, max_pixels: int | None) -> npt.
     """Read the first page of a TIFF, ``(H, W)`` or ``(H, W, C)``, with tifffile."""
     with tiff_page(path, content) as page:
         check_pixels(path, (page.imagelength, page.imagewidth), max_pixels)
+        check_bytes(path, math.prod(page.shape) * page.dtype.itemsize, max_pixels)
         values: npt.NDArray[Any] = page.asarray()
         # Some files store the channels first.
         return np.moveaxis(values, 0, -1) if page.axes.startswith("S") else values
 
 
-def is_tiff(path: Path, content: bytes | None) -> bool:
+def is_tiff(path: Path, content: Content) -> bool:
     """Return whether a file starts like a TIFF."""
     return header(path, content).startswith(_TIFF)
 
@@ -146,19 +234,61 @@ def _too_large(path: Path, most: int, found: str) -> InvalidInputError:
     )
 
 
-class _Content(io.BytesIO):
-    """The bytes of a file. Pillow's errors show its name instead of an address in memory."""
+class _Counted(io.BufferedIOBase):
+    """A file that may be read ``left`` times more, and ``length`` bytes long.
 
-    def __init__(self, content: bytes, path: Path) -> None:
-        super().__init__(content)
-        self._path = path
+    Pillow's errors show its name instead of an address in memory.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, length: int) -> None:
+        self._file, self._path = file, path
+        self.length, self.left = length, MOST_READS
 
     def __repr__(self) -> str:
         return repr(str(self._path))
 
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise UnreadableFileError(
+                "an image file in which its parts are found",
+                f"{self._path}, in which a reader goes on from byte to byte",
+                "Check that an image viewer opens it.",
+            )
+        return self._file.read(-1 if size is None else size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        return self._file.readline(-1 if size is None else size)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _counted(path: Path, content: Content) -> Iterator[_Counted]:
+    with contextlib.ExitStack() as stack:
+        if content is None:
+            check_is_file(path)
+            file: BinaryIO = stack.enter_context(path.open("rb"))
+        else:
+            file = io.BytesIO(content) if isinstance(content, bytes) else content
+        length = length_of(path, file)
+        file.seek(0)
+        yield _Counted(file, path, length)
+
 
 # Pillow has one limit for the whole process.
-_LIMIT = threading.Lock()
+_LIMIT = fork_safe_lock()
 
 
 @contextlib.contextmanager

@@ -131,9 +131,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if _is_record(record):
-            return dict(record)
+        if path.is_file():  # a pipe might never end
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if _is_record(record):
+                return dict(record)
     except (OSError, ValueError, RecursionError):
         pass
     raise UnwritableOutputError(

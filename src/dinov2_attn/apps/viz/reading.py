@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dinov2_attn.errors import InvalidInputError, SuspiciousRangeWarning, UnreadableFileError
+from dinov2_attn.errors import InvalidInputError, SuspiciousRangeWarning, UnreadableFileError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,18 +172,34 @@ def in_eight_bits(
         UnreadableFileError: if no range is known, or values are NaN.
 
     """
-    low, high = ends = _ends(raw, wanted, name)
-    with np.errstate(invalid="ignore", over="ignore"):
-        scaled = (raw.values.astype(np.float64) - low) / ((high - low) or 1.0) * 255
-    pixels = np.rint(scaled.clip(0, 255)).astype(np.uint8)
+    ends = _ends(raw, wanted, name)
+    pixels = _scaled(raw.values, *ends)
     doubt = _doubt(raw, name) if wanted is None else _flat(ends, name)
     return (255 - pixels if raw.inverted else pixels), ends, doubt
+
+
+# Values that are scaled together: in float64 they take 8 bytes each, several times.
+_TOGETHER = 2**20
+
+
+def _scaled(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[np.uint8]:
+    """Return ``values`` as uint8, with ``low`` as 0 and ``high`` as 255."""
+    if values.dtype == np.uint8 and (low, high) == (0, 255):
+        return values
+    pixels = np.empty(values.size, np.uint8)
+    flat = values.reshape(-1)
+    for start in range(0, values.size, _TOGETHER):
+        some = slice(start, start + _TOGETHER)
+        with np.errstate(invalid="ignore", over="ignore"):
+            scaled = (flat[some].astype(np.float64) - low) / ((high - low) or 1.0) * 255
+        pixels[some] = np.rint(scaled.clip(0, 255)).astype(np.uint8)
+    return pixels.reshape(values.shape)
 
 
 def warn(doubt: str | None) -> None:
     """Warn about a suspicious range of an image."""
     if doubt is not None:
-        warnings.warn(doubt, SuspiciousRangeWarning, stacklevel=3)
+        warnings.warn(shown(doubt), SuspiciousRangeWarning, stacklevel=3)
 
 
 def _ends(raw: Raw, wanted: Range, name: str) -> tuple[float, float]:

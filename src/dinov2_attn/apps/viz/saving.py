@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from dinov2_attn._files import atomic_file
 from dinov2_attn.apps.viz.colours import Pixels
 from dinov2_attn.apps.viz.films import FILMS, writer_of
 from dinov2_attn.apps.viz.pictures import plot_heads
@@ -45,8 +47,8 @@ def save(figure: Figure, path: str | Path, *, dpi: int = DPI, facts: Facts | Non
         UnwritableOutputError: if the file cannot be written.
 
     """
-    with written(Path(path)):
-        write_figure(figure, Path(path), dpi, facts)
+    with written(Path(path)) as unfinished:
+        write_figure(figure, unfinished, dpi, facts)
 
 
 def animate(maps: Drawable, path: str | Path, *, seconds: float = SECONDS, **options: Any) -> None:
@@ -68,8 +70,8 @@ def animate(maps: Drawable, path: str | Path, *, seconds: float = SECONDS, **opt
         UnwritableOutputError: if the file cannot be written.
 
     """
-    with written(Path(path)):
-        write_film(maps, Path(path), seconds, **options)
+    with written(Path(path)) as unfinished:
+        write_film(maps, unfinished, seconds, **options)
 
 
 def write_figure(figure: Figure, path: Path, dpi: int = DPI, facts: Facts | None = None) -> None:
@@ -82,8 +84,10 @@ def write_figure(figure: Figure, path: Path, dpi: int = DPI, facts: Facts | None
         "pdf.fonttype": 42,  # TrueType, which journals ask for
     }
     metadata = metadata_for(kind, facts or {})
+    drawn = BytesIO()  # matplotlib raises other errors than OSError where a disk is full
     with matplotlib.rc_context(settings):
-        figure.savefig(path, format=kind, dpi=dpi, metadata=metadata)
+        figure.savefig(drawn, format=kind, dpi=dpi, metadata=metadata)
+    path.write_bytes(drawn.getvalue())
 
 
 def write_film(maps: Drawable, path: Path, seconds: float = SECONDS, **options: Any) -> None:
@@ -131,13 +135,14 @@ def _frames(figures: Iterable[Figure]) -> list[Pixels]:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` of writing ``path`` into one of ours."""
+def written(path: Path) -> Iterator[Path]:
+    """Yield where to write ``path``, which appears whole; make errors of the disk ours."""
     try:
-        yield
+        with atomic_file(path) as unfinished:
+            yield unfinished
     except OSError as error:
         raise UnwritableOutputError(
             f"a file that can be written at {path}",
             f"{type(error).__name__}: {error}",
-            "Create its folder, or give another path.",
+            "Nothing was left there. Create its folder, or give another path.",
         ) from error

@@ -1,0 +1,59 @@
+"""Names that came from outside are escaped and shortened where errors and warnings show them."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import pytest
+import torch
+
+from dinov2_attn import load_checkpoint, viz
+from dinov2_attn.apps.viz.reading import warn
+from dinov2_attn.errors import (
+    InvalidInputError,
+    SuspiciousRangeWarning,
+    UnreadableFileError,
+    in_one_line,
+)
+from tests.support import upstreams
+from tests.support.recordings import build
+
+# What clears a screen, a change of direction, a return to the start of the line, and no text.
+HOSTILE = "a\x1b[2J\u202egpj.\rb\udc80"
+ESCAPED = r"a\x1b[2J\u202egpj.\rb\udc80"
+
+
+def test_an_error_escapes_and_keeps_what_it_was_given():
+    error = InvalidInputError("a name", HOSTILE, "Try again.")
+    assert str(error) == f"Expected a name.\nFound {ESCAPED}.\nTry again."
+    assert ESCAPED in in_one_line(error)
+    assert error.found == HOSTILE
+    assert pickle.loads(pickle.dumps(error)).found == HOSTILE
+    str(error).encode()
+    assert len(str(InvalidInputError("a name", "k" * 5_000_000, "Try again."))) < 5000
+    assert len(in_one_line(ValueError("k" * 5_000_000))) < 5000
+
+
+def test_a_file_with_such_a_name(tmp_path):
+    with pytest.raises(UnreadableFileError) as caught:
+        viz.load_image(tmp_path / HOSTILE, 14)
+    assert str(caught.value).isprintable() or str(caught.value).count("\n") == 2
+    assert ESCAPED.removesuffix(r"\udc80") in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_keys_of_a_checkpoint_of_megabytes(tmp_path, first):
+    model = build(upstreams.FIRST)
+    torch.save({HOSTILE[:-1] + "k" * 5_000_000: torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(Exception, match="Expected") as caught:
+        load_checkpoint(model, tmp_path / "a.pth")
+    assert len(str(caught.value)) < 10_000
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_warning():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SuspiciousRangeWarning)
+        warn(HOSTILE)
+    assert str(caught[0].message) == ESCAPED
