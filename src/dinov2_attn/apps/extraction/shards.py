@@ -99,7 +99,7 @@ def _is_finished(folder: Path, plan: Plan, shard: int, verify: bool) -> bool:
 def _is_whole(
     path: Path, metadata: dict[str, str], lines: list[dict[str, Any]], verify: bool
 ) -> bool:
-    if not (path.is_file() or path.is_dir()):  # a pipe might never end
+    if not path.is_file():  # a pipe might never end
         return False
     entries = [line for line in lines if "shard" in line]
     expected = {name for entry in entries for name in names(entry)}
