@@ -349,7 +349,8 @@ case(
 
 
 def with_classes(lab, number):
-    lab.heatmap("--model", "dinov2_vits14_lc", "--random-weights", "--target", number)
+    model = ("--model", "dinov2_vits14_lc", "--random-weights")
+    lab.heatmap(*model, "--image-size", 28, "--target", number)
 
 
 PROPOSED = [
