@@ -90,6 +90,7 @@ REACH = {
         "every block, full, record, streamed to the head mean": 1.35,
         'every block, full, record, heads="mean"': 1.28,
         'every block, full, record, features="from_weights"': 1.15,
+        "every block, entropy and distance, record": 1.9,
     },
 }
 
@@ -139,6 +140,9 @@ def ours(model: Any) -> dict[str, ImageCall]:
             record, features="from_weights"
         ),
         "every block, full, record, dtype=bfloat16": partial(record, dtype=torch.bfloat16),
+        "every block, entropy and distance, record": partial(
+            record, statistics=("entropy", "distance"), queries=[]
+        ),
     }
 
 
@@ -300,12 +304,18 @@ def memory(size: Size, image: int) -> list[Row]:
         return maps
 
     own = peak_bytes(lambda: calls["every block, CLS row, record"](images)) - forward
+    asked = calls["every block, entropy and distance, record"]
+    measured = peak_bytes(lambda: asked(images)) - forward
     dinov2_attn.release_memory()
     streamed = peak_bytes(cls_of_mean) - forward
     what = "every block, full, record, reduced to the head mean of the CLS row"
     return [
         Row("upstream's forward, peak", size.arch, image, forward / MEBI, "MiB"),
         Row("every block, CLS row, record, extra", size.arch, image, own / MEBI, "MiB", 8),
+        Row(
+            "every block, entropy and distance, record, extra",
+            *(size.arch, image, measured / MEBI, "MiB", 32),
+        ),
         Row(what, size.arch, image, streamed / matrix, "× one matrix, extra", 1.3),
     ]
 
