@@ -386,11 +386,15 @@ def _key(row: Row) -> str:
     return f"| {row.what} | {row.model}, {row.image} |"
 
 
+def _cells(line: str) -> tuple[str, ...]:
+    return tuple(line.split("|")[1:3])
+
+
 def quote(rows: list[Row], page: Path) -> None:
     """Copy the rows that ``page`` quotes from the table."""
-    new = {tuple(line.split("|")[1:3]): line for line in table(rows).splitlines()}
+    new = {_cells(line): line for line in table(rows).splitlines() if line.startswith("| ")}
     lines = page.read_text("utf-8").splitlines()
-    quoted = [new.get(tuple(line.split("|")[1:3]), line) for line in lines]
+    quoted = [new.get(_cells(line), line) if line.startswith("| ") else line for line in lines]
     ruled = ["|---|---|---|---|---|" if line == "|---|---|---|---|" else line for line in quoted]
     page.write_text("\n".join(ruled) + "\n", "utf-8")
 

@@ -162,7 +162,7 @@ def record(
             are computed as ever. ``torch.float16`` and ``torch.bfloat16`` take half of the memory
             of ``float32``. Gradients and facets keep their dtype.
         features: ``"from_weights"`` lets the pass go on from ``weights @ values``, so that the
-            kernel does not run beside. Full matrices of every layer cost less then. Features are
+            kernel does not run beside. On a CPU full matrices of every layer cost less then. Features are
             those of the kernel within its tolerance, not bit for bit. A layer's first pass runs
             both, for its proof. Kernels with dropout raise.
         check: When to prove that ``weights @ values`` is what the kernel returned, on a few rows
