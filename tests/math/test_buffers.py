@@ -23,7 +23,7 @@ from dinov2_attn.math import buffers
 from dinov2_attn.math.buffers import is_fresh, new_result, release_memory
 from tests.support.recordings import is_explicit
 from tests.support.strategies import ModelCase
-from tests.support.tolerances import assert_close, assert_same_bits
+from tests.support.tolerances import assert_close, assert_same_bits, same_bits
 
 LIKE = torch.zeros(1)
 
@@ -135,7 +135,8 @@ class Memory(RuleBasedStateMachine):
         for place, (kept, number, how) in enumerate(self.kept):
             if how == "a capsule":  # it can be read once
                 self.kept[place] = (dlpack.from_dlpack(kept), number, "a tensor of a capsule")
-            assert (_read(self.kept[place][0]) == number).all(), how
+            values = _read(self.kept[place][0])
+            assert_same_bits(values, torch.full_like(values, number), how)
 
     def teardown(self):
         self.kept.clear()
@@ -260,7 +261,9 @@ def test_threads_have_memory_of_their_own():
         for turn in range(200):
             result = new_result(LIKE, (40, 7)).fill_(number)
             kept = [*kept[-2:], result] if turn % 3 else []
-            wrong.extend(one for one in [result, *kept] if not (one == number).all())
+            wrong.extend(
+                one for one in [result, *kept] if not same_bits(one, torch.full_like(one, number))
+            )
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
     for thread in threads:
