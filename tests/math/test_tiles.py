@@ -180,7 +180,7 @@ def test_scores_that_become_the_result_are_cut_into_fewer_pieces(fresh, products
             self.products += func in (torch.ops.aten.bmm.out, torch.ops.aten.mm.out)
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(attention, "TILE_BYTES", 2**14 // torch.get_num_threads())
+    monkeypatch.setattr(attention, "TILE_BYTES", -(-(2**14) // torch.get_num_threads()))
     monkeypatch.setattr(attention, "PIECE_BYTES", 2**16)
     monkeypatch.setattr(attention, "is_fresh", lambda result: fresh)
     query = noise(1, 4, 64, 8, seed=0)

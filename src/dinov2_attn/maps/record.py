@@ -162,9 +162,9 @@ def record(
             are computed as ever. ``torch.float16`` and ``torch.bfloat16`` take half of the memory
             of ``float32``. Gradients and facets keep their dtype.
         features: ``"from_weights"`` lets the pass go on from ``weights @ values``, so that the
-            kernel does not run beside. On a CPU full matrices of every layer cost less then. Features are
-            those of the kernel within its tolerance, not bit for bit. A layer's first pass runs
-            both, for its proof. Kernels with dropout raise.
+            kernel does not run beside. On a CPU full matrices of every layer cost less then.
+            Features are those of the kernel within its tolerance, not bit for bit. A layer's first
+            pass runs both, for its proof. Kernels with dropout raise.
         check: When to prove that ``weights @ values`` is what the kernel returned, on a few rows
             of each layer: in its ``"first"`` pass, in ``"every"`` pass, or never (``False``).
             The first pass proves rows of every head, later ones those of a head drawn at random.
