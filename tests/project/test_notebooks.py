@@ -78,7 +78,10 @@ def run(tmp_path_factory):
         os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *([before] if before else [])])
         try:
             client = nbclient.NotebookClient(
-                book, timeout=600, resources={"metadata": {"path": str(folder)}}
+                book,
+                timeout=600,
+                startup_timeout=300,
+                resources={"metadata": {"path": str(folder)}},
             )
             client.execute()
         finally:
