@@ -34,7 +34,7 @@ ON_GRID = frozenset({"distance", "prefix_mass", "spread", "centroid"})
 # Bytes of the rows that exist at a time: on a CPU in its second-level cache, elsewhere many for
 # each launch.
 TILE_BYTES = 3 * 2**19
-DEVICE_TILE_BYTES = 2**24
+DEVICE_TILE_BYTES = 2**27
 
 
 def check_statistics(names: object) -> tuple[Statistic, ...]:
