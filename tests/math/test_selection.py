@@ -102,7 +102,7 @@ def test_positions_are_counted_from_the_first_token(queries, expected):
         ([0, 7], r"Found 7"),
         ("CLS", r"(?s)'cls', 'registers', 'patches'.*Found 'CLS'"),
         ("patches", r"(?s)does not know how many registers.*get_self_attention"),
-        (1.0, r"queries as whole numbers\.\nFound 1.0 of type float"),
+        (1.0, r"tokens as whole numbers\.\nFound 1.0 of type float"),
         ([True, False], r"Found True of type bool"),
         (torch.tensor([True, False]), r"Found True of type bool"),
         ({0: 1}, r"Found \{0: 1\} of type dict"),

@@ -156,10 +156,10 @@ def whole_number(value: object, what: str) -> int:
 
 
 def _position(query: object, length: int) -> int:
-    position = whole_number(query, "queries")
+    position = whole_number(query, "tokens")
     if not -length <= position < length:
         raise OutOfRangeError(
-            f"a query between {-length} and {length - 1}, there being {length} tokens",
+            f"a token between {-length} and {length - 1}, there being {length} tokens",
             str(position),
             "Positions count CLS first, then the registers, then the patches row by row.",
         )

@@ -305,8 +305,8 @@ def test_a_query_that_a_small_image_lacks_is_a_reason(model, images, tmp_path):
     small = sum(math.prod(side // 2 for side in SIZES[i % len(SIZES)]) < 7 for i in range(12))
     assert 0 < done.unreadable == small < 12
     for entry in index_of(tmp_path, "unreadable.jsonl"):
-        assert "expected a query between" in entry["reason"]
-    with pytest.raises(UnreadableFileError, match="expected a query between"):
+        assert "expected a token between" in entry["reason"]
+    with pytest.raises(UnreadableFileError, match="expected a token between"):
         extract(model, images, tmp_path / "strict", queries=[0, 7], strict=True)
 
 
@@ -335,7 +335,7 @@ def test_a_dry_run_knows_what_small_images_lack(model, images, tmp_path):
     promised = extract(model, images, tmp_path / "out", queries=[0, 7], dry_run=True)
     done = extract(model, images, tmp_path / "out", queries=[0, 7])
     assert len(promised.unreadable) == done.unreadable > 0
-    assert "expected a query between" in promised.unreadable[0].reason
+    assert "expected a token between" in promised.unreadable[0].reason
     numbers = sum(m.numel() + p.numel() for _, m, p in stored(tmp_path / "out"))
     assert promised.bytes == 4 * numbers
 
