@@ -318,6 +318,13 @@ case(
     lambda lab: heatmap(lab, lab.image, "--overview"),
 )
 
+case(
+    "apps/cli",
+    "out: pictures of images show every head",
+    lambda lab: heatmap(lab, lab.image, "--head", "1"),
+    lambda lab: heatmap(lab, lab.image),
+)
+
 
 # What argparse refuses, and proposes: the command, the option and a wrong value of it
 

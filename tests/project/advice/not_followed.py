@@ -198,6 +198,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "this is a reason that status() shows, and no error": {
         "grafting": ("Its weights are taken at its kernel",),
     },
+    "frames of 16384 pixels take too long": {
+        "apps/cli": ("Give smaller frames, of at most 16384 pixels a side",),
+    },
     "two attention modules are needed: there is no call that makes them": {
         "maps": ("Weights of shared modules cannot be told apart",),
     },

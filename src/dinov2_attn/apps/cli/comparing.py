@@ -47,7 +47,8 @@ def write_comparison(
 
     images = read_both(loaded, image, size, args)
     tokens = tokens_of(args, loaded[0])
-    both = [_maps(model, one, tokens, args) for model, one in zip(loaded, images, strict=True)]
+    prefix = loaded[0].geometry.prefix
+    both = [_maps(m, one, prefix, tokens, args) for m, one in zip(loaded, images, strict=True)]
     found = _artifacts(loaded, images, args)
     origin = origin_of(image)
     facts = {**origin.facts(), "model": named(loaded)}
@@ -71,13 +72,23 @@ def read_both(
 
 
 def _maps(
-    model: Loaded, image: LoadedImage, tokens: Sequence[Token], args: argparse.Namespace
+    model: Loaded,
+    image: LoadedImage,
+    prefix: int,
+    tokens: Sequence[Token],
+    args: argparse.Namespace,
 ) -> AttentionMaps:
+    """Return the maps of ``tokens``, positions with the ``prefix`` of the first model."""
     from dinov2_attn.apps.viz.heatmap import maps_of
 
-    grid, prefix = model.grid(image), model.geometry.prefix
-    rows = list(dict.fromkeys(position_of(token, prefix, grid) for token in tokens))
-    return maps_of(model.model, image, layers_of(args), rows, args.device)
+    own, grid = model.geometry.prefix, model.grid(image)
+    rows = [
+        position_of(
+            token + own - prefix if isinstance(token, int) and token >= prefix else token, own, grid
+        )
+        for token in tokens
+    ]
+    return maps_of(model.model, image, layers_of(args), list(dict.fromkeys(rows)), args.device)
 
 
 def _artifacts(

@@ -15,7 +15,7 @@ from dinov2_attn.apps.cli.drawing import Drawn, text_of
 from dinov2_attn.apps.cli.model_options import Loaded
 from dinov2_attn.apps.cli.report import options_of
 from dinov2_attn.apps.viz.tokens import file_name
-from dinov2_attn.errors import InvalidInputError, OutOfRangeError
+from dinov2_attn.errors import InvalidInputError, OutOfRangeError, UnwritableOutputError
 from dinov2_attn.math.token_names import position_of
 
 if TYPE_CHECKING:
@@ -97,11 +97,22 @@ def check(paths: Sequence[Path], args: argparse.Namespace) -> None:
     films = [path for path in paths if is_film(path)]
     given = [f"--{name}" for name in REFUSED if getattr(args, name)]
     given += ["a second model"] if getattr(args, "second", None) else []
+    given += [f"--format {args.format}"] if args.format != "png" else []
+    given += [f"--outliers {args.outliers}"] if args.outliers in ("clip", "mask") else []
+    given += ["--range"] if args.range is not None and not all(p.is_dir() for p in films) else []
     if films and given:
         raise InvalidInputError(
             f"images with {' and '.join(given)}",
             f"{films[0]}, of which a film is made",
             f"Leave {' and '.join(given)} out, or name images.",
+        )
+    own = {"film": "map", "head": "mean", "every": 1, "fps": None}
+    alone = [f"--{name}" for name, usual in own.items() if getattr(args, name) != usual]
+    if alone and not films:
+        raise InvalidInputError(
+            f"a video or a folder of frames with {' and '.join(alone)}",
+            "images",
+            f"Leave {' and '.join(alone)} out: pictures of images show every head.",
         )
     if films:
         library()
@@ -139,7 +150,7 @@ def write_film(
     from dinov2_attn.apps.viz.videos import open_video
 
     check_head(args, loaded)
-    video = open_video(path, sampling_of(args), args.max_pixels)
+    video = open_video(path, sampling_of(args), args.max_pixels, args.range)
     sides = fitted(video.size, loaded.geometry.patch_size, size)
     grid = loaded.geometry.grid(*sides)
     tokens = plot_options.tokens_of(args, loaded)
@@ -257,15 +268,23 @@ class _Films:
     ) -> None:
         from dinov2_attn.apps.viz.film_of_video import FilmWriter, draw_frame
         from dinov2_attn.apps.viz.provenance import metadata_for
+        from dinov2_attn.apps.viz.videos import library
 
         said = metadata_for("png", facts)
         about = {"title": said["Title"], "comment": said["Description"]}
         look, warning = self.args.film, self.loaded.warning
-        with FilmWriter(path, self.video, look, about) as film:
-            for frame, values in zip(self.video.frames(), maps, strict=True):
-                norm = limits.norm(values)
-                drawn = draw_frame(frame.pixels, values, norm, limits.style, look, warning)
-                film.write(drawn, frame.time)
+        try:
+            with FilmWriter(path, self.video, look, about) as film:
+                for frame, values in zip(self.video.frames(), maps, strict=True):
+                    norm = limits.norm(values)
+                    drawn = draw_frame(frame.pixels, values, norm, limits.style, look, warning)
+                    film.write(drawn, frame.time)
+        except library().FFmpegError as error:
+            raise UnwritableOutputError(
+                f"a film of {self.video.path} that H.264 can hold",
+                f"{type(error).__name__}: {error}",
+                "Give smaller frames, of at most 16384 pixels a side.",
+            ) from error
 
     def _caption(self, token: Token, limits: Limits) -> str:
         head = "mean of heads" if self.args.head == "mean" else f"head {self.args.head}"
@@ -273,7 +292,7 @@ class _Films:
         said = [
             f"Attention of {text_of(token)}, in layer {self.asked.layer} (counted from 0): {head}.",
             f"Model: {self.loaded.name}.",
-            f"{len(self.maps)} frames of {self.video.path.name}, {sides} patches.",
+            f"{len(self.maps)} frames of {self.video.path.resolve().name}, {sides} patches.",
             limits.sentence(self._tokens),
             "Artifact tokens are not searched for.",
             *([f"{self.loaded.warning}."] if self.loaded.warning else []),

@@ -184,8 +184,8 @@ def _what(args: argparse.Namespace, first: str) -> str:
 
 
 def _end(args: argparse.Namespace, image: Path, drawn: Drawn) -> None:
-    page = Path(image.with_suffix(".html").name)
     if not filming.is_film(image):
+        page = Path(image.with_suffix(".html").name)
         say(args, next_command(args, "explore", image, "-o", page))
     if args.open:
         open_file(drawn.folder / drawn.files[0])

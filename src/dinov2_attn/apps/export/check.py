@@ -96,6 +96,8 @@ def _difference(answer: np.ndarray, right: Tensor) -> tuple[float, float]:
         return float("inf"), float("inf")
     # Where both are NaN or the same infinity they agree.
     same = (answer == wide) | (np.isnan(answer) & np.isnan(wide))
-    gap = float(np.max(np.where(same, 0, np.abs(answer - wide)), initial=0))
+    gaps = np.where(same, 0, np.abs(answer - wide))
+    # NaN on one side only is no agreement, and the larger of two pairs would not show it.
+    gap = float(np.max(np.where(np.isnan(gaps), np.inf, gaps), initial=0))
     largest = float(np.max(np.abs(wide), initial=0, where=np.isfinite(wide)))
     return gap, gap / largest if largest else gap

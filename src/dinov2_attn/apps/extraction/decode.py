@@ -18,7 +18,6 @@ from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.viz.decoding import Decoded, decode, decode_open
 from dinov2_attn.apps.viz.images import ImageSize, fit, fitted_size
 from dinov2_attn.apps.viz.inference import summary_of
-from dinov2_attn.apps.viz.opening import check_pixels
 from dinov2_attn.apps.viz.reading import IMAGENET, Reading
 from dinov2_attn.apps.viz.videos import FrameReader, is_video, times_of
 from dinov2_attn.errors import ENDINGS, Dinov2AttnError, UnreadableFileError, in_one_line
@@ -136,8 +135,7 @@ def decode_frame(item: Item, reading: Reading, max_pixels: int | None) -> tuple[
     path = Path(item.file)
     if item.frame is None:
         times_of(path)  # raises what is wrong with it
-    pixels = _FRAMES(path, item.frame or 0)
-    check_pixels(Path(item.path), pixels.shape[:2], max_pixels)
+    pixels = _FRAMES(path, item.frame or 0, max_pixels)
     image = Image.fromarray(pixels)
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()
     return decode_open(image, Path(item.path), reading), digest

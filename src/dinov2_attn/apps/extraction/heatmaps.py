@@ -48,7 +48,8 @@ def samples_of(
         values, ends = heatmap_of(dataset, position, layer, head, query)
         sample[field] = fo.Heatmap(map=values, range=ends)
         if folder is not None:
-            name = f"{dataset.entry(position)['number']:08d}.png"
+            # A folder may hold several fields.
+            name = f"{field}-{dataset.entry(position)['number']:08d}.png"
             sample[field].export_map(str(Path(folder).resolve() / name), update=True)
         if given is not None and sample.in_dataset:
             sample.save()

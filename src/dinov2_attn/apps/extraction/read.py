@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import os
 from array import array
 from collections.abc import Iterable, Iterator
 from operator import index
@@ -85,6 +86,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         layout.check_format(self.folder, self.about)
         self._starts = _line_starts(self.folder)
         self._open: dict[str, Any] = {}
+        self._process = os.getpid()
         self._places: dict[str, list[int]] | None = None
 
     def __repr__(self) -> str:
@@ -300,6 +302,8 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         return {**self.__dict__, "_open": {}, "_places": None}
 
     def _shard(self, name: str) -> Any:
+        if self._process != os.getpid():  # a fork shares the offset of an open file with its parent
+            self._open, self._process = {}, os.getpid()
         if name not in self._open:
             while len(self._open) >= MOST_OPEN:
                 self._open.pop(next(iter(self._open)))

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2_attn.apps.viz.opening import check_pixels, readable_suffixes
+from dinov2_attn.apps.viz.reading import IMAGENET, Range, warn
 from dinov2_attn.errors import (
     Dinov2AttnError,
     InvalidInputError,
@@ -56,7 +57,8 @@ class Sampling:
         for number, (frame, time) in enumerate(times):
             if number % self.every:
                 continue
-            step = None if self.fps is None else int(time * self.fps)
+            # Some files round times to milliseconds.
+            step = None if self.fps is None else int(time * self.fps + Fraction(1, 16))
             if step is None or step != last:
                 last = step
                 yield frame
@@ -127,13 +129,16 @@ def is_readable() -> bool:
     return importlib.util.find_spec("av") is not None
 
 
-def open_video(path: Path, sampling: Sampling = WHOLE, max_pixels: int | None = None) -> Video:
+def open_video(
+    path: Path, sampling: Sampling = WHOLE, max_pixels: int | None = None, values: Range = None
+) -> Video:
     """Return the frames of a video, or of a folder with an image for each frame.
 
     Args:
         path: The file, or the folder.
         sampling: Which frames are taken.
         max_pixels: The largest frame that is decoded; 100 million pixels by default.
+        values: The range of the numbers in the images of a folder, as for ``load_image``.
 
     Raises:
         UnreadableFileError: If it is no complete video, or has no frames.
@@ -142,7 +147,7 @@ def open_video(path: Path, sampling: Sampling = WHOLE, max_pixels: int | None = 
 
     """
     if path.is_dir():
-        return _Folder.at(path, sampling, max_pixels)
+        return _Folder.at(path, sampling, max_pixels, values)
     return _File.at(path, sampling, max_pixels)
 
 
@@ -156,15 +161,15 @@ class _File:
     aspect: Fraction
     count: int
     sampling: Sampling
+    max_pixels: int | None
 
     @classmethod
     def at(cls, path: Path, sampling: Sampling, max_pixels: int | None) -> _File:
         times = times_of(path)
-        first = next(_decoded(path), None)
+        first = next(_decoded(path, max_pixels), None)
         if first is None:
             raise _no_frames(path)
         size = first.pixels.shape[0], first.pixels.shape[1]
-        check_pixels(path, size, max_pixels)
         with _opened(path) as (_, stream):
             rate = stream.average_rate or stream.guessed_rate or FRAMES_PER_SECOND
             aspect = Fraction(stream.sample_aspect_ratio or 1)
@@ -172,14 +177,13 @@ class _File:
         rate = Fraction(rate) / sampling.every
         rate = rate if sampling.fps is None else min(rate, sampling.fps)
         numbers = sampling.of(enumerate(times))
-        return cls(
-            path, size, rate, 1 / aspect if turned else aspect, sum(1 for _ in numbers), sampling
-        )
+        count, aspect = sum(1 for _ in numbers), 1 / aspect if turned else aspect
+        return cls(path, size, rate, aspect, count, sampling, max_pixels)
 
     def frames(self) -> Iterator[Frame]:
         """Yield the frames that are taken. Raises ``UnreadableFileError``."""
         yield from self.sampling.of(
-            (frame, frame.time) for frame in _same_size(self, _decoded(self.path))
+            (frame, frame.time) for frame in _same_size(self, _decoded(self.path, self.max_pixels))
         )
 
 
@@ -192,16 +196,17 @@ class _Folder:
     rate: Fraction
     files: tuple[Path, ...]
     max_pixels: int | None
+    values: Range = None
     aspect: Fraction = Fraction(1)
 
     @classmethod
-    def at(cls, path: Path, sampling: Sampling, max_pixels: int | None) -> _Folder:
+    def at(cls, path: Path, sampling: Sampling, max_pixels: int | None, values: Range) -> _Folder:
         files = images_in(path)[:: sampling.every]
         if not files:
             raise _no_frames(path)
-        first = _read_image(files[0], max_pixels)
-        size = first.shape[0], first.shape[1]
-        return cls(path, size, sampling.fps or FRAMES_PER_SECOND, tuple(files), max_pixels)
+        first = _read_image(files[0], max_pixels, values, warns=True)
+        rate = sampling.fps or FRAMES_PER_SECOND
+        return cls(path, first.shape[:2], rate, tuple(files), max_pixels, values)
 
     @property
     def count(self) -> int:
@@ -214,7 +219,7 @@ class _Folder:
 
     def _frames(self) -> Iterator[Frame]:
         for number, file in enumerate(self.files):
-            yield Frame(number, number / self.rate, _read_image(file, self.max_pixels))
+            yield Frame(number, number / self.rate, _read_image(file, self.max_pixels, self.values))
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -233,10 +238,11 @@ def times_of(path: Path) -> list[Fraction]:
 
     """
     with _opened(path) as (container, stream):
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        # Only times: a packet holds its bytes.
+        packets = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
         base = Fraction(stream.time_base or 1)
         rate = Fraction(stream.average_rate or FRAMES_PER_SECOND)
-        stamps = sorted(p.pts for p in packets if p.pts is not None)
+        stamps = sorted(pts for pts in packets if pts is not None)
         declared, duration = int(stream.frames or 0), stream.duration
     if not packets:
         raise _no_frames(path)
@@ -257,28 +263,40 @@ class FrameReader:
     """Reads frames of videos by their numbers. Reading in ascending order is fast."""
 
     def __init__(self) -> None:
-        self._path: Path | None = None
+        self._file: object = None
         self._frames: Iterator[Frame] = iter(())
         self._next = 0
+        self._failed: Dinov2AttnError | None = None
 
-    def __call__(self, path: Path, number: int) -> Pixels:
+    def __call__(self, path: Path, number: int, max_pixels: int | None = None) -> Pixels:
         """Return a frame, upright. Raises ``UnreadableFileError``."""
-        if path != self._path or number < self._next:
-            self._path, self._frames, self._next = path, _decoded(path), 0
-        for frame in self._frames:
-            self._next = frame.number + 1
-            if frame.number == number:
-                return frame.pixels
-        self._path = None
-        raise UnreadableFileError(
+        file = (path, max_pixels, _state_of(path))
+        if file != self._file or number < self._next:
+            self._file, self._frames, self._next = file, _decoded(path, max_pixels), 0
+            self._failed = None
+        if self._failed is None:
+            try:
+                for frame in self._frames:
+                    self._next = frame.number + 1
+                    if frame.number == number:
+                        return frame.pixels
+                self._failed = self._too_short(path, number)
+            except Dinov2AttnError as error:
+                self._failed = error
+        # The frames behind are not looked for by decoding all of it again.
+        raise self._failed.with_traceback(None)
+
+    def _too_short(self, path: Path, number: int) -> UnreadableFileError:
+        return UnreadableFileError(
             f"a video with a frame {number}",
             f"{path}, of which {self._next} can be decoded",
             "Check that a video player plays it to its last frame.",
         )
 
 
-def _decoded(path: Path) -> Iterator[Frame]:
+def _decoded(path: Path, max_pixels: int | None = None) -> Iterator[Frame]:
     with _opened(path) as (container, stream):
+        check_pixels(path, (stream.height, stream.width), max_pixels)
         stream.thread_type = "AUTO"
         rate = Fraction(stream.average_rate or FRAMES_PER_SECOND)
         base, begin = Fraction(stream.time_base or 1), None
@@ -329,10 +347,23 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         ) from error
 
 
-def _read_image(path: Path, max_pixels: int | None) -> Pixels:
+def _read_image(
+    path: Path, max_pixels: int | None, values: Range, *, warns: bool = False
+) -> Pixels:
     from dinov2_attn.apps.viz.decoding import decode
 
-    return decode(path, max_pixels=max_pixels).pixels
+    decoded = decode(path, replace(IMAGENET, range=values), max_pixels)
+    if warns:
+        warn(decoded.doubt)
+    return decoded.pixels
+
+
+def _state_of(path: Path) -> tuple[int, int] | None:
+    """Return what changes with the content of a file, None if it is not there."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_mtime_ns, found.st_size
+    return None
 
 
 def _no_frames(path: Path) -> UnreadableFileError:
