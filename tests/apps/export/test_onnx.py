@@ -242,3 +242,14 @@ def test_a_model_that_cannot_be_traced_is_said(demo, tmp_path):
     with pytest.raises(InvalidInputError, match=r"a model that torch\.export can trace"):
         export_onnx(Branching().eval(), tmp_path / "a.onnx", image_size=28)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_none_on_one_side_do_not_agree(bad):
+    right, answer = torch.ones(3), np.ones(3, np.float32)
+    answer[1] = bad
+    with pytest.raises(UnfaithfulError, match="inf"):
+        check.require_agreement({"features": check._difference(answer, right)}, 1e-4, "once")
+    assert check._difference(answer, torch.from_numpy(answer)) == (0, 0)
+    gap = max((0.0, 0.0), check._difference(answer, right))
+    assert gap == (float("inf"), float("inf"))

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dinov2_attn.apps.cli.main import main
+from dinov2_attn.apps.viz import videos
 from dinov2_attn.apps.viz.film_of_video import fitted
 from dinov2_attn.apps.viz.videos import FrameReader, Sampling, images_in, open_video, times_of
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
@@ -90,6 +91,29 @@ def test_a_frame_is_read_by_its_number_in_any_order(clip):
         read(clip, 6)
 
 
+def test_frames_that_are_not_there_are_not_decoded_again(clip, monkeypatch):
+    decoded, begun = videos._decoded, []
+    monkeypatch.setattr(videos, "_decoded", lambda *args: begun.append(args) or decoded(*args))
+    read = FrameReader()
+    for number in (6, 7, 8):
+        with pytest.raises(UnreadableFileError):
+            read(clip, number)
+    assert len(begun) == 1
+
+
+def test_no_frame_is_lost_where_times_are_rounded_to_milliseconds():
+    times = [(number, Fraction(round(number * 1000 / 30), 1000)) for number in range(60)]
+    assert list(Sampling(fps=Fraction(30)).of(times)) == list(range(60))
+
+
+def test_frames_of_12_bits_are_read_in_their_range(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    Image.fromarray(np.full((4, 4), 2048, np.uint16)).save(folder / "0.png")
+    (frame,) = open_video(folder, values=(0, 4095)).frames()
+    assert set(frame.pixels.flatten().tolist()) == {128}
+
+
 def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
     folder = write_frames(tmp_path / "frames", [bright((0, i % 7)) for i in range(12)])
     (folder / "notes.txt").write_text("no frame")
@@ -142,6 +166,22 @@ def test_frames_are_stretched_to_the_nearest_whole_patches(size, wanted, expecte
 
 
 # Films
+
+
+@pytest.mark.usefixtures("imported")
+def test_a_folder_is_named_as_it_is_called(weights, tmp_path, monkeypatch):
+    folder = write_frames(tmp_path / "frames", [bright((0, 0))] * 2)
+    monkeypatch.chdir(folder)
+    assert film(".", "../film", weights) == 0
+    assert "2 frames of frames" in (tmp_path / "film" / "film.txt").read_text()
+
+
+@pytest.mark.parametrize("options", [["--head", "1"], ["--every", "2"], ["--film", "side"]])
+def test_options_of_films_are_refused_for_images(weights, tmp_path, caplog, options):
+    Image.fromarray(bright((0, 0))).save(tmp_path / "a.png")
+    assert film(tmp_path / "a.png", tmp_path / "out", weights, *options) != 0
+    assert options[0] in caplog.text
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("imported")
