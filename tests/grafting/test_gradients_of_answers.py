@@ -146,12 +146,21 @@ def test_nothing_is_kept_when_a_backward_pass_is_over(models):
     assert weights() is None
 
 
-@pytest.mark.parametrize("kind", ["keys", "heads"])
+EDITED = {
+    "keys": {"keys": [3]},
+    "heads": {"heads": {1: [0]}},
+    "weights": {"weights": lambda layer, weights: weights.roll(1, 1)},
+}
+
+
+@pytest.mark.parametrize("kind", EDITED)
 def test_of_an_edited_pass_they_are_those_by_the_edited_weights(kind):
     model, images = of_fork()
-    options = {"keys": [3]} if kind == "keys" else {"heads": {1: [0]}}
+    options = EDITED[kind]
 
     def change(number, weights):
+        if kind == "weights":
+            return weights.roll(1, 1)
         if kind == "heads":
             return weights * torch.tensor([number != 1, True])[:, None, None]
         seen = weights * (torch.arange(weights.shape[-1]) != 3)
@@ -255,3 +264,11 @@ def test_without_a_graph_nothing_is_added(grad):
         output, attentions = ask(model, images)
     assert output.grad_fn is None
     assert not any(one.requires_grad for one in attentions)
+
+
+def test_of_a_pass_from_its_weights_they_are_those_of_explicit_attention():
+    model, images = of_fork()
+    _, expected = eager_gradients(lambda: model(images), target)
+    with record(model, features="from_weights"):
+        output, attentions = ask(model, images)
+    assert_close(torch.autograd.grad(target(output), attentions), expected)

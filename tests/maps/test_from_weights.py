@@ -129,6 +129,37 @@ def test_the_features_are_those_of_the_recorded_weights():
     assert_all_close(maps.weights, expected.weights)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"heads": 0}, {"keys": [1]}])
+def test_weights_in_half_precision_are_for_those_who_asked(options):
+    """An edit inside, another recording and statistics have the kernel's numbers."""
+    model = randomise(Model(), 2)
+    tokens = noise(3, 7, 16, seed=1, dtype=torch.float32)
+    with edit(model, **options), record(model, statistics="entropy") as expected:
+        features = model(tokens)
+    with (
+        record(model) as other,
+        record(model, statistics="entropy", dtype=torch.float16, **FED) as maps,
+        edit(model, **options),
+    ):
+        assert_close(model(tokens), features)
+    assert maps.weights[0].dtype == torch.float16
+    assert other.weights[0].dtype == torch.float32
+    assert_all_close(other.weights, expected.weights)
+    assert_close(maps.statistics["entropy"][0], expected.statistics["entropy"][0])
+
+
+@torch.no_grad()
+def test_a_recording_does_not_write_into_frozen_maps():
+    model = randomise(Model().double(), 2)
+    tokens = noise(3, 7, 16, seed=1, dtype=torch.float64)
+    with record(model) as frozen:
+        plain = model(tokens)
+    with edit(model, frozen=frozen), record(model, reduce=lambda _, weights: weights.mul_(0.5)):
+        assert_close(model(tokens), plain)
+        assert_close(model(tokens), plain)
+
+
 class Kernels(torch.overrides.TorchFunctionMode):
     """Counts calls of PyTorch's kernel, and changes what it returns by a factor."""
 

@@ -7,6 +7,7 @@ the class gets a ``__call__`` that looks for watchers of its thread.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ def _tidy() -> None:
             del _NEEDED[cls]
             continue
         if cls not in _SET:
-            _SET[cls] = _Set(vars(cls).get("__call__"), _watched(cls.__call__))
+            _SET[cls] = _Set(vars(cls).get("__call__"), _watched(cls, cls.__call__))
         if vars(cls).get("__call__") is _SET[cls].old:  # not set yet
             setattr(cls, "__call__", _SET[cls].new)  # noqa: B010
 
@@ -105,10 +106,11 @@ def _of(module: nn.Module) -> list[_Watch]:
     return [w for w in _HERE.watches if w.module is module and w.life() is not None]
 
 
-def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
+def _watched(cls: type, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original, updated=())
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        watches = () if is_compiling() else _of(self)
+        # A subclass that is watched too comes by here on its way.
+        watches = () if is_compiling() or type(self) is not cls else _of(self)
         for watch in watches:
             if watch.before is not None:
                 watch.before(args, kwargs)
@@ -119,3 +121,16 @@ def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     return __call__
+
+
+def _forget_other_threads() -> None:
+    """In a forked child: the threads whose watchers these are do not run there."""
+    here = {id(watch.life()) for watch in _HERE.watches}
+    for lives in _NEEDED.values():
+        for life in [one for one in lives if id(one) not in here]:
+            lives.discard(life)
+    _tidy()
+
+
+if hasattr(os, "register_at_fork"):  # behind that of _LOCK, which is free by then
+    os.register_at_fork(after_in_child=_forget_other_threads)

@@ -134,6 +134,7 @@ class EditedCall(_OfBase[FusedCall]):
         put: ``(B, heads, R, N)``: weights in the place of the kernel's.
         put_rows: The positions of these R rows.
         mixed: The output, where it was computed with ``put``.
+        is_own: Whether ``put`` was made by ``explicit``, so that nothing else refers to it.
         output: ``(B, heads, Q, d)``, or None if it was not computed.
         place: Where autograd makes the gradient by ``output``, or None without one.
 
@@ -147,6 +148,7 @@ class EditedCall(_OfBase[FusedCall]):
     mixed: Tensor | None = None
     output: Tensor | None = None
     place: Place | None = None
+    is_own: bool = False
 
     @property
     def sums_to_one(self) -> bool:
@@ -213,24 +215,26 @@ class EditedCall(_OfBase[FusedCall]):
         if self.put is not None and kept:
             weights = torch.cat([self.put[:, :, kept], weights], dim=2)
         rows = (*(self.put_rows[i] for i in kept), *rows)
-        return replace(self, put=weights, put_rows=rows, mixed=None)
+        return replace(self, put=weights, put_rows=rows, mixed=None, is_own=False)
 
-    def explicit(self, dtype: torch.dtype | None = None) -> EditedCall:
+    def explicit(self) -> EditedCall:
         """Return the call with its own weights in the place of the kernel's, for all rows.
 
         The output is then ``weights @ value``. Without autograd each tile of the weights is
-        multiplied while it is in the cache, and kept in ``dtype``.
+        multiplied while it is in the cache.
         """
         query, (key, value) = self.base.query, self.base._by_query_head
         if self.is_changed or not may_tile(query):
-            return self.with_weights(None, self._rows(range(self.rows)))
-        out = new_result(query, shape_of_weights(query, key, None), dtype)
+            own = self.with_weights(None, self._rows(range(self.rows)))
+            return replace(own, is_own=True)
+        out = new_result(query, shape_of_weights(query, key, None))
         causal = None
         if self.base.is_causal:
             causal = torch.arange(self.rows, device=self.device)
         masks = {"bias": self.base._dense_bias, "causal_rows": causal}
         mixed = weights_and_output(query, key, value, self.base.scale, **masks, out=out)
-        return replace(self, put=out, put_rows=tuple(range(self.rows)), mixed=mixed)
+        rows = tuple(range(self.rows))
+        return replace(self, put=out, put_rows=rows, mixed=mixed, is_own=True)
 
     def call(self) -> EditedCall:
         """Return the call for those who take its weights."""
@@ -245,7 +249,7 @@ class EditedCall(_OfBase[FusedCall]):
         """
         if self.mixed is not None:
             return self.mixed
-        if self.put is not None and self._is_put:
+        if self.put is not None and self.is_put:
             return self._mixed(self.put)
         parts = self._groups()
         plain = any(not hidden for _, hidden in parts)
@@ -279,6 +283,8 @@ class EditedCall(_OfBase[FusedCall]):
         self, sample: int, heads: slice, lines: slice, positions: Tensor, memory: Tensor
     ) -> Tensor:
         """Return some rows of the weights of one sample, ``(heads, lines, N)``, in ``memory``."""
+        if self.put is not None and self.is_put:
+            return self.put[sample, heads, lines].to(self._wide)
         tile = self.masked.tile(sample, heads, lines, positions, memory)
         for i, head in enumerate(range(self.heads)[heads]):
             if head in self.zeroed:
@@ -295,7 +301,13 @@ class EditedCall(_OfBase[FusedCall]):
         """Return the weights ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads."""
         if self.put is None and not self.zeroed:
             return self.masked.weights(queries, heads, new)
-        if self.put is not None and queries is None and heads is None and self._is_put:
+        if (
+            self.put is not None
+            and self.is_own
+            and queries is None
+            and heads is None
+            and self.is_put
+        ):
             return self.put
         found = self._rows(positions(queries, self.rows))
         return found.to(self._wide).mean(1).to(found.dtype) if heads == "mean" else found
@@ -322,7 +334,7 @@ class EditedCall(_OfBase[FusedCall]):
         return replace(self.base, bias=bias, output=None)
 
     @property
-    def _is_put(self) -> bool:
+    def is_put(self) -> bool:
         """Whether ``put`` has all rows, in their order."""
         return len(self.put_rows) == self.rows and self.put_rows == tuple(range(self.rows))
 

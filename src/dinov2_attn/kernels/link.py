@@ -37,6 +37,8 @@ def link_of(call: Any, weights: Any) -> Change | None:
     """
     if isinstance(call, ExplicitCall) or isinstance(weights, list) or call.dropout:
         return None
+    if getattr(call, "is_own", False):  # the output is made of these very weights already
+        return None
     if call.place is None or weights.grad_fn is None or has_tangents():
         return None
     return partial(_linked, call.place, call.value, weights)

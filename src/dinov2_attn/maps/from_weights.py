@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from dinov2_attn.errors import InvalidInputError
@@ -22,12 +21,10 @@ class FromWeights(Editor):
 
     Attributes:
         wanted: The attention modules, with what they are called.
-        dtype: The dtype of the weights, None for that of the kernel.
 
     """
 
     wanted: Mapping[nn.Module, Layer]
-    dtype: torch.dtype | None
 
     @property
     def replaces(self) -> bool:
@@ -52,4 +49,4 @@ class FromWeights(Editor):
         return pattern.each(self._explicit)
 
     def _explicit(self, part: Part) -> Part:
-        return part.explicit(self.dtype) if isinstance(part, EditedCall) else part
+        return part.explicit() if isinstance(part, EditedCall) else part

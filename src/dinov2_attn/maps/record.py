@@ -192,8 +192,7 @@ def record(
     attentions = [*modules.wanted, *modules.others]
     source: AbstractContextManager[object] = nullcontext()
     if _are_from_weights(features):
-        is_all = queries is None and heads is None
-        source = editing(FromWeights(modules.wanted, dtype if is_all else None), modules.wanted)
+        source = editing(FromWeights(modules.wanted), modules.wanted)
     try:
         with source, recording(recorder, attentions, modules.entrances, [modules.whole]):
             yield recorder.recording

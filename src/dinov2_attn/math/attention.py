@@ -297,7 +297,7 @@ class _Mean:
             torch.mul(part, 1 / self._heads, out=self._sum)
         else:
             self._sum.add_(part, alpha=1 / self._heads)
-        if heads.stop == self._heads and self._sum is not out:
+        if heads.stop == self._heads and self._sum.dtype != out.dtype:
             out.copy_(self._sum)
 
 

@@ -21,7 +21,12 @@ from dinov2_attn.apps.extraction.decode import Decoder, Measurer, Origin, Pictur
 from dinov2_attn.apps.extraction.items import Item, list_items
 from dinov2_attn.apps.extraction.options import check_options, images_together
 from dinov2_attn.apps.viz import opening
-from dinov2_attn.errors import InvalidInputError, UnavailableError, UnreadableFileError
+from dinov2_attn.errors import (
+    InvalidInputError,
+    UnavailableError,
+    UnreadableFileError,
+    shown,
+)
 from tests.support.extraction import build, draw, index_of
 from tests.support.subprocesses import python
 from tests.support.tolerances import assert_same_bits
@@ -121,13 +126,29 @@ def test_it_is_refused_soon_alone_and_in_a_tar(tmp_path, name):
         begun = time.process_time()
         found = Decoder(2, 4, None)[(0, item)]
         assert isinstance(found, Refused)
-        assert item.path in found.reason
+        assert shown(item.path) in found.reason
         assert isinstance(Measurer(2, 4, None)[(0, item)], Refused | tuple)
         assert time.process_time() - begun < SECONDS
     begun = time.process_time()
     with pytest.raises((UnreadableFileError, InvalidInputError)):
         viz.load_image(path, 2)
     assert time.process_time() - begun < SECONDS
+
+
+@pytest.mark.parametrize("kind", ["qoi", "dds", "ppm"])
+def test_what_pillow_decodes_in_python_is_still_decoded(kind, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    path = tmp_path / f"a.{kind}"
+    if kind == "ppm":  # of another largest value, which Pillow scales one by one
+        path.write_bytes(b"P6 300 300 254\n" + np.minimum(noise, 254).tobytes())
+    elif kind == "qoi":
+        opaque = np.concatenate([noise, np.full((300, 300, 1), 255, np.uint8)], 2)
+        pixels = b"".join(b"\xff" + bytes(pixel) for pixel in opaque.reshape(-1, 4))
+        path.write_bytes(b"qoif" + struct.pack(">IIBB", 300, 300, 4, 0) + pixels + bytes(7) + b"\1")
+    else:
+        Image.fromarray(noise).save(path)
+    found = Decoder(2, 300, None)[(0, Item("in", path.name, str(path)))]
+    assert isinstance(found, Picture), found
 
 
 def test_what_is_large_and_right_is_still_decoded(tmp_path):

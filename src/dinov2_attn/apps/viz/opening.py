@@ -30,6 +30,8 @@ BYTES_PER_PIXEL = 16
 MOST_READS = 20_000
 # And how many bytes it has to get from each of the reads after that.
 BYTES_PER_READ = 64
+# Pillow decodes these in Python, some bytes at a time.
+BY_PIXEL = frozenset({"BMP", "DIB", "DDS", "PPM", "QOI"})
 # The start of a NumPy file, which is long enough for its header.
 NUMPY_HEADER = 2**16
 
@@ -72,7 +74,8 @@ def opened(path: Path, content: Content) -> Iterator[Image.Image]:
     """
     register_plugins()
     with _counted(path, content) as file, _identified(path, content, file) as image:
-        file.left = MOST_READS + file.length // BYTES_PER_READ
+        each = 1 if image.format in BY_PIXEL else BYTES_PER_READ
+        file.left = MOST_READS + file.length // each
         yield image
 
 
