@@ -96,13 +96,14 @@ def test_the_random_generator_of_the_process_is_left_alone(image, tmp_path):
 def test_an_unreadable_image_is_reported_and_the_others_go_on(image, weights, tmp_path, caplog):
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:60])
     (tmp_path / "Planted.PNG").write_bytes(image.read_bytes())
-    images = [tmp_path / "broken.png", image, tmp_path, tmp_path / "Planted.PNG"]
+    (tmp_path / "empty").mkdir()
+    images = [tmp_path / "broken.png", image, tmp_path / "empty", tmp_path / "Planted.PNG"]
     status = heatmap(*images, "-o", tmp_path / "out", "--weights", weights, "--image-size", 28, 42)
     assert status == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"planted", "Planted-2"}
     assert pixels(tmp_path / "out" / "Planted-2" / "img.png").shape == (28, 42, 3)
     assert f"Found {tmp_path / 'broken.png'}, which cannot be read" in caplog.text
-    assert f"Found {tmp_path}, which cannot be read" in caplog.text
+    assert f"Found {tmp_path / 'empty'}, which cannot be read" in caplog.text
 
 
 def test_an_output_that_cannot_be_written_is_reported(image, weights, tmp_path, caplog):

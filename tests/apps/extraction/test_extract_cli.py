@@ -62,6 +62,7 @@ def test_every_option_is_heard(source, tmp_path):
         "queries": ["#0", "0,3"],
         "heads": "mean",
         "dtype": "float16",
+        "format": "safetensors",
         "grid": [2, 4],
         "artifacts": True,
         "image_size": [28, 56],

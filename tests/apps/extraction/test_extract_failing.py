@@ -246,4 +246,4 @@ def test_refusals_are_plain_json(model, images, failing, tmp_path):
     failing[0] = ValueError("caf\udce9 \x00 é")
     extract(model, images, tmp_path / "out")
     text = (tmp_path / "out" / "unreadable.jsonl").read_text(encoding="ascii")
-    assert "caf\udce9" in json.loads(text)["reason"]
+    assert "caf\\udce9" in json.loads(text)["reason"]

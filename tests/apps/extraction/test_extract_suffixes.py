@@ -56,7 +56,7 @@ def test_every_suffix_that_pillow_can_write_is_read(model, tmp_path):
 
 def test_the_suffixes_are_those_of_pillow():
     assert image_suffixes() >= {".jfif", ".jpe", ".mpo", ".tga", ".webp", ".psd", ".fits", ".icns"}
-    assert not image_suffixes() & {".eps", ".ps", ".pdf", ".mp4", ".h5", ".grib", ".mpg", ".txt"}
+    assert not image_suffixes() & {".eps", ".ps", ".pdf", ".mp3", ".h5", ".grib", ".txt"}
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.jpg", "PNG"), ("b.tga", "JPEG"), ("c.gif", "BMP")])
@@ -74,32 +74,32 @@ def test_the_content_decides_the_format(model, tmp_path, name, kind):
 
 def test_what_is_passed_over_is_counted_by_suffix(tmp_path):
     photographs(tmp_path / "in", 4)
-    fill(tmp_path / "in", "a.mp4", "b/b.MP4", "c.mp4", "notes.txt", "README", "b/Makefile", "x.")
-    fill(tmp_path / "in", ".hidden", ".git/config", "._a.mp4", "a.tar.gz", "p.pdf", "q.eps")
+    fill(tmp_path / "in", "a.mp3", "b/b.MP3", "c.mp3", "notes.txt", "README", "b/Makefile", "x.")
+    fill(tmp_path / "in", ".hidden", ".git/config", "._a.mp3", "a.tar.gz", "p.pdf", "q.eps")
     found = passed_over(tmp_path / "in")
-    assert found == {".mp4": 3, "": 3, ".txt": 1, ".gz": 1, ".pdf": 1, ".eps": 1}
+    assert found == {".mp3": 3, "": 3, ".txt": 1, ".gz": 1, ".pdf": 1, ".eps": 1}
     said = describe(found)
-    assert said.startswith("passed over: 3 without suffix, 3 .mp4, 1 .eps, 1 .gz")
+    assert said.startswith("passed over: 3 without suffix, 3 .mp3, 1 .eps, 1 .gz")
 
 
 def test_links_count_as_what_they_are_called(tmp_path):
     photographs(tmp_path / "real", 3)
-    fill(tmp_path / "real", "film.mov")
+    fill(tmp_path / "real", "film.wav")
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "folder").symlink_to(tmp_path / "real", target_is_directory=True)
     (tmp_path / "in" / "A.PNG").symlink_to(tmp_path / "real" / "000.png")
-    (tmp_path / "in" / "film.mov").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in" / "film.wav").symlink_to(tmp_path / "nowhere")
     sieve = Sieve()
     assert len(paths(tmp_path / "in", sieve=sieve)) == 4
-    assert sieve.passed_over == {".mov": 2}
+    assert sieve.passed_over == {".wav": 2}
 
 
 def test_its_own_output_is_not_counted_as_passed_over(model, tmp_path):
     photographs(tmp_path, 5)
-    fill(tmp_path, "b/film.mov")
+    fill(tmp_path, "b/film.wav")
     first = extract(model, tmp_path, tmp_path / "out", shard_size=2)
     again = extract(model, tmp_path, tmp_path / "out", shard_size=2)
-    assert first.passed_over == again.passed_over == {".mov": 1}
+    assert first.passed_over == again.passed_over == {".wav": 1}
     assert (again.images, again.seen) == (5, 0)
 
 
@@ -114,13 +114,13 @@ def test_files_that_appear_later_do_not_change_the_extraction(model, tmp_path):
 
 def test_the_summary_and_the_preview_list_passed_over_files(model, tmp_path):
     photographs(tmp_path / "in", 4)
-    fill(tmp_path / "in", "a.mp4", "b.mp4", "c.txt", "d")
+    fill(tmp_path / "in", "a.mp3", "b.mp3", "c.txt", "d")
     promised = extract(model, tmp_path / "in", tmp_path / "out", dry_run=True)
     done = extract(model, tmp_path / "in", tmp_path / "out")
-    expected = {".mp4": 2, "": 1, ".txt": 1}
+    expected = {".mp3": 2, "": 1, ".txt": 1}
     assert promised.passed_over == done.passed_over == expected
     for said in (str(promised), str(done)):
-        assert said.endswith("passed over: 2 .mp4, 1 without suffix, 1 .txt")
+        assert said.endswith("passed over: 2 .mp3, 1 without suffix, 1 .txt")
 
 
 def test_a_tar_counts_too(tmp_path):

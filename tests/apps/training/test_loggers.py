@@ -96,6 +96,7 @@ def test_weights_and_biases_has_them_beside_the_numbers_of_the_step(first, tmp_p
             run.log({"before": step})  # a training may log several times in a step
             pictures(step)
             run.log({"loss": step / 2})
+    wandb.teardown()  # its service may be writing still
     entries = history_of(tmp_path)
     drawn = [entry for entry in entries if any(NAME in key for key in entry)]
     assert [float(entry["loss"]) for entry in drawn] == [0.0, 1.0]

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dinov2_attn.apps.cli.drawing import Drawn, artifacts_in, text_of
 from dinov2_attn.apps.cli.image_options import read, read_on_grid
 from dinov2_attn.apps.cli.model_options import Loaded
@@ -125,6 +123,8 @@ def _of_token(
         "names": tuple(_named(model, image) for model, image in zip(loaded, images, strict=True)),
         "warning": warning_of(loaded),
     }
+    import numpy as np
+
     about = {**facts, "layer": list(pair.layers), "query": text_of(token)}
 
     def draw(path: Path, **more: Any) -> None:
@@ -170,6 +170,8 @@ def _write_json(numbers: dict[str, Any], path: Path) -> None:
 
 
 def _write_array(values: Any, path: Path) -> None:
+    import numpy as np
+
     np.save(path, values)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -87,7 +88,8 @@ def is_film(path: Path) -> bool:
     """Return whether a film is made of ``path``: a video, or a folder with images."""
     from dinov2_attn.apps.viz.videos import images_in, is_video
 
-    return is_video(path) or (path.is_dir() and bool(images_in(path)))
+    # Unlike that of a path, this one does not raise where a name is too long.
+    return is_video(path) or (os.path.isdir(path) and bool(images_in(path)))
 
 
 def check(paths: Sequence[Path], args: argparse.Namespace) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,6 +127,8 @@ class ZarrShard:
         """Return one tensor of an image."""
         number, _, kind = name.partition(".")
         group, row = self._places[int(number)]
+        import numpy as np
+
         return torch.from_numpy(np.array(self._root[f"{group}/{kind}"][row]))
 
 
@@ -150,6 +151,7 @@ def _require_zarr() -> None:
 
 def _arrays(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, bytes]:
     """Return the files of a zarr group by their names."""
+    import numpy as np
     import zarr
 
     files: dict[str, Any] = {}

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -203,6 +202,8 @@ class AttentionLogger:
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Run a pass of ``model`` inside that the training does not notice."""
+    import numpy as np
+
     device = next(model.parameters()).device
     numbers = np.random.get_state()
     try:
