@@ -47,10 +47,18 @@ def safetensors() -> Any:
     return safetensors
 
 
+def is_installed(module: str) -> bool:
+    """Return whether ``module`` can be found. It is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # it was set to None
+        return False
+
+
 def require(*modules: str) -> None:
     """Raise ``UnavailableError`` if one of these modules is missing."""
     for name in modules:
-        if importlib.util.find_spec(name) is None:
+        if not is_installed(name):
             raise UnavailableError(
                 "the libraries for pictures",
                 f"no {name} in this environment",

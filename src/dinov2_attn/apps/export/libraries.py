@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-
+from dinov2_attn._imports import is_installed
 from dinov2_attn.errors import UnavailableError
 
 WRITING, CHECKING = ("onnx", "onnxscript"), ("onnxruntime",)
@@ -12,7 +11,7 @@ WRITING, CHECKING = ("onnx", "onnxscript"), ("onnxruntime",)
 def require_libraries(check: bool) -> None:
     """Raise ``UnavailableError`` if a library is missing to write files, and to ``check`` them."""
     for name in (*WRITING, *(CHECKING if check else ())):
-        if importlib.util.find_spec(name) is None:
+        if not is_installed(name):
             raise UnavailableError(
                 "the libraries that write and check ONNX files",
                 f"no {name} in this environment",

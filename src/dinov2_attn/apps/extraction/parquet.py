@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_attn._files import atomic_file
+from dinov2_attn._imports import is_installed
 from dinov2_attn.apps.extraction.described import METADATA
 from dinov2_attn.apps.extraction.frame import EACH_LAYER, columns_of, row_of
 from dinov2_attn.apps.extraction.layout import INDEX
@@ -31,7 +31,7 @@ def check_index(index: object) -> bool:
         raise InvalidInputError(
             "index as 'jsonl' or 'parquet'", repr(index), "Leave it out for index.jsonl alone."
         )
-    if index == "parquet" and not _is_there():
+    if index == "parquet" and not is_installed("pyarrow"):
         raise UnavailableError(
             "the library pyarrow",
             "none in this environment",
@@ -45,7 +45,7 @@ def write_parquet(folder: Path, about: dict[str, Any], *, asked: bool) -> None:
     path = folder / PARQUET
     if not asked and not path.exists():
         return
-    if not _is_there():  # of another run, and no longer true
+    if not is_installed("pyarrow"):  # of another run, and no longer true
         log.warning("%s was removed: pyarrow, which would write it again, is missing", path)
         path.unlink()
         return
@@ -80,10 +80,3 @@ def _schema(layers: Sequence[int], about: dict[str, Any]) -> Any:
     fields = [pyarrow.field(name, kind(name)) for name in columns_of(layers)]
     described = {key: about[key] for key in ("format", "tensors", "preprocessing")}
     return pyarrow.schema(fields, metadata={METADATA: json.dumps(described)})
-
-
-def _is_there() -> bool:
-    try:
-        return importlib.util.find_spec("pyarrow") is not None
-    except ValueError:  # the module was set to None
-        return False

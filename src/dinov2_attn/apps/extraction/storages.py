@@ -6,7 +6,6 @@ would have written.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import zipfile
 from collections.abc import Mapping
@@ -133,10 +132,7 @@ class ZarrShard:
 
 
 def _require_zarr() -> None:
-    try:
-        found = importlib.util.find_spec("zarr") is not None
-    except ValueError:  # the module was set to None
-        found = False
+    found = _imports.is_installed("zarr")
     if found:
         import zarr
 

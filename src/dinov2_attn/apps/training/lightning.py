@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import logging
 import sys
 from typing import Any
 
 from torch import nn
 
+from dinov2_attn._imports import is_installed
 from dinov2_attn.apps.training.logger import AttentionLogger
 from dinov2_attn.apps.training.sinks import sink_of
 from dinov2_attn.errors import InvalidInputError, UnavailableError
@@ -110,11 +110,4 @@ def _callback_class() -> type[Any]:
 
 
 def _installed() -> list[str]:
-    return [name for name in PACKAGES if _is_there(name.partition(".")[0])]
-
-
-def _is_there(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # it was set to None
-        return False
+    return [name for name in PACKAGES if is_installed(name.partition(".")[0])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import logging
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dinov2_attn._imports import is_installed
 from dinov2_attn.apps.viz.opening import Content, header
 from dinov2_attn.apps.viz.reading import Range, Raw
 from dinov2_attn.errors import Dinov2AttnError, UnreadableFileError
@@ -27,10 +27,7 @@ PACKAGE = "pydicom"
 
 def is_readable() -> bool:
     """Return whether pydicom is installed."""
-    try:
-        return importlib.util.find_spec(PACKAGE) is not None
-    except ValueError:  # the module was set to None
-        return False
+    return is_installed(PACKAGE)
 
 
 def is_called_dicom(path: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from dinov2_attn._imports import is_installed
 from dinov2_attn.apps.viz.opening import check_pixels, readable_suffixes
 from dinov2_attn.apps.viz.reading import IMAGENET, Range, warn
 from dinov2_attn.errors import (
@@ -126,7 +126,7 @@ def library() -> Any:
 
 def is_readable() -> bool:
     """Return whether PyAV is installed."""
-    return importlib.util.find_spec("av") is not None
+    return is_installed("av")
 
 
 def open_video(
