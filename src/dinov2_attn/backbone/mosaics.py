@@ -34,7 +34,7 @@ class Unclear(Exception):
 
 @dataclass(frozen=True)
 class KindOfImages:
-    """What a probe has to know of images ``(B, …, H, W)``, so that nobody has to keep them.
+    """What a probe has to know of images ``(B, …, H, W)``, in the place of the images themselves.
 
     Attributes:
         shape: That of one image, ``(…, H, W)``.

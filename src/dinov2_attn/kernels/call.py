@@ -564,7 +564,8 @@ class ExplicitCall:
 
 KernelCall = FusedCall | ExplicitCall
 
-_SDPA = "scaled_dot_product_attention"
+# The name of PyTorch's kernel.
+SDPA = "scaled_dot_product_attention"
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -601,14 +602,14 @@ def fused_call(
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
     if query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
-        return FusedCall(_SDPA, query, key, value, scale, attn_mask, is_causal, dropout_p)
+        return FusedCall(SDPA, query, key, value, scale, attn_mask, is_causal, dropout_p)
     dim = dim_of_heads(query.shape, heads)
     if attn_mask is not None and query.ndim != 4 and attn_mask.ndim > 2:
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
         attn_mask = by_heads(attn_mask, heads, dim)
     given = [by_heads(tensor, heads, dim) for tensor in (query, key, value)]
     query, key, value = _of_one_batch(given)
-    return FusedCall(_SDPA, query, key, value, scale, attn_mask, is_causal, dropout_p)
+    return FusedCall(SDPA, query, key, value, scale, attn_mask, is_causal, dropout_p)
 
 
 def _of_one_batch(tensors: Sequence[Tensor]) -> list[Tensor]:

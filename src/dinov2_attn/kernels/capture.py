@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from dinov2_attn._compat import depth_of_modes, storage_of, version_of
 from dinov2_attn._locks import cached_property
 from dinov2_attn.errors import NotEditedError, NotRecordedError
-from dinov2_attn.kernels.call import ExplicitCall, KernelCall, as_given, by_heads, fused_call
+from dinov2_attn.kernels.call import SDPA, ExplicitCall, KernelCall, as_given, by_heads, fused_call
 from dinov2_attn.kernels.edited import Pattern, editable
 from dinov2_attn.kernels.place import Place, place_of
 from dinov2_attn.kernels.scores import Factors, Scores
@@ -39,10 +39,8 @@ Edit = Callable[[Pattern, Callable[[], Tensor]], Pattern]
 
 _PRODUCTS = {"matmul", "__matmul__", "mm", "bmm", "linalg_matmul", "einsum", "baddbmm"}
 
-_SDPA = "scaled_dot_product_attention"
-
 # The functions with which something begins that is followed.
-_WATCHED = {_SDPA, "softmax", *_PRODUCTS}
+_WATCHED = {SDPA, "softmax", *_PRODUCTS}
 
 # The names by which classes call their number of heads.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "nheads", "n_head")
@@ -170,7 +168,7 @@ class Capture(TorchFunctionMode):
         if name not in _WATCHED and self._scores is None and not self._softmaxes:
             return func(*args, **kwargs) if kwargs else func(*args)  # most of all calls
         kwargs = kwargs or {}
-        if name == _SDPA:
+        if name == SDPA:
             return self._sdpa(func, args, kwargs)
         if name == "softmax":
             return self._after_softmax(func(*args, **kwargs), args, kwargs)

@@ -134,7 +134,7 @@ class EditedCall(_OfBase[FusedCall]):
         put: ``(B, heads, R, N)``: weights in the place of the kernel's.
         put_rows: The positions of these R rows.
         mixed: The output, where it was computed with ``put``.
-        is_own: Whether ``put`` was made by ``explicit``, so that nothing else refers to it.
+        is_own: Whether ``put`` has all rows of ``explicit``, so that nothing else refers to it.
         output: ``(B, heads, Q, d)``, or None if it was not computed.
         place: Where autograd makes the gradient by ``output``, or None without one.
 
@@ -249,7 +249,7 @@ class EditedCall(_OfBase[FusedCall]):
         """
         if self.mixed is not None:
             return self.mixed
-        if self.put is not None and self.is_put:
+        if self.put is not None and self._is_put:
             return self._mixed(self.put)
         parts = self._groups()
         plain = any(not hidden for _, hidden in parts)
@@ -283,7 +283,7 @@ class EditedCall(_OfBase[FusedCall]):
         self, sample: int, heads: slice, lines: slice, positions: Tensor, memory: Tensor
     ) -> Tensor:
         """Return some rows of the weights of one sample, ``(heads, lines, N)``, in ``memory``."""
-        if self.put is not None and self.is_put:
+        if self.put is not None and self._is_put:
             return self.put[sample, heads, lines].to(self._wide)
         tile = self.masked.tile(sample, heads, lines, positions, memory)
         for i, head in enumerate(range(self.heads)[heads]):
@@ -301,13 +301,7 @@ class EditedCall(_OfBase[FusedCall]):
         """Return the weights ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads."""
         if self.put is None and not self.zeroed:
             return self.masked.weights(queries, heads, new)
-        if (
-            self.put is not None
-            and self.is_own
-            and queries is None
-            and heads is None
-            and self.is_put
-        ):
+        if self.put is not None and self.is_own and queries is None and heads is None:
             return self.put
         found = self._rows(positions(queries, self.rows))
         return found.to(self._wide).mean(1).to(found.dtype) if heads == "mean" else found
@@ -334,7 +328,7 @@ class EditedCall(_OfBase[FusedCall]):
         return replace(self.base, bias=bias, output=None)
 
     @property
-    def is_put(self) -> bool:
+    def _is_put(self) -> bool:
         """Whether ``put`` has all rows, in their order."""
         return len(self.put_rows) == self.rows and self.put_rows == tuple(range(self.rows))
 
