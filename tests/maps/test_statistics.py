@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from torch import nn
 
 import dinov2_attn
@@ -21,7 +21,7 @@ from tests.support.explicit import Eager
 from tests.support.recordings import IMAGES, assert_nothing_on, build
 from tests.support.statistics import ALL, assert_statistics, places_of
 from tests.support.statistics import statistics as defined
-from tests.support.strategies import model_cases, noise
+from tests.support.strategies import ModelCase, model_cases, noise
 from tests.support.tolerances import assert_close, assert_same_bits
 from tests.support.xformers_visibility import quiet
 
@@ -52,6 +52,8 @@ def test_they_are_those_of_the_matrices_of_the_pass(kind):
     assert_nothing_on(model)
 
 
+# The four tokens of this model's second layer move as those of a grid would.
+@example(case=ModelCase(2, 0, 0, 1, (3, 1), 1, torch.float32, 20366))
 @given(case=model_cases())
 def test_any_size_of_a_grafted_model(models, case):
     model = case.build(models)

@@ -11,7 +11,7 @@ from dinov2_attn._compat import is_sharded
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.mosaics import KindOfImages
-from dinov2_attn.backbone.probe import probe
+from dinov2_attn.backbone.probe import Probed, probe
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.channel import unedited, unrecorded
 from dinov2_attn.math.selection import resolve_names
@@ -47,6 +47,9 @@ _WITHOUT: WeakKeyDictionary[nn.Module, set[tuple[Grid, int | None]]] = WeakKeyDi
 # The size of images that are not known.
 _UNKNOWN: Grid = (-1, -1)
 
+# So few tokens, once layers have mixed them, may move by chance as those of another grid.
+_FEW = 16
+
 
 class Tokens:
     """The tokens of one attention module in one pass.
@@ -61,7 +64,8 @@ class Tokens:
         length: The number of tokens N, or None if the pass has not run yet.
         images: The images of the pass, ``(B, C, H, W)``, or None if they are not known.
         sibling: The first module of the same kind in the model. It is probed where the tokens of
-            ``attention`` itself are too mixed: they keep their places from layer to layer.
+            ``attention`` itself are too mixed, or too few: they keep their places from layer to
+            layer.
         prefix: The number of tokens before the patches, where it is known better.
 
     """
@@ -112,13 +116,24 @@ class Tokens:
         return self._known()
 
     def _probed(self, kind: KindOfImages) -> Layout | None:
-        for attention in dict.fromkeys((self._attention, self._sibling)):
-            if attention is not None:
-                with unrecorded(), unedited():
-                    found = probe(self._model, attention, kind).layout
-                if found is not None and self._length in (None, found.length):
-                    return found
-        return None
+        own = self._probed_at(self._attention, kind)
+        if own is not None and own.layout is not None and own.layout.length > _FEW:
+            return own.layout
+        first = None if self._sibling is self._attention else self._sibling
+        other = self._probed_at(first, kind)
+        # Windows, rows and columns of equal lengths differ. A sequence of the whole image does not.
+        if other is not None and (own is None or own.sequences == other.sequences == 1):
+            return other.layout
+        return None if own is None else own.layout
+
+    def _probed_at(self, attention: nn.Module | None, kind: KindOfImages) -> Probed | None:
+        """Return what a probe of ``attention`` finds, if that is a layout of this length."""
+        if attention is None:
+            return None
+        with unrecorded(), unedited():
+            found = probe(self._model, attention, kind)
+        fits = found.layout is not None and self._length in (None, found.layout.length)
+        return found if fits else None
 
     @property
     def _key(self) -> tuple[Grid, int | None]:
