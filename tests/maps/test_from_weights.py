@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dinov2_attn import edit, record
+from dinov2_attn import edit, record, statistics
 from dinov2_attn.errors import InvalidInputError, NotRecordedError, UnfaithfulError
+from dinov2_attn.kernels import edited
+from dinov2_attn.math import attention
 from tests.support.edits import nothing_left
 from tests.support.models_at_kernel import build as at_kernel
 from tests.support.recordings import IMAGES, assert_all_close, build
@@ -184,6 +186,53 @@ def test_the_kernel_runs_once_for_the_proof_and_never_again(grad):
             model(tokens)
         counts.append(kernels.calls)
     assert counts == [2, 0, 0]
+
+
+def test_who_wants_no_proof_gets_none():
+    model = randomise(Model().double(), 2)
+    with Kernels() as kernels, record(model, check=False, **FED) as maps:
+        model(noise(3, 7, 16, seed=1, dtype=torch.float64))
+    assert kernels.calls == 0
+    assert len(maps.weights) == 2
+
+
+@torch.no_grad()
+def test_a_question_inside_is_answered_by_the_kernel():
+    """And a pass after it goes on from the weights again."""
+    model = nn.Sequential(nn.Flatten(1, 2), randomise(Model().double(), 2))
+    tokens = noise(3, 7, 1, 16, seed=1, dtype=torch.float64)
+    outside = statistics(model, tokens, "entropy")
+    with record(model, check=False, **FED):
+        with Kernels() as kernels:
+            inside = statistics(model, tokens, "entropy")
+        assert kernels.calls == 2
+        with Kernels() as kernels:
+            model(tokens)
+        assert kernels.calls == 0
+    for ours, expected in zip(inside["entropy"], outside["entropy"], strict=True):
+        assert_same_bits(ours, expected)
+
+
+def test_a_frozen_model_is_recorded_as_without_grad(monkeypatch):
+    """What nothing differentiates is made in tiles, though grad mode is on."""
+    model = randomise(Model(), 2).float().requires_grad_(False)
+    tokens, tiled = noise(3, 7, 16, seed=1).float(), []
+    for module, name in ((attention, "softmax_into"), (edited, "weights_and_output")):
+        real = getattr(module, name)
+        spy = lambda *args, real=real, **options: (tiled.append(real), real(*args, **options))[1]  # noqa: E731
+        monkeypatch.setattr(module, name, spy)
+    for options in ({}, FED):
+        with torch.no_grad(), record(model, **options) as expected:
+            model(tokens)
+        tiled.clear()
+        with record(model, check=False, **options) as maps:
+            model(tokens)
+        assert len(tiled) >= 2
+        for ours, weights in zip(maps.weights, expected.weights, strict=True):
+            assert_same_bits(ours, weights)
+    with record(model, check=False) as maps:
+        model(tokens.requires_grad_())
+    assert maps.weights[0].requires_grad
 
 
 def test_an_unfaithful_kernel_is_found_before_anything_goes_on():

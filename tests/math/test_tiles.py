@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dinov2_attn.backbone import projection
-from dinov2_attn.math import attention, buffers
+from dinov2_attn.math import attention
 from tests.support.strategies import attention_cases, noise, seeds
 from tests.support.tolerances import assert_close
 
@@ -37,10 +37,13 @@ SIZES = st.sampled_from([1, 64, 300, 2000, 2**20])
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     fresh=st.booleans(),
     shared=st.booleans(),
+    together=st.booleans(),
     size=SIZES,
     seed=seeds,
 )
-def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, fresh, shared, size, seed):
+def test_tiles_equal_the_whole(
+    shape, bias, causal, heads, dtype, fresh, shared, together, size, seed
+):
     """And so is their product with the values that is made beside them."""
     batch, count, rows, length = shape
     query = noise(batch, count, rows, 5, seed=seed, dtype=dtype)
@@ -54,19 +57,16 @@ def test_tiles_equal_the_whole(shape, bias, causal, heads, dtype, fresh, shared,
     if causal:
         kwargs["causal_rows"] = torch.arange(rows)
     whole = attention.attention_weights(query, key, 0.7, **kwargs)
-    before = attention.TILE_BYTES, attention.PIECE_BYTES, attention.KEY_BYTES
-    attention.TILE_BYTES = attention.PIECE_BYTES = attention.KEY_BYTES = size
     output, out = None, torch.empty(shape, dtype=dtype)
-    try:
-        with torch.no_grad():
-            attention.is_fresh = lambda result: fresh
-            tiled = attention.attention_weights(query, key, 0.7, **kwargs)
-            if heads is None:
-                del kwargs["heads"]
-                output = attention.weights_and_output(query, key, value, 0.7, out=out, **kwargs)
-    finally:
-        attention.TILE_BYTES, attention.PIECE_BYTES, attention.KEY_BYTES = before
-        attention.is_fresh = buffers.is_fresh
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for name in ("TILE_BYTES", "PIECE_BYTES", "KEY_BYTES"):
+            patch.setattr(attention, name, size)
+        patch.setattr(attention, "HEADS_BYTES", 2**20 if together else 0)
+        patch.setattr(attention, "is_fresh", lambda result: fresh)
+        tiled = attention.attention_weights(query, key, 0.7, **kwargs)
+        if heads is None:
+            del kwargs["heads"]
+            output = attention.weights_and_output(query, key, value, 0.7, out=out, **kwargs)
     assert tiled.dtype == dtype
     assert_close(tiled, whole)
     if output is not None:
@@ -180,7 +180,7 @@ def test_scores_that_become_the_result_are_cut_into_fewer_pieces(fresh, products
             self.products += func in (torch.ops.aten.bmm.out, torch.ops.aten.mm.out)
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(attention, "TILE_BYTES", -(-(2**14) // torch.get_num_threads()))
+    monkeypatch.setattr(attention, "tile_bytes", lambda: 2**14)
     monkeypatch.setattr(attention, "PIECE_BYTES", 2**16)
     monkeypatch.setattr(attention, "is_fresh", lambda result: fresh)
     query = noise(1, 4, 64, 8, seed=0)

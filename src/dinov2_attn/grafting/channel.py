@@ -79,6 +79,16 @@ class Editor(Protocol):
         """Whether no row keeps the output of the kernel."""
         return False
 
+    @property
+    def is_of_recording(self) -> bool:
+        """Whether it belongs to a recording, so that questions inside are not edited."""
+        return False
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether its first call of a module is proved as it is."""
+        return True
+
     def begin(self, images: Tensor) -> None:
         """Note the ``images (B, C, H, W)`` with which a pass begins."""
         return  # for those who need no images
@@ -196,12 +206,13 @@ def receiving(receiver: Receiver) -> Iterator[None]:
 @contextmanager
 def unrecorded() -> Iterator[tuple[Receiver, ...]]:
     """Record nothing that runs inside. Yields the receivers that are set aside."""
-    before = STATE.receivers
+    receivers, editors = STATE.receivers, STATE.editors
     try:
         STATE.receivers = ()
-        yield before
+        STATE.editors = tuple(one for one in editors if not one.is_of_recording)
+        yield receivers
     finally:
-        STATE.receivers = before
+        STATE.receivers, STATE.editors = receivers, editors
 
 
 @contextmanager
@@ -397,6 +408,7 @@ def _edited(
     The first call of a module is proved as it is, so that editors are given its true weights.
     """
     is_proved = module in _PROVED or isinstance(pattern, EditedProduct)
+    is_proved = is_proved or not any(one.is_checked for one in editors)
     if not is_proved and not pattern.base.dropout:  # another run would draw other numbers
         # Checkpointing counts what is saved for the backward pass, and proves nothing again.
         with torch.no_grad() if all(one.replaces for one in editors) else nullcontext():

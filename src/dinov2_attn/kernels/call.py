@@ -24,6 +24,7 @@ from dinov2_attn.math.attention import (
     may_autocast,
     may_tile,
     shape_of_weights,
+    without_needless_grad,
 )
 from dinov2_attn.math.bias import (
     Group,
@@ -290,8 +291,9 @@ class FusedCall:
     def _weights(self, queries: Queries, heads: Heads, new: NewResult) -> Tensor:
         rows = to_index(queries, self.query.shape[2])
         query, (key, _) = self.query[:, :, rows], self._by_query_head
-        out = new(query, shape_of_weights(query, key, heads)) if may_tile(query) else None
-        return self._of_rows(query, key, rows, heads, out)
+        with without_needless_grad(query, key, self.bias):
+            out = new(query, shape_of_weights(query, key, heads)) if may_tile(query) else None
+            return self._of_rows(query, key, rows, heads, out)
 
     def _of_rows(
         self, query: Tensor, key: Tensor, rows: Rows, heads: Heads = None, out: Tensor | None = None

@@ -27,6 +27,7 @@ from dinov2_attn.math.attention import (
     shape_of_weights,
     weights_and_output,
     without_autocast,
+    without_needless_grad,
 )
 from dinov2_attn.math.bias import Group, groups, is_block_diagonal
 from dinov2_attn.math.buffers import NewResult, new_result
@@ -224,9 +225,13 @@ class EditedCall(_OfBase[FusedCall]):
         multiplied while it is in the cache.
         """
         query, (key, value) = self.base.query, self.base._by_query_head
-        if self.is_changed or not may_tile(query):
-            own = self.with_weights(None, self._rows(range(self.rows)))
-            return replace(own, is_own=True)
+        with without_needless_grad(query, key, value, self.base.bias):
+            if not self.is_changed and may_tile(query):
+                return self._by_tiles(query, key, value)
+        own = self.with_weights(None, self._rows(range(self.rows)))
+        return replace(own, is_own=True)
+
+    def _by_tiles(self, query: Tensor, key: Tensor, value: Tensor) -> EditedCall:
         out = new_result(query, shape_of_weights(query, key, None))
         causal = None
         if self.base.is_causal:

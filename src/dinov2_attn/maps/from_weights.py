@@ -21,14 +21,21 @@ class FromWeights(Editor):
 
     Attributes:
         wanted: The attention modules, with what they are called.
+        is_checked: Whether the first call of each is proved.
 
     """
 
     wanted: Mapping[nn.Module, Layer]
+    is_checked: bool = True
 
     @property
     def replaces(self) -> bool:
         """True: the kernel runs for a proof only."""
+        return True
+
+    @property
+    def is_of_recording(self) -> bool:
+        """True: questions inside of the block are answered as outside."""
         return True
 
     def wants(self, attention: nn.Module) -> bool:

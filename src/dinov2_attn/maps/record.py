@@ -192,7 +192,7 @@ def record(
     attentions = [*modules.wanted, *modules.others]
     source: AbstractContextManager[object] = nullcontext()
     if _are_from_weights(features):
-        source = editing(FromWeights(modules.wanted), modules.wanted)
+        source = editing(FromWeights(modules.wanted, bool(check)), modules.wanted)
     try:
         with source, recording(recorder, attentions, modules.entrances, [modules.whole]):
             yield recorder.recording
