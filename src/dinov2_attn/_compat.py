@@ -185,3 +185,9 @@ def records_of_archive(path: Path) -> list[str]:
     """Return the names in a zip file, as PyTorch's own reader finds them."""
     # Every version. Python's zipfile can be made to see other names in the same file.
     return list(torch._C.PyTorchFileReader(str(path)).get_all_records())
+
+
+def record_of_archive(path: Path, name: str) -> bytes:
+    """Return the content of a name in a zip file, as PyTorch's own reader finds it."""
+    content: bytes = torch._C.PyTorchFileReader(str(path)).get_record(name)
+    return content

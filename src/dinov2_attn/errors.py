@@ -32,8 +32,8 @@ class Dinov2AttnError(Exception):
         return shown(
             "\n".join(
                 (
-                    _sentence(f"Expected {self.expected}"),
-                    _sentence(f"Found {self.found}"),
+                    _sentence(f"Expected {self.expected}").replace("\n", "\\n"),
+                    _sentence(f"Found {self.found}").replace("\n", "\\n"),
                     self.hint,
                 )
             )
@@ -62,7 +62,15 @@ def shown(text: str) -> str:
     return "\n".join("".join(map(_letter, line)) for line in lines)
 
 
-_LONGEST = 2000
+def shown_name(name: object) -> str:
+    """Return a name from outside as it may be shown: escaped, on one line, shortened inside."""
+    text = str(name)
+    if len(text) > _LONGEST_NAME:
+        text = f"{text[: _LONGEST_NAME // 2]}…{text[-_LONGEST_NAME // 2 :]}"
+    return "".join(map(_letter, text))
+
+
+_LONGEST, _LONGEST_NAME = 2000, 200
 
 
 def _letter(letter: str) -> str:

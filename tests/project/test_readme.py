@@ -77,6 +77,18 @@ def test_the_costs_of_timm_are_those_of_the_table():
     assert f"| last block, full | vit_small, 518 | {ours} ×" in costs
 
 
+def test_the_tables_for_planning_are_those_of_the_benchmark():
+    results = ROOT / "benchmarks" / "results"
+    measured = [row for kind in ("cuda", "cpu") for row in rows(results / f"scale-{kind}.md")[2:]]
+    quoted = [row for row in rows(ROOT / "docs" / "scale.md") if row.startswith("| vit_")]
+    assert quoted == measured
+    text = (ROOT / "docs" / "scale.md").read_text("utf-8")
+    rate = {row.split(" | ")[0]: row.split(" | ")[2:6] for row in rows(results / "scale-cuda.md")}
+    plain, cls, numbers, matrices = (1e6 / float(one) / 60 for one in rate["| vit_base, 518"])
+    assert f"{plain:.0f} minutes without attention, {cls:.0f} minutes with CLS rows" in text
+    assert f"{numbers / 60:.1f} hours\nwith statistics and {matrices:.0f} minutes" in text
+
+
 def test_the_rate_of_extraction_is_that_of_the_benchmark():
     measured = (ROOT / "benchmarks" / "results" / "extract.md").read_text("utf-8")
     text = (ROOT / "docs" / "extraction.md").read_text("utf-8").replace("\n", " ")

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
+import re
 import warnings
 
 import pytest
 import torch
 
+import dinov2_attn
 from dinov2_attn import load_checkpoint, viz
+from dinov2_attn.apps.viz.provenance import metadata_for
 from dinov2_attn.apps.viz.reading import warn
 from dinov2_attn.errors import (
     InvalidInputError,
     SuspiciousRangeWarning,
     UnreadableFileError,
     in_one_line,
+    shown_name,
 )
 from tests.support import upstreams
-from tests.support.recordings import build
+from tests.support.recordings import IMAGES, build
 
 # What clears a screen, a change of direction, a return to the start of the line, and no text.
 HOSTILE = "a\x1b[2J\u202egpj.\rb\udc80"
@@ -33,6 +38,42 @@ def test_an_error_escapes_and_keeps_what_it_was_given():
     str(error).encode()
     assert len(str(InvalidInputError("a name", "k" * 5_000_000, "Try again."))) < 5000
     assert len(in_one_line(ValueError("k" * 5_000_000))) < 5000
+
+
+def test_a_name_stays_on_one_line_and_keeps_its_ends():
+    assert shown_name("a\nb\u2028c") == r"a\nb\u2028c"
+    long = shown_name("k" * 5_000_000 + ".jpg")
+    assert len(long) < 300
+    assert long.endswith(".jpg")
+    error = InvalidInputError("a name", "a\nExpected nothing.", "Try again.")
+    assert str(error).split("\n") == [
+        "Expected a name.",
+        r"Found a\nExpected nothing.",
+        "Try again.",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["svg", "pdf", "png"])
+def test_the_title_inside_a_picture(kind):
+    title = metadata_for(kind, {"image": [f"folder/{HOSTILE}\n{'k' * 5000}"]})["Title"]
+    assert title.isprintable()
+    assert len(title) < 300
+
+
+def test_a_page_and_a_cell_of_a_notebook(first):
+    model = build(first)
+    with dinov2_attn.record(model) as maps:
+        model(IMAGES)
+    page = viz.explore(
+        model, IMAGES[:1].sigmoid(), title=f"{HOSTILE}\n{'k' * 5000}"
+    ).content.decode()
+    title = re.search("<title>(.*?)</title>", page, re.S)[1]
+    assert title.isprintable()
+    assert len(title) < 300
+    named = dataclasses.replace(maps[0], layers=(HOSTILE, "b\nc", "d"))
+    for text in (repr(named), named._repr_html_()):
+        assert ESCAPED.removesuffix(r"\udc80") in text
+        assert "\x1b" not in text
 
 
 def test_a_file_with_such_a_name(tmp_path):

@@ -20,7 +20,12 @@ from torch import Tensor
 
 from dinov2_attn import _imports
 from dinov2_attn._files import atomic_file
-from dinov2_attn.errors import InvalidInputError, UnreadableFileError, UnwritableOutputError
+from dinov2_attn.errors import (
+    InvalidInputError,
+    UnreadableFileError,
+    UnwritableOutputError,
+    shown_name,
+)
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -46,12 +51,12 @@ class Face:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        facts = ", ".join(f"{name}={fact}" for name, fact in self._facts().items())
+        facts = ", ".join(f"{name}={shown_name(fact)}" for name, fact in self._facts().items())
         return " ".join(f"{type(self).__name__}({facts})".split())
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(fact)}</td></tr>"
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(shown_name(fact))}</td></tr>"
             for name, fact in self._facts().items()
         )
         name = html.escape(type(self).__name__)

@@ -199,7 +199,7 @@ def may_tile(tensor: Tensor) -> bool:
 
 
 def without_needless_grad(*inputs: object) -> AbstractContextManager[object]:
-    """Switch grad off inside where no input needs it, as in a frozen model: tiles take less time."""
+    """Switch grad off inside where no input needs it: tiles take less time."""
     known = all(one is None or isinstance(one, Tensor) for one in inputs)
     needed = not known or any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
     if needed or not torch.is_grad_enabled() or is_transformed() or is_traced():

@@ -145,9 +145,11 @@ def test_a_picture_is_sent_without_shared_memory(pixels):
         assert received.pixels.tobytes() == pixels.tobytes()
 
 
-@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_outlives_torchrun(way, first, tmp_path):
-    """Its processes and their workers end with it, in the middle of their work."""
+@pytest.mark.parametrize(
+    ("way", "works"), [(signal.SIGKILL, True), (signal.SIGTERM, True), (signal.SIGKILL, False)]
+)
+def test_nothing_outlives_torchrun(way, works, first, tmp_path):
+    """Its processes and their workers end with it, in the middle of their work or before it."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     path = draw(tmp_path / "image.png", (518, 518), 0)
@@ -164,19 +166,26 @@ def test_nothing_outlives_torchrun(way, first, tmp_path):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as running:
-        # One at least has workers then.
         try:
-            wait_until(lambda: list(tmp_path.glob("out/shards/*.jsonl")), START)
-            below = descendants(running.pid)
-            assert sum("spawn_main" in command for _, command in below) == 2
+            if works:  # one at least has workers then
+                wait_until(lambda: list(tmp_path.glob("out/shards/*.jsonl")), START)
+                below = descendants(running.pid)
+                assert sum("spawn_main" in command for _, command in below) == 2
+            else:  # they have not looked for their parent yet
+                wait_until(lambda: len(ranks_of(running.pid)) == 2, START)
+                below = ranks_of(running.pid)
         finally:
             running.send_signal(way)
             running.wait(START)
         try:
-            wait_until(lambda: not below & alive(), PATIENCE)
+            wait_until(lambda: not below & alive(), PATIENCE if works else START)
         finally:
             for process, _ in below & alive():
                 os.kill(process, signal.SIGKILL)
+
+
+def ranks_of(process):
+    return {one for one in descendants(process) if "dinov2_attn extract" in one[1]}
 
 
 def descendants(process):

@@ -7,6 +7,7 @@ import collections
 import fractions
 import io
 import os
+import pickle
 import tarfile
 import zipfile
 from pathlib import Path
@@ -175,6 +176,34 @@ def test_a_tar_is_refused_before_torch_unpacks_it(file):
     with tarfile.open(file, "w") as archive:
         archive.addfile(tarfile.TarInfo("storages"), io.BytesIO())
     assert_refused(file, r"(?s)Found .*, a tar archive, which PyTorch would unpack\.\nUnpack")
+
+
+def names(letters, module="m"):
+    """A pickle of a class with so many letters in its name."""
+    return b"\x80\x02c%s\n%s\n." % (module.encode(), b"k" * letters)
+
+
+@pytest.mark.parametrize("letters", [1001, 3_000_000])
+@pytest.mark.parametrize("old", [True, False])
+def test_a_class_with_an_endless_name_is_refused_before_torch_sees_it(
+    file, letters, old, monkeypatch
+):
+    """PyTorch's own refusal takes a time that grows with the square of the name."""
+    if old:
+        starts = [0x1950A86A20F9469CFC6C, 1001, {}]
+        file.write_bytes(b"".join(pickle.dumps(one, 2) for one in starts) + names(letters))
+    else:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", names(letters))
+            archive.writestr("archive/version", "3\n")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("PyTorch saw it"))
+    assert_refused(file, "UnpicklingError")
+
+
+def test_a_long_name_of_a_tensor_is_read(file):
+    for old in (True, False):
+        torch.save({"k" * 100_000: TWO}, file, _use_new_zipfile_serialization=not old)
+        assert_same_bits(read(file).tensors["k" * 100_000], TWO)
 
 
 def test_the_format_before_1_6_is_read(file):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "of a run that was killed, which test_extract_killed kills and test_extract_ranks continues": {
+        "apps/extraction": ("Start torchrun again. The run continues where it stopped",),
+    },
     "of models of another layout, which test_any_model and test_other_libraries build": {
         "maps": (
             "Take the matrices of a pass: with record(model, grid=",

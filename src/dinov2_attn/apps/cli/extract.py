@@ -30,7 +30,7 @@ from dinov2_attn.apps.cli.image_options import (
 )
 from dinov2_attn.apps.cli.model_options import add_options, load_model
 from dinov2_attn.apps.cli.report import say
-from dinov2_attn.apps.extraction.processes import end_with
+from dinov2_attn.apps.extraction.processes import check_torchrun, end_with
 from dinov2_attn.typing import Statistic
 
 DESCRIPTION = """\
@@ -170,6 +170,7 @@ def run(args: argparse.Namespace) -> int:
     require_libraries()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(os.getppid())  # torchrun: if it is killed, this process has no purpose
+        check_torchrun()  # it may have been killed before this
     size, swallowed = image_size(args.image_size or [])
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"

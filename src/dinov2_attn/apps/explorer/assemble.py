@@ -27,6 +27,7 @@ from dinov2_attn.apps.explorer.budget import (
 from dinov2_attn.apps.explorer.coded import CodedLayer
 from dinov2_attn.apps.explorer.content import Frame
 from dinov2_attn.apps.explorer.quantise import Table
+from dinov2_attn.errors import shown, shown_name
 
 # The tables of a layer: at most one for "each" head and one for their "mean". A layer that is
 # kept as queries and keys has "coded" in place of them.
@@ -125,7 +126,7 @@ def assemble(
     height, width = frame.picture.shape[:2]
     parts = {
         "policy": _policy(style, script),
-        "title": escape(_valid(frame.title)),
+        "title": escape(shown_name(frame.title)),
         "about": _about(frame, other),
         "warning": _notes(frame, missing),
         "image": frame.image_url(),
@@ -151,8 +152,10 @@ def _about(frame: Frame, other: Held | None) -> str:
     frames = [frame] if other is None else [frame, other.frame]
     said = [" · ".join(filter(None, (one.model, one.token_counts))) for one in frames]
     if other is None:
-        return escape(_valid(said[0]))
-    lines = (f"{letter}: {escape(_valid(text))}" for letter, text in zip("AB", said, strict=True))
+        return escape(shown_name(said[0]))
+    lines = (
+        f"{letter}: {escape(shown_name(text))}" for letter, text in zip("AB", said, strict=True)
+    )
     return "<br>".join(lines)
 
 
@@ -223,7 +226,7 @@ def _elements(tables: Mapping[int, Tables], model: str = "") -> list[str]:
 def _notes(frame: Frame, missing: str) -> str:
     notes = []
     if frame.warning is not None:
-        notes.append(f'<p class="warning" id="warning">{escape(_valid(frame.warning))}</p>')
+        notes.append(f'<p class="warning" id="warning">{escape(shown(frame.warning))}</p>')
     if missing:
         notes.append(f'<p id="left-out">{escape(missing)}</p>')
     return "\n".join(notes)
@@ -312,11 +315,6 @@ def embedded(table: Table | CodedLayer) -> str:
 def embedded_json(data: object) -> str:
     """Return JSON without ``<``, so that no tag can end the element around it."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _valid(text: str) -> str:
-    # In file names, Python turns bytes that are no text into lone surrogates.
-    return text.encode("utf-8", "replace").decode()
 
 
 def _file(name: str) -> str:

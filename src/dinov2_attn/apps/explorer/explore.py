@@ -208,9 +208,9 @@ def _held(
 ) -> Held:
     """Return what a page holds of a model."""
     loaded = image_for(model, image)
-    device = next(model.parameters()).device
+    like = next(one for one in model.parameters() if one.is_floating_point())
     with grafted_inside(model), inference_on(loaded.tensor[None]):
-        asked = asked_of(model, loaded.tensor[None].to(device), layers, heads)
+        asked = asked_of(model, loaded.tensor[None].to(like.device, like.dtype), layers, heads)
         frame = Frame(
             *(loaded.picture, asked.shape, title, name, warning),
             *(_outliers(model, asked.images), 0, bytes_in(max_mb)),

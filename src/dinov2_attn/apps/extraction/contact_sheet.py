@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from dinov2_attn._files import write_file
 from dinov2_attn.apps.extraction.frame import artifacts_in
 from dinov2_attn.apps.extraction.options import at_least
 from dinov2_attn.apps.extraction.thumbnails import Photographs, map_picture
-from dinov2_attn.errors import InvalidInputError, OutOfRangeError
+from dinov2_attn.errors import InvalidInputError, OutOfRangeError, shown_name
 
 if TYPE_CHECKING:
     from dinov2_attn.apps.extraction.read import AttentionDataset
@@ -28,8 +28,6 @@ WORDS = {
     "entropy": ("highest entropy", "lowest entropy"),
     "artifacts": ("most artifact tokens", "fewest artifact tokens"),
 }
-# How many letters of a name are shown: its beginning and its end.
-LONGEST = 120
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def _figure(
 ) -> str:
     entry = dataset.entry(card.position)
     picture = map_picture(dataset[card.position], place, entry)
-    name = shown(entry["path"])
+    name = shown_name(entry["path"])
     facts = [
         f"prefix {_share(card.prefix_mass)}",
         f"entropy {_share(card.evenness)}",
@@ -174,10 +172,11 @@ def _page(
     about, style = dataset.about, _file("sheet.css")
     tensors = about["tensors"]
     heads = "the mean of heads" if tensors["heads"] != "mean" else "the stored mean of heads"
+    query = shown_name(tensors["queries"][0])
     sentences = [
         f"{count:,} of {len(dataset):,} images, {WORDS[by][lowest]} first.",
-        f"Layer {tensors['layers'][place]}, {heads}, attention of {shown(tensors['queries'][0])}"
-        " (the first stored query).",
+        f"Layer {tensors['layers'][place]}, {heads}, attention of {query} "
+        "(the first stored query).",
         "Each map has its own colours, from 0 to the number below it, in multiples of uniform "
         "attention." + " Frames mark artifact tokens." * about["options"]["artifacts"],
         "Prefix: the share of the attention to tokens that are no patches. Entropy: as a share of "
@@ -189,22 +188,11 @@ def _page(
         policy=f"default-src 'none'; img-src data:; style-src {_digest(style)}; "
         "base-uri 'none'; form-action 'none'",
         style=style,
-        title=escape(shown(Path(dataset.folder).resolve().name)),
-        model=escape(shown(about["model"]["name"])),
-        warning=f'<p class="warning">{escape(shown(warning))}</p>' if warning else "",
+        title=escape(shown_name(Path(dataset.folder).resolve().name)),
+        model=escape(shown_name(about["model"]["name"])),
+        warning=f'<p class="warning">{escape(shown_name(warning))}</p>' if warning else "",
         sentences="\n".join(f"<p>{escape(sentence)}</p>" for sentence in sentences),
         figures=figures,
-    )
-
-
-def shown(name: Any) -> str:
-    """Return text from outside on one line, with escapes for what cannot be printed."""
-    text = str(name)
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
     )
 
 

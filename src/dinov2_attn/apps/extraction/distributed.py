@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from dinov2_attn._compat import CAN_DESTROY_GLOO
+from dinov2_attn.apps.extraction.processes import check_torchrun
 from dinov2_attn.errors import Dinov2AttnError
 
 T = TypeVar("T")
@@ -52,12 +53,17 @@ def ranks() -> Ranks:
 
     A group that is made here exists until the process ends. It is destroyed then: otherwise a
     thread of gloo's sometimes aborts the process after its work.
+
+    Raises:
+        InvalidInputError: If torchrun has ended.
+
     """
     if not dist.is_available():
         return Ranks(0, 1)
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
             return Ranks(0, 1)
+        check_torchrun()
         # Gloo is enough: only a few objects are exchanged.
         dist.init_process_group("gloo", timeout=PATIENCE)
         if CAN_DESTROY_GLOO:

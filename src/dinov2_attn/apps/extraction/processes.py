@@ -10,16 +10,21 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, TypeVar
 
+from dinov2_attn.errors import InvalidInputError
+
 # Of Linux: the signal that a process gets when its parent ends.
 PR_SET_PDEATHSIG = 1
 # Seconds between two looks for the parent, where no signal comes.
 PERIOD = 0.5
+# torchrun's own store is there before it starts processes. So few and short tries are enough.
+TRIES, PAUSE = 5, 0.5
 
 P = TypeVar("P", bound="EndingProcess")
 
@@ -65,6 +70,33 @@ def end_with(parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     threading.Thread(target=_watch, args=(parent,), daemon=True, name="end_with").start()
+
+
+def check_torchrun() -> None:
+    """Raise unless torchrun is still there, where it keeps the store by which processes meet.
+
+    It may have been killed while this process was starting, which would then wait for others
+    for as long as anybody looked.
+
+    Raises:
+        InvalidInputError: If its store does not answer.
+
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "0")
+    for _ in range(TRIES):
+        try:
+            socket.create_connection((host, int(port)), timeout=PAUSE).close()
+        except (OSError, ValueError, OverflowError):
+            time.sleep(PAUSE)
+        else:
+            return
+    raise InvalidInputError(
+        "torchrun's store to answer, by which its processes meet",
+        f"none at {host}:{port}, so torchrun has ended",
+        "Start torchrun again. The run continues where it stopped.",
+    )
 
 
 def _begun(cls: type[P], parent: int) -> P:

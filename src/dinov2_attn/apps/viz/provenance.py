@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_attn import __version__
-from dinov2_attn.errors import UnreadableFileError, UnwritableOutputError
+from dinov2_attn.errors import UnreadableFileError, UnwritableOutputError, shown_name
 
 PROGRAM = f"dinov2-attn {__version__}"
 RECORD = "run.json"
@@ -95,9 +95,9 @@ def _title(facts: Facts) -> str:
     images = facts.get("image", [])
     named = [images] if isinstance(images, str) else list(images)
     kind = "Relevance" if "target" in facts else "Attention"
-    text = ", ".join([kind, *parts, *(Path(name).name for name in named)])
-    # A name of a file can hold bytes that are no text.
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return ", ".join(
+        [kind, *map(shown_name, parts), *(shown_name(Path(name).name) for name in named)]
+    )
 
 
 # In a folder

@@ -24,6 +24,7 @@ from dinov2_attn.apps.weights.files import (
     refuse_others,
     some,
 )
+from dinov2_attn.apps.weights.pickles import refuse_long_names
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 
 # Training checkpoints nest two or three dicts. Deeper dicts hold no weights.
@@ -180,13 +181,14 @@ def _check_unpacked(path: Path) -> None:
 
 
 def _refuse_what_runs(path: Path) -> None:
-    """Raise ``ValueError`` for TorchScript, whose code can run in spite of ``weights_only``.
+    """Raise for TorchScript, whose code can run in spite of ``weights_only``, and for long names.
 
     PyTorch before 2.6 passes it to ``torch.jit.load``, which runs its ``__setstate__``. It also
     unpacks the tar files of PyTorch 0.1 (CVE-2025-32434), which ``refuse_others`` rejects.
     """
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
+    refuse_long_names(path, is_zip=is_zip)
     # PyTorch's reader: a crafted zip can show other files to Python's.
     if is_zip and "constants.pkl" in records_of_archive(path):
         raise ValueError("a TorchScript archive, which holds code")
