@@ -172,3 +172,17 @@ def test_a_recording_whose_grid_was_not_asked_for_keeps_no_image(models):
         model.forward_features(IMAGES)
     assert held() == before
     assert maps.grid
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("behind", [0, 2])
+def test_a_large_image_is_probed_by_a_small_one(models, behind):
+    """A DINOv2 has the same tokens at every size, and a large image takes memory and time."""
+    model, seen = with_registers_behind(models, behind), []
+    model.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
+    images = noise(1, 3, 2 * 15, 2 * 20, seed=0).to(IMAGES)
+    with record(model, queries="cls") as maps:
+        model.forward_features(images)
+    seen.clear()
+    assert (maps.grid, maps.prefix, maps[0].suffix) == ((15, 20), 1, behind)
+    assert set(map(tuple, seen)) == {(24, 24)}

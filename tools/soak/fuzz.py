@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Damage checkpoints, images and names of pages at random, and see that each is read or refused.
 
-    PYTHONPATH=. python tools/soak/fuzz.py checkpoints images pages --minutes 20 --seed 0 --keep FOLDER
+    PYTHONPATH=. python tools/soak/fuzz.py checkpoints images pages --minutes 20 --keep FOLDER
 
 Every kind gets its share of the time. A damaged file is read in a process of its own, whose memory
 is limited. It must be read, or refused with an error of this package, within seconds. A model that
@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-
 from tests.support import upstreams
 from tests.support.recordings import IMAGES, build
 
@@ -144,9 +143,8 @@ class Reader:
 
     def images(self, path):
         found = viz.load_image(path, 14)
-        assert torch.isfinite(found.tensor).all() and not any(
-            n % 14 for n in found.tensor.shape[-2:]
-        )
+        assert torch.isfinite(found.tensor).all()
+        assert not any(side % 14 for side in found.tensor.shape[-2:])
 
     def checkpoints(self, path):
         try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from dinov2_attn._compat import is_sharded
@@ -49,6 +51,10 @@ _UNKNOWN: Grid = (-1, -1)
 
 # So few tokens, once layers have mixed them, may move by chance as those of another grid.
 _FEW = 16
+
+# Rows and columns of patches that are enough for a probe of a model whose tokens are known to be
+# the same at every size.
+_CELLS = 12
 
 
 class Tokens:
@@ -106,33 +112,50 @@ class Tokens:
 
     def probed(self) -> Layout | None:
         """Return the layout that a probe of the model finds, or None."""
-        if not self.is_known and self._kind is not None and not is_sharded(self._model):
-            found = self._probed(self._kind)
-            if found is None:
-                self._without.add(self._key)
-            else:
-                known = _Known(found, self._size, found.length)
+        if self.is_known or self._kind is None or is_sharded(self._model):
+            return self._known()
+        for kind, length in self._probes(self._kind):
+            if (found := self._probed(kind, length)) is not None:
+                size = int(kind.shape[-2]), int(kind.shape[-1])
+                known = _Known(found, size, found.length)
                 _KNOWN.setdefault(self._attention, []).append(known)
-        return self._known()
+            if self._known() is not None:
+                return self._known()
+        self._without.add(self._key)
+        return None
 
-    def _probed(self, kind: KindOfImages) -> Layout | None:
-        own = self._probed_at(self._attention, kind)
+    def _probes(self, kind: KindOfImages) -> Iterator[tuple[KindOfImages, int | None]]:
+        """Yield which images to probe, and how many tokens they must have if that is known.
+
+        A DINOv2 has the same tokens at every size, so that smaller images say as much.
+        """
+        if self._backbone is not None:
+            patch = self._backbone.patch_size
+            sides = [min(n // p, _CELLS) * p for n, p in zip(self._size, patch, strict=True)]
+            if tuple(sides) != self._size:
+                yield replace(kind, shape=torch.Size([*kind.shape[:-2], *sides])), None
+        yield kind, self._length
+
+    def _probed(self, kind: KindOfImages, length: int | None) -> Layout | None:
+        own = self._probed_at(self._attention, kind, length)
         if own is not None and own.layout is not None and own.layout.length > _FEW:
             return own.layout
         first = None if self._sibling is self._attention else self._sibling
-        other = self._probed_at(first, kind)
+        other = self._probed_at(first, kind, length)
         # Windows, rows and columns of equal lengths differ. A sequence of the whole image does not.
         if other is not None and (own is None or own.sequences == other.sequences == 1):
             return other.layout
         return None if own is None else own.layout
 
-    def _probed_at(self, attention: nn.Module | None, kind: KindOfImages) -> Probed | None:
-        """Return what a probe of ``attention`` finds, if that is a layout of this length."""
+    def _probed_at(
+        self, attention: nn.Module | None, kind: KindOfImages, length: int | None
+    ) -> Probed | None:
+        """Return what a probe of ``attention`` finds, if that is a layout of ``length`` tokens."""
         if attention is None:
             return None
         with unrecorded(), unedited():
             found = probe(self._model, attention, kind)
-        fits = found.layout is not None and self._length in (None, found.layout.length)
+        fits = found.layout is not None and length in (None, found.layout.length)
         return found if fits else None
 
     @property
