@@ -109,8 +109,12 @@ class _Block:
             self._advise(_MADV_HUGEPAGE)
 
     def set_aside(self) -> None:
-        """Let the operating system take the memory if it has too little. Until then it stays."""
-        self._advise(_MADV_FREE)
+        """Let the operating system take the memory if it has too little. Until then it stays.
+
+        For a small block that takes as long as a layer's weights.
+        """
+        if self.size >= _HUGE:
+            self._advise(_MADV_FREE)
 
     def lend(self) -> Any:
         """Return the memory as an object, to which every tensor in it will refer."""
