@@ -16,7 +16,7 @@ import torch
 import dinov2_attn
 from dinov2_attn import viz
 from dinov2_attn.apps.cli.log import held_back
-from dinov2_attn.apps.cli.main import main
+from dinov2_attn.apps.cli.main import _parser, main
 from dinov2_attn.errors import shown
 from tests.apps.cli.test_model_options import load
 from tests.support import subprocesses, upstreams
@@ -73,6 +73,20 @@ def test_the_next_command_works_as_it_is_printed(command, here, weights, capsys)
     assert main(arguments) == 0
     assert written(here) > before
     assert f"{weights.name}" in capsys.readouterr().out  # the same model
+
+
+def test_the_next_command_reads_images_alike_and_explains_the_same(here, weights, capsys):
+    said = ["--target", "1,0", "--method", "legrad", "--range=-1,300", "--max-pixels", "99999"]
+    values = ["--mean", "0.25,0.5,0.5", "--std", "0.5"]
+    given = ["photo.png", "-o", "maps", "--weights", str(weights), *SIZE]
+    assert main(["heatmap", *given, *said, *values]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    _, *arguments = shlex.split(line.removeprefix("next: "))
+    typed = ["heatmap", *given, *said, *values]
+    own, again = (vars(_parser().parse_args(one)) for one in (typed, arguments))
+    for name in ("target", "method", "range", "max_pixels", "mean", "std"):
+        assert own[name] == again[name] is not None
+    assert main(arguments) == 0
 
 
 def test_few_lines_name_the_many_files_of_heads(here, capsys):

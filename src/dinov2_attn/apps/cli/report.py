@@ -33,6 +33,9 @@ _MODEL = (
     *("model", "arch", "weights", "random_weights", "registers", "patch_size", "num_heads", "key"),
     *("repo", "device"),
 )
+# How images are read, and what of a heatmap a page shows too.
+_READING = ("max_pixels", "range", "mean", "std")
+_SHOWN = {"explore": ("target", "method")}
 
 _OF_A_HEAD = re.compile(r"(.*head)(\d+)(.*)")
 
@@ -96,9 +99,10 @@ def _grouped(names: Iterable[str]) -> list[str]:
 
 
 def next_command(args: argparse.Namespace, *parts: object) -> str:
-    """Return a line with the command that comes next, for the model of this run."""
+    """Return a line with the command that comes next, for the model and reading of this run."""
     words = [_as_argument(part) for part in parts]
-    return f"next: {shlex.join(['dinov2-attn', *words, *_model_options(args)])}"
+    names = (*_MODEL, *_READING, *_SHOWN.get(words[0], ()))
+    return f"next: {shlex.join(['dinov2-attn', *words, *_options(args, names)])}"
 
 
 def _as_argument(part: object) -> str:
@@ -106,17 +110,21 @@ def _as_argument(part: object) -> str:
     return f"./{part}" if isinstance(part, Path) and str(part).startswith("-") else str(part)
 
 
-def _model_options(args: argparse.Namespace) -> list[str]:
+def _options(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
     given = []
     for action in args.parser._actions:
         value = getattr(args, action.dest, None)
-        if action.dest in _MODEL and value != action.default:
+        if action.dest in names and value != action.default:
             option = action.option_strings[-1]
             values = [value, *_second(args, action.dest)]
-            given += [option] if value is True else [f"{option}={one}" for one in values]
+            given += [option] if value is True else [f"{option}={_typed(one)}" for one in values]
     size = getattr(args, "image_size", None) or []
     lengths = [one for one in size if one.isdecimal()]
     return given + (["--image-size", *lengths] if lengths else [])
+
+
+def _typed(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def _second(args: argparse.Namespace, name: str) -> list[Any]:
