@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import nn, overrides
 from torch.nn import functional as F
 
 from dinov2_attn.errors import NotRecordedError, UnfaithfulError
@@ -342,3 +342,21 @@ def test_autocast_gives_the_weights_of_the_dtype_in_which_the_kernel_ran():
         except RuntimeError:
             pytest.skip("this torch's autocast does not cast for its kernel; the other dtypes run")
     assert calls[0].weights().dtype == output.dtype
+
+
+def test_an_interruption_in_pytorchs_own_code_may_lose_the_mode():
+    """PyTorch takes a mode away while it runs. The modes of others stay, and so does the error."""
+
+    class Interrupted(nn.Linear):
+        def forward(self, x):
+            overrides._pop_mode()
+            raise KeyboardInterrupt
+
+    class Outer(overrides.BaseTorchFunctionMode):
+        pass
+
+    with Outer() as outer:
+        with pytest.raises(KeyboardInterrupt), Capture(nn.Linear(2, 2), lambda call: None):
+            Interrupted(2, 2)(torch.ones(1, 2))
+        assert overrides._get_current_function_mode_stack() == [outer]
+    assert overrides._get_current_function_mode_stack() == []

@@ -134,8 +134,7 @@ class Capture(TorchFunctionMode):
 
     def leave(self) -> None:
         """Leave it if an interruption ended its own ``__exit__``."""
-        if self._depth is not None and depth_of_modes() > self._depth:
-            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._leave_modes()
         if _CURRENT.capture is self:
             _CURRENT.capture = self._outer
 
@@ -145,7 +144,7 @@ class Capture(TorchFunctionMode):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        self._leave_modes()
         _CURRENT.capture = self._outer
         self._softmaxes.clear()
         self._undropped.clear()
@@ -154,6 +153,11 @@ class Capture(TorchFunctionMode):
         if kind is None and matrix is not None and version_of(matrix) != version:
             raise _overwritten(self._module)
         self._scores = None
+
+    def _leave_modes(self) -> None:
+        # PyTorch takes a mode away while it runs, and an interruption then may lose it.
+        if self._depth is not None and depth_of_modes() > self._depth:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,
