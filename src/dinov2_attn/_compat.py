@@ -5,6 +5,7 @@ Each function has one job, so that a new version of torch is followed in this fi
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -191,3 +192,17 @@ def record_of_archive(path: Path, name: str) -> bytes:
     """Return the content of a name in a zip file, as PyTorch's own reader finds it."""
     content: bytes = torch._C.PyTorchFileReader(str(path)).get_record(name)
     return content
+
+
+def look_at_classes(file: Any) -> bool:
+    """Read the next pickle of ``file`` as PyTorch does, without making anything of it.
+
+    Names of classes are read by its ``readline``. Returns False in versions that cannot look, which
+    do not search their errors for such names.
+    """
+    unpickler = importlib.import_module("torch._weights_only_unpickler")
+    look = getattr(unpickler, "get_globals_in_pkl", None)  # torch 2.6 and later
+    if look is None:
+        return False
+    look(file)
+    return True

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
-from collections.abc import Iterator
+import struct
 from pathlib import Path
 from typing import IO
 
-from dinov2_attn._compat import record_of_archive, records_of_archive
+from dinov2_attn._compat import look_at_classes, record_of_archive, records_of_archive
 
 # Letters in the name of a class, with its module. Real ones have less than a hundred.
 _LONGEST = 1000
 
-# Before its tensors an old file has four pickles: a number, a version, a system and the content.
-_PICKLES = 4
+# An old file has five pickles: a number, a version, a system, the content and names of storages.
+_PICKLES = 5
 
 
 def refuse_long_names(path: Path, *, is_zip: bool) -> None:
@@ -29,20 +28,38 @@ def refuse_long_names(path: Path, *, is_zip: bool) -> None:
             _check(io.BytesIO(record_of_archive(path, "data.pkl")))
         return
     with path.open("rb") as file:
-        for _ in range(_PICKLES):
-            _check(file)
+        all(_check(file) for _ in range(_PICKLES))
 
 
-def _check(file: IO[bytes]) -> None:
-    for name in _classes(file):
-        if len(name) > _LONGEST:
-            raise pickle.UnpicklingError(f"the name of a class has {len(name):,} letters")
-
-
-def _classes(file: IO[bytes]) -> Iterator[str]:
+def _check(file: IO[bytes]) -> bool:
+    """Return whether the next pickle of ``file`` could be read to its end."""
     try:
-        for code, argument, _ in pickletools.genops(file):
-            if code.name in ("GLOBAL", "INST"):
-                yield str(argument)
-    except (ValueError, IndexError, OverflowError, MemoryError, EOFError):
-        return  # a damaged pickle, which PyTorch refuses
+        return look_at_classes(_Lines(file))
+    except _LongNameError as error:
+        raise pickle.UnpicklingError(str(error)) from None
+    except _DAMAGED:  # PyTorch refuses it
+        return False
+
+
+# What a reader of pickles raises for damaged ones.
+_DAMAGED = (
+    *(pickle.UnpicklingError, EOFError, struct.error, ValueError, IndexError),
+    *(AssertionError, OverflowError, MemoryError),
+)
+
+
+class _Lines:
+    """A file whose lines, the names of classes, may not be long."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.read, self._file = file.read, file
+
+    def readline(self) -> bytes:
+        line = self._file.readline(_LONGEST + 1)
+        if len(line) > _LONGEST:
+            raise _LongNameError(f"the name of a class has more than {_LONGEST:,} letters")
+        return line
+
+
+class _LongNameError(Exception):
+    pass
