@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dinov2_attn.apps.training.logger import AttentionLogger
     from dinov2_attn.apps.weights.checkpoints import load_checkpoint
     from dinov2_attn.grafting.grafted import grafted
+    from dinov2_attn.maps.add_registers import add_registers
     from dinov2_attn.maps.artifacts import ArtifactTokens
     from dinov2_attn.maps.attention_maps import AttentionMaps
     from dinov2_attn.maps.edit import edit
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from dinov2_attn.maps.one_batch import attention_maps
     from dinov2_attn.maps.record import record
     from dinov2_attn.maps.recording import Recording
+    from dinov2_attn.maps.register_neurons import RegisterNeurons, find_register_neurons
     from dinov2_attn.maps.relevance import Relevance, relevance
     from dinov2_attn.maps.rollout import rollout
     from dinov2_attn.maps.statistics import Statistics
@@ -48,15 +50,18 @@ __all__ = [
     "Handle",
     "OnnxExport",
     "Recording",
+    "RegisterNeurons",
     "Relevance",
     "Statistics",
     "Status",
+    "add_registers",
     "artifact_tokens",
     "attention_maps",
     "edit",
     "errors",
     "export_onnx",
     "extract",
+    "find_register_neurons",
     "grafted",
     "install",
     "lightning_callback",
@@ -84,13 +89,16 @@ __getattr__, __dir__ = lazily(
         "AttentionMaps": "dinov2_attn.maps.attention_maps",
         "OnnxExport": "dinov2_attn.apps.export.onnx",
         "Recording": "dinov2_attn.maps.recording",
+        "RegisterNeurons": "dinov2_attn.maps.register_neurons",
         "Relevance": "dinov2_attn.maps.relevance",
         "Statistics": "dinov2_attn.maps.statistics",
+        "add_registers": "dinov2_attn.maps.add_registers",
         "artifact_tokens": "dinov2_attn.maps.find_artifacts",
         "attention_maps": "dinov2_attn.maps.one_batch",
         "edit": "dinov2_attn.maps.edit",
         "export_onnx": "dinov2_attn.apps.export.onnx",
         "extract": "dinov2_attn.apps.extraction.extract",
+        "find_register_neurons": "dinov2_attn.maps.register_neurons",
         "grafted": "dinov2_attn.grafting.grafted",
         "lightning_callback": "dinov2_attn.apps.training.lightning",
         "load_checkpoint": "dinov2_attn.apps.weights.checkpoints",

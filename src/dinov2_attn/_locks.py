@@ -47,6 +47,11 @@ class Life:
         return self._process != os.getpid()
 
     @property
+    def thread(self) -> int:
+        """The thread in which the block was entered."""
+        return self._thread
+
+    @property
     def is_here(self) -> bool:
         """Whether the block was entered in this thread."""
         return self._thread == threading.get_ident()

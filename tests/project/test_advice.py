@@ -23,6 +23,7 @@ from tests.project.advice import (
     models,
     not_followed,
     recordings,
+    registers,
     training,
     viz,
     weights,
@@ -32,7 +33,7 @@ from tests.support.advice import Hint, hints, unanswered
 
 TABLES = (
     *(engine, recordings, explaining, weights, models, images, viz, extraction, datasets, cli),
-    training,
+    *(registers, training),
 )
 CASES = [case for table in TABLES for case in table.CASES]
 NOT_FOLLOWED = not_followed.ENTRIES

@@ -6,7 +6,7 @@ only what is still ours is undone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FunctionType
@@ -46,14 +46,16 @@ class RecordingTarget:
 
 @dataclass(eq=False)
 class Graft:
-    """A function of ours in an upstream class or module, what was there, and who needs it.
+    """What we set in an upstream class or module, what was there, and who needs it.
+
+    It is a function, or a property of a class.
 
     A graft that only recordings need takes no keyword. ``install`` replaces it by its own.
     """
 
     owner: Owner
     name: str
-    new: Callable[..., object]
+    new: object
     old: object
     targets: set[Hashable]
 
@@ -113,7 +115,7 @@ class GraftRegistry:
     def __iter__(self) -> Iterator[Graft]:
         return iter(list(self._grafts))
 
-    def set(self, owner: Owner, name: str, new: Callable[..., object], target: Hashable) -> None:
+    def set(self, owner: Owner, name: str, new: object, target: Hashable) -> None:
         """Set ``new`` for ``target``, and remember what it replaces.
 
         It replaces a graft that other code has undone, or that only recordings need, and inherits

@@ -16,17 +16,22 @@ from dinov2_attn.backbone.mosaics import KindOfImages
 from dinov2_attn.backbone.probe import Probed, probe
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.channel import unedited, unrecorded
+from dinov2_attn.grafting.interventions import added_tokens
 from dinov2_attn.math.selection import resolve_names
 from dinov2_attn.typing import Grid, Queries
 
 
 @dataclass(frozen=True)
 class _Known:
-    """A layout of ``length`` tokens, and the size of the images for which it was probed."""
+    """A layout of ``length`` tokens, and the size of the images for which it was probed.
+
+    ``added`` of these tokens were added by ``add_registers``.
+    """
 
     layout: Layout
     size: Grid
     length: int
+    added: int
 
     def at(self, size: Grid, length: int | None) -> Layout | None:
         """Return the layout of ``length`` tokens of images of another ``size``, if they fit."""
@@ -41,9 +46,12 @@ class _Known:
         return new if length in (None, new.length) else None
 
 
+# The size of the images, the number of tokens, and how many of these were added.
+_Key = tuple[Grid, int | None, int]
+
 # The layouts that were probed, by attention module: a model may have several kinds.
 _KNOWN: WeakKeyDictionary[nn.Module, list[_Known]] = WeakKeyDictionary()
-_WITHOUT: WeakKeyDictionary[nn.Module, set[tuple[Grid, int | None]]] = WeakKeyDictionary()
+_WITHOUT: WeakKeyDictionary[nn.Module, set[_Key]] = WeakKeyDictionary()
 
 
 # The size of images that are not known.
@@ -90,6 +98,7 @@ class Tokens:
         self._backbone, self._attention, self._length = backbone, attention, length
         self._sibling, self._prefix = sibling, prefix
         self._size: Grid = _UNKNOWN if images is None else _size_of(images)
+        self._added = added_tokens()
         self._kind = None
         if images is not None and not self.is_known:
             self._kind = KindOfImages.of(images)
@@ -117,7 +126,7 @@ class Tokens:
         for kind, length in self._probes(self._kind):
             if (found := self._probed(kind, length)) is not None:
                 size = int(kind.shape[-2]), int(kind.shape[-1])
-                known = _Known(found, size, found.length)
+                known = _Known(found, size, found.length, self._added)
                 _KNOWN.setdefault(self._attention, []).append(known)
             if self._known() is not None:
                 return self._known()
@@ -159,15 +168,15 @@ class Tokens:
         return found if fits else None
 
     @property
-    def _key(self) -> tuple[Grid, int | None]:
-        return self._size, self._length
+    def _key(self) -> _Key:
+        return self._size, self._length, self._added
 
     @property
-    def _without(self) -> set[tuple[Grid, int | None]]:
+    def _without(self) -> set[_Key]:
         return _WITHOUT.setdefault(self._attention, set())
 
     def _known(self) -> Layout | None:
-        known = _KNOWN.get(self._attention, [])
+        known = [one for one in _KNOWN.get(self._attention, []) if one.added == self._added]
         if self._backbone is None:  # another model may resize, turn or cut its images
             known = [one for one in known if one.size == self._size]
         fitting = (one.at(self._size, self._length) for one in known)

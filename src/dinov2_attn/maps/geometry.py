@@ -14,6 +14,7 @@ from dinov2_attn.backbone.backbone import Backbone, transformers_in
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.structure import image_entrances, name_of
 from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.grafting.interventions import added_tokens
 from dinov2_attn.grafting.tokens import Tokens
 from dinov2_attn.kernels.capture import heads_of
 from dinov2_attn.maps.layers import recorded_in
@@ -64,6 +65,8 @@ def geometry_of(model: Any) -> Geometry:
         InvalidInputError: If patches or attention are not found, or a cell has several tokens.
 
     """
+    if added_tokens():  # which end with their block
+        return _measured(model)
     if model not in _KNOWN:
         _KNOWN[model] = _measured(model)
     return _KNOWN[model]
