@@ -85,3 +85,30 @@ def _set_row(mlp, neuron, row, bias):
     (first, i), (second, j) = gates
     first.weight[i], first.bias[i] = row, bias
     second.weight[j], second.bias[j] = 0, 1
+
+
+@torch.no_grad()
+def attract(model, images, places, *, score=12.0):
+    """Let CLS attend to the tokens at ``places`` in the last block of a DINOv2, by each head.
+
+    Keys of tokens like these grow by ``score`` for the queries of CLS.
+    """
+    attention = flat_blocks(model.blocks)[-1].attn
+    given = []
+    hook = attention.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    model(images)
+    hook.remove()
+    tokens = given[0]
+    height, width = (side // model.patch_size for side in images.shape[-2:])
+    own = tokens.shape[1] - height * width
+    marked = torch.stack(
+        [tokens[image, own + row * width + column] for image, (row, column) in enumerate(places)]
+    ).mean(0)
+    channels = tokens.shape[2]
+    queries = attention.qkv(tokens[:, 0]).mean(0)[:channels].unflatten(0, (attention.num_heads, -1))
+    for head, query in enumerate(queries):
+        size = query.square().sum() * query.numel() ** -0.5
+        rows = slice(channels + head * len(query), channels + (head + 1) * len(query))
+        attention.qkv.weight[rows] += (
+            score / size * torch.outer(query, marked / marked.square().sum())
+        )

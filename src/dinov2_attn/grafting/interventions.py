@@ -340,7 +340,7 @@ class _Neurons(TorchFunctionMode):
             )
 
 
-def _linear(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:  # noqa: A002
+def _linear(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
     return input, weight, bias
 
 
