@@ -116,7 +116,7 @@ def neurons_by_hand(mlp, tokens):
 
 def by_hand(model, images, neurons, count):
     """Return tokens before the final norm, and the input of each attention, one image at a time."""
-    own, patches = registers_of(model), None
+    own = registers_of(model)
     outputs, inputs = [], []
     for image in images:
         given = model.prepare_tokens_with_masks(image[None])
@@ -131,7 +131,7 @@ def by_hand(model, images, neurons, count):
             tokens = tokens + block.ls1(block.attn(normed, **rope))
             hidden = neurons_by_hand(block.mlp, block.norm2(tokens))
             for neuron in neurons.get(layer, []):
-                largest = max((hidden[0, p, neuron].item() for p in patches), key=abs)
+                largest = max(hidden[0, :, neuron].tolist(), key=abs)
                 for token in range(tokens.shape[1]):
                     if token in patches:
                         hidden[0, token, neuron] = 0
@@ -245,8 +245,7 @@ def test_attention_to_artifacts_goes_to_the_register(registers):
     new = maps.weights[0][:, 0, 1 + registers]
     assert_close(new, before.share, within=0.1)
     assert not after.mask.any()
-    assert not after.cls_sinks[before.mask].any()
-    assert (after.from_cls[before.mask] < 0.05).all()
+    assert (after.from_cls[before.mask] < before.share / 8).all()
 
 
 @torch.no_grad()

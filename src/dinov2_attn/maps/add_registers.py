@@ -41,9 +41,9 @@ def add_registers(
     - ``count`` tokens of zeros come behind the model's own registers, in front of the patches. The
       model counts them as its registers: so do its own methods, and ``"registers"``, ``prefix`` and
       maps of this package.
-    - Each of ``neurons`` is moved. Its activation in every new token is that of the patch where it
-      is largest in absolute value, with its sign. It is zero in all patches. CLS and the model's
-      own registers keep theirs.
+    - Each of ``neurons`` is moved. In every new token it has the activation of the token where it is
+      largest in absolute value, with its sign. It is zero in all patches. CLS and the model's own
+      registers keep theirs. A new token that is an outlier already may be that largest one.
 
     Each image has its own largest activations. All of the model's own passes work, such as
     ``get_intermediate_layers``, and ``record``, ``edit``, ``rollout``, ``artifact_tokens`` and
@@ -68,8 +68,8 @@ def add_registers(
             if no pass ran in it.
 
     Source: Jiang et al., *Vision Transformers Don't Need Trained Registers*, 2025
-    (arXiv 2506.08010), section 4. Their code takes the largest activation of all tokens and of all
-    neurons of a layer together. Here each neuron keeps its own.
+    (arXiv 2506.08010), section 4. Their code gives all neurons of a layer the largest activation
+    of any of them. Here each neuron keeps its own.
 
     """
     backbone = backbone_in(model)  # type: ignore[arg-type]  # a grafted model is a module
@@ -103,7 +103,7 @@ def add_registers(
 
 
 class _Move:
-    """Moves some neurons of an MLP from the patches to the new tokens."""
+    """Moves some neurons of an MLP to the new tokens."""
 
     def __init__(self, neurons: list[int], first: int, count: int) -> None:
         self._neurons = neurons
@@ -113,8 +113,8 @@ class _Move:
     def __call__(self, neurons: Tensor) -> Tensor:
         """Return ``neurons (B, N, H)`` with those of the patches moved."""
         index = torch.tensor(self._neurons, device=neurons.device)
-        patches = neurons[:, self._patches, index]
-        largest = patches.gather(1, patches.abs().argmax(1, keepdim=True))
+        chosen = neurons[..., index]
+        largest = chosen.gather(1, chosen.abs().argmax(1, keepdim=True))
         moved = neurons.clone()
         moved[:, self._new, index] = largest.expand(-1, self._new.stop - self._new.start, -1)
         moved[:, self._patches, index] = 0
