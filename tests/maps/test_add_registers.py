@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
 import threading
@@ -27,10 +28,11 @@ from dinov2_attn import (
 from dinov2_attn.backbone.backbone import flat_blocks
 from dinov2_attn.errors import InvalidInputError, NotEditedError, OutOfRangeError
 from dinov2_attn.grafting import interventions
+from dinov2_attn.maps.geometry import geometry_of
 from tests.support import dinov3, reference, upstreams
 from tests.support.edits import nothing_left
 from tests.support.planted_registers import attract, last_of, marked_images, plant
-from tests.support.recordings import build
+from tests.support.recordings import Around, build
 from tests.support.strategies import ModelCase, noise, randomise
 from tests.support.tolerances import assert_close, assert_same_bits, same_bits
 from tests.support.xformers_visibility import quiet
@@ -514,6 +516,119 @@ def test_checkpoints_are_run_again_as_they_were(model, images, reentrant):
         for block in model.blocks:
             del block.forward
     assert_same_bits(found, expected)
+
+
+def test_tasks_of_asyncio_have_their_own(model, images):
+    expected = model(images)
+    with add_registers(model, {0: [1]}):
+        changed = model(images)
+    found = {}
+
+    async def inside(left):
+        with add_registers(model, {0: [1]}):
+            later = asyncio.create_task(outlives(left))
+            await asyncio.sleep(0)
+            found["inside"] = model(images)
+            found["thread"] = await asyncio.to_thread(model, images)
+        left.set()
+        await later
+
+    async def outlives(left):
+        found["task of it"] = model(images)
+        await left.wait()
+        found["outlives"] = model(images)
+
+    async def outside(left):
+        await asyncio.sleep(0)
+        found["outside"] = model(images)
+        await left.wait()
+
+    async def both():
+        left = asyncio.Event()
+        await asyncio.gather(inside(left), outside(left))
+
+    asyncio.run(both())
+    assert_same_bits([found["inside"], found["task of it"]], [changed] * 2)
+    assert_same_bits([found[name] for name in ("thread", "outside", "outlives")], [expected] * 3)
+
+
+def test_a_model_that_contains_one_is_changed(model, images):
+    with add_registers(model, {0: [1]}):
+        expected = model(images)
+        maps = attention_maps(model, images)
+    around = Around(model)
+    with add_registers(around, {0: [1]}):
+        assert_same_bits(around(images), expected)
+        found = attention_maps(around, images)
+    assert_close(list(found.weights), list(maps.weights))
+    assert (found.prefix, found.grid) == (maps.prefix, maps.grid) == (3, GRID)
+
+
+@torch.no_grad()
+def test_masks_of_patches_and_other_sizes(model, images):
+    masks = noise(3, GRID[0] * GRID[1], seed=8) > 0.5
+    with add_registers(model, {2: [1, 4]}):
+        found = model.forward_features(images, masks)["x_prenorm"]
+        small = attention_maps(model, images[..., :8])
+        again = attention_maps(model, images)
+    wide = model.prepare_tokens_with_masks
+    model.prepare_tokens_with_masks = lambda image: torch.cat(
+        [wide(images, masks)[i] for i in range(3) if same_bits(image[0], images[i])]
+    )[None]
+    expected, _ = by_hand(model, images, {2: [1, 4]}, 1)
+    del model.prepare_tokens_with_masks
+    assert_close(found, expected)
+    assert (small.grid, small.prefix) == ((6, 4), 3)
+    assert (again.grid, again.prefix) == (GRID, 3)
+
+
+def test_the_geometry_counts_them_inside_only(model, images):
+    assert geometry_of(model).prefix == 2
+    with add_registers(model, {2: [1]}, 2):
+        model(images)
+        assert geometry_of(model).prefix == 4
+        assert geometry_of(dinov2(upstreams.LIGHTLY, 1)).prefix == 2
+    assert geometry_of(model).prefix == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes(dtype):
+    model = dinov2(upstreams.LIGHTLY, 1)
+    images = marked_images(model, GRID, PLACES)
+    expected, _ = by_hand(model, images, {1: [0, 7], 4: [2]}, 2)
+    half = copy.deepcopy(model).float()
+    with (
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        add_registers(half, {1: [0, 7], 4: [2]}, 2),
+        record(half, [5]) as maps,
+    ):
+        found = half.forward_features(images.float())["x_prenorm"]
+    assert_close(found, expected, dtype=dtype)
+    assert maps.prefix == 4
+
+
+def test_transforms_of_functions_are_changed_too(model, images):
+    images = images[:1]
+
+    def loss(given):
+        return model.forward_features(given)["x_prenorm"].square().sum()
+
+    given = images.clone().requires_grad_()
+    with add_registers(model, {1: [0, 7]}):
+        (expected,) = torch.autograd.grad(loss(given), given)
+        found = torch.func.grad(loss)(images)
+    assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_neurons_are_found_with_registers_that_are_there(model, images):
+    plant(model, LAYER, [5], images, PLACES)
+    plant(model, LAYER, [9], images, PLACES)
+    with add_registers(model, {LAYER: [5]}):
+        assert artifact_tokens(model, images).mask.any()
+        neurons = find_register_neurons(model, images, 1)
+    assert neurons.by_layer() == {LAYER: [9]}
 
 
 # What cannot be changed
