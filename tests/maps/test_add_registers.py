@@ -29,7 +29,7 @@ from dinov2_attn.backbone.backbone import flat_blocks
 from dinov2_attn.errors import InvalidInputError, NotEditedError, OutOfRangeError
 from dinov2_attn.grafting import interventions
 from dinov2_attn.maps.geometry import geometry_of
-from tests.support import dinov3, reference, upstreams
+from tests.support import dinov3, models_at_kernel, reference, upstreams
 from tests.support.edits import nothing_left
 from tests.support.planted_registers import attract, last_of, marked_images, plant
 from tests.support.recordings import Around, build
@@ -294,6 +294,8 @@ def test_images_without_artifacts_do_not_count(model, images):
     assert artifact_tokens(model, plain).mask.flatten(1).any(1).tolist() == [True, False, False]
     alone = find_register_neurons(model, images[:1], 4)
     assert_close(find_register_neurons(model, plain, 4).scores, alone.scores)
+    for batches in ([plain[1:], plain[:1]], [plain[:1], plain[1:]]):
+        assert_close(find_register_neurons(model, batches, 4).scores, alone.scores)
 
 
 def test_a_result_is_saved_and_read(tmp_path):
@@ -717,17 +719,112 @@ def test_wrong_questions_for_neurons(model, images):
             find_register_neurons(model, images, **arguments)
 
 
-def test_an_mlp_that_is_no_plain_one_is_refused(model):
-    class Adapted(torch.nn.Linear):
-        def forward(self, x):
-            return super().forward(x) + x.mean()
+class Adapted(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x.mean()
 
-    model.blocks[2].mlp.fc2 = Adapted(64, 32).double()
-    with pytest.raises(InvalidInputError, match="block 2"), add_registers(model, {0: [1]}):
+
+def adapt(block):
+    block.mlp.fc2 = Adapted(64, 32).double()
+
+
+def parametrize(block):
+    torch.nn.utils.parametrizations.spectral_norm(block.mlp.fc2)
+
+
+def replace(block):
+    block.mlp.forward = lambda x: x
+
+
+def replace_last(block):
+    block.mlp.fc2.forward = lambda x: x[..., :32]
+
+
+def add_another(block):
+    block.adapter = copy.deepcopy(block.mlp)
+
+
+def remove(block):
+    block.mlp = torch.nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [adapt, parametrize, replace, replace_last, add_another, remove],
+    ids=lambda c: c.__name__,
+)
+def test_an_mlp_that_is_no_plain_one_is_refused(model, change):
+    change(model.blocks[2])
+    with pytest.raises(InvalidInputError, match="none in block 2"), add_registers(model, {0: [1]}):
         pass
+
+
+def test_an_mlp_in_two_blocks_is_refused(model):
     model.blocks[2].mlp = model.blocks[1].mlp
     with pytest.raises(InvalidInputError, match="several"), add_registers(model, {0: [1]}):
         pass
+
+
+def test_neurons_that_a_kernel_hides_are_an_error(model, images):
+    class Fused(type(model.blocks[1].mlp)):
+        def forward(self, x):
+            return self.act(self.fc1(x)) @ self.fc2.weight.T + self.fc2.bias
+
+    model.blocks[1].mlp.__class__ = Fused
+    with nothing_left(model):
+        with add_registers(model, {0: [1]}):
+            model(images)
+        with pytest.raises(NotEditedError, match="0 that"), add_registers(model, {1: [1]}):
+            model(images)
+
+
+def test_tokens_of_another_kind_are_an_error(model, images):
+    class Longer(type(model)):
+        def prepare_tokens_with_masks(self, x, masks=None):
+            tokens = super().prepare_tokens_with_masks(x, masks)
+            return torch.cat([tokens, tokens[:, :1]], 1)
+
+    model.__class__ = Longer
+    with (
+        nothing_left(model),
+        pytest.raises(NotEditedError, match=r"2 \+ 6 · 7"),
+        add_registers(model, {0: [1]}),
+    ):
+        model(images)
+
+
+@torch.no_grad()
+def test_what_the_activation_returned_stays(model, images):
+    seen = []
+    model.blocks[1].mlp.act.register_forward_hook(lambda _, __, output: seen.append(output))
+    model(images)
+    with add_registers(model, {1: [3]}):
+        model(images)
+    assert seen[1][:, 3:, 3].all()
+
+
+def test_a_model_without_the_number_has_none_inside(model, images):
+    other = dinov2(upstreams.LIGHTLY, 1)
+    del other.num_register_tokens
+    with add_registers(model, {0: [1]}):
+        model(images)
+        assert not hasattr(other, "num_register_tokens")
+        del model.num_register_tokens
+        model.num_register_tokens = 1
+
+
+def test_a_model_whose_layout_was_measured_before():
+    with dinov2_attn.install(upstreams.LIGHTLY.package):
+        model = models_at_kernel.build(upstreams.LIGHTLY, registers=2)
+        with dinov2_attn.install(model):
+            images = marked_images(model, GRID, PLACES)
+            outside = model.get_self_attention(images, queries="registers")
+            with add_registers(model, {0: [1]}):
+                inside = model.get_self_attention(images, queries="registers")
+                full = model.get_self_attention(images)
+            again = model.get_self_attention(images, queries="registers")
+    assert outside[0].shape[2] == again[0].shape[2] == 2
+    assert_close(list(inside), [weights[:, :, 1:4] for weights in full])
 
 
 @quiet
@@ -753,6 +850,10 @@ def test_nested_lists_of_xformers_are_refused(nested):
     with add_registers(model, {0: [1]}):
         (alone,) = run([images[:1]])
         expected = model.forward_features(images[:1])["x_prenorm"]
+        # As many tokens in one image as in the list of two that follows.
+        run([marked_images(model, (3, 29), [(0, 0)])])
+        with pytest.raises(NotEditedError, match="one batch at a time"):
+            run([images[:1], images[1:2]])
     assert_close(alone, expected)
 
 

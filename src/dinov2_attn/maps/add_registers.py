@@ -41,9 +41,9 @@ def add_registers(
     - ``count`` tokens of zeros come behind the model's own registers, in front of the patches. The
       model counts them as its registers: so do its own methods, and ``"registers"``, ``prefix`` and
       maps of this package.
-    - Each of ``neurons`` is moved. In every new token it has the activation of the token where it is
-      largest in absolute value, with its sign. It is zero in all patches. CLS and the model's own
-      registers keep theirs. A new token that is an outlier already may be that largest one.
+    - Each of ``neurons`` is moved. In every new token it has the activation of the token where it
+      is largest in absolute value, with its sign. It is zero in all patches. CLS and the model's
+      own registers keep theirs. The largest may be that of a new token, made an outlier before.
 
     Each image has its own largest activations. All of the model's own passes work, such as
     ``get_intermediate_layers``, and ``record``, ``edit``, ``rollout``, ``artifact_tokens`` and

@@ -173,10 +173,9 @@ class _Sums:
 
     def add(self, mask: Tensor, activations: dict[int, Tensor]) -> None:
         """Add ``activations (B, H)`` of the images in whose ``mask (B, h, w)`` is a patch."""
-        having = mask.flatten(1).any(1)
-        self._images += int(having.sum())
-        for layer, values in activations.items():
-            total = values[having.to(values.device)].sum(0)
+        self._images += int(mask.flatten(1).any(1).sum())
+        for layer, values in activations.items():  # zero in images without artifacts
+            total = values.sum(0)
             self._sums[layer] = self._sums[layer] + total if layer in self._sums else total
 
     def means(self) -> dict[int, Tensor]:
