@@ -346,6 +346,49 @@ def test_all_questions_see_the_register(kind):
     assert_close(list(again.weights), list(outside.weights))
 
 
+def placed(maps):
+    return maps.prefix, maps.grid, maps.weights[0].shape[-1]
+
+
+@torch.no_grad()
+def test_a_recording_may_outlive_the_registers(kind):
+    model = kind()
+    images = marked_images(model, GRID, PLACES)
+    own, patches = registers_of(model) + 1, GRID[0] * GRID[1]
+    within, without = (own + 2, GRID, own + 2 + patches), (own, GRID, own + patches)
+    with record(model) as outer, add_registers(model, {1: [0]}, 2):
+        model(images)
+    assert placed(outer) == within
+    with add_registers(model, {1: [0]}, 2), record(model, queries="registers") as inner:
+        model(images)
+    assert placed(inner) == within
+    assert inner.queries == tuple(range(1, own + 2))
+    with record(model) as both:
+        model(images)
+        with add_registers(model, {1: [0]}, 2):
+            model(images)
+        model(images)
+    assert [placed(maps) for maps in both.passes] == [without, within, without]
+    with add_registers(model, {1: [0]}, 2):
+        recording = record(model)
+        maps = recording.__enter__()
+        model(images)
+    model(images)
+    recording.__exit__(None, None, None)
+    assert [placed(one) for one in maps.passes] == [within, without]
+    if hasattr(model, "rope_embed"):
+        return
+    with record(model) as walked:  # tokens without images
+        tokens = model.prepare_tokens_with_masks(images)
+        with add_registers(model, {1: [0]}, 2):
+            longer = model.prepare_tokens_with_masks(images)
+            for block in flat_blocks(model.blocks):
+                longer = block(longer)
+        for block in flat_blocks(model.blocks):
+            tokens = block(tokens)
+    assert [one.prefix for one in walked.passes] == [own + 2, own]
+
+
 @pytest.mark.parametrize("upstream", COUNTED, ids=str)
 def test_grafted_models_answer(upstream):
     with dinov2_attn.install(upstream.package):

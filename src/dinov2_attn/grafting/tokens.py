@@ -81,6 +81,7 @@ class Tokens:
             ``attention`` itself are too mixed, or too few: they keep their places from layer to
             layer.
         prefix: The number of tokens before the patches, where it is known better.
+        added: How many tokens ``add_registers`` added in the pass, None for as many as now.
 
     """
 
@@ -93,12 +94,13 @@ class Tokens:
         images: Tensor | None,
         sibling: nn.Module | None = None,
         prefix: int | None = None,
+        added: int | None = None,
     ) -> None:
         self._model = model if backbone is None else backbone.model
         self._backbone, self._attention, self._length = backbone, attention, length
         self._sibling, self._prefix = sibling, prefix
         self._size: Grid = _UNKNOWN if images is None else _size_of(images)
-        self._added = added_tokens()
+        self._added = added_tokens() if added is None else added
         self._kind = None
         if images is not None and not self.is_known:
             self._kind = KindOfImages.of(images)
@@ -121,7 +123,8 @@ class Tokens:
 
     def probed(self) -> Layout | None:
         """Return the layout that a probe of the model finds, or None."""
-        if self.is_known or self._kind is None or is_sharded(self._model):
+        is_over = added_tokens() != self._added  # the block that added tokens
+        if self.is_known or self._kind is None or is_over or is_sharded(self._model):
             return self._known()
         for kind, length in self._probes(self._kind):
             if (found := self._probed(kind, length)) is not None:
@@ -187,7 +190,8 @@ class Tokens:
             return None
         patch = self._backbone.patch_size
         grid = (self._size[0] // patch[0], self._size[1] // patch[1])
-        layout = Layout(self._backbone.prefix, 0, grid)
+        own = self._backbone.prefix - added_tokens(self._model)
+        layout = Layout(own + self._added, 0, grid)
         return layout if self._length in (None, layout.length) else None
 
 

@@ -17,6 +17,7 @@ from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import InvalidInputError, NotRecordedError
 from dinov2_attn.grafting.channel import editing, in_a_graph, prove_once, recording, unrecorded
+from dinov2_attn.grafting.interventions import added_tokens
 from dinov2_attn.grafting.tokens import Tokens, named
 from dinov2_attn.kernels.call import KernelCall, Proof, verify
 from dinov2_attn.kernels.capture import StopPassError
@@ -304,8 +305,8 @@ class _Recorder:
         elif isinstance(queries, str):
             resolve_names(queries, 0)  # an unknown word is an error at once
         backbone = self.modules.backbone
-        counted = backbone.prefix if backbone else 0
-        self._prefix_or_counted = counted if prefix is None else prefix
+        self._own_prefix = backbone.prefix - added_tokens(backbone.model) if backbone else 0
+        self._added = 0  # to the tokens of the current pass, by a block that may end before it
         self._heads, self._reduce, self._check = heads, reduce, check
         self._course = Course()
         self._images: list[Tensor] = []
@@ -372,6 +373,7 @@ class _Recorder:
         self._course.ran(layer)
         if layer in self._kept and not self._runs_again_for_a_list(layer):
             self._end_or_break_off()
+        self._added = added_tokens()
         if kind_of(layer) not in self._rows:
             self._rows[kind_of(layer)] = self._rows_of(attention, call)
         with torch.no_grad() if self.beside.gradients else nullcontext():
@@ -538,8 +540,13 @@ class _Recorder:
         modules = self.modules
         kind = kind_of(modules.wanted[attention])
         sibling = next(m for m, layer in modules.all.items() if kind_of(layer) == kind)
-        known = (images, sibling, self._prefix)
+        known = (images, sibling, self._prefix, self._added)
         return Tokens(modules.whole, modules.backbone, attention, columns, *known)
+
+    @property
+    def _prefix_or_counted(self) -> int:
+        own = self._own_prefix + self._added if self.modules.backbone else 0
+        return own if self._prefix is None else self._prefix
 
     def _rows_of(self, attention: nn.Module, call: KernelCall) -> Queries:
         """Return the positions that the names of rows mean, for attention of this kind."""
