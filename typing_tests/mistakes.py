@@ -40,6 +40,7 @@ def look(model: nn.Module, images: Tensor, recording: Recording) -> AttentionMap
     dinov2_attn.record(model, reduce=len)  # type: ignore[arg-type]
     dinov2_attn.edit(model, keys="csl")  # type: ignore[arg-type]
     dinov2_attn.edit(model, heads={3: "all"})  # type: ignore[dict-item]
+    dinov2_attn.add_registers(model, [3])  # type: ignore[arg-type]
     dinov2_attn.record(model, facets=("keys",))  # type: ignore[arg-type]
     print(recording.weight)  # type: ignore[attr-defined]
     return dinov2_attn.attention_maps(model, [images])  # type: ignore[return-value]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import dinov2_attn
-from dinov2_attn import ArtifactTokens, AttentionMaps, Recording, Relevance
+from dinov2_attn import ArtifactTokens, AttentionMaps, Recording, RegisterNeurons, Relevance
 from dinov2_attn.maps.rollout import Rollout
 from dinov2_attn.typing import Grid, Source
 
@@ -65,6 +65,16 @@ def change(model: nn.Module, images: Tensor) -> None:
     if found.mask.any():
         with dinov2_attn.edit(model, keys=found), dinov2_attn.edit(model, keys=found.mask):
             model(images)
+
+
+def add_registers(model: nn.Module, images: Tensor) -> None:
+    neurons = dinov2_attn.find_register_neurons(model, [images], 3, layers=range(4))
+    assert_type(neurons, RegisterNeurons)
+    assert_type(neurons.by_layer(), dict[int, list[int]])
+    assert_type(neurons.to("cpu").scores, Tensor)
+    known = {3: [1, 2], 4: [0]}
+    with dinov2_attn.add_registers(model, neurons), dinov2_attn.add_registers(model, known, 2):
+        model(images)
 
 
 def roll_out(model: nn.Module, images: Tensor) -> None:
