@@ -30,6 +30,7 @@ from tests.support.registers import (
     LAYER,
     NEURONS,
     PLACES,
+    by_hand,
     dinov2,
     dinov3_of,
     registers_of,
@@ -468,3 +469,16 @@ def test_a_graph_is_refused(model, images):
         add_registers(model, {0: [1]}),
     ):
         torch.export.export(model, (images,))
+
+
+@quiet
+@torch.no_grad()
+def test_the_swiglu_of_xformers_is_changed_where_it_is_eager(nested):
+    if nested.name not in {one.name for one in COUNTED}:
+        pytest.skip("no registers")
+    model = dinov2(nested, 1, ffn_layer="swiglu")
+    assert type(model.blocks[0].mlp).__mro__[1].__module__.startswith("xformers")
+    images = marked_images(model, GRID, PLACES)
+    expected, _ = by_hand(model, images, {0: [1], 3: [2]}, 1)
+    with add_registers(model, {0: [1], 3: [2]}):
+        assert_close(model.forward_features(images)["x_prenorm"], expected)

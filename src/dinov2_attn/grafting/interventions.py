@@ -301,7 +301,8 @@ def _graft_mlp(original: Forward) -> Forward:
             return original(self, *args, **kwargs)
         last = changing[0].changes[self][0].last
         change = [functools.partial(one.change, self) for one in changing]
-        with _Neurons(last, change) as neurons:
+        tokens = next(one for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
+        with _Neurons(last, change, tokens.shape[:-1]) as neurons:
             output = original(self, *args, **kwargs)
         neurons.check(self)
         return output
@@ -310,11 +311,14 @@ def _graft_mlp(original: Forward) -> Forward:
 
 
 class _Neurons(TorchFunctionMode):
-    """Changes what the last linear layer of an MLP is given."""
+    """Changes what the last linear layer of an MLP is given.
 
-    def __init__(self, last: nn.Linear, changes: Sequence[NeuronChange]) -> None:
+    Its neurons have the ``shape`` of the tokens, ``(B, N)``. xFormers' SwiGLU joins the two.
+    """
+
+    def __init__(self, last: nn.Linear, changes: Sequence[NeuronChange], shape: torch.Size) -> None:
         super().__init__()
-        self._weight, self._changes, self._calls = last.weight, changes, 0
+        self._weight, self._changes, self._shape, self._calls = last.weight, changes, shape, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -324,9 +328,10 @@ class _Neurons(TorchFunctionMode):
             given, weight, bias = _linear(*args, **kwargs)
             if weight is self._weight:
                 self._calls += 1
+                neurons = given.reshape(*self._shape, given.shape[-1])
                 for change in self._changes:
-                    given = change(given)
-                return func(given, weight, bias)
+                    neurons = change(neurons)
+                return func(neurons.reshape(given.shape), weight, bias)
         return func(*args, **kwargs)
 
     def check(self, module: nn.Module) -> None:
