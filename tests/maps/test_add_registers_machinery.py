@@ -305,10 +305,23 @@ def test_wrong_questions_for_neurons(model, images):
         ({"top": "all"}, "top"),
         ({"artifacts": artifact_tokens(model, images[:1])}, "these images"),
         ({"artifacts": [found, found]}, "these images"),
+        ({"artifacts": found.numpy()}, "found ArtifactTokens"),
+        ({"artifacts": 3}, "found int"),
+        ({"artifacts": []}, "found none"),
         ({"layers": [9]}, "blocks"),
     ):
-        with nothing_left(model), pytest.raises(InvalidInputError, match=match):
+        with nothing_left(model), pytest.raises(InvalidInputError, match=f"(?i){match}"):
             find_register_neurons(model, images, **arguments)
+    for wrong in (None, [], images[0], images.numpy(), images[..., :7], images.long()):
+        for artifacts in (None, found):
+            with pytest.raises(InvalidInputError):
+                find_register_neurons(model, wrong, artifacts=artifacts)
+    two = torch.nn.ModuleList([model, copy.deepcopy(model)])
+    for wrong in ("dinov2_vits14", None, torch.nn.Linear(3, 3), two):
+        with pytest.raises(InvalidInputError, match="one DINOv2"):
+            find_register_neurons(wrong, images)
+        with pytest.raises(InvalidInputError, match="one DINOv2"), add_registers(wrong, {0: 1}):
+            pass
 
 
 class Adapted(torch.nn.Linear):
@@ -376,6 +389,8 @@ def test_tokens_of_another_kind_are_an_error(model, images):
             tokens = super().prepare_tokens_with_masks(x, masks)
             return torch.cat([tokens, tokens[:, :1]], 1)
 
+    plant(model, LAYER, NEURONS, images, PLACES)
+    found = artifact_tokens(model, images)
     model.__class__ = Longer
     with (
         nothing_left(model),
@@ -383,6 +398,14 @@ def test_tokens_of_another_kind_are_an_error(model, images):
         add_registers(model, {0: [1]}),
     ):
         model(images)
+    with nothing_left(model), pytest.raises(NotEditedError, match="3, 45, 64"):
+        find_register_neurons(model, images, artifacts=found)
+
+
+def test_tokens_from_outside_are_an_error(model, images):
+    tokens = model.prepare_tokens_with_masks(images)
+    with pytest.raises(NotEditedError, match="inside the block"), add_registers(model, {0: [1]}):
+        model.blocks[0](tokens)
 
 
 @torch.no_grad()

@@ -170,14 +170,14 @@ def transformers_in(model: nn.Module) -> list[nn.Module]:
     return [module for _, module in walk(model) if _is_transformer(module)]
 
 
-def backbone_in(model: nn.Module) -> Backbone:
+def backbone_in(model: object) -> Backbone:
     """Return the one vision transformer that ``model`` is or contains, wrapped or not.
 
     Raises:
         InvalidInputError: if there is none, or more than one.
 
     """
-    found = transformers_in(model)
+    found = transformers_in(model) if isinstance(model, nn.Module) else []
     if len(found) != 1:
         raise InvalidInputError(
             f"one DINOv2 inside {name_of(type(model))}",

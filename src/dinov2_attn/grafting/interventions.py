@@ -8,7 +8,7 @@ the model as it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -48,6 +48,7 @@ class Intervention(Life):
         backbone: The model.
         changes: What is made of the neurons of some of its MLPs.
         count: The number of tokens to add behind its own registers. They are zero at first.
+        lengths: Where none are added, the numbers of tokens that sequences may have.
 
     Attributes:
         passes: How often tokens were added.
@@ -56,7 +57,11 @@ class Intervention(Life):
     """
 
     def __init__(
-        self, backbone: Backbone, changes: Sequence[tuple[Mlp, NeuronChange]], count: int = 0
+        self,
+        backbone: Backbone,
+        changes: Sequence[tuple[Mlp, NeuronChange]],
+        count: int = 0,
+        lengths: Iterable[int] = (),
     ) -> None:
         super().__init__()
         self.backbone, self.count = backbone, count
@@ -68,7 +73,7 @@ class Intervention(Life):
         self.is_open = True
         self._is_preparing = False
         # Of the sequences of the pass that runs, and whether it has come to an MLP.
-        self._lengths: set[int] = set()
+        self._lengths = set(lengths)
         self._is_running = False
 
     def adds_to(self, model: object) -> bool:
@@ -115,13 +120,12 @@ class Intervention(Life):
         """Return the changed ``neurons`` of the MLP ``module``."""
         self._is_running = True
         # What checkpointing runs again may be of any pass.
-        is_any = not self.count or is_in_backward()
-        if neurons.ndim != 3 or not (is_any or neurons.shape[1] in self._lengths):
+        if neurons.ndim != 3 or not (is_in_backward() or neurons.shape[1] in self._lengths):
             raise NotEditedError(
                 "neurons (B, N, H) with the tokens of each image in a sequence of its own",
                 f"{tuple(neurons.shape)}",
-                "Pass one batch at a time in place of a list of batches. Use model.eval() where "
-                "the model drops samples in training.",
+                "Let the model make its tokens inside the block. Pass one batch at a time in place "
+                "of a list of batches. Use model.eval() where the model drops samples in training.",
             )
         return self.changes[module][1](neurons)
 

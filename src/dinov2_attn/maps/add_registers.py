@@ -72,7 +72,7 @@ def add_registers(
     of any of them. Here each neuron keeps its own.
 
     """
-    backbone = backbone_in(model)  # type: ignore[arg-type]  # a grafted model is a module
+    backbone = backbone_in(model)
     mlps = mlps_of(backbone)
     chosen = _chosen(neurons, backbone, mlps)
     count = whole_number(count, "count, the number of registers,")

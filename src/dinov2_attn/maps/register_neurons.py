@@ -18,6 +18,7 @@ from dinov2_attn.grafting.interventions import Intervention, intervening
 from dinov2_attn.maps import _facts
 from dinov2_attn.maps.artifacts import ArtifactTokens
 from dinov2_attn.maps.find_artifacts import artifact_tokens
+from dinov2_attn.maps.one_batch import batches_of
 from dinov2_attn.maps.result import Result
 from dinov2_attn.math.selection import whole_number
 from dinov2_attn.typing import Images, Layers, Model
@@ -96,8 +97,8 @@ def find_register_neurons(
     (arXiv 2506.08010), section 3.
 
     """
-    backbone = backbone_in(model)  # type: ignore[arg-type]  # a grafted model is a module
-    batches = [images] if isinstance(images, Tensor) else list(images)
+    backbone = backbone_in(model)
+    batches = [batch for batch, _ in batches_of(backbone.model, images, None)]
     found = _artifacts_of(backbone, batches, artifacts)
     mlps = mlps_of(backbone)
     chosen = _up_to(found) if layers is None else backbone.layers(layers)
@@ -117,12 +118,13 @@ def _artifacts_of(backbone: Backbone, batches: list[Tensor], given: Any) -> list
     """
     if given is None:
         given = artifact_tokens(backbone.model, batches)
-    found = [given] if isinstance(given, ArtifactTokens) else list(given)
-    shapes = [(len(batch), *backbone.grid(batch)) for batch in batches]
-    if [tuple(one.mask.shape) for one in found] != shapes:
+    found: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+    expected = [str((len(batch), *backbone.grid(batch))) for batch in batches]
+    shapes = [_shape_of(one) for one in found]
+    if shapes != expected:
         raise InvalidInputError(
-            f"artifact tokens of these images: masks {', '.join(map(str, shapes))}",
-            ", ".join(str(tuple(one.mask.shape)) for one in found) or "none",
+            f"artifact tokens of these images: masks {', '.join(expected)}",
+            ", ".join(shapes) or "none",
             "Pass what artifact_tokens(model, images) returns for the same images.",
         )
     if not any(bool(one.mask.any()) for one in found):
@@ -133,6 +135,12 @@ def _artifacts_of(backbone: Backbone, batches: list[Tensor], given: Any) -> list
             "Small models have no artifact tokens: then no registers are needed.",
         )
     return found
+
+
+def _shape_of(artifacts: object) -> str:
+    if isinstance(artifacts, ArtifactTokens) and isinstance(artifacts.mask, Tensor):
+        return str(tuple(artifacts.mask.shape))
+    return type(artifacts).__name__
 
 
 def _up_to(found: list[ArtifactTokens]) -> list[int]:
@@ -155,7 +163,8 @@ def _activations(
         found[layer] = sums / mask.sum(1, keepdim=True).clamp_min(1)
         return neurons
 
-    with intervening(Intervention(backbone, [(mlp, partial(see, i)) for i, mlp in mlps])):
+    changes = [(mlp, partial(see, layer)) for layer, mlp in mlps]
+    with intervening(Intervention(backbone, changes, lengths=[backbone.length(images)])):
         backbone.model(images)
     return found
 
