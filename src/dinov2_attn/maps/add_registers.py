@@ -32,7 +32,7 @@ def add_registers(
     >>> with add_registers(model, neurons):
     ...     features = model(images)
     ...     artifact_tokens(model, images)       # none are left, if the neurons were the right ones
-    >>> with add_registers(model, {12: [3168], 13: [2400]}):       # neurons that are known
+    >>> with add_registers(model, {12: [5, 17], 13: [40]}):        # neurons that are known
     ...     features = model(images)
 
     Large models keep global information in a few patches, whose norms and attention are outliers.
