@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from fractions import Fraction
@@ -16,7 +17,15 @@ from dinov2_attn.apps.viz.film_of_video import fitted
 from dinov2_attn.apps.viz.videos import FrameReader, Sampling, images_in, open_video, times_of
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support.bright_patch import GRID
-from tests.support.videos import bright, read_video, turned, write_frames, write_video
+from tests.support.videos import (
+    bright,
+    hide,
+    read_video,
+    turned,
+    without_beginning,
+    write_frames,
+    write_video,
+)
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("av")
@@ -99,6 +108,33 @@ def test_frames_that_are_not_there_are_not_decoded_again(clip, monkeypatch):
         with pytest.raises(UnreadableFileError):
             read(clip, number)
     assert len(begun) == 1
+
+
+def test_hidden_frames_of_vp8_do_not_count(tmp_path):
+    path = write_video(tmp_path / "a.webm", [bright(patch) for patch in PATCHES], codec="libvpx")
+    hide(path, 2)
+    times = times_of(path)
+    assert times == [frame.time for frame in open_video(path).frames()]
+    assert len(times) == open_video(path).count == 5
+    read = FrameReader()
+    shown = [patch for number, patch in enumerate(PATCHES) if number != 2]
+    assert [brightest(read(path, number)) for number in range(5)] == shown
+
+
+def test_frames_behind_those_that_need_others_keep_their_numbers(tmp_path):
+    patches = [divmod(i, GRID[1]) for i in range(24)]
+    whole = [bright(patch) for patch in patches]
+    path = write_video(tmp_path / "a.mkv", whole, rate=25, codec="mpeg2video")
+    path = without_beginning(path, 5)
+    count, read, found = len(times_of(path)), FrameReader(), {}
+    for number in range(count):
+        with contextlib.suppress(UnreadableFileError):
+            found[number] = brightest(read(path, number))
+    assert 0 < len(found) < count == 19
+    assert found == {number: patches[5 + number] for number in found}
+    assert max(found) == count - 1
+    with pytest.raises(UnreadableFileError, match="leaves it out"):
+        read(path, 0)
 
 
 def test_no_frame_is_lost_where_times_are_rounded_to_milliseconds():

@@ -144,6 +144,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "of videos, which need PyAV: test_videos makes broken ones": {
         "apps/viz": (
             "Copy it again, or repair it: ffmpeg",
+            "Leave it out: the first frames of a recording",
             "Check that a video player plays it to its last frame",
             "Check that a video player plays it",
             "Check that a video player plays it",
