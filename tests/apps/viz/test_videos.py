@@ -268,6 +268,17 @@ def test_a_film_of_random_weights_says_so_in_every_frame(clip, tmp_path):
 
 
 @pytest.mark.usefixtures("imported")
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1)])
+def test_frames_of_which_no_even_side_is_left_are_refused(size, weights, tmp_path, caplog):
+    folder = write_frames(tmp_path / "frames", [np.zeros((*size, 3), np.uint8)] * 2)
+    assert film(folder, tmp_path / "out", weights, "--film", "side") == 1
+    assert "frames of at least 2 × 2 pixels" in caplog.text
+    assert not (tmp_path / "out").exists()
+    whole = write_frames(tmp_path / "whole", [np.zeros((2, 3, 3), np.uint8)] * 2)
+    assert film(whole, tmp_path / "out", weights) == 0
+
+
+@pytest.mark.usefixtures("imported")
 def test_a_broken_video_fails_alone_and_leaves_nothing(clip, weights, tmp_path, caplog):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(clip.read_bytes()[:-2000])

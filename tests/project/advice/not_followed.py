@@ -84,6 +84,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "of exports, which test_onnx follows where onnxruntime is installed": {
         "apps/export": (
             "No file was written. Try another --opset",
+            "Leave it out, or give",
             "Install a newer onnxruntime, or write a file that it cannot check",
             "Wrap the model in a module whose forward returns the tensors",
             "Try model.onnx.",
@@ -149,7 +150,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "Check that a video player plays it",
             "Check that a video player plays it",
         ),
-        "apps/cli": ("Choose one of these, or mean",),
+        "apps/cli": ("Choose one of these, or mean", "Enlarge them, or draw a frame as an image"),
     },
     "needs a GPU, whose flash kernel takes no mask: test_cuda follows it there": {
         "kernels": ("Allow one more: sdpa_kernel([SDPBackend.FLASH_ATTENTION",),

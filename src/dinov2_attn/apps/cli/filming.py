@@ -129,6 +129,16 @@ def check_head(args: argparse.Namespace, loaded: Loaded) -> None:
         )
 
 
+def _check_sides(video: Video) -> None:
+    """Raise ``InvalidInputError`` if nothing is left of a side: a film has even ones."""
+    if min(video.size) < 2:
+        raise InvalidInputError(
+            "frames of at least 2 × 2 pixels",
+            "{}, of {} × {}".format(video.path, *video.size),
+            "Enlarge them, or draw a frame as an image: frame.png.",
+        )
+
+
 def write_film(
     loaded: Loaded, path: Path, folder: Path, size: ImageSize, args: argparse.Namespace
 ) -> Drawn:
@@ -139,6 +149,7 @@ def write_film(
 
     Raises:
         UnreadableFileError: If the video cannot be decoded to its end.
+        InvalidInputError: If frames are of one pixel in height or width.
         OutOfRangeError: If frames have no such patch.
         UnwritableOutputError: If the folder cannot be written, or a file of the run before has
             changed since.
@@ -153,6 +164,7 @@ def write_film(
 
     check_head(args, loaded)
     video = open_video(path, sampling_of(args), args.max_pixels, args.range)
+    _check_sides(video)
     sides = fitted(video.size, loaded.geometry.patch_size, size)
     grid = loaded.geometry.grid(*sides)
     tokens = plot_options.tokens_of(args, loaded)
