@@ -81,6 +81,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "needs a disk that cannot be written, and a package index: test_source follows it": {
         "_download": ("Set TORCH_HOME to a folder",),
     },
+    "of a model with images of one size, for which test_attention_logger follows it": {
+        "apps/training": ("Pass inputs (C, H, W) of the size that the model takes",),
+    },
     "of exports, which test_onnx follows where onnxruntime is installed": {
         "apps/export": (
             "No file was written. Try another --opset",
