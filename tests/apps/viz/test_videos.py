@@ -279,6 +279,17 @@ def test_frames_of_which_no_even_side_is_left_are_refused(size, weights, tmp_pat
 
 
 @pytest.mark.usefixtures("imported")
+def test_captions_name_tokens_and_videos_as_those_of_pictures(weights, tmp_path):
+    video = write_video(tmp_path / "a\n\x1b[31mb.mp4", [bright((0, 0))])
+    assert film(video, tmp_path / "out", weights, "--queries", "cls", "1,2") == 0
+    caption = (tmp_path / "out" / "film.txt").read_text("utf-8")
+    assert caption.startswith("Attention of CLS, in layer ")
+    assert "1 frame of a\\n\\x1b[31mb.mp4, " in caption
+    other = (tmp_path / "out" / "film-1-2.txt").read_text("utf-8")
+    assert other.startswith("Attention of patch (1, 2) (row, column), in layer ")
+
+
+@pytest.mark.usefixtures("imported")
 def test_a_broken_video_fails_alone_and_leaves_nothing(clip, weights, tmp_path, caplog):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(clip.read_bytes()[:-2000])
