@@ -46,6 +46,8 @@ def test_frames_are_extracted_and_a_broken_video_is_one_failure(first, folder, t
     assert [entry["time"] for entry in entries[1:]] == [0.0, 0.2, 0.4, 0.6]
     assert all(entry["size"] == [16, 20] for entry in entries[1:])
     assert len({entry["checksum"] for entry in entries}) == 5, "each frame has a map of its own"
+    readme = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "its number in `frame` and its seconds in `time`" in readme
     (refused,) = index_of(tmp_path / "out", "unreadable.jsonl")
     assert refused["path"] == "c.mp4"
     assert "without any frame" in refused["reason"]
