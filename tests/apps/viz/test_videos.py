@@ -290,6 +290,13 @@ def test_captions_name_tokens_and_videos_as_those_of_pictures(weights, tmp_path)
 
 
 @pytest.mark.usefixtures("imported")
+def test_a_head_that_the_model_has_not_is_said_once(clip, weights, tmp_path, caplog):
+    arguments = ["heatmap", str(clip), str(clip), "-o", str(tmp_path / "out")]
+    assert main([*arguments, "--weights", str(weights), "--head", "99"]) == 2
+    assert caplog.text.count("--head from 0 to") == 1
+
+
+@pytest.mark.usefixtures("imported")
 def test_a_broken_video_fails_alone_and_leaves_nothing(clip, weights, tmp_path, caplog):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(clip.read_bytes()[:-2000])

@@ -168,7 +168,6 @@ def write_film(
     from dinov2_attn.apps.viz.provenance import RECORD, files_of_older_run, record_of
     from dinov2_attn.apps.viz.videos import open_video
 
-    check_head(args, loaded)
     video = open_video(path, sampling_of(args), args.max_pixels, args.range)
     _check_sides(video)
     sides = fitted(video.size, loaded.geometry.patch_size, size)
