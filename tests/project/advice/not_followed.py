@@ -149,11 +149,16 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "apps/viz": (
             "Copy it again, or repair it: ffmpeg",
             "Leave it out: the first frames of a recording",
+            "Write it into a file first: it is read several times",
             "Check that a video player plays it to its last frame",
             "Check that a video player plays it",
             "Check that a video player plays it",
         ),
-        "apps/cli": ("Choose one of these, or mean", "Enlarge them, or draw a frame as an image"),
+        "apps/cli": (
+            "Choose one of these, or mean",
+            "Enlarge them, or draw a frame as an image",
+            "Save a frame of it as an image",
+        ),
     },
     "needs a GPU, whose flash kernel takes no mask: test_cuda follows it there": {
         "kernels": ("Allow one more: sdpa_kernel([SDPBackend.FLASH_ATTENTION",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -377,6 +378,7 @@ def _same_size(video: Video, frames: Iterator[Frame]) -> Iterator[Frame]:
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a video, and report what PyAV raises in the block."""
     av = library()
+    _check_regular(path)
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -391,6 +393,16 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             f"{path} ({type(error).__name__}: {reason})",
             "Check that a video player plays it.",
         ) from error
+
+
+def _check_regular(path: Path) -> None:
+    """Raise ``UnreadableFileError`` if ``path`` is no file: reading a pipe may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UnreadableFileError(
+            "a video in a file",
+            f"{path}, which is a pipe, a device or a folder",
+            "Write it into a file first: it is read several times.",
+        )
 
 
 def _read_image(
