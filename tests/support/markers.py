@@ -46,6 +46,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/extraction/test_heatmaps.py::test_without_fiftyone_the_error_names_the_extra",
         "apps/extraction/test_extract_parquet.py::test_without_pyarrow_the_error_names_the_extra",
         "apps/extraction/test_extract_zarr.py::test_a_process_that_is_killed_leaves_what_another_one_finishes",
+        "apps/extraction/test_extract_zarr.py::test_shards_are_not_called_damaged_where_zarr_is_missing",
         "apps/extraction/test_extract_zarr.py::test_without_zarr_the_error_names_the_extra",
         "apps/extraction/test_extract_zarr.py::test_workers_of_a_loader_open_their_own",
         "apps/extraction/test_extract_killed.py",

@@ -59,6 +59,31 @@ def turned(path, degrees=90):
     return path
 
 
+def hide(path, number):
+    """Hide a frame of a VP8 video: its packet stays, for frames that refer to it."""
+    import av
+
+    with av.open(str(path)) as container:
+        packet = [bytes(one) for one in container.demux(video=0) if one.size][number]
+    content = bytearray(path.read_bytes())
+    content[content.index(packet)] &= ~0x10  # show_frame
+    path.write_bytes(content)
+    return path
+
+
+def without_beginning(path, count):
+    """Return a copy without the first packets, as a recording that began in between."""
+    import av
+
+    cut = path.with_stem("cut")
+    with av.open(str(path)) as source, av.open(str(cut), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in [one for one in source.demux(video=0) if one.size][count:]:
+            packet.stream = stream
+            container.mux(packet)
+    return cut
+
+
 def write_frames(folder, frames):
     folder.mkdir()
     for number, pixels in enumerate(frames):

@@ -35,6 +35,8 @@ def folder(tmp_path, image):
     (tmp_path / "photo.png").write_bytes(image.read_bytes())
     (tmp_path / "file").touch()
     (tmp_path / "photos").mkdir()
+    (tmp_path / "clip.mp4").touch()
+    (tmp_path / "gone.png").symlink_to("nosuch")
     return tmp_path
 
 
@@ -46,6 +48,9 @@ WRONG = [
     (["heatmap", "nosuch.png", *OUT], 1, "Found nosuch.png, which cannot be read"),
     (["heatmap", "phto.png", *OUT], 1, "Did you mean photo.png?"),
     (["heatmap", "photos", *OUT], 1, "`dinov2-attn extract` takes folders"),
+    (["heatmap", "gone.png", *OUT], 1, "Check the path.\n"),
+    (["explore", "clip.mp4", *PAGE], 2, "Found clip.mp4, which is called like a video"),
+    (["figure", "clip.mp4", *PDF], 2, "`dinov2-attn heatmap` makes a film"),
     (["heatmap", "photo.png", "-o", "file"], 2, "Expected a folder that can be written at file"),
     (["heatmap", "photo.png", "-o", "file/out"], 2, "Not a directory"),
     (["heatmap", "photo.png", *OUT, "--weights", "no.pth"], 2, "a checkpoint at no.pth"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 
 import numpy as np
@@ -228,6 +229,18 @@ def test_a_wrong_argument_is_refused(demo, tmp_path):
     with pytest.raises(dinov2_attn.Dinov2AttnError):
         export_onnx(demo, tmp_path / "no" / "file.txt")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_opset_that_the_exporter_does_not_write_is_refused(demo, tmp_path, caplog):
+    path = tmp_path / "a.onnx"
+    with pytest.raises(InvalidInputError, match="3, where it writes") as refused:
+        export_onnx(demo, path, opset=3)
+    assert not path.exists()
+    followed = int(refused.value.hint.split("give ")[1].split()[0])
+    export_onnx(demo, path, opset=followed)
+    assert {one.domain: one.version for one in onnx.load(path).opset_import}[""] == followed
+    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warned == [], "the exporter warns of other uses"
 
 
 def test_a_model_that_cannot_be_traced_is_said(demo, tmp_path):

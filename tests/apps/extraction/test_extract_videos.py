@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
 from dinov2_attn import extract, install
 from dinov2_attn.apps.extraction.items import list_items
-from dinov2_attn.apps.viz.videos import Sampling
+from dinov2_attn.apps.viz.videos import Sampling, open_video
+from dinov2_attn.errors import UnreadableFileError
 from tests.support.extraction import build, draw, index_of
 from tests.support.videos import write_video
 
@@ -46,6 +49,8 @@ def test_frames_are_extracted_and_a_broken_video_is_one_failure(first, folder, t
     assert [entry["time"] for entry in entries[1:]] == [0.0, 0.2, 0.4, 0.6]
     assert all(entry["size"] == [16, 20] for entry in entries[1:])
     assert len({entry["checksum"] for entry in entries}) == 5, "each frame has a map of its own"
+    readme = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "its number in `frame` and its seconds in `time`" in readme
     (refused,) = index_of(tmp_path / "out", "unreadable.jsonl")
     assert refused["path"] == "c.mp4"
     assert "without any frame" in refused["reason"]
@@ -60,3 +65,15 @@ def test_another_sampling_is_another_extraction(first, folder, tmp_path):
         assert len(index_of(tmp_path / "out")) == 4
         with pytest.raises(InvalidInputError):
             extract(model, folder / "b.mp4", tmp_path / "out", fps=2)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_that_is_called_like_a_video_is_not_waited_for(first, folder, tmp_path):
+    os.mkfifo(folder / "pipe.mp4")
+    assert [item.path for item in list_items([folder])][-1] == "pipe.mp4"
+    with install(first.package):
+        extract(build(first).eval(), folder, tmp_path / "out")
+    refused = index_of(tmp_path / "out", "unreadable.jsonl")
+    assert "found pipe.mp4, which is a pipe" in refused[-1]["reason"]
+    with pytest.raises(UnreadableFileError, match="a pipe, a device or a folder"):
+        open_video(folder / "pipe.mp4")

@@ -220,3 +220,18 @@ except Exception as error:
 """
     done = python("-c", code, cwd=tmp_path)
     assert "pip install 'dinov2-attn[zarr]'" in done.stdout, done.stderr
+
+
+def test_shards_are_not_called_damaged_where_zarr_is_missing(model, images, tmp_path):
+    extract(model, images, tmp_path / "out", format="zarr")
+    code = """
+import sys
+sys.modules["zarr"] = None
+import dinov2_attn
+try:
+    dinov2_attn.AttentionDataset("out")[0]
+except dinov2_attn.errors.UnavailableError as error:
+    print(error.hint)
+"""
+    done = python("-c", code, cwd=tmp_path)
+    assert "pip install 'dinov2-attn[zarr]'" in done.stdout, done.stderr

@@ -194,6 +194,15 @@ def test_models_of_other_libraries_are_found_inside(first):
     assert to.names == ["attention/layerblocks.1.attn/mean/cls/0"]
 
 
+def test_an_image_of_a_size_that_the_model_refuses_is_said_before_the_training(tmp_path):
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0)
+    draw(tmp_path / "a.png", (32, 48), 0)
+    with pytest.raises(InvalidInputError, match=r"one of 32 × 48 \(AssertionError.*32"):
+        AttentionLogger(vit, str(tmp_path / "a.png"), Pages())
+    assert AttentionLogger(vit, noise(3, 32, 32, seed=0), Pages())(0)
+
+
 def test_wrappers_are_looked_through(first):
     student = Student(first)
     for wrapped in (nn.DataParallel(student), nn.Sequential(nn.DataParallel(student))):

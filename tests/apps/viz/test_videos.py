@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from fractions import Fraction
@@ -16,7 +17,15 @@ from dinov2_attn.apps.viz.film_of_video import fitted
 from dinov2_attn.apps.viz.videos import FrameReader, Sampling, images_in, open_video, times_of
 from dinov2_attn.errors import InvalidInputError, UnreadableFileError
 from tests.support.bright_patch import GRID
-from tests.support.videos import bright, read_video, turned, write_frames, write_video
+from tests.support.videos import (
+    bright,
+    hide,
+    read_video,
+    turned,
+    without_beginning,
+    write_frames,
+    write_video,
+)
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("av")
@@ -99,6 +108,33 @@ def test_frames_that_are_not_there_are_not_decoded_again(clip, monkeypatch):
         with pytest.raises(UnreadableFileError):
             read(clip, number)
     assert len(begun) == 1
+
+
+def test_hidden_frames_of_vp8_do_not_count(tmp_path):
+    path = write_video(tmp_path / "a.webm", [bright(patch) for patch in PATCHES], codec="libvpx")
+    hide(path, 2)
+    times = times_of(path)
+    assert times == [frame.time for frame in open_video(path).frames()]
+    assert len(times) == open_video(path).count == 5
+    read = FrameReader()
+    shown = [patch for number, patch in enumerate(PATCHES) if number != 2]
+    assert [brightest(read(path, number)) for number in range(5)] == shown
+
+
+def test_frames_behind_those_that_need_others_keep_their_numbers(tmp_path):
+    patches = [divmod(i, GRID[1]) for i in range(24)]
+    whole = [bright(patch) for patch in patches]
+    path = write_video(tmp_path / "a.mkv", whole, rate=25, codec="mpeg2video")
+    path = without_beginning(path, 5)
+    count, read, found = len(times_of(path)), FrameReader(), {}
+    for number in range(count):
+        with contextlib.suppress(UnreadableFileError):
+            found[number] = brightest(read(path, number))
+    assert 0 < len(found) < count == 19
+    assert found == {number: patches[5 + number] for number in found}
+    assert max(found) == count - 1
+    with pytest.raises(UnreadableFileError, match="leaves it out"):
+        read(path, 0)
 
 
 def test_no_frame_is_lost_where_times_are_rounded_to_milliseconds():
@@ -229,6 +265,35 @@ def test_a_film_of_random_weights_says_so_in_every_frame(clip, tmp_path):
         assert red > 100
         assert max(green, blue) < 80
     assert "RANDOM WEIGHTS" in (tmp_path / "film.txt").read_text("utf-8")
+
+
+@pytest.mark.usefixtures("imported")
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1)])
+def test_frames_of_which_no_even_side_is_left_are_refused(size, weights, tmp_path, caplog):
+    folder = write_frames(tmp_path / "frames", [np.zeros((*size, 3), np.uint8)] * 2)
+    assert film(folder, tmp_path / "out", weights, "--film", "side") == 1
+    assert "frames of at least 2 × 2 pixels" in caplog.text
+    assert not (tmp_path / "out").exists()
+    whole = write_frames(tmp_path / "whole", [np.zeros((2, 3, 3), np.uint8)] * 2)
+    assert film(whole, tmp_path / "out", weights) == 0
+
+
+@pytest.mark.usefixtures("imported")
+def test_captions_name_tokens_and_videos_as_those_of_pictures(weights, tmp_path):
+    video = write_video(tmp_path / "a\n\x1b[31mb.mp4", [bright((0, 0))])
+    assert film(video, tmp_path / "out", weights, "--queries", "cls", "1,2") == 0
+    caption = (tmp_path / "out" / "film.txt").read_text("utf-8")
+    assert caption.startswith("Attention of CLS, in layer ")
+    assert "1 frame of a\\n\\x1b[31mb.mp4, " in caption
+    other = (tmp_path / "out" / "film-1-2.txt").read_text("utf-8")
+    assert other.startswith("Attention of patch (1, 2) (row, column), in layer ")
+
+
+@pytest.mark.usefixtures("imported")
+def test_a_head_that_the_model_has_not_is_said_once(clip, weights, tmp_path, caplog):
+    arguments = ["heatmap", str(clip), str(clip), "-o", str(tmp_path / "out")]
+    assert main([*arguments, "--weights", str(weights), "--head", "99"]) == 2
+    assert caplog.text.count("--head from 0 to") == 1
 
 
 @pytest.mark.usefixtures("imported")

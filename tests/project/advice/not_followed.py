@@ -81,9 +81,13 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "needs a disk that cannot be written, and a package index: test_source follows it": {
         "_download": ("Set TORCH_HOME to a folder",),
     },
+    "of a model with images of one size, for which test_attention_logger follows it": {
+        "apps/training": ("Pass inputs (C, H, W) of the size that the model takes",),
+    },
     "of exports, which test_onnx follows where onnxruntime is installed": {
         "apps/export": (
             "No file was written. Try another --opset",
+            "Leave it out, or give",
             "Install a newer onnxruntime, or write a file that it cannot check",
             "Wrap the model in a module whose forward returns the tensors",
             "Try model.onnx.",
@@ -144,11 +148,17 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "of videos, which need PyAV: test_videos makes broken ones": {
         "apps/viz": (
             "Copy it again, or repair it: ffmpeg",
+            "Leave it out: the first frames of a recording",
+            "Write it into a file first: it is read several times",
             "Check that a video player plays it to its last frame",
             "Check that a video player plays it",
             "Check that a video player plays it",
         ),
-        "apps/cli": ("Choose one of these, or mean",),
+        "apps/cli": (
+            "Choose one of these, or mean",
+            "Enlarge them, or draw a frame as an image",
+            "Save a frame of it as an image",
+        ),
     },
     "needs a GPU, whose flash kernel takes no mask: test_cuda follows it there": {
         "kernels": ("Allow one more: sdpa_kernel([SDPBackend.FLASH_ATTENTION",),

@@ -47,13 +47,21 @@ def check_tokens(
 
 
 def check_image(path: Path) -> None:
-    """Raise ``UnreadableFileError`` if ``path`` is no file, or may not be read."""
+    """Raise ``UnreadableFileError`` if ``path`` is no file, or a video, or may not be read."""
     check_input(path)
     if path.is_dir():
         raise UnreadableFileError(
             "an image file",
             f"{path}, which cannot be read: it is a folder",
             "Name its images. `dinov2-attn extract` takes folders.",
+        )
+    from dinov2_attn.apps.viz.videos import is_video
+
+    if is_video(path):
+        raise UnreadableFileError(
+            "an image file",
+            f"{path}, which is called like a video",
+            "Save a frame of it as an image. `dinov2-attn heatmap` makes a film of the whole.",
         )
 
 
@@ -117,7 +125,9 @@ def _reason(error: Exception) -> str:
 
 def _suggestion(path: Path) -> str:
     with suppress(OSError, ValueError):
-        near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
+        # A link that leads nowhere is listed there too.
+        others = [name for name in os.listdir(path.parent) if name != path.name]
+        near = difflib.get_close_matches(path.name, others, 1)
         if near:
             return f" Did you mean {path.with_name(near[0])}?"
     return ""

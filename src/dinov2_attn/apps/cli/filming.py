@@ -16,7 +16,13 @@ from dinov2_attn.apps.cli.drawing import Drawn, text_of
 from dinov2_attn.apps.cli.model_options import Loaded
 from dinov2_attn.apps.cli.report import options_of
 from dinov2_attn.apps.viz.tokens import file_name
-from dinov2_attn.errors import InvalidInputError, OutOfRangeError, UnwritableOutputError
+from dinov2_attn.errors import (
+    InvalidInputError,
+    OutOfRangeError,
+    UnwritableOutputError,
+    shown_name,
+)
+from dinov2_attn.math.selection import name_token
 from dinov2_attn.math.token_names import position_of
 
 if TYPE_CHECKING:
@@ -129,6 +135,16 @@ def check_head(args: argparse.Namespace, loaded: Loaded) -> None:
         )
 
 
+def _check_sides(video: Video) -> None:
+    """Raise ``InvalidInputError`` if nothing is left of a side: a film has even ones."""
+    if min(video.size) < 2:
+        raise InvalidInputError(
+            "frames of at least 2 × 2 pixels",
+            "{}, of {} × {}".format(video.path, *video.size),
+            "Enlarge them, or draw a frame as an image: frame.png.",
+        )
+
+
 def write_film(
     loaded: Loaded, path: Path, folder: Path, size: ImageSize, args: argparse.Namespace
 ) -> Drawn:
@@ -139,6 +155,7 @@ def write_film(
 
     Raises:
         UnreadableFileError: If the video cannot be decoded to its end.
+        InvalidInputError: If frames are of one pixel in height or width.
         OutOfRangeError: If frames have no such patch.
         UnwritableOutputError: If the folder cannot be written, or a file of the run before has
             changed since.
@@ -151,8 +168,8 @@ def write_film(
     from dinov2_attn.apps.viz.provenance import RECORD, files_of_older_run, record_of
     from dinov2_attn.apps.viz.videos import open_video
 
-    check_head(args, loaded)
     video = open_video(path, sampling_of(args), args.max_pixels, args.range)
+    _check_sides(video)
     sides = fitted(video.size, loaded.geometry.patch_size, size)
     grid = loaded.geometry.grid(*sides)
     tokens = plot_options.tokens_of(args, loaded)
@@ -171,7 +188,7 @@ def write_film(
         record = record_of(args.command, [origin], loaded.name, options_of(args))
         removed = files_of_older_run(folder, RECORD, [*files, RECORD])
         heatmap.write(folder, files, removed, record)
-        said = f"{loaded.name}; {len(maps)} frames; {grid[0]} × {grid[1]} patches"
+        said = f"{loaded.name}; {_frames(maps)}; {grid[0]} × {grid[1]} patches"
         drawn = Drawn(folder, [*files, RECORD], removed, said, np.array(maps[-1, :1]))
         del films, maps
     return drawn
@@ -226,6 +243,10 @@ def _take_maps(
     return limits
 
 
+def _frames(maps: Any) -> str:
+    return f"{len(maps)} frame{'s' * (len(maps) != 1)}"
+
+
 class _Films:
     """The films of a video: one for each token."""
 
@@ -251,7 +272,7 @@ class _Films:
         facts = {**self.facts, "query": text_of(token)}
         maps = self.maps[:, place]
         yield f"film{suffix}.mp4", partial(self._write, maps, limits, facts)
-        caption = self._caption(token, limits)
+        caption = self._caption(self.asked.positions[place], limits)
         yield f"film{suffix}.txt", lambda path: path.write_text(caption, encoding="utf-8")
         yield f"attention{suffix}.npy", lambda path: np.save(path, maps / self._tokens)
 
@@ -288,13 +309,18 @@ class _Films:
                 "Give smaller frames, of at most 16384 pixels a side.",
             ) from error
 
-    def _caption(self, token: Token, limits: Limits) -> str:
+    def _caption(self, position: int, limits: Limits) -> str:
         head = "mean of heads" if self.args.head == "mean" else f"head {self.args.head}"
         sides = "{} × {}".format(*self.grid)
+        prefix = self.loaded.geometry.prefix
+        token = name_token(position, prefix, self.grid)
+        if position >= prefix:
+            token += " (row, column)"
+        name = shown_name(self.video.path.resolve().name)
         said = [
-            f"Attention of {text_of(token)}, in layer {self.asked.layer} (counted from 0): {head}.",
+            f"Attention of {token}, in layer {self.asked.layer} (counted from 0): {head}.",
             f"Model: {self.loaded.name}.",
-            f"{len(self.maps)} frames of {self.video.path.resolve().name}, {sides} patches.",
+            f"{_frames(self.maps)} of {name}, {sides} patches.",
             limits.sentence(self._tokens),
             "Artifact tokens are not searched for.",
             *([f"{self.loaded.warning}."] if self.loaded.warning else []),

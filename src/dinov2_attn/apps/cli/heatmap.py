@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     for model in loaded:
         plot_options.check(args, model)
         relevance_options.check(args, model)
+        filming.check_head(args, model)
         check_reading(model, args)
     draw = partial(write_comparison, loaded) if len(loaded) > 1 else partial(_draw, loaded[0])
     drawn = _draw_all(draw, readable, size, args)

@@ -41,7 +41,7 @@ def exported(subject: Subject, images: Tensor, name: str, opset: int | None) -> 
     options: dict[str, Any] = {} if opset is None else {"opset_version": opset}
     try:
         with wrapped.watched(), _quiet():
-            return torch.onnx.export(
+            program: Any = torch.onnx.export(
                 wrapped,
                 (images,),
                 dynamo=True,
@@ -61,16 +61,31 @@ def exported(subject: Subject, images: Tensor, name: str, opset: int | None) -> 
             "Export a model on the CPU without xFormers (XFORMERS_DISABLED=1), with a newer "
             "PyTorch, or see what torch.export.export(model, (images,)) says.",
         ) from error
+    _check_opset(program.model.opset_imports.get(""), opset)
+    return program
+
+
+def _check_opset(written: int | None, wanted: int | None) -> None:
+    """Raise ``InvalidInputError`` if the exporter kept its own opset, of which it only warns."""
+    if wanted is not None and written != wanted:
+        raise InvalidInputError(
+            "an opset that the exporter can write this model in",
+            f"{wanted}, where it writes {written}",
+            f"Leave it out, or give {written} or a later one.",
+        )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Say nothing of the exporter's own progress, its warnings of other uses included."""
-    logger = logging.getLogger("torch.onnx")
-    level, logger.level = logger.level, logging.ERROR
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.level = level
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -135,6 +135,8 @@ _TEXT = """\
   weights, in nats. Both have one number for each layer: the mean of heads and queries.
 - `grid`: rows and columns of patches that the model saw. `size`: height and width of the image.
 - `sha256` is of the image's file. `checksum` is of the bytes of all tensors.
+- A frame of a video has its number in `frame` and its seconds in `time`. Its `sha256` is of its
+  pixels.
 
 ```python
 from dinov2_attn import AttentionDataset

@@ -20,7 +20,12 @@ from dinov2_attn.apps.extraction import layout
 from dinov2_attn.apps.extraction.collate import collate
 from dinov2_attn.apps.extraction.frame import frame_of
 from dinov2_attn.apps.extraction.storages import opened
-from dinov2_attn.errors import InvalidInputError, OutOfRangeError, UnreadableFileError
+from dinov2_attn.errors import (
+    InvalidInputError,
+    OutOfRangeError,
+    UnavailableError,
+    UnreadableFileError,
+)
 from dinov2_attn.maps import _facts
 
 if TYPE_CHECKING:
@@ -74,6 +79,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
     Raises:
         UnreadableFileError: If there is no finished extraction, one of another format or, at an
             item with ``verify``, if a map differs from what was stored.
+        UnavailableError: At an item, if the library of its format is missing.
 
     """
 
@@ -131,6 +137,8 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         try:
             file = self._shard(name)
             found = [file.get_tensor(tensor) for tensor in layout.names(entry)]
+        except UnavailableError:  # the shard is whole, and its library is missing
+            raise
         except Exception as error:  # the reader may raise any exception for foreign bytes
             raise self._wrong(f"{name} ({type(error).__name__}: {error})") from error
         if self._verify and layout.checksum(*found) != entry["checksum"]:

@@ -16,7 +16,12 @@ from torch import nn
 from dinov2_attn import _imports
 from dinov2_attn.apps.training.backbones import backbone_of, is_compiled_inside
 from dinov2_attn.backbone.undisturbed import undisturbed
-from dinov2_attn.errors import InvalidInputError, NotDrawnWarning, in_one_line
+from dinov2_attn.errors import (
+    Dinov2AttnError,
+    InvalidInputError,
+    NotDrawnWarning,
+    in_one_line,
+)
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.geometry import geometry_of
 from dinov2_attn.maps.one_batch import attention_maps
@@ -180,9 +185,24 @@ class AttentionLogger:
     def _check(self) -> None:
         """Raise what is wrong with layers, heads and queries, before the training begins."""
         for image in self._images:
-            maps = self._maps(image)
+            maps = self._maps_or_reason(image)
             for _, layer, head, query in self._pictures(maps):
                 maps.at(layer, head, query)
+
+    def _maps_or_reason(self, image: LoadedImage) -> AttentionMaps:
+        """Return the maps; raise ``InvalidInputError`` for what the model raises."""
+        try:
+            return self._maps(image)
+        except (Dinov2AttnError, Warning):
+            raise
+        except Exception as error:  # code of the model may raise anything
+            from dinov2_attn.apps.viz.inference import summary_of
+
+            raise InvalidInputError(
+                "images that the model can be run on",
+                f"one of {image.tensor.shape[1]} × {image.tensor.shape[2]} ({summary_of(error)})",
+                "Pass inputs (C, H, W) of the size that the model takes.",
+            ) from error
 
     def _tell(self, error: Exception, step: int) -> None:
         text = (

@@ -138,8 +138,8 @@ class Limits:
         limits = self.style.limits
         ends = limits if isinstance(limits, tuple) else (0.0, self.high)
         end = f"Colours run from {ends[0]:g} to {times(ends[1])} uniform attention in all frames."
-        rule = "the highest end that a frame would have by itself"
-        return f"{end} {'' if isinstance(limits, tuple) else f'That is {rule}. '}{unit}"
+        rule = "Each frame alone would have its own end: this is the highest of them."
+        return " ".join([end, *([] if isinstance(limits, tuple) else [rule]), unit])
 
 
 def draw_frame(

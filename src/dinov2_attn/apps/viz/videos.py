@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -33,6 +35,8 @@ SUFFIXES = frozenset(
 FRAMES_PER_SECOND = Fraction(25)  # of a folder of frames, as in DINO v1
 # A video is truncated if more than this part of its frames and of its duration is missing.
 MISSING = Fraction(1, 50)
+# In the first byte of a packet: RFC 6386, 9.1.
+SHOWN_IN_VP8 = 0x10
 
 Pixels = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -237,9 +241,15 @@ def times_of(path: Path) -> list[Fraction]:
         UnavailableError: If PyAV is missing.
 
     """
+    return _times(path)[0]
+
+
+def _times(path: Path) -> tuple[list[Fraction], int | None]:
+    """Return the time of each frame, and the stamp of the first. A stream may have no stamps."""
     with _opened(path) as (container, stream):
+        codec = stream.codec_context.codec.canonical_name
         # Only times: a packet holds its bytes.
-        packets = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+        packets = [p.pts for p in container.demux(stream) if p.size and _is_shown(p, codec)]
         base = Fraction(stream.time_base or 1)
         rate = Fraction(stream.average_rate or FRAMES_PER_SECOND)
         stamps = sorted(pts for pts in packets if pts is not None)
@@ -247,7 +257,7 @@ def times_of(path: Path) -> list[Fraction]:
     if not packets:
         raise _no_frames(path)
     if len(stamps) < len(packets):  # a stream without times
-        return [number / rate for number in range(len(packets))]
+        return [number / rate for number in range(len(packets))], None
     begin = stamps[0]
     missing = declared * (1 - MISSING) > len(packets)
     if missing and duration and (stamps[-1] - begin) < duration * (1 - MISSING):
@@ -256,7 +266,14 @@ def times_of(path: Path) -> list[Fraction]:
             f"{path}, which ends after {len(packets)} of {declared} frames",
             "Copy it again, or repair it: ffmpeg -i broken.mp4 -c copy whole.mp4",
         )
-    return [(stamp - begin) * base for stamp in stamps]
+    return [(stamp - begin) * base for stamp in stamps], begin
+
+
+def _is_shown(packet: Any, codec: str) -> bool:
+    """Return whether a packet has a frame to show. In VP8 some are only there to predict others."""
+    if packet.is_discard:
+        return False
+    return codec != "vp8" or bool(memoryview(packet)[0] & SHOWN_IN_VP8)
 
 
 class FrameReader:
@@ -265,41 +282,71 @@ class FrameReader:
     def __init__(self) -> None:
         self._file: object = None
         self._frames: Iterator[Frame] = iter(())
-        self._next = 0
+        self._asked = 0
+        self._frame: Frame | None = None  # the last that was decoded
         self._failed: Dinov2AttnError | None = None
 
     def __call__(self, path: Path, number: int, max_pixels: int | None = None) -> Pixels:
         """Return a frame, upright. Raises ``UnreadableFileError``."""
         file = (path, max_pixels, _state_of(path))
-        if file != self._file or number < self._next:
-            self._file, self._frames, self._next = file, _decoded(path, max_pixels), 0
-            self._failed = None
-        if self._failed is None:
-            try:
-                for frame in self._frames:
-                    self._next = frame.number + 1
-                    if frame.number == number:
-                        return frame.pixels
-                self._failed = self._too_short(path, number)
-            except Dinov2AttnError as error:
-                self._failed = error
-        # The frames behind are not looked for by decoding all of it again.
-        raise self._failed.with_traceback(None)
+        if file != self._file or number < self._asked:
+            self._file, self._frames = file, _numbered(path, max_pixels)
+            self._frame = self._failed = None
+        self._asked = number
+        while self._frame is None or self._frame.number < number:
+            # The frames behind a fault are not looked for by decoding all of it again.
+            if self._failed is not None:
+                raise self._failed.with_traceback(None)
+            self._advance(path, number)
+        if self._frame.number > number:
+            raise UnreadableFileError(
+                f"a video whose frame {number} can be decoded",
+                f"{path}, whose decoder leaves it out",
+                "Leave it out: the first frames of a recording may need frames from before it.",
+            )
+        return self._frame.pixels
+
+    def _advance(self, path: Path, number: int) -> None:
+        """Decode the next frame, or note why there is none."""
+        try:
+            self._frame = next(self._frames)
+        except StopIteration:
+            self._failed = self._too_short(path, number)
+        except Dinov2AttnError as error:
+            self._failed = error
 
     def _too_short(self, path: Path, number: int) -> UnreadableFileError:
+        count = 0 if self._frame is None else self._frame.number + 1
         return UnreadableFileError(
             f"a video with a frame {number}",
-            f"{path}, of which {self._next} can be decoded",
+            f"{path}, of which {count} can be decoded",
             "Check that a video player plays it to its last frame.",
         )
 
 
-def _decoded(path: Path, max_pixels: int | None = None) -> Iterator[Frame]:
+def _numbered(path: Path, max_pixels: int | None) -> Iterator[Frame]:
+    """Yield the frames that can be decoded, each with its number among ``times_of``.
+
+    A decoder leaves out frames that need others: those at the beginning of a recording, say.
+    """
+    times, begin = _times(path)
+    number = -1
+    for frame in _decoded(path, max_pixels, begin):
+        place = bisect_left(times, frame.time)
+        is_listed = begin is not None and place < len(times) and times[place] == frame.time
+        number = max(number + 1, place) if is_listed else number + 1
+        yield replace(frame, number=number)
+
+
+def _decoded(
+    path: Path, max_pixels: int | None = None, begin: int | None = None
+) -> Iterator[Frame]:
+    """Yield all frames. Times count from the stamp ``begin``, or from the first frame."""
     with _opened(path) as (container, stream):
         check_pixels(path, (stream.height, stream.width), max_pixels)
         stream.thread_type = "AUTO"
         rate = Fraction(stream.average_rate or FRAMES_PER_SECOND)
-        base, begin = Fraction(stream.time_base or 1), None
+        base = Fraction(stream.time_base or 1)
         for number, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:
                 raise UnreadableFileError(
@@ -331,6 +378,7 @@ def _same_size(video: Video, frames: Iterator[Frame]) -> Iterator[Frame]:
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a video, and report what PyAV raises in the block."""
     av = library()
+    _check_regular(path)
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -345,6 +393,16 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             f"{path} ({type(error).__name__}: {reason})",
             "Check that a video player plays it.",
         ) from error
+
+
+def _check_regular(path: Path) -> None:
+    """Raise ``UnreadableFileError`` if ``path`` is no file: reading a pipe may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UnreadableFileError(
+            "a video in a file",
+            f"{path}, which is a pipe, a device or a folder",
+            "Write it into a file first: it is read several times.",
+        )
 
 
 def _read_image(
