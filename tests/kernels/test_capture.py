@@ -66,6 +66,16 @@ def einsum_of_any_dimensions(q, k, v):
     return torch.einsum("b...qk,b...kd->b...qd", weights, v)
 
 
+def einsum_of_a_list(q, k, v):
+    weights = torch.einsum("bhqd,bhkd->bhqk", [q, k]).div(math.sqrt(D)).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bhqd", [weights, v])
+
+
+def einsum_of_values_first(q, k, v):
+    weights = torch.einsum("...qd,...kd->...qk", q, k).div(math.sqrt(D)).softmax(-1)
+    return torch.einsum("b...kd,b...qk->b...qd", v, weights)
+
+
 def einsum_without_heads(q, k, v):
     weights = (q[0, 0] @ k[0, 0].mT).softmax(-1)
     return torch.einsum("ij,jk", weights, v[0, 0])
@@ -107,6 +117,8 @@ KINDS = {
     "baddbmm": baddbmm,
     "einsum": einsum,
     "einsum of any dimensions": einsum_of_any_dimensions,
+    "einsum of a list": einsum_of_a_list,
+    "einsum of values first": einsum_of_values_first,
     "value first": value_first,
 }
 
@@ -195,6 +207,43 @@ def test_dropout_is_left_out_of_the_weights_and_drawn_as_before():
         assert_same_bits(module(X), plain)
     assert_close(calls[0].weights().sum(-1), torch.ones(B, HEADS, N))
     assert float((calls[0].weights() == 0).sum()) == 0
+
+
+# Dropout as code writes it: whether it drops, and with which probability.
+DROPOUTS = {
+    "F": (lambda w: F.dropout(w, 0.4, True), 0.4),
+    "F by its own probability": (F.dropout, 0.5),
+    "F in keywords": (lambda w: F.dropout(w, p=0.3, training=True), 0.3),
+    "F in place": (lambda w: F.dropout(w, 0.3, True, True), 0.3),
+    "F in place, in keywords": (lambda w: F.dropout(w, p=0.3, inplace=True), 0.3),
+    "torch": (lambda w: torch.dropout(w, 0.3, True), 0.3),
+    "torch in keywords": (lambda w: torch.dropout(w, p=0.3, train=True), 0.3),
+    "torch in place": (lambda w: torch.dropout_(w, 0.3, True), 0.3),
+    "module": (nn.Dropout(0.3), 0.3),
+    "module in place": (nn.Dropout(0.3, inplace=True), 0.3),
+    "F off": (lambda w: F.dropout(w, 0.4, False), 0.0),
+    "F off in keywords": (lambda w: F.dropout(w, p=0.4, training=False), 0.0),
+    "torch off": (lambda w: torch.dropout(w, 0.4, False), 0.0),
+    "torch off in keywords": (lambda w: torch.dropout(w, 0.4, train=False), 0.0),
+    "nothing to drop": (lambda w: F.dropout(w, 0.0, True), 0.0),
+    "module off": (nn.Dropout(0.3).eval(), 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", DROPOUTS)
+def test_weights_are_those_before_dropout_however_it_is_written(kind):
+    drop, probability = DROPOUTS[kind]
+    module, calls = Attention(lambda q, k, v: drop(scores(q, k).softmax(-1)) @ v), []
+    with torch.no_grad():
+        q, k, _ = module.qkv(X).reshape(B, N, 3, HEADS, D).permute(2, 0, 3, 1, 4)
+        torch.manual_seed(0)
+        plain = module(X)
+        torch.manual_seed(0)
+        with Capture(module, calls.append):
+            assert_same_bits(module(X), plain)
+    (call,) = calls
+    assert_close(call.weights(), scores(q, k).softmax(-1))
+    assert call.dropout == probability
 
 
 def test_a_cast_between_gives_the_tensor_that_is_multiplied():

@@ -304,7 +304,7 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Run dropout on ``given``, and keep what it was given."""
         place, weights = None, self._undropped.get(_layout(given), given)
-        if _drops_in_place(args, kwargs):
+        if _drops_in_place(func, args, kwargs):
             place = place_of(weights, self._heads_first)
             weights = weights.clone()
         out = func(*args, **kwargs)
@@ -532,5 +532,7 @@ def _probability(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     return float(kwargs.get("p", args[1] if len(args) > 1 else 0.5)) if training else 0.0
 
 
-def _drops_in_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _drops_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if getattr(func, "__name__", "").endswith("_"):  # torch.dropout_
+        return True
     return bool(kwargs.get("inplace", args[3] if len(args) > 3 else False))
