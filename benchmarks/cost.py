@@ -404,8 +404,7 @@ def quote(rows: list[Row], page: Path) -> None:
     new = {_cells(line): line for line in table(rows).splitlines() if line.startswith("| ")}
     lines = page.read_text("utf-8").splitlines()
     quoted = [new.get(_cells(line), line) if line.startswith("| ") else line for line in lines]
-    ruled = ["|---|---|---|---|---|" if line == "|---|---|---|---|" else line for line in quoted]
-    page.write_text("\n".join(ruled) + "\n", "utf-8")
+    page.write_text("\n".join(quoted) + "\n", "utf-8")
 
 
 def plot(rows: list[Row], file: Path) -> None:
