@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+
+from tests.apps.viz.test_notebook import SESSION, TOKEN, jupyterlab, until
+from tests.support import browser
+from tests.support.upstreams import FIRST, fetch_wheel
 
 ROOT = Path(__file__).parents[2]
 BOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -67,8 +72,6 @@ def run(tmp_path_factory):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     pytest.importorskip("matplotlib")
-    from tests.support.upstreams import FIRST, fetch_wheel
-
     folder = tmp_path_factory.mktemp("notebooks")
 
     def of(name):
@@ -145,3 +148,35 @@ def test_the_trained_checkpoint_finds_more_discs(run):
     assert early < 0.6
     assert pictures(shown) == 2
     assert "Model B" in shown[-1][1]["text/html"]
+
+
+CELLS = (
+    "[...window.jupyterapp.shell.currentWidget.content.model.sharedModel.cells]"
+    ".filter((cell) => cell.cell_type === 'code')"
+)
+PICTURES = {"quickstart": 3, "bright_pixel": 5, "explain_classifier": 1, "compare_checkpoints": 2}
+
+
+def test_jupyterlab_runs_every_cell_and_shows_the_pictures(book, tmp_path, monkeypatch):
+    pytest.importorskip("jupyterlab", reason="jupyterlab is not installed: nbclient runs them")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    if browser.lacking():
+        pytest.skip(f"missing here: {browser.lacking()}")
+    shutil.copy(book, tmp_path)
+    paths = [fetch_wheel(FIRST.wheel), ROOT / "src", *os.environ.get("PYTHONPATH", "").split(":")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, filter(None, paths))))
+    with jupyterlab(tmp_path) as address, browser.chromium(reaches="127.0.0.1") as page:
+        page.screen(1400, 9000)
+        page.driver.get(f"{address}/lab/tree/{book.name}?token={TOKEN}")
+        until(page, "return Boolean(window.jupyterapp?.shell.currentWidget?.context?.isReady)")
+        until(page, f"return {SESSION}.session?.kernel?.connectionStatus === 'connected'")
+        page.run("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        until(page, f"return {CELLS}.every((cell) => cell.execution_count)", 300)
+        until(page, f"return {SESSION}.session.kernel.status === 'idle'", 300)
+        outputs = f"{CELLS}.flatMap((cell) => cell.getOutputs())"
+        assert page.run(f"return {outputs}.filter((one) => one.output_type === 'error')") == []
+        images = "[...document.querySelectorAll('.jp-OutputArea-output img')]"
+        wide = f"{images}.filter((image) => image.naturalWidth > 200).length"
+        until(page, f"return {wide} >= {PICTURES[book.stem]}")
+        if shots := os.environ.get("DINOV2_ATTN_SHOTS"):
+            page.screenshot(f"{shots}/{book.stem}.png")

@@ -22,6 +22,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/explorer/test_page_views.py",
         "apps/explorer/test_two_models.py",
         "apps/viz/test_notebook.py::test_jupyterlab_shows_pictures_and_the_page",
+        "project/test_notebooks.py::test_jupyterlab_runs_every_cell_and_shows_the_pictures",
     ),
     "subprocess": (
         "apps/cli/test_cli.py::test_the_sample_runs_without_other_files",

@@ -54,7 +54,7 @@ def place_of_head(heads: Sequence[Head], head: Head) -> int | None:
     raise OutOfRangeError(
         f"a head among {', '.join(map(str, heads))}, or 'mean'",
         repr(head),
-        "Leave heads out of attention_maps to have each.",
+        "Name one of these, or leave heads='mean' out where the maps are made.",
     )
 
 

@@ -130,6 +130,13 @@ def test_a_tar_counts_too(tmp_path):
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         tar.add(tmp_path / "in", arcname=".")
     assert passed_over(tmp_path / "t.tar") == {".json": 2, ".cls": 1, "links and devices": 1}
+    # Videos in a tar are never read, so that no library is named for them.
+    (tmp_path / "clip.mp4").write_bytes(b"a film")
+    with tarfile.open(tmp_path / "v.tar", "w") as tar:
+        tar.add(tmp_path / "clip.mp4", arcname="clip.mp4")
+        tar.add(tmp_path / "in" / "000.png", arcname="000.png")
+    assert passed_over(tmp_path / "v.tar") == {".mp4 in a tar": 1}
+    assert describe({".mp4 in a tar": 1}) == "passed over: 1 .mp4 in a tar"
 
 
 def test_a_list_takes_what_it_names(model, tmp_path):

@@ -62,7 +62,7 @@ case(
 )
 case(
     "maps",
-    "Leave heads out of attention_maps",
+    "Name one of these, or leave heads='mean' out where the maps are made",
     lambda lab: drawn(lab, lab.maps(heads="mean"), head=0),
     lambda lab: drawn(lab, lab.maps(), head=0),
 )

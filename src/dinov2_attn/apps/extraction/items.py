@@ -267,7 +267,7 @@ def _in_tar(source: Path, name: str, sieve: Sieve) -> Iterator[Item]:
         if place is None:
             sieve.pass_over(LINKS)
         elif is_video(Path(path)):
-            sieve.pass_over(suffix_of(path))
+            sieve.pass_over(f"{suffix_of(path)} in a tar")
         elif sieve.takes(path):
             yield Item(name, path, str(source), place)
 
