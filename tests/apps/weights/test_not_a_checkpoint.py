@@ -135,6 +135,16 @@ def test_the_kind_of_file_is_named(tmp_path, make, found, request):
     assert caught.value.args[2]
 
 
+def test_nothing_is_decompressed_to_see_what_a_file_is(tmp_path, monkeypatch):
+    """Some eight bytes make the decompressor of LZMA take four gigabytes."""
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"\x5d\xff\xff\xff\xff" + b"\xff" * 8 + b"\0" * 100)
+    fail = lambda *_, **__: pytest.fail("it was decompressed")  # noqa: E731
+    monkeypatch.setattr(lzma, "LZMADecompressor", fail)
+    with pytest.raises(UnreadableFileError, match="does not load"):
+        read(path)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_advice_about_torchscript_leads_to_a_file_that_loads(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "t.pt")

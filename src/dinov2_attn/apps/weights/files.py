@@ -234,9 +234,18 @@ def kind_of(path: Path) -> Kind | None:
     known = next((kind for first, kind in _BY_START.items() if start.startswith(first)), None)
     if known is None and start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         known = _IMAGE
-    if known is None and tarfile.is_tarfile(path):
+    if known is None and _is_tar(path):
         known = _TAR
     return known or _kind_of_text(start) or _BY_SUFFIX.get(path.suffix) or _kind_of_graph(start)
+
+
+def _is_tar(path: Path) -> bool:
+    # Not is_tarfile: it tries decompressors, and LZMA's takes gigabytes for some eight bytes.
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except (tarfile.TarError, EOFError, ValueError, OverflowError):
+        return False
 
 
 def _kind_of_zip(path: Path) -> Kind | None:
