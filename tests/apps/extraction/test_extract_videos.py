@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from dinov2_attn import extract, install
+from dinov2_attn import AttentionDataset, extract, install
 from dinov2_attn.apps.extraction.items import list_items
 from dinov2_attn.apps.viz.videos import Sampling, open_video
 from dinov2_attn.errors import UnreadableFileError
@@ -54,6 +54,22 @@ def test_frames_are_extracted_and_a_broken_video_is_one_failure(first, folder, t
     (refused,) = index_of(tmp_path / "out", "unreadable.jsonl")
     assert refused["path"] == "c.mp4"
     assert "without any frame" in refused["reason"]
+
+
+def test_tables_have_the_numbers_and_times_of_frames(first, folder, tmp_path):
+    """And images have none."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed: the index has them")
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed: the index has them")
+    extract(build(first), folder, tmp_path / "out", shard_size=2, index="parquet")
+    entries = index_of(tmp_path / "out")
+    table = AttentionDataset(tmp_path / "out").frame()
+    read = pandas.read_parquet(tmp_path / "out" / "index.parquet")
+    for found in (table, read):
+        for column in ("frame", "time"):
+            expected = [entry.get(column) for entry in entries]
+            assert [None if pandas.isna(one) else one for one in found[column]] == expected
+    assert table["frame"].dtype == "Int64"
+    assert table["frame"].isna().sum() == 1
 
 
 def test_another_sampling_is_another_extraction(first, folder, tmp_path):

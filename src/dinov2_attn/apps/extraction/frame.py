@@ -31,7 +31,7 @@ def frame_of(entries: Iterable[dict[str, Any]], layers: Sequence[int]) -> pandas
         [row_of(entry, layers) for entry in entries], columns=columns_of(layers)
     )
     # An image may have no report, and a number that is missing would make all of them floats.
-    return table.astype({"artifacts": "Int64"})
+    return table.astype({"artifacts": "Int64", "frame": "Int64", "time": "float64"})
 
 
 def artifacts_in(entry: dict[str, Any]) -> int | None:
@@ -44,7 +44,7 @@ def columns_of(layers: Sequence[int]) -> list[str]:
     numbers = [f"{name}_{layer}" for name in EACH_LAYER for layer in layers]
     sides = ["height", "width", "rows", "columns"]
     digests = ["shard", "sha256", "checksum"]
-    return ["number", "source", "path", *sides, *numbers, "artifacts", *digests]
+    return ["number", "source", "path", *sides, *numbers, "artifacts", *digests, "frame", "time"]
 
 
 def row_of(entry: dict[str, Any], layers: Sequence[int]) -> list[Any]:
@@ -57,6 +57,7 @@ def row_of(entry: dict[str, Any], layers: Sequence[int]) -> list[Any]:
         *numbers,
         artifacts_in(entry),
         *(entry[key] for key in ("shard", "sha256", "checksum")),
+        *(entry.get(key) for key in ("frame", "time")),
     ]
 
 

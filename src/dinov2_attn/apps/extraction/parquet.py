@@ -75,7 +75,7 @@ def _schema(layers: Sequence[int], about: dict[str, Any]) -> Any:
     def kind(name: str) -> Any:
         if name in _TEXTS:
             return pyarrow.string()
-        return pyarrow.float64() if name.startswith(EACH_LAYER) else pyarrow.int64()
+        return pyarrow.float64() if name.startswith((*EACH_LAYER, "time")) else pyarrow.int64()
 
     fields = [pyarrow.field(name, kind(name)) for name in columns_of(layers)]
     described = {key: about[key] for key in ("format", "tensors", "preprocessing")}
