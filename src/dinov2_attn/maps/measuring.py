@@ -111,48 +111,54 @@ def _measured(
     row = call.columns * torch.finfo(dtype).bits // 8
     limit = max(1, (TILE_BYTES if call.device.type == "cpu" else DEVICE_TILE_BYTES) // max(1, row))
     several = call.heads if together else max(1, min(call.heads, limit // max(1, call.rows)))
-    step = max(1, limit // several)
-    step = min(step, call.rows)
-    size = several * step * call.columns
+    step = min(max(1, limit // several), call.rows)
+    rows_of, at_once = _rows_of(call)
+    at_once = min(at_once, max(1, limit // max(1, several * step))) if several == call.heads else 1
+    size = at_once * several * step * call.columns
     memory, other = torch.empty(2, size, dtype=dtype, device=call.device)
-    rows_of = _rows_of(call)
     sums = _Sums(call, names, layout, 1 if together else call.heads, other, step)
     for lines in chunks(call.rows, step):
         positions = torch.arange(lines.start, lines.stop, device=call.device)
         places = sums.distances(positions)
-        for sample, heads in product(range(call.batch), chunks(call.heads, several)):
-            weights = rows_of(sample, heads, lines, positions, memory)
+        for samples, heads in product(chunks(call.batch, at_once), chunks(call.heads, several)):
+            weights = rows_of(samples, heads, lines, positions, memory)
             if together:
-                sums.add(weights.mean(0, keepdim=True), (sample, heads, lines), places)
-            else:
-                sums.add(weights, (sample, heads, lines), places)
+                weights = weights.mean(1, keepdim=True)
+            sums.add(weights, (samples, heads, lines), places)
     return sums.found
 
 
-Place = tuple[int, slice, slice]
-Rows = Callable[[int, slice, slice, Tensor, Tensor], Tensor]
+Place = tuple[slice, slice, slice]
+Rows = Callable[[slice, slice, slice, Tensor, Tensor], Tensor]
 
 
-def _rows_of(call: Any) -> Rows:
-    """Return ``call.tile``, or what returns the same in less Python where nothing is masked.
+def _rows_of(call: Any) -> tuple[Rows, int]:
+    """Return what makes some rows of some samples, and of how many samples at a time.
 
-    A tile takes a fraction of a millisecond, so that the steps around its product count.
+    That is ``call.tile`` for one sample, or less Python for all of them where nothing is masked: a
+    tile takes a fraction of a millisecond, so that the steps around its product count.
     """
-    by_tile: Rows = call.tile
+
+    def by_tile(
+        samples: slice, heads: slice, lines: slice, positions: Tensor, memory: Tensor
+    ) -> Tensor:
+        tile: Tensor = call.tile(samples.start, heads, lines, positions, memory)
+        return tile[None]
+
     plain = isinstance(call, FusedCall) and call.bias is None and not call.is_causal
     in_place = call.device.type in ("cpu", "cuda")  # elsewhere a softmax may not be
     if not (plain and in_place and call.key.shape[1] == call.heads and may_tile(call.query)):
-        return by_tile
+        return by_tile, 1
     query, key = call.query * call.scale, call.key.transpose(2, 3)
 
-    def rows(sample: int, heads: slice, lines: slice, _: Tensor, memory: Tensor) -> Tensor:
-        part = query[sample, heads, lines]
-        shape = (*part.shape[:2], key.shape[3])
-        out = memory[: math.prod(shape)].view(shape)
-        torch.bmm(part, key[sample, heads], out=out)
-        return torch.softmax(out, -1, out=out)
+    def rows(samples: slice, heads: slice, lines: slice, _: Tensor, memory: Tensor) -> Tensor:
+        part = query[samples, heads, lines]
+        shape = (*part.shape[:3], key.shape[3])
+        out = memory[: math.prod(shape)].view(-1, *shape[2:])
+        torch.bmm(part.flatten(0, 1), key[samples, heads].flatten(0, 1), out=out)
+        return torch.softmax(out, -1, out=out).view(shape)
 
-    return rows
+    return rows, call.batch
 
 
 class _Sums:
@@ -198,13 +204,13 @@ class _Sums:
         return found
 
     def add(self, weights: Tensor, place: Place, distances: Tensor | None) -> None:
-        """Take ``weights (heads, lines, N)`` of one sample."""
-        found, (sample, heads, _) = self.found, place
+        """Take ``weights (samples, heads, lines, N)``."""
+        found, (samples, heads, _) = self.found, place
         memory = self._memory[: weights.numel()].view_as(weights)
         if "entropy" in found:
             found["entropy"][place] = entropy(weights, memory)
         if "received" in found:
-            found["received"][sample, heads] += weights.sum(-2) / self._rows
+            found["received"][samples, heads] += weights.sum(-2) / self._rows
         if self._layout is None:
             return
         if "prefix_mass" in found:
