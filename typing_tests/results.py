@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
 
@@ -68,13 +70,17 @@ def change(model: nn.Module, images: Tensor) -> None:
 
 
 def add_registers(model: nn.Module, images: Tensor) -> None:
-    neurons = dinov2_attn.find_register_neurons(model, [images], 3, layers=range(4))
+    found = dinov2_attn.artifact_tokens(model, images)
+    some = dataclasses.replace(found, mask=torch.ones_like(found.mask))
+    neurons = dinov2_attn.find_register_neurons(model, [images], 3, artifacts=[some])
     assert_type(neurons, RegisterNeurons)
     assert_type(neurons.by_layer(), dict[int, list[int]])
     assert_type(neurons.to("cpu").scores, Tensor)
-    known = {3: [1, 2], 4: [0]}
-    with dinov2_attn.add_registers(model, neurons), dinov2_attn.add_registers(model, known, 2):
-        model(images)
+    if hasattr(model, "num_register_tokens") or hasattr(model, "n_storage_tokens"):
+        with dinov2_attn.add_registers(model, neurons):
+            model(images)
+        with dinov2_attn.add_registers(model, {0: [1, 2], 1: [0]}, 2):
+            model(images)
 
 
 def roll_out(model: nn.Module, images: Tensor) -> None:

@@ -197,12 +197,15 @@ def record_of_archive(path: Path, name: str) -> bytes:
 def look_at_classes(file: Any) -> bool:
     """Read the next pickle of ``file`` as PyTorch does, without making anything of it.
 
-    Names of classes are read by its ``readline``. Returns False in versions that cannot look, which
-    do not search their errors for such names.
+    Names of classes are read by its ``readline``. Returns False for what is no pickle, and in
+    versions that cannot look, which do not search their errors for such names.
     """
     unpickler = importlib.import_module("torch._weights_only_unpickler")
     look = getattr(unpickler, "get_globals_in_pkl", None)  # torch 2.6 and later
     if look is None:
         return False
-    look(file)
+    try:
+        look(file)
+    except unpickler.UnpicklingError:
+        return False
     return True

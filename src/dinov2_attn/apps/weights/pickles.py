@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import struct
 from pathlib import Path
 from typing import IO
@@ -18,7 +17,7 @@ _PICKLES = 5
 
 
 def refuse_long_names(path: Path, *, is_zip: bool) -> None:
-    """Raise ``UnpicklingError`` if a pickle names a class in more letters than any has.
+    """Raise ``EndlessNameError`` if a pickle names a class in more letters than any has.
 
     PyTorch refuses such a class too. But then it searches its own message, for a time that grows
     with the square of the name: a day for a megabyte.
@@ -35,16 +34,14 @@ def _check(file: IO[bytes]) -> bool:
     """Return whether the next pickle of ``file`` could be read to its end."""
     try:
         return look_at_classes(_Lines(file))
-    except _LongNameError as error:
-        raise pickle.UnpicklingError(str(error)) from None
     except _DAMAGED:  # PyTorch refuses it
         return False
 
 
 # What a reader of pickles raises for damaged ones.
 _DAMAGED = (
-    *(pickle.UnpicklingError, EOFError, struct.error, ValueError, IndexError),
-    *(AssertionError, OverflowError, MemoryError),
+    *(EOFError, struct.error, ValueError, IndexError, AssertionError),
+    *(OverflowError, MemoryError),
 )
 
 
@@ -57,9 +54,9 @@ class _Lines:
     def readline(self) -> bytes:
         line = self._file.readline(_LONGEST + 1)
         if len(line) > _LONGEST:
-            raise _LongNameError(f"the name of a class has more than {_LONGEST:,} letters")
+            raise EndlessNameError(f"the name of a class has more than {_LONGEST:,} letters")
         return line
 
 
-class _LongNameError(Exception):
-    pass
+class EndlessNameError(Exception):
+    """The name of a class has no end."""
