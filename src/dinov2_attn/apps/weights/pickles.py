@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
-from dinov2_attn._compat import look_at_classes, record_of_archive, records_of_archive
+from dinov2_attn._compat import look_at_classes, record_of_archive
 
 # Letters in the name of a class, with its module. Real ones have less than a hundred.
 _LONGEST = 1000
@@ -16,14 +17,19 @@ _LONGEST = 1000
 _PICKLES = 5
 
 
-def refuse_long_names(path: Path, *, is_zip: bool) -> None:
+def refuse_long_names(path: Path, records: Collection[str] | None) -> None:
     """Raise ``EndlessNameError`` if a pickle names a class in more letters than any has.
 
     PyTorch refuses such a class too. But then it searches its own message, for a time that grows
     with the square of the name: a day for a megabyte.
+
+    Args:
+        path: The file.
+        records: The names in a zip file, None for a file of the format before.
+
     """
-    if is_zip:
-        if "data.pkl" in records_of_archive(path):
+    if records is not None:
+        if "data.pkl" in records:
             _check(io.BytesIO(record_of_archive(path, "data.pkl")))
         return
     with path.open("rb") as file:

@@ -188,9 +188,10 @@ def _refuse_what_runs(path: Path) -> None:
     """
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
-    refuse_long_names(path, is_zip=is_zip)
     # PyTorch's reader: a crafted zip can show other files to Python's.
-    if is_zip and "constants.pkl" in records_of_archive(path):
+    records = records_of_archive(path) if is_zip else None
+    refuse_long_names(path, records)
+    if records is not None and "constants.pkl" in records:
         raise ValueError("a TorchScript archive, which holds code")
 
 
