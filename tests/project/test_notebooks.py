@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.apps.viz.test_notebook import SESSION, TOKEN, jupyterlab, until
+from tests.apps.viz.test_notebook import SESSION, jupyterlab, run_all_cells, until
 from tests.support import browser
 from tests.support.upstreams import FIRST, fetch_wheel
 
@@ -167,10 +167,7 @@ def test_jupyterlab_runs_every_cell_and_shows_the_pictures(book, tmp_path, monke
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, filter(None, paths))))
     with jupyterlab(tmp_path) as address, browser.chromium(reaches="127.0.0.1") as page:
         page.screen(1400, 9000)
-        page.driver.get(f"{address}/lab/tree/{book.name}?token={TOKEN}")
-        until(page, "return Boolean(window.jupyterapp?.shell.currentWidget?.context?.isReady)")
-        until(page, f"return {SESSION}.session?.kernel?.connectionStatus === 'connected'")
-        page.run("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        run_all_cells(page, address, book.name)
         until(page, f"return {CELLS}.every((cell) => cell.execution_count)", 300)
         until(page, f"return {SESSION}.session.kernel.status === 'idle'", 300)
         outputs = f"{CELLS}.flatMap((cell) => cell.getOutputs())"

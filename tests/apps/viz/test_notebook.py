@@ -221,6 +221,14 @@ def until(page, script, seconds=90):
         time.sleep(0.2)
 
 
+def run_all_cells(page, address, name):
+    """Open a notebook in JupyterLab, and begin to run all of its cells."""
+    page.driver.get(f"{address}/lab/tree/{name}?token={TOKEN}")
+    until(page, "return Boolean(window.jupyterapp?.shell.currentWidget?.context?.isReady)")
+    until(page, f"return {SESSION}.session?.kernel?.connectionStatus === 'connected'")
+    page.run("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+
+
 def test_jupyterlab_shows_pictures_and_the_page(tmp_path):
     pytest.importorskip("jupyterlab", reason="jupyterlab is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
@@ -229,10 +237,7 @@ def test_jupyterlab_shows_pictures_and_the_page(tmp_path):
     notebook(tmp_path / "book.ipynb")
     with jupyterlab(tmp_path) as address, browser.chromium(reaches="127.0.0.1") as page:
         page.screen(1400, 3600)
-        page.driver.get(f"{address}/lab/tree/book.ipynb?token={TOKEN}")
-        until(page, "return Boolean(window.jupyterapp?.shell.currentWidget?.context?.isReady)")
-        until(page, f"return {SESSION}.session?.kernel?.connectionStatus === 'connected'")
-        page.run("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        run_all_cells(page, address, "book.ipynb")
         until(page, "return document.querySelectorAll('.jp-OutputArea-output iframe').length === 1")
         images = "[...document.querySelectorAll('.jp-OutputArea-output img')]"
         until(page, f"return {images}.filter((it) => it.naturalWidth > 300).length === 3")
