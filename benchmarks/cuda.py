@@ -68,6 +68,8 @@ def ours(model: Any, images: torch.Tensor) -> dict[str, Callable[[], object]]:
         'every block, full, kept, features="from_weights"': partial(
             record, features="from_weights"
         ),
+        'every block, full, kept, device="cpu"': partial(record, device="cpu"),
+        "every block, full, reduced to .cpu()": partial(record, reduce=lambda _, w: w.cpu()),
         "every block, entropy and distance, no weights": partial(
             record, queries=[], statistics=("entropy", "distance")
         ),

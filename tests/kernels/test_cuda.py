@@ -247,3 +247,70 @@ def test_weights_are_kept_in_half_precision(dtype):
         assert weights.dtype == torch.float16
         coarse = torch.float16 if dtype == torch.float32 else dtype
         assert_close(weights, truth(found, 3)[0], "weights", dtype=coarse)
+
+
+EVERYTHING = {"facets": "key", "statistics": "entropy"}
+
+
+def tensors_of(maps):
+    return [*maps.weights, *maps.facets["key"], *maps.statistics["entropy"]]
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@torch.no_grad()
+def test_results_are_copied_to_pinned_memory(batches):
+    model, images = model_of(), noise(2, 3, 98, 98, seed=1, dtype=torch.float32).cuda()
+    for _ in range(batches):
+        with record(model, **EVERYTHING) as expected, record(model, queries="cls") as rows:
+            plain = model(images)
+        with record(model, device="cpu", **EVERYTHING) as maps:
+            with record(model, device="cpu", queries="cls") as inner:
+                output = model(images)
+            found = [one.clone() for one in tensors_of(maps)]  # before anything waits for the GPU
+        assert_same_bits(output, plain, "features")
+        assert all(one.is_pinned() for one in tensors_of(maps))
+        assert_same_bits(found, [one.cpu() for one in tensors_of(expected)])
+        assert_same_bits(list(inner.weights), [one.cpu() for one in rows.weights])
+        images = images.flip(-1)
+
+
+@torch.no_grad()
+def test_a_result_that_reduce_changes_later_is_copied_as_it_was():
+    model, images = model_of(depth=8), noise(2, 3, 98, 98, seed=1, dtype=torch.float32).cuda()
+    count = torch.zeros(2**26, device="cuda")  # its copy takes longer than a layer
+    with record(model, device="cpu", reduce=lambda *_: count.add_(1)) as maps:
+        model(images)
+    for number, kept in enumerate(maps.weights, 1):
+        assert_same_bits(kept, torch.full_like(kept, number))
+
+
+def test_gradients_are_copied_and_go_through_copies():
+    model, images = model_of(), noise(2, 3, 98, 98, seed=1, dtype=torch.float32).cuda()
+    images.requires_grad_()
+    found = []
+    for device in (None, "cpu"):
+        with record(model, gradients=True, device=device) as maps:
+            model(images).square().mean().backward()
+        with record(model, device=device) as part_of_graph:
+            model(images)
+        (through,) = torch.autograd.grad(part_of_graph.weights[1].square().sum(), images)
+        found.append([*(one.cpu() for one in maps.gradients), through])
+        assert {one.device.type for one in maps.gradients} == {device or "cuda"}
+    assert_close(found[1], found[0])
+
+
+@torch.no_grad()
+def test_the_gpu_holds_the_results_of_a_few_layers():
+    model, images = model_of(depth=12), noise(8, 3, 98, 98, seed=1, dtype=torch.float32).cuda()
+    peaks = []
+    for options in ({}, {"device": "cpu"}):
+        model(images)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with record(model, **options) as maps:
+            model(images)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        matrix = maps.weights[0].nbytes
+        del maps
+    assert peaks[1] < peaks[0] - 6 * matrix

@@ -22,6 +22,7 @@ from dinov2_attn.grafting.tokens import Tokens, named
 from dinov2_attn.kernels.call import KernelCall, Proof, verify
 from dinov2_attn.kernels.capture import StopPassError
 from dinov2_attn.maps.attention_maps import AttentionMaps
+from dinov2_attn.maps.copies import Copies, checked_device
 from dinov2_attn.maps.facets import check_facets, of_layers
 from dinov2_attn.maps.from_weights import FromWeights
 from dinov2_attn.maps.gradients import Gradients, Slot, check_differentiable, watch
@@ -62,6 +63,7 @@ def record(
     facets: Sequence[Facet] | Facet = (),
     statistics: Sequence[Statistic] | Statistic = (),
     dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
     features: FeaturesFrom = "from_kernel",
     check: Check = "first",
     grid: Grid | None = None,
@@ -79,6 +81,7 @@ def record(
     facets: Sequence[Facet] | Facet = (),
     statistics: Sequence[Statistic] | Statistic = (),
     dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
     features: FeaturesFrom = "from_kernel",
     check: Check = "first",
     grid: Grid | None = None,
@@ -98,6 +101,7 @@ def record(
     facets: Sequence[Facet] | Facet = (),
     statistics: Sequence[Statistic] | Statistic = (),
     dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
     features: FeaturesFrom = "from_kernel",
     check: Check = "first",
     grid: Grid | None = None,
@@ -162,6 +166,10 @@ def record(
         dtype: The floating dtype in which weights are kept, by default that of the kernel. They
             are computed as ever. ``torch.float16`` and ``torch.bfloat16`` take half of the memory
             of ``float32``. Gradients and facets keep their dtype.
+        device: The device on which weights, what ``reduce`` returns, gradients, facets and
+            statistics are kept, by default that of the kernel. From CUDA to ``"cpu"`` they are
+            copied to pinned memory while the next layers run. The GPU then holds the results of
+            about three layers.
         features: ``"from_weights"`` lets the pass go on from ``weights @ values``, so that the
             kernel does not run beside. On a CPU full matrices of every layer cost less then.
             Features are those of the kernel within its tolerance, not bit for bit. A layer's first
@@ -189,7 +197,7 @@ def record(
     modules = recorded_in(model, layers, every=True)
     recorder = _Recorder(modules, queries, heads, reduce, check, grid, prefix)
     recorder.beside = Beside(gradients, check_facets(facets), check_statistics(statistics))
-    recorder.keep_as(dtype)
+    recorder.keep_as(dtype, checked_device(device))
     attentions = [*modules.wanted, *modules.others]
     source: AbstractContextManager[object] = nullcontext()
     if _are_from_weights(features):
@@ -324,9 +332,10 @@ class _Recorder:
         self._proofs: list[Proof] = []
         self._new: NewResult = new_result
         self._dtype: torch.dtype | None = None
+        self._copies = Copies(None)
 
-    def keep_as(self, dtype: torch.dtype | None) -> None:
-        """Keep weights in ``dtype``, None for that of the kernel."""
+    def keep_as(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
+        """Keep weights in ``dtype`` on ``device``, None for those of the kernel."""
         if not (dtype is None or dtype in _DTYPES):
             raise InvalidInputError(
                 f"dtype as one of {', '.join(map(str, _DTYPES))}",
@@ -335,6 +344,7 @@ class _Recorder:
             )
         self._dtype = dtype
         self._new = partial(new_result, dtype=dtype)
+        self._copies = Copies(device)
 
     @property
     def stops(self) -> bool:
@@ -438,14 +448,20 @@ class _Recorder:
             each = [one.to(self._dtype) for one in each]
         slots: list[Slot | None] = [None] * len(each)
         if call.place is not None and self.beside.gradients:
-            slots = [*watch(call.place, own, len(each), queries, self._heads, reduce)]
+            keep = partial(self._kept_gradient, reduce)
+            slots = [*watch(call.place, own, len(each), queries, self._heads, keep)]
         names, measured = self.beside.facets, self._measured(layer, call, len(each))
         found = own.facets(names) if names else [{} for _ in each]
         for one, slot, own_facets, numbers in zip(each, slots, found, measured, strict=True):
             rows = one.shape[-1] if isinstance(weights, list) else call.rows
             kept = one if reduce is None else reduce(one)
             sizes = (int(one.shape[-1]), int(rows))  # tensors in a trace
-            yield _Batch(kept, *sizes, slot, own_facets, numbers)
+            kept = self._copies.begin(kept, may_change=reduce is not None)
+            beside = map(self._copies.begin, (own_facets, numbers))
+            yield _Batch(kept, *sizes, slot, *beside)
+
+    def _kept_gradient(self, reduce: Callable[[Tensor], Any] | None, gradient: Tensor) -> Any:
+        return self._copies.whole(gradient if reduce is None else reduce(gradient))
 
     def _measured(
         self, layer: Layer, call: KernelCall, batches: int
@@ -489,6 +505,7 @@ class _Recorder:
     def _end_layers(self) -> None:
         """Append what was kept to the recording: an entry for each batch, and each kind in it."""
         self._verify()
+        self._copies.end()
         count = max(map(len, self._kept.values()))
         # A model may embed images without running its layers. The last images belong to this pass.
         for i, images in enumerate(([None] * count + self._images)[-count:]):
@@ -577,6 +594,7 @@ class _Recorder:
         self._begun, self._clean = False, True
 
     def _break_off(self) -> None:
+        self._copies.end()
         self._broken += 1
         self._clean = False
         self._images, self._kept, self._last = [], {}, None

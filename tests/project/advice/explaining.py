@@ -145,6 +145,13 @@ case(
     lambda lab: recorded(lab.model, lambda: lab.model(lab.x), dtype=torch.float16),
 )
 
+case(
+    "maps",
+    'Leave it out for that of the kernel, or pass device="cpu"',
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), device="gpu"),
+    lambda lab: recorded(lab.model, lambda: lab.model(lab.x), device="cpu"),
+)
+
 # Facets
 
 
