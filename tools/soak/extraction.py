@@ -52,18 +52,26 @@ def files_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
+def time_of(arguments):
+    begun = time.monotonic()
+    assert started(*arguments).wait() == 0
+    return time.monotonic() - begun
+
+
 def soak(folder, side, steps, kills, draw):
     from tests.support.extraction import draw as draw_image
 
     for i in range(FILES):
         draw_image(folder / f"{i}.jpg", (side, side), i)
-    begun = time.monotonic()
-    assert started("run", folder, folder / "whole", side, steps).wait() == 0
-    seconds, killed = time.monotonic() - begun, 0
-    for _ in range(kills):
+    whole = ("run", folder, folder / "whole", side, steps)
+    seconds, start = time_of(whole), time_of(whole)  # the second run finds everything finished
+    longest = start + 2 * (seconds - start) / kills
+    killed = 0
+    while killed < kills:
         run = started("run", folder, folder / "out", side, steps)
         try:
-            run.wait(draw.uniform(1, seconds))
+            run.wait(draw.uniform(1, longest))
+            break  # it came to its end
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
             killed += 1

@@ -246,9 +246,11 @@ def softmax_into(
     row = max(1, shape[3] * torch.finfo(dtype).bits // 8)
     limit = tile_bytes() if on_cpu and not in_place else PIECE_BYTES
     rows, together = limit // row, _samples_at_once(key)
-    if output is None and together == shape[0] and math.prod(shape[:3]) <= rows:
+    if together == shape[0] and math.prod(shape[:3]) <= rows:
         scores = result if direct else query.new_empty(shape, dtype=dtype)
         _at_once_into(result, scores, query, key, scale, bias, seen)
+        if value is not None and output is not None:
+            _product_into(output, result if direct else scores, value.flatten(0, 1))
         return
     pieces = list(_pieces(shape[:3], rows, samples=together, heads_last=mean))
     keys = _RightFactors(key, shape[2])
