@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from filelock import FileLock
+
 FILES = 16  # distinct images; more would only fill the disk
 
 
@@ -70,13 +72,15 @@ def soak(folder, side, steps, kills, draw):
     while killed < kills:
         run = started("run", folder, folder / "out", side, steps)
         try:
-            run.wait(draw.uniform(1, longest))
+            assert run.wait(draw.uniform(1, longest)) == 0
             break  # it came to its end
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
             killed += 1
         run.wait()
-        time.sleep(1)  # until the lock of the folder is free: its process may be ending
+        if (folder / "out" / ".lock").exists():  # held until the last rank is gone
+            with FileLock(folder / "out" / ".lock", timeout=10):
+                pass
     assert started("run", folder, folder / "out", side, steps).wait() == 0
     whole, out = files_of(folder / "whole"), files_of(folder / "out")
     different = sorted(n for n in out.keys() | whole if out.get(n) != whole.get(n))
