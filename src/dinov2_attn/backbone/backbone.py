@@ -268,6 +268,23 @@ def check_batch(model: Backbone, images: object, masks: object = None) -> int:
     return groups
 
 
+def checked_module(model: object) -> nn.Module:
+    """Return ``model``, or raise ``InvalidInputError`` if it is no module."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInputError(
+            "a model: a torch.nn.Module", type(model).__name__, "Pass the module itself."
+        )
+    return model
+
+
+def check_in_eval_mode(model: nn.Module) -> None:
+    """Raise ``InvalidInputError`` if ``model`` is in training mode."""
+    if model.training:
+        raise InvalidInputError(
+            "a model in eval mode", "one in training mode", "Call model.eval()."
+        )
+
+
 def check_images(images: object, dimensions: Sequence[int] = (4, 5)) -> Tensor:
     """Return ``images`` if they are a floating tensor ``(B, C, H, W)``, or of frames of these.
 

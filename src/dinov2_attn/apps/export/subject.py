@@ -15,6 +15,7 @@ from dinov2_attn.apps.export.asked import Asked
 from dinov2_attn.apps.export.check import TOLERANCES
 from dinov2_attn.apps.export.graph import WithAttentions, tensors_of
 from dinov2_attn.apps.viz.tokens import check_queries, resolve
+from dinov2_attn.backbone.backbone import check_in_eval_mode, checked_module
 from dinov2_attn.backbone.structure import name_of
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.attention_maps import AttentionMaps
@@ -154,14 +155,7 @@ class Subject:
 
 def subject_of(model: Any, asked: Asked, heads: Heads, image_size: Any) -> Subject:
     """Return what is exported; raise ``InvalidInputError`` if it cannot be."""
-    if not isinstance(model, nn.Module):
-        raise InvalidInputError(
-            "a model: a torch.nn.Module", type(model).__name__, "Pass the module itself."
-        )
-    if model.training:
-        raise InvalidInputError(
-            "a model in eval mode", "one in training mode", "Call model.eval()."
-        )
+    check_in_eval_mode(checked_module(model))
     dtype = next((parameter.dtype for parameter in model.parameters()), None)
     if dtype not in TOLERANCES:
         raise InvalidInputError(

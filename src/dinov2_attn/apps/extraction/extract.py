@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypedDict, overload
 
-from torch import nn
-
 from dinov2_attn import _imports
-from dinov2_attn.backbone.backbone import Backbone, transformers_in
+from dinov2_attn.backbone.backbone import (
+    Backbone,
+    check_in_eval_mode,
+    checked_module,
+    transformers_in,
+)
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.geometry import geometry_of
 from dinov2_attn.typing import Facet, Heads, Layers, Model, Statistic
@@ -218,16 +221,10 @@ def extract(
     from dinov2_attn.apps.extraction.sources import source_of
     from dinov2_attn.apps.viz.videos import sampling_of
 
-    if not isinstance(model, nn.Module):
-        raise InvalidInputError(
-            "a model: a torch.nn.Module", type(model).__name__, "Pass the module itself."
-        )
-    if model.training:
-        raise InvalidInputError(
-            "a model in eval mode", "one in training mode", "Call model.eval()."
-        )
-    geometry_of(model)  # raises if it is no vision transformer
-    if any(Backbone(own).is_channel_adaptive for own in transformers_in(model)):
+    module = checked_module(model)
+    check_in_eval_mode(module)
+    geometry_of(module)  # raises if it is no vision transformer
+    if any(Backbone(own).is_channel_adaptive for own in transformers_in(module)):
         raise InvalidInputError(
             "a model that sees the three channels of an image together",
             "a channel-adaptive one, with maps of its own for each channel",

@@ -15,6 +15,7 @@ from torch import nn
 
 from dinov2_attn import _imports
 from dinov2_attn.apps.training.backbones import backbone_of, is_compiled_inside
+from dinov2_attn.backbone.backbone import checked_module
 from dinov2_attn.backbone.undisturbed import undisturbed
 from dinov2_attn.errors import (
     Dinov2AttnError,
@@ -246,11 +247,7 @@ def is_first_process() -> bool:
 
 
 def _checked_model(model: object, backbone: str | nn.Module | None) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise InvalidInputError(
-            "a model: a torch.nn.Module", type(model).__name__, "Pass the module itself."
-        )
-    found = backbone_of(model, backbone)
+    found = backbone_of(checked_module(model), backbone)
     if is_compiled_inside(found) and not hasattr(getattr(torch, "compiler", None), "set_stance"):
         raise InvalidInputError(
             "a model that is not compiled, or PyTorch 2.6 or later",
