@@ -50,7 +50,7 @@ def evaluating(lab):
 
 
 case(
-    "apps/extraction",
+    "backbone",
     "Call model.eval()",
     lambda lab: extracted(training(lab)),
     lambda lab: extracted(evaluating(lab)),
@@ -439,11 +439,4 @@ case(
     "Remove the shard, its .jsonl and index.jsonl, and run the extraction again",
     changed,
     extracted_again,
-)
-
-case(
-    "apps/extraction",
-    "Pass the module itself",
-    lambda lab: extract("dinov2_vits14", source(lab), lab.folder / "out"),
-    lambda lab: extract(lab.small, source(lab), lab.folder / "out"),
 )

@@ -92,8 +92,6 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "Wrap the model in a module whose forward returns the tensors",
             "Try model.onnx.",
             "Name another file.",
-            "Pass the module itself.",
-            "Call model.eval().",
             "Convert it: model.float().",
             "Try ",
             "Run `pip install --upgrade torch`.",

@@ -30,7 +30,7 @@ def both(lab):
 
 
 case(
-    "apps/training",
+    "backbone",
     "Pass the module itself.",
     lambda lab: logged(lab, "small"),
     logged,
