@@ -17,6 +17,7 @@ import torch
 import dinov2_attn
 from dinov2_attn.apps.demo.load import PATH as DEMO
 from dinov2_attn.apps.extraction.decode import Picture
+from dinov2_attn.apps.extraction.processes import PERIOD
 from tests.programs.killing import members
 from tests.support.extraction import draw
 from tests.support.subprocesses import OFFLINE
@@ -89,6 +90,42 @@ def test_a_process_ends_with_its_parent(before, way):
         wait_until(lambda: not members(running.pid), PATIENCE)
 
 
+RANK = """
+import os, time
+from dinov2_attn.apps.extraction import processes
+os.environ["TORCHELASTIC_RUN_ID"] = "none"
+{before}
+with processes.ending_with_torchrun():
+    {inside}
+print("waits", flush=True)
+time.sleep(60)
+"""
+INSIDE = "print('waits', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("before", ["", NO_SIGNAL], ids=["by a signal", "by looking"])
+@pytest.mark.parametrize("inside", [INSIDE, "pass"], ids=["inside", "afterwards"])
+def test_a_script_ends_with_torchrun_while_it_extracts(before, inside):
+    """Afterwards it may go on: it is not ours."""
+    rank = RANK.format(before=before, inside=inside)
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, rank],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        number, word = running.stdout.readline().split()
+        assert word == "waits"
+        running.kill()
+        running.wait()
+        if inside == "pass":
+            time.sleep(3 * PERIOD)
+            os.kill(int(number), signal.SIGKILL)  # an error if it is gone
+        wait_until(lambda: not members(running.pid), PATIENCE)
+
+
 def test_a_process_whose_parent_is_gone_ends_at_once():
     """Its parent is another one by now, as that of a worker that was importing torch."""
     child = CHILD.format(before="", parent=2**22 + 1)
@@ -145,20 +182,37 @@ def test_a_picture_is_sent_without_shared_memory(pixels):
         assert received.pixels.tobytes() == pixels.tobytes()
 
 
+COMMAND = ["-m", "dinov2_attn", "extract", "list.txt", "-o", "out", "--weights", str(DEMO)]
+COMMAND += ["--workers", "1", "--shard-size", "4"]
+SCRIPT = """
+import dinov2_attn
+from dinov2_attn.apps.demo.load import load_demo_model
+if __name__ == "__main__":
+    dinov2_attn.extract(load_demo_model(), "list.txt", "out", workers=1, shard_size=4)
+"""
+
+
 @pytest.mark.parametrize(
-    ("way", "works"), [(signal.SIGKILL, True), (signal.SIGTERM, True), (signal.SIGKILL, False)]
+    ("way", "works", "script"),
+    [
+        (signal.SIGKILL, True, False),
+        (signal.SIGTERM, True, False),
+        (signal.SIGKILL, False, False),
+        (signal.SIGKILL, True, True),
+        (signal.SIGTERM, True, True),
+    ],
 )
-def test_nothing_outlives_torchrun(way, works, first, tmp_path):
+def test_nothing_outlives_torchrun(way, works, script, first, tmp_path):
     """Its processes and their workers end with it, in the middle of their work or before it."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     path = draw(tmp_path / "image.png", (518, 518), 0)
     (tmp_path / "list.txt").write_text(f"{path.name}\n" * 1000)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program = ["-m", "dinov2_attn", "extract", "list.txt", "-o", "out", "--weights", DEMO]
-    program += ["--workers", "1", "--shard-size", "4"]
+    (tmp_path / "script.py").write_text(SCRIPT)
+    program = ["script.py"] if script else COMMAND
     with subprocess.Popen(
-        [sys.executable, *launcher, *map(str, program)],
+        [sys.executable, *launcher, *program],
         cwd=tmp_path,
         env=environment(*Path(first.module("dinov2").__path__[0]).parents)
         | {"GLOO_SOCKET_IFNAME": "lo"},

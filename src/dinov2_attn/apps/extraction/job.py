@@ -23,6 +23,7 @@ from dinov2_attn.apps.extraction.parquet import write_parquet
 from dinov2_attn.apps.extraction.passed_over import Sieve, describe
 from dinov2_attn.apps.extraction.plan import Plan, plan
 from dinov2_attn.apps.extraction.preview import Preview, preview
+from dinov2_attn.apps.extraction.processes import ending_with_torchrun
 from dinov2_attn.apps.extraction.sources import Source, wanted
 from dinov2_attn.apps.extraction.worker import Run, refuse, writing_to
 from dinov2_attn.errors import UnwritableOutputError
@@ -93,8 +94,9 @@ class Job:
 
     def run(self) -> Summary:
         """Write the missing shards, and the index when all are finished."""
-        begun, group = time.perf_counter(), ranks()
-        with ExitStack() as held:
+        begun = time.perf_counter()
+        with ending_with_torchrun(), ExitStack() as held:
+            group = ranks()
             made, pending = group.on_rank_zero(lambda: self._begin(held))
             own = pending[group.rank :: group.world]
             bar = self._bar(group, made.count(own))

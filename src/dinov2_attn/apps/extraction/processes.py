@@ -14,13 +14,15 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, TypeVar
 
 from dinov2_attn.errors import InvalidInputError
 
-# Of Linux: the signal that a process gets when its parent ends.
-PR_SET_PDEATHSIG = 1
+# Of Linux: sets or gets the signal that a process receives when its parent ends.
+PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
 # Seconds between two looks for the parent, where no signal comes.
 PERIOD = 0.5
 # torchrun's own store is there before it starts processes. So few and short tries are enough.
@@ -63,13 +65,31 @@ def end_with(parent: int) -> None:
     """
     if os.name != "posix":
         return
-    if sys.platform == "linux":
-        # It comes when the thread ends that started this process, which runs the extraction.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It comes when the thread ends that started this process, which runs the extraction.
+    _set_signal(signal.SIGKILL)
     # The parent may have ended before the request for a signal.
     if os.getppid() != parent:
         os._exit(1)
-    threading.Thread(target=_watch, args=(parent,), daemon=True, name="end_with").start()
+    _watch(parent, threading.Event())
+
+
+@contextmanager
+def ending_with_torchrun() -> Iterator[None]:
+    """End this process, while it is inside, when torchrun ends, which started it.
+
+    Without torchrun this does nothing. Afterwards all is as before: the process may be a script
+    that goes on.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.name != "posix":
+        yield
+        return
+    done, before = threading.Event(), _set_signal(signal.SIGKILL)
+    _watch(os.getppid(), done)
+    try:
+        yield
+    finally:
+        done.set()
+        _set_signal(before)
 
 
 def check_torchrun() -> None:
@@ -104,7 +124,22 @@ def _begun(cls: type[P], parent: int) -> P:
     return cls.__new__(cls)
 
 
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(PERIOD)
-    os._exit(1)
+def _set_signal(number: int) -> int:
+    """Let Linux send a signal when the parent ends, 0 for none; return the one before."""
+    if sys.platform != "linux":
+        return 0
+    libc, before = ctypes.CDLL(None), ctypes.c_int()
+    libc.prctl(PR_GET_PDEATHSIG, ctypes.byref(before))
+    libc.prctl(PR_SET_PDEATHSIG, number)
+    return before.value
+
+
+def _watch(parent: int, done: threading.Event) -> None:
+    """Look for the parent in a thread, until ``done`` is set."""
+
+    def look() -> None:
+        while not done.wait(PERIOD):
+            if os.getppid() != parent:
+                os._exit(1)
+
+    threading.Thread(target=look, daemon=True, name="end_with").start()
