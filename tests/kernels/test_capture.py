@@ -47,6 +47,12 @@ def baddbmm(q, k, v):
     return torch.bmm(added.softmax(-1), v.flatten(0, 1)).reshape(B, HEADS, N, D)
 
 
+def baddbmm_in_keywords(q, k, v):
+    start = torch.zeros(1, dtype=q.dtype)
+    weights = scores(q, k).softmax(-1).flatten(0, 1)
+    return torch.baddbmm(start, batch1=weights, batch2=v.flatten(0, 1)).reshape(B, HEADS, N, D)
+
+
 def value_first(q, k, v):
     return (v.mT @ scores(q, k).softmax(-1).mT).mT
 
@@ -120,6 +126,14 @@ KINDS = {
     "einsum of a list": einsum_of_a_list,
     "einsum of values first": einsum_of_values_first,
     "value first": value_first,
+    "factors in keywords": lambda q, k, v: torch.matmul(
+        input=torch.matmul(input=q, other=k.mT).div(math.sqrt(D)).softmax(-1), other=v
+    ),
+    "bmm in keywords": lambda q, k, v: torch.bmm(
+        input=scores(q, k).softmax(-1).flatten(0, 1), mat2=v.flatten(0, 1)
+    ).reshape(B, HEADS, N, D),
+    "baddbmm in keywords": baddbmm_in_keywords,
+    "torch.special": lambda q, k, v: torch.special.softmax(scores(q, k), -1) @ v,
 }
 
 
@@ -219,6 +233,7 @@ DROPOUTS = {
     "torch": (lambda w: torch.dropout(w, 0.3, True), 0.3),
     "torch in keywords": (lambda w: torch.dropout(w, p=0.3, train=True), 0.3),
     "torch in place": (lambda w: torch.dropout_(w, 0.3, True), 0.3),
+    "torch, all in keywords": (lambda w: torch.dropout(input=w, p=0.3, train=True), 0.3),
     "module": (nn.Dropout(0.3), 0.3),
     "module in place": (nn.Dropout(0.3, inplace=True), 0.3),
     "F off": (lambda w: F.dropout(w, 0.4, False), 0.0),

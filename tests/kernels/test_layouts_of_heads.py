@@ -140,11 +140,39 @@ def relative(module, weights, value):
     return weights @ value + torch.einsum("bhij,ijd->bhid", weights, torch.ones(N, N, D))
 
 
+def relative_in_a_list(module, weights, value):
+    return weights @ value + torch.einsum("bhij,ijd->bhid", [weights, torch.ones(N, N, D)])
+
+
+def relative_in_keywords(module, weights, value):
+    return weights @ value + torch.matmul(input=weights, other=torch.ones(N, D))
+
+
+def of_a_copy(module, weights, value):
+    copy = weights * 1
+    return weights @ value + copy @ torch.ones(N, D)
+
+
+def of_a_later_copy(module, weights, value):
+    out = weights @ value
+    return out + weights.transpose(1, 2).contiguous().transpose(1, 2) @ torch.ones(N, D)
+
+
 def in_chunks(module, weights, value):
     return torch.cat([weights[:, :, i : i + 2] @ value for i in range(0, N, 2)], 2)
 
 
-@pytest.mark.parametrize("between", [relative, in_chunks])
+PRODUCTS = (
+    relative,
+    relative_in_a_list,
+    relative_in_keywords,
+    of_a_copy,
+    of_a_later_copy,
+    in_chunks,
+)
+
+
+@pytest.mark.parametrize("between", PRODUCTS)
 @pytest.mark.parametrize("change", [{"heads": [0]}, {"keys": [1]}], ids=str)
 def test_an_edit_that_would_miss_a_product_is_refused(between, change):
     model, x = nn.Sequential(Explicit(between)).eval(), noise(B, N, H * D, seed=0).float()

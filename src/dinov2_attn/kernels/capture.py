@@ -26,7 +26,7 @@ from dinov2_attn.errors import NotEditedError, NotRecordedError
 from dinov2_attn.kernels.call import SDPA, ExplicitCall, KernelCall, as_given, by_heads, fused_call
 from dinov2_attn.kernels.edited import Pattern, editable
 from dinov2_attn.kernels.place import Place, place_of
-from dinov2_attn.kernels.scores import Factors, Scores
+from dinov2_attn.kernels.scores import Factors, Scores, einsum_of, matrices
 
 # Makes of what a kernel returned what its module is given.
 Change = Callable[[Tensor], Tensor]
@@ -40,7 +40,8 @@ Edit = Callable[[Pattern, Callable[[], Tensor]], Pattern]
 _PRODUCTS = {"matmul", "__matmul__", "mm", "bmm", "linalg_matmul", "einsum", "baddbmm"}
 
 # The functions with which something begins that is followed.
-_WATCHED = {SDPA, "softmax", *_PRODUCTS}
+_SOFTMAXES = {"softmax", "special_softmax"}
+_WATCHED = {SDPA, *_SOFTMAXES, *_PRODUCTS}
 
 # The names by which classes call their number of heads.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "nheads", "n_head")
@@ -119,7 +120,7 @@ class Capture(TorchFunctionMode):
         self._softmaxes: dict[int, _Softmax] = {}
         # What dropout was given, for each tensor that came out of it, in the same layout.
         self._undropped: dict[Hashable, Tensor] = {}
-        self._used: Tensor | None = None  # the softmax that was edited
+        self._used: dict[int, Tensor] = {}  # the softmax that was edited, and what is made of it
         # The matrix that was given to receivers, and how often it had been written then.
         self._given: tuple[Tensor | None, int | None] = (None, None)
         self._scores: Scores | None = None  # most kernels have no product to follow
@@ -148,7 +149,7 @@ class Capture(TorchFunctionMode):
         _CURRENT.capture = self._outer
         self._softmaxes.clear()
         self._undropped.clear()
-        self._used = None
+        self._used.clear()
         (matrix, version), self._given = self._given, (None, None)
         if kind is None and matrix is not None and version_of(matrix) != version:
             raise _overwritten(self._module)
@@ -169,23 +170,30 @@ class Capture(TorchFunctionMode):
         if _CURRENT.capture is not self:
             return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name not in _WATCHED and self._scores is None and not self._softmaxes:
+        follows = self._softmaxes or self._used or self._scores is not None
+        if not follows and name not in _WATCHED:
             return func(*args, **kwargs) if kwargs else func(*args)  # most of all calls
         kwargs = kwargs or {}
         if name == SDPA:
             return self._sdpa(func, args, kwargs)
-        if name == "softmax":
+        if name in _SOFTMAXES:
             return self._after_softmax(func(*args, **kwargs), args, kwargs)
         return self._follow(name, func, args, kwargs)
 
     def _follow(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._used is not None and name in _PRODUCTS:
-            self._refuse_second(args)
+        given = _tensors_in((args, kwargs)) if self._used else ()
+        used = next((one for one in given if storage_of(one) in self._used), None)
+        if used is not None and name in _PRODUCTS:
+            raise _in_parts(self._module, "another product of it")
         if not self._softmaxes:
-            return self._before_softmax(name, func, args, kwargs)
-        if name in _PRODUCTS:
-            return self._product(name, func, args, kwargs)
-        return self._other(name, func, args, kwargs)
+            out = self._before_softmax(name, func, args, kwargs)
+        elif name in _PRODUCTS:
+            out = self._product(name, func, args, kwargs)
+        else:
+            out = self._other(name, func, args, kwargs)
+        if used is not None and isinstance(out, Tensor) and out.numel() == used.numel():
+            self._used[storage_of(out)] = out
+        return out
 
     def _sdpa(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         heads = heads_of(self._module)
@@ -267,7 +275,8 @@ class Capture(TorchFunctionMode):
 
     def _other(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``func``, and follow a softmax through it: a cast, a mask, a gate, a view."""
-        given = next((arg for arg in args[:3] if self._found(arg) is not None), None)
+        operands = (*args[:3], kwargs.get("input"))
+        given = next((arg for arg in operands if self._found(arg) is not None), None)
         source = self._found(given)
         if source is None or given is None or name.endswith("_like"):
             return func(*args, **kwargs)
@@ -281,7 +290,7 @@ class Capture(TorchFunctionMode):
             return out
         if before is not None:
             with unseen():
-                before = func(*_with(args, given, before), **kwargs)
+                before = func(*_with(args, given, before), **_with(kwargs, given, before))
             self._undropped[_layout(out)] = before
             self._softmaxes.setdefault(storage_of(out), source._replace(tensor=out, weights=before))
         elif "dropout" in name:
@@ -320,30 +329,20 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         factor, call = found
         if self._edit is not None:
-            self._used = factor.given
+            self._used |= {place: one.tensor for place, one in self._softmaxes.items()}
             if factor.given.numel() != call.matrix.numel():
                 raise _in_parts(self._module, "a product of a part of it")
         self._softmaxes.clear()
 
         def multiplied(edited: Tensor) -> Any:
             edited = as_given(edited, factor.last.shape, heads_of(self._module))
-            given = factor.like(edited)
-            return func(
-                *_with(args, factor.given, given),
-                **{key: given if value is factor.given else value for key, value in kwargs.items()},
-            )
+            given, old = factor.like(edited), factor.given
+            return func(*_with(args, old, given), **_with(kwargs, old, given))
 
         self._given = (call.matrix, version_of(call.matrix))
         multiply = functools.partial(func, *args, **kwargs)
         last = self._heads_first(factor.last)
         return self.ran(call, multiply, self._heads_first, multiplied, last)
-
-    def _refuse_second(self, args: tuple[Any, ...]) -> None:
-        """Raise ``NotEditedError`` if a product takes weights whose edit it would not see."""
-        for arg in args:
-            used = self._used
-            if isinstance(arg, Tensor) and used is not None and storage_of(arg) == storage_of(used):
-                raise _in_parts(self._module, "another product of it")
 
     def _explicit(self, factors: Sequence[_Factor]) -> tuple[_Factor, ExplicitCall] | None:
         """Return the call if one of two factors is a softmax whose last dimension is summed."""
@@ -459,44 +458,33 @@ def shape_of_output(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: An
     return [*query.shape[:-1], value.shape[-1]]
 
 
-def _with(args: tuple[Any, ...], old: Tensor, new: Tensor) -> tuple[Any, ...]:
-    """Return ``args`` with ``new`` in the place of ``old``, in lists of operands too."""
-    return tuple(
-        type(arg)(_with(tuple(arg), old, new))
-        if isinstance(arg, list | tuple)
-        else new
-        if arg is old
-        else arg
-        for arg in args
-    )
+def _tensors_in(given: Any) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, in lists of operands too."""
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, list | tuple | dict):
+        for one in given.values() if isinstance(given, dict) else given:
+            yield from _tensors_in(one)
+
+
+def _with(given: Any, old: Tensor, new: Tensor) -> Any:
+    """Return arguments with ``new`` in the place of ``old``, in lists of operands too."""
+    if isinstance(given, dict):
+        return {key: _with(one, old, new) for key, one in given.items()}
+    if isinstance(given, list | tuple):
+        return type(given)(_with(one, old, new) for one in given)
+    return new if given is old else given
 
 
 def _factors(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Factor]:
     """Return the two factors of a product, each with the dimension that is summed."""
-    if name == "einsum":
-        return _factors_of_einsum(*args)
-    given = [
-        *args,
-        *(kwargs[key] for key in ("other", "mat2", "batch1", "batch2") if key in kwargs),
-    ]
-    left, right = given[1:3] if name == "baddbmm" else given[:2]
-    matrices = isinstance(right, Tensor) and right.ndim > 1
-    return [_Factor(left, -1), _Factor(right, -2)] if matrices else []
-
-
-def _factors_of_einsum(equation: Any, *operands: Any) -> list[_Factor]:
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = tuple(operands[0])
-    if len(operands) != 2 or not isinstance(equation, str):
+    if name != "einsum":
+        return [_Factor(*one) for one in zip(matrices(name, args, kwargs), (-1, -2), strict=False)]
+    found = einsum_of(*args)
+    if found is None:
         return []
-    inputs, arrow, output = equation.replace(" ", "").replace("...", ".").partition("->")
-    left, _, right = inputs.partition(",")
-    shared = [letter for letter in left if letter in right and letter != "."]
-    summed = [letter for letter in shared if not (arrow and letter in output)]
-    if len(summed) != 1:
-        return []
-    names = (left, right)
-    return [_Factor(t, _index(own, summed[0])) for t, own in zip(operands, names, strict=True)]
+    pairs = zip(found.operands, found.names, strict=True)
+    return [_Factor(tensor, _index(own, found.summed)) for tensor, own in pairs]
 
 
 def _index(names: str, letter: str) -> int:

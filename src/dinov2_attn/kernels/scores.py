@@ -51,36 +51,65 @@ class Scores:
         return factors if held is not None and held() is not None else None
 
 
-def _factors(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors | None:
-    if name == "einsum":
-        return _factors_of_einsum(*args)
-    named = [kwargs[key] for key in ("other", "mat2", "batch1", "batch2") if key in kwargs]
-    given = [*args, *named][1 if name == "baddbmm" else 0 :]
-    if len(given) < 2 or not all(isinstance(one, Tensor) and one.ndim > 1 for one in given[:2]):
-        return None
-    return Factors(given[0], given[1].transpose(-2, -1))
+def matrices(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the two factors of a product of matrices, or nothing if they are none."""
+    names = ("input", "other", "mat2", "batch1", "batch2")
+    given = [*args, *(kwargs[key] for key in names if key in kwargs)]
+    given = given[1:3] if name == "baddbmm" else given[:2]
+    are_two = len(given) == 2 and all(isinstance(one, Tensor) and one.ndim > 1 for one in given)
+    return given if are_two else []
 
 
-def _factors_of_einsum(equation: Any, *operands: Any) -> Factors | None:
-    """Return the factors if ``equation`` says which letters are rows, columns and channels."""
+class Einsum(NamedTuple):
+    """An einsum of two operands that sums over one letter of both.
+
+    Attributes:
+        operands: The two tensors.
+        names: Their letters, with a dot for any dimensions.
+        summed: The letter.
+        output: The letters of the result, none if the equation does not name them.
+
+    """
+
+    operands: tuple[Tensor, Tensor]
+    names: tuple[str, str]
+    summed: str
+    output: str
+
+
+def einsum_of(equation: Any, *operands: Any) -> Einsum | None:
+    """Return what an einsum with these arguments computes, None if it is no product of two."""
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    if len(operands) != 2 or not isinstance(equation, str) or "." in equation:
+    if len(operands) != 2 or not isinstance(equation, str):
         return None
-    inputs, _, output = equation.replace(" ", "").partition("->")
+    inputs, _, output = equation.replace(" ", "").replace("...", ".").partition("->")
     left, _, right = inputs.partition(",")
-    summed = [letter for letter in left if letter in right and letter not in output]
-    if len(summed) != 1 or len(output) < 2:
+    summed = [letter for letter in left if letter in right and letter not in {*output, "."}]
+    return Einsum(operands, (left, right), summed[0], output) if len(summed) == 1 else None
+
+
+def _factors(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors | None:
+    if name == "einsum":
+        found = einsum_of(*args)
+        return None if found is None else _factors_of_einsum(found)
+    pair = matrices(name, args, kwargs)
+    return Factors(pair[0], pair[1].transpose(-2, -1)) if pair else None
+
+
+def _factors_of_einsum(found: Einsum) -> Factors | None:
+    """Return the factors if the equation says which letters are rows, columns and channels."""
+    operands, names, channel, output = found
+    if len(output) < 2 or "." in output:
         return None
-    own, theirs = (
-        (operands, (left, right)) if output[-1] in right else (operands[::-1], (right, left))
-    )
-    lead, channel = output[:-2], summed[0]
-    return _permuted(own, theirs, (lead + output[-2] + channel, lead + output[-1] + channel))
+    if output[-1] not in names[1]:
+        operands, names = operands[::-1], names[::-1]
+    lead, row, column = output[:-2], output[-2], output[-1]
+    return _permuted(operands, names, (lead + row + channel, lead + column + channel))
 
 
 def _permuted(
-    operands: tuple[Any, ...], names: tuple[str, str], wanted: tuple[str, str]
+    operands: tuple[Tensor, Tensor], names: tuple[str, str], wanted: tuple[str, str]
 ) -> Factors | None:
     if any(sorted(have) != sorted(want) for have, want in zip(names, wanted, strict=True)):
         return None
