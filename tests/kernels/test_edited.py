@@ -349,3 +349,21 @@ def test_lower_precision_and_autocast(kind, dtype):
     double, _, _ = edited(KINDS[kind], edits)
     assert_close(output.double(), double, dtype=dtype, size=4.0)
     assert math.isfinite(float(output.detach().float().sum()))
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [F.scaled_dot_product_attention, lambda q, k, v: (q @ k.mT / math.sqrt(D)).softmax(-1) @ v],
+)
+def test_two_matrices_without_batch_and_heads_are_edited(kernel):
+    query, key, value = noise(3, N, D, seed=0, dtype=torch.float64)
+
+    def change(pattern, _):
+        return pattern.hide((1,), torch.arange(N)[None] == 2)
+
+    calls = []
+    with Capture(torch.nn.Identity(), calls.append, edit=change):
+        output = kernel(query, key, value)
+    assert output.shape == value.shape
+    assert_close(output, calls[0].weights()[0, 0] @ value)
+    assert not calls[0].weights()[0, 0, 1, 2]

@@ -650,9 +650,11 @@ def by_heads(tensor: Tensor, heads: int | None, dim: int | None = None) -> Tenso
 
 def as_given(tensor: Tensor, shape: Sequence[int], heads: int | None) -> Tensor:
     """Return ``(B, heads, N, d)`` in the ``shape`` of which ``by_heads`` made it."""
-    dim = dim_of_heads(shape, heads)
-    moved = torch.empty(shape, device="meta").movedim(dim, -3).shape
-    return tensor.reshape(moved).movedim(-3, dim)
+    if len(shape) < 5:
+        return tensor.reshape(shape)
+    dim, sizes = dim_of_heads(shape, heads), list(shape)
+    sizes.insert(len(sizes) - 3, sizes.pop(dim))
+    return tensor.reshape(sizes).movedim(-3, dim)
 
 
 def some_rows(length: int) -> slice:
