@@ -133,6 +133,8 @@ KINDS = {
         input=scores(q, k).softmax(-1).flatten(0, 1), mat2=v.flatten(0, 1)
     ).reshape(B, HEADS, N, D),
     "baddbmm in keywords": baddbmm_in_keywords,
+    "softmax of distances": lambda q, k, v: torch.cdist(q, k).neg().softmax(-1) * 1 @ v,
+    "sdpa in keywords": lambda q, k, v: F.scaled_dot_product_attention(query=q, key=k, value=v),
     "torch.special": lambda q, k, v: torch.special.softmax(scores(q, k), -1) @ v,
 }
 
@@ -424,3 +426,48 @@ def test_an_interruption_in_pytorchs_own_code_may_lose_the_mode():
             Interrupted(2, 2)(torch.ones(1, 2))
         assert overrides._get_current_function_mode_stack() == [outer]
     assert overrides._get_current_function_mode_stack() == []
+
+
+class Nested(nn.Module):
+    """A module that runs another attention module, and then a kernel of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.num_heads, self.calls = Attention(KINDS["sdpa"]), HEADS, []
+
+    def forward(self, x):
+        with Capture(self.inner, self.calls.append) as inner:
+            x = self.inner(x)
+        inner.leave()  # once more: it changes nothing
+        return Attention(KINDS["softmax @"])(x)
+
+
+def test_a_module_inside_gives_back_what_it_took():
+    module, calls = Nested(), []
+    with Capture(module, calls.append):
+        module(X)
+    assert [call.kernel for call in module.calls] == ["scaled_dot_product_attention"]
+    assert [call.kernel for call in calls] == ["softmax"]
+
+
+def test_an_interrupted_exit_gives_back_what_it_took_at_the_next_chance():
+    module, calls, lost = Attention(KINDS["sdpa"]), [], []
+    with Capture(module, calls.append):
+        inner = Capture(module, lost.append)
+        inner.__enter__()
+        inner.leave()
+        module(X)
+    assert len(calls) == 1
+    assert not lost
+    assert overrides._get_current_function_mode_stack() == []
+
+
+def test_a_function_of_torch_without_a_name_runs():
+    class Nameless:
+        def __call__(self, x):
+            if overrides.has_torch_function((x,)):
+                return overrides.handle_torch_function(self, (x,), x)
+            return x + 1
+
+    with Capture(nn.Identity(), lambda call: None):
+        assert_same_bits(Nameless()(X), X + 1)
