@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from dinov2_attn.errors import NotRecordedError, UnfaithfulError
 from dinov2_attn.grafting.channel import graft_captured
 from dinov2_attn.grafting.collector import weights_at_kernel
-from dinov2_attn.kernels.call import FusedCall, fused_call, some_rows
-from dinov2_attn.kernels.capture import Capture
+from dinov2_attn.kernels.call import ExplicitCall, FusedCall, fused_call, some_rows
+from dinov2_attn.kernels.capture import Capture, check_calls, heads_of
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close, assert_same_bits
 
@@ -82,6 +82,11 @@ def einsum_of_values_first(q, k, v):
     return torch.einsum("b...kd,b...qk->b...qd", v, weights)
 
 
+def product_between(q, k, v):
+    weights = scores(q, k).softmax(-1)
+    return weights @ torch.matmul(v, other=torch.eye(D, dtype=v.dtype))
+
+
 def einsum_without_heads(q, k, v):
     weights = (q[0, 0] @ k[0, 0].mT).softmax(-1)
     return torch.einsum("ij,jk", weights, v[0, 0])
@@ -126,6 +131,7 @@ KINDS = {
     "einsum of a list": einsum_of_a_list,
     "einsum of values first": einsum_of_values_first,
     "value first": value_first,
+    "another product between": product_between,
     "factors in keywords": lambda q, k, v: torch.matmul(
         input=torch.matmul(input=q, other=k.mT).div(math.sqrt(D)).softmax(-1), other=v
     ),
@@ -166,6 +172,9 @@ def captured(kernel, x=X, **options):
     return plain, calls, capture.calls
 
 
+# No product of two tensors makes these scores, or its letters are not known.
+UNKNOWN_SCORES = ("softmax of distances", "einsum of any dimensions", "einsum of values first")
+
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 1):
     del KINDS["sdpa with a scale"]  # the argument came in with torch 2.1
 
@@ -181,6 +190,10 @@ def test_weights_times_values_are_what_the_kernel_returned(kind):
     call.check("a module", one_head=True)
     if kind not in ("gated", "masked after"):
         assert_close(weights.sum(-1), torch.ones(B, HEADS, N))
+        if kind in UNKNOWN_SCORES:
+            assert (call.query, call.key) == (None, None)
+        elif isinstance(call, ExplicitCall):
+            assert_close((call.query @ call.key.mT / math.sqrt(D)).softmax(-1), weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -263,6 +276,45 @@ def test_weights_are_those_before_dropout_however_it_is_written(kind):
     assert call.dropout == probability
 
 
+# What code may do between dropout and the product.
+BEHIND_DROPOUT = {
+    "in place": lambda w: w.mul_(0.5),
+    "a mask in place": lambda w: w.masked_fill_(~MASK, 0),
+    "a gate in keywords": lambda w: torch.mul(input=w, other=0.5),
+    "a gate before": lambda w: torch.mul(torch.full((N, N), 0.5, dtype=w.dtype), w),
+    "a sum with two more": lambda w: torch.addcmul(torch.zeros_like(w), torch.ones_like(w), w),
+    "a cast in keywords": lambda w: w.to(dtype=torch.float32).to(dtype=torch.float64),
+    "a copy": lambda w: w.transpose(1, 2).contiguous().transpose(1, 2),
+    "dropout that is off": lambda w: F.dropout(w, 0.3, False),
+    "dropout that is off, in keywords": lambda w: torch.dropout(input=w, p=0.3, train=False),
+}
+
+
+@pytest.mark.parametrize("kind", BEHIND_DROPOUT)
+@pytest.mark.parametrize("drops", [False, True])
+def test_what_comes_after_dropout_is_part_of_the_weights(kind, drops):
+    after = BEHIND_DROPOUT[kind]
+    module, calls = (
+        Attention(lambda q, k, v: after(F.dropout(weights_of(q, k), 0.4, drops)) @ v),
+        [],
+    )
+    with torch.no_grad():
+        q, k, _ = module.qkv(X).reshape(B, N, 3, HEADS, D).permute(2, 0, 3, 1, 4)
+        torch.manual_seed(0)
+        plain = module(X)
+        torch.manual_seed(0)
+        with Capture(module, calls.append):
+            assert_same_bits(module(X), plain)
+    (call,) = calls
+    assert_close(call.weights(), after(weights_of(q, k)))
+    assert call.dropout == (0.4 if drops else 0)
+    assert_close((call.query @ call.key.mT / math.sqrt(D)).softmax(-1), weights_of(q, k))
+
+
+def weights_of(q, k):
+    return scores(q, k).softmax(-1)
+
+
 def test_a_cast_between_gives_the_tensor_that_is_multiplied():
     def cast(q, k, v):
         return (scores(q, k).softmax(-1).float() @ v.float()).double()
@@ -300,6 +352,53 @@ def test_two_matrices_without_batch_and_heads_are_one_head(kernel):
     assert_close(call.weights(), (q @ k.mT).softmax(-1))
 
 
+CROSS = {
+    "@": lambda w, v: w @ v,
+    "values first": lambda w, v: (v.mT @ w.mT).mT,
+    "einsum": lambda w, v: torch.einsum("bhqk,bhkd->bhqd", w, v),
+    "einsum of values first": lambda w, v: torch.einsum("bhkd,bhqk->bqhd", v, w),
+    "einsum of a transposed matrix": lambda w, v: torch.einsum("bhkq,bhkd->bhqd", w.mT, v),
+    "einsum of any dimensions between": lambda w, v: torch.einsum("b...qk,b...kd->b...qd", w, v),
+    "einsum of a permuted matrix": lambda w, v: torch.einsum(
+        "kbhq,kbhd->bhqd", w.permute(3, 0, 1, 2), v.permute(2, 0, 1, 3)
+    ),
+    "a view of a view": lambda w, v: w.mT.mT @ v,
+}
+
+
+@pytest.mark.parametrize("kind", CROSS)
+def test_queries_and_keys_of_two_sequences(kind):
+    query, calls = noise(B, HEADS, 5, D, seed=0), []
+    key, value = noise(B, HEADS, 7, D, seed=1), noise(B, HEADS, 7, 8, seed=2)
+    with Capture(nn.Identity(), calls.append):
+        CROSS[kind](weights_of(query, key), value)
+    (call,) = calls
+    assert_close(call.weights(), weights_of(query, key))
+    assert_same_bits(call.value, value)
+
+
+NO_ROWS = {
+    "the matrix transposed": lambda w, v: w.mT @ torch.ones(B, HEADS, 5, 8),
+    "einsum of the matrix transposed": lambda w, v: torch.einsum("bhqk,bhqd->bhkd", w, v[:, :, :5]),
+    "a part of the keys": lambda w, v: w[..., 2:] @ v[:, :, 2:],
+    "every second key": lambda w, v: w[..., ::2] @ v[:, :, ::2],
+    "a vector": lambda w, v: w @ v[0, 0, :, 0],
+    "einsum of one": lambda w, v: torch.einsum("bhqk->bhq", w),
+    "einsum of three": lambda w, v: torch.einsum("bhqk,bhkd,d->bhqd", w, v, v[0, 0, 0]),
+    "einsum of an outer product": lambda w, v: torch.einsum("bhqk,bhkd->bhqkd", w, v),
+    "einsum over two": lambda w, v: torch.einsum("bhqk,bhkd->bqd", w, v),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ROWS)
+def test_products_that_do_not_sum_over_the_keys_are_not_taken(kind):
+    query, calls = noise(B, HEADS, 5, D, seed=0), []
+    key, value = noise(B, HEADS, 7, D, seed=1), noise(B, HEADS, 7, 8, seed=2)
+    with Capture(nn.Identity(), calls.append) as capture:
+        NO_ROWS[kind](weights_of(query, key), value)
+    assert (calls, capture.calls) == ([], 0)
+
+
 UNSEEN = {
     "exp and sum by hand": lambda q, k, v: (
         scores(q, k).exp() / scores(q, k).exp().sum(-1, keepdim=True) @ v
@@ -311,6 +410,10 @@ UNSEEN = {
         "bhqk,bhqd->bhkd", scores(q, k).softmax(-1), v
     ),
     "letters apart": einsum_letters_apart,
+    "a diagonal": lambda q, k, v: torch.einsum("bhkk,bhkd->bhd", scores(q, k).softmax(-1), v)[
+        :, :, None
+    ].expand_as(v),
+    "a tensor like a softmax": lambda q, k, v: torch.ones_like(scores(q, k).softmax(-1)) @ v,
 }
 
 
@@ -471,3 +574,32 @@ def test_a_function_of_torch_without_a_name_runs():
 
     with Capture(nn.Identity(), lambda call: None):
         assert_same_bits(Nameless()(X), X + 1)
+
+
+NAMES_OF_HEADS = ("num_heads", "num_attention_heads", "n_heads", "heads", "nheads", "n_head")
+
+
+@pytest.mark.parametrize("name", NAMES_OF_HEADS)
+def test_the_number_of_heads_has_many_names(name):
+    module = nn.Identity()
+    assert heads_of(module) is None
+    setattr(module, name, 3)
+    assert heads_of(module) == 3
+
+
+def test_a_name_of_heads_that_is_no_number_is_not_theirs():
+    module = nn.Identity()
+    module.num_heads, module.n_head = "many", 5
+    assert heads_of(module) == 5
+
+
+def test_as_many_calls_as_tensors_are_expected():
+    check_calls(1, "a module")
+    check_calls(2, "a module", 2)
+    for calls, expected, words in (
+        (2, 1, "once in a pass.*2 calls"),
+        (0, 1, "once in a pass.*none that can be seen"),
+        (1, 2, "2 times for 2 tensors.*1 calls"),
+    ):
+        with pytest.raises(NotRecordedError, match=f"(?s){words}"):
+            check_calls(calls, "a module", expected)

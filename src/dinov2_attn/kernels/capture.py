@@ -275,7 +275,7 @@ class Capture(TorchFunctionMode):
 
     def _other(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``func``, and follow a softmax through it: a cast, a mask, a gate, a view."""
-        operands = (*args[:3], kwargs.get("input"))
+        operands = (*args, kwargs.get("input"))
         given = next((arg for arg in operands if self._found(arg) is not None), None)
         source = self._found(given)
         if source is None or given is None or name.endswith("_like"):

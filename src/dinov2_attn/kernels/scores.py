@@ -85,6 +85,8 @@ def einsum_of(equation: Any, *operands: Any) -> Einsum | None:
         return None
     inputs, _, output = equation.replace(" ", "").replace("...", ".").partition("->")
     left, _, right = inputs.partition(",")
+    if any(len({*name}) < len(name) for name in (left, right)):  # twice a letter: a diagonal
+        return None
     summed = [letter for letter in left if letter in right and letter not in {*output, "."}]
     return Einsum(operands, (left, right), summed[0], output) if len(summed) == 1 else None
 
