@@ -183,12 +183,128 @@ def test_a_call_answers_in_its_dtype_and_computes_in_more(dtype):
     tiles = in_tiles(call, [3, 1])
     assert tiles.dtype == torch.float32
     assert_close(tiles.double(), expected[:, :, [3, 1]], dtype=torch.float32)
-    by_output = noise(B, H, Q, V, seed=5)
+    by_output = noise(B, H, Q, V, seed=5).double()
     tile = call.wide().gradient_tile(by_output, 1, slice(0, 2), slice(1, 3))
     assert tile.dtype == torch.float32
-    assert_close(tile.double(), (by_output.double() @ wide[2].mT)[1, :2, 1:3], dtype=torch.float32)
+    assert_close(tile.double(), (by_output @ wide[2].mT)[1, :2, 1:3], dtype=torch.float32)
     kept = call.kept().wide()
     assert kept.value is kept.key
+    assert kept.key.dtype == torch.float32
+    memory = torch.empty(2 * N)
+    with torch.no_grad():
+        found = kept.tile(0, slice(0, 1), slice(0, 2), torch.arange(2), memory)
+    assert found.data_ptr() == memory.data_ptr()
+
+
+def test_a_single_key_has_all_weight():
+    query, key, value = given([(B, H)] * 3)
+    call = fused_call(query, key[:, :, :1], value[:, :, :1])
+    assert_answers(call, torch.ones(B, H, Q, 1, dtype=torch.float64), value[:, :, :1])
+
+
+@pytest.mark.parametrize("sizes", [(0, N), (Q, 0), (0, 0)])
+def test_a_call_of_no_rows_or_no_keys_proves_nothing(sizes):
+    query, key, value = given([(B, H)] * 3)
+    call = fused_call(query[:, :, : sizes[0]], key[:, :, : sizes[1]], value[:, :, : sizes[1]])
+    call = call.ran(torch.zeros(B, H, sizes[0], V).double(), lambda out: out)
+    call.check("a module")
+    assert call.weights().shape == (B, H, *sizes)
+
+
+def test_copies_of_what_a_kernel_was_given_are_contiguous():
+    query, key, value = (tensor.transpose(1, 2).contiguous() for tensor in given([(B, H)] * 3))
+    by_head = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    for call in (
+        fused_call(*by_head),
+        ExplicitCall(softmax_of(*by_head[:2]), by_head[2], *by_head[:2]),
+    ):
+        (found,) = call.facets(("query", "key", "value"))
+        for one, tensor in zip(found.values(), by_head, strict=True):
+            assert_same_bits(one, tensor)
+            assert one.is_contiguous()
+
+
+def test_a_list_answers_for_each_of_its_elements():
+    lengths = [3, 2, 4]
+    query, key, value = (
+        noise(1, H, sum(lengths), size, seed=i, dtype=torch.float64)
+        for i, size in enumerate((D, D, V))
+    )
+    alone = [
+        FusedCall("a kernel", *each, 0.3)
+        for each in zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
+    ]
+    call = FusedCall("a kernel", query, key, value, 0.3, OwnBlocks(lengths))
+    output = torch.cat([one.weights() @ one.value for one in alone], 2)
+    ran = call.ran(output, lambda out: out)
+    ran.check("a module")
+    ran.check("a module", one_head=True)
+    assert len(ran.proofs("a module")) == len(ran.parts) == 3
+    with pytest.raises(UnfaithfulError):
+        call.ran(output + (torch.arange(9) > 4)[:, None], lambda out: out).check("a module")
+    by_output = noise(1, H, sum(lengths), V, seed=5, dtype=torch.float64)
+    memory = []
+
+    def new(like, shape):
+        memory.append(torch.empty(shape, dtype=like.dtype))
+        return memory[-1]
+
+    with torch.no_grad():
+        answers = [
+            (call.weights(), [one.weights() for one in alone]),
+            (call.weights([1]), [one.weights([1]) for one in alone]),
+            (call.weights([0], "mean"), [one.weights([0], "mean") for one in alone]),
+            (call.weights(new=new), memory),
+            (call.gradients(by_output), [g @ one.value.mT for g, one in of(by_output, alone)]),
+            (
+                call.gradients(by_output, [1], "mean"),
+                [(g[:, :, 1:2] @ one.value.mT).mean(1) for g, one in of(by_output, alone)],
+            ),
+            (
+                [found["value"] for found in call.facets(("value",))],
+                [one.value for one in alone],
+            ),
+            ([part.key for part in call.parts], [one.key for one in alone]),
+        ]
+    for found, expected in answers:
+        for one, other in zip(found, expected, strict=True):
+            assert_close(one, other)
+
+
+def of(by_output, calls):
+    """Return each call with its rows of the gradient by the output."""
+    return zip(by_output.split([call.rows for call in calls], 2), calls, strict=True)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("given_as", [torch.float32, torch.bfloat16])
+def test_under_autocast_a_call_is_in_the_dtype_of_its_kernel(ran, given_as):
+    query, key, value = given([(B, H)] * 3, torch.float32)
+    value = value.to(given_as)
+    with torch.autocast("cpu", torch.bfloat16):
+        call = fused_call(query, key, value)
+        try:
+            output = F.scaled_dot_product_attention(query, key, value)
+        except RuntimeError:
+            pytest.skip("this torch's autocast does not cast for its kernel")
+        if ran:
+            call = call.ran(output, lambda out: out)
+            call.check("a module")
+        assert output.dtype == torch.bfloat16
+        for found in (call.weights(), call.kept().weights(), call.detached().weights()):
+            assert found.dtype == torch.bfloat16
+        (facets,) = call.facets(("query", "key", "value"))
+        assert {tensor.dtype for tensor in facets.values()} == {torch.bfloat16}
+
+
+def test_a_kernel_that_is_switched_off_leaves_the_dtype_of_autocast():
+    kernels = pytest.importorskip("torch.nn.attention", reason="this torch has no sdpa_kernel")
+    call = fused_call(*given([(B, H)] * 3, torch.float32))
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        kernels.sdpa_kernel(kernels.SDPBackend.EFFICIENT_ATTENTION),
+    ):
+        assert call.weights().dtype == torch.bfloat16
 
 
 def test_an_explicit_call_answers_with_its_matrix():
@@ -275,9 +391,11 @@ def test_a_detached_call_keeps_its_weights_and_no_graph(kind):
 
 @pytest.mark.parametrize("kind", ["fused", "keys hidden", "heads zero", "explicit"])
 def test_a_call_that_is_kept_holds_no_values_and_no_output(kind):
-    call = calls_of_all_kinds()[kind].ran(noise(B, H, Q, V, seed=4).double(), lambda out: out)
+    output = noise(B, H, Q, V, seed=4).double().requires_grad_() * 1
+    call = calls_of_all_kinds()[kind].ran(output, lambda out: out)
     kept = call.kept()
     assert kept.output is None
+    assert kind != "fused" or kept.place is None
     assert V not in {tensor.shape[-1] for tensor in all_of(kept)}
     assert_same_bits(kept.weights(), call.weights())
 

@@ -123,7 +123,7 @@ class FusedCall:
 
     def ran(self, output: Tensor, heads_first: Callable[[Tensor], Tensor]) -> FusedCall:
         """Return the call with what the kernel returned, which ``heads_first`` rearranges."""
-        place = None if output.grad_fn is None else place_of(output, heads_first)
+        place = place_of(output, heads_first)
         # As replace() does, which calls the constructor: on a GPU each microsecond counts.
         call: FusedCall = object.__new__(type(self))
         vars(call).update(vars(self), output=heads_first(output), place=place)
@@ -257,7 +257,7 @@ class FusedCall:
             try:
                 out = F.scaled_dot_product_attention(query, key, value)
             except RuntimeError:  # sdpa_kernel may leave a kernel that takes no single key
-                out = query @ key.transpose(-2, -1)
+                out = query @ key.mT
         if same and self.query.dtype == out.dtype:
             return self
         query, key, value = (t.to(out.dtype) for t in (self.query, self.key, self.value))
