@@ -389,13 +389,14 @@ def test_a_detached_call_keeps_its_weights_and_no_graph(kind):
         assert_same_bits(one, other)
 
 
-@pytest.mark.parametrize("kind", ["fused", "keys hidden", "heads zero", "explicit"])
-def test_a_call_that_is_kept_holds_no_values_and_no_output(kind):
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in calls_of_all_kinds() if kind != "a list"])
+def test_a_call_that_is_kept_holds_no_values_no_output_and_no_graph_of_it(kind, grad):
     output = noise(B, H, Q, V, seed=4).double().requires_grad_() * 1
-    call = calls_of_all_kinds()[kind].ran(output, lambda out: out)
+    with torch.set_grad_enabled(grad):
+        call = calls_of_all_kinds()[kind].ran(output, lambda out: out)
     kept = call.kept()
-    assert kept.output is None
-    assert kind != "fused" or kept.place is None
+    assert (kept.output, kept.place) == (None, None)
     assert V not in {tensor.shape[-1] for tensor in all_of(kept)}
     assert_same_bits(kept.weights(), call.weights())
 

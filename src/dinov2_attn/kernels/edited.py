@@ -270,7 +270,7 @@ class EditedCall(_OfBase[FusedCall]):
 
     def kept(self) -> EditedCall:
         """Return the call without values and output, which the weights do not need."""
-        return replace(self, base=self.base.kept(), output=None)
+        return replace(self, base=self.base.kept(), mixed=None, output=None, place=None)
 
     def at(self, rows: list[int]) -> EditedCall:
         """Return the call of some queries only. ``tile`` is told their positions."""
