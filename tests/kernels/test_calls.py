@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinov2_attn.errors import UnfaithfulError
-from dinov2_attn.kernels.call import ExplicitCall, FusedCall, as_given, by_heads, fused_call
+from dinov2_attn.errors import InvalidInputError, UnfaithfulError
+from dinov2_attn.kernels.call import ExplicitCall, FusedCall, Proof, as_given, by_heads, fused_call
 from dinov2_attn.kernels.edited import editable
 from tests.math.test_bias import OwnBlocks
 from tests.support.strategies import noise
@@ -104,17 +104,18 @@ def assert_answers(call, weights, value):
         assert_close(one.weights(), weights)
         assert_close(one.weights([2, 0, -1]), weights[:, :, [2, 0, -1]])
         assert_close(one.weights(slice(1, 4), "mean"), weights[:, :, 1:4].mean(1))
+    memory = []
+
+    def new(like, shape):
+        memory.append(torch.full(shape, math.nan, dtype=like.dtype))
+        return memory[0]
+
     with torch.no_grad():
         assert_close(call.weights([3], "mean"), weights[:, :, 3:4].mean(1))
-        memory = []
-
-        def new(like, shape):
-            memory.append(torch.full(shape, math.nan, dtype=like.dtype))
-            return memory[0]
-
         found = call.weights(slice(0, 2), new=new)
     assert_close(found, weights[:, :, :2])
-    assert not memory or found is memory[0]
+    if isinstance(call, FusedCall) or memory:
+        assert found is memory[0]
     assert_close(in_tiles(call, [4, 0, 2]), weights[:, :, [4, 0, 2]])
     by_output = noise(batch, heads, rows, value.shape[-1], seed=5, dtype=torch.float64)
     value = value.repeat_interleave(heads // value.shape[1], 1)
@@ -122,7 +123,7 @@ def assert_answers(call, weights, value):
     if isinstance(call, ExplicitCall):
         by_output = by_weights
     assert_close(call.gradients(by_output), by_weights)
-    assert_close(call.gradients(by_output, [2, 0]), by_weights[:, :, [2, 0]])
+    assert_close(call.gradients(by_output, [2, -1]), by_weights[:, :, [2, -1]])
     assert_close(call.gradients(by_output, [1], "mean"), by_weights[:, :, [1]].mean(1))
     for head in range(heads):
         for line in range(0, rows, 2):
@@ -224,17 +225,26 @@ def test_copies_of_what_a_kernel_was_given_are_contiguous():
             assert one.is_contiguous()
 
 
-def test_a_list_answers_for_each_of_its_elements():
+class CausalBlocks(OwnBlocks):
+    """Blocks with something to add inside."""
+
+    def _create_block_mask(self, shape, dtype, device):
+        return torch.full(shape, -math.inf, dtype=dtype, device=device).triu(1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_list_answers_for_each_of_its_elements(causal):
     lengths = [3, 2, 4]
     query, key, value = (
         noise(1, H, sum(lengths), size, seed=i, dtype=torch.float64)
         for i, size in enumerate((D, D, V))
     )
     alone = [
-        FusedCall("a kernel", *each, 0.3)
+        FusedCall("a kernel", *each, 0.3, is_causal=causal)
         for each in zip(*(t.split(lengths, 2) for t in (query, key, value)), strict=True)
     ]
-    call = FusedCall("a kernel", query, key, value, 0.3, OwnBlocks(lengths))
+    blocks = (CausalBlocks if causal else OwnBlocks)(lengths)
+    call = FusedCall("a kernel", query, key, value, 0.3, blocks)
     output = torch.cat([one.weights() @ one.value for one in alone], 2)
     ran = call.ran(output, lambda out: out)
     ran.check("a module")
@@ -333,6 +343,9 @@ def test_autograd_follows_whatever_needs_it(name):
     call = fused_call(query, key, value, bias)
     edited = editable(call).explicit()
     assert call.weights().requires_grad == (name != "value")
+    memory = []
+    call.weights(new=lambda like, shape: memory.append(like) or torch.empty(shape).double())
+    assert len(memory) == (name == "value")  # what autograd follows is not written in place
     output = edited.run(lambda: F.scaled_dot_product_attention(query, key, value, bias))
     cotangent = noise(B, H, Q, V, seed=7, dtype=torch.float64)
     (found,) = torch.autograd.grad(output, leaf, cotangent)
@@ -397,6 +410,7 @@ def test_a_call_that_is_kept_holds_no_values_no_output_and_no_graph_of_it(kind, 
         call = calls_of_all_kinds()[kind].ran(output, lambda out: out)
     kept = call.kept()
     assert (kept.output, kept.place) == (None, None)
+    assert kept.value.shape[-2:] in ((N, D), (Q, N))
     assert V not in {tensor.shape[-1] for tensor in all_of(kept)}
     assert_same_bits(kept.weights(), call.weights())
 
@@ -422,6 +436,18 @@ def test_a_wrong_head_is_found_each_time_by_all_and_at_times_by_one(edit):
         except UnfaithfulError:
             found += 1
     assert 0 < found < 60
+
+
+def test_a_difference_counts_from_the_size_of_roundings_on():
+    proof = Proof("a kernel", "a module", 0.5, 0.01, torch.zeros(5))
+    allowed = 0.01 * (1 + 0.5 * 4 * 3) * 8
+    proof.read(allowed, 4, 3, 8, True)
+    proof.read(0.0, 0, 0, 0, True)
+    for error in (allowed * 1.001, math.inf, math.nan):
+        with pytest.raises(UnfaithfulError):
+            proof.read(error, 4, 3, 8, True)
+    with pytest.raises(InvalidInputError, match="finite values at a kernel"):
+        proof.read(0.0, 4, 3, 8, False)
 
 
 def test_a_call_without_output_or_with_dropout_proves_nothing():
