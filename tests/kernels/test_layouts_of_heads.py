@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import dinov2_attn
 from dinov2_attn.errors import NotEditedError, NotRecordedError
 from tests.support.strategies import noise
-from tests.support.tolerances import assert_close, assert_same_bits
+from tests.support.tolerances import assert_close, assert_same_bits, same_bits
 
 B, H, W, N, D = 2, 3, 4, 5, 6
 
@@ -186,6 +186,21 @@ def test_an_edit_that_would_miss_a_product_is_refused(between, change):
     ):
         model(x)
     assert_same_bits(model(x), plain)
+
+
+def routed(module, weights, value):
+    """A second softmax chooses among heads, as in a mixture of heads."""
+    gate = (weights[:, :, 0, :H] * 9).softmax(-1)
+    return torch.einsum("bhg,bgnd->bhnd", gate, weights @ value)
+
+
+def test_a_softmax_that_weighs_heads_is_no_second_use():
+    model, x = nn.Sequential(Explicit(routed)).eval(), noise(B, N, H * D, seed=0).float()
+    with torch.no_grad(), dinov2_attn.record(model) as maps:
+        plain = model(x)
+    assert maps.weights[0].shape == (B, H, N, N)
+    with torch.no_grad(), dinov2_attn.edit(model, heads=[0]):
+        assert not same_bits(model(x), plain)
 
 
 def wiped(module, weights, value):

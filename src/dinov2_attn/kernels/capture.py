@@ -63,6 +63,7 @@ class _Softmax(NamedTuple):
     Attributes:
         tensor: What the next operation is given.
         weights: The same before dropout.
+        origin: Of which softmax it is: the same object for all that is made of one.
         dropout: The probability with which ``tensor`` has lost weights.
         factors: What the scores are the product of, if that was seen.
         place: That of the weights in autograd's graph, if dropout writes into them.
@@ -71,6 +72,7 @@ class _Softmax(NamedTuple):
 
     tensor: Tensor
     weights: Tensor
+    origin: object
     dropout: float = 0.0
     factors: Factors | None = None
     place: Place | None = None
@@ -268,9 +270,8 @@ class Capture(TorchFunctionMode):
         if isinstance(out, Tensor) and out.ndim > 1 and dim in (-1, out.ndim - 1):
             # What is written into may be a buffer that the next layer writes into.
             weights = out.clone() if "out" in kwargs else out
-            self._softmaxes[storage_of(out)] = _Softmax(
-                out, weights, factors=self._scores.of(scores) if self._scores else None
-            )
+            factors = self._scores.of(scores) if self._scores else None
+            self._softmaxes[storage_of(out)] = _Softmax(out, weights, object(), factors=factors)
         return out
 
     def _other(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -294,12 +295,14 @@ class Capture(TorchFunctionMode):
             self._undropped[_layout(out)] = before
             self._softmaxes.setdefault(storage_of(out), source._replace(tensor=out, weights=before))
         elif "dropout" in name:
-            self._softmaxes[storage_of(out)] = _Softmax(out, out, factors=source.factors)
+            found = _Softmax(out, out, source.origin, factors=source.factors)
+            self._softmaxes[storage_of(out)] = found
         else:
             # What is written into other memory may be a buffer of all layers.
             copied = name.endswith("_") and storage_of(out) != storage_of(given)
-            followed = _Softmax(out, out.clone() if copied else out, factors=source.factors)
-            self._softmaxes.setdefault(storage_of(out), followed)
+            weights = out.clone() if copied else out
+            found = _Softmax(out, weights, source.origin, factors=source.factors)
+            self._softmaxes.setdefault(storage_of(out), found)
         return out
 
     def _dropped(
@@ -319,7 +322,7 @@ class Capture(TorchFunctionMode):
         out = func(*args, **kwargs)
         self._undropped[_layout(out)] = weights
         place = source.place or place or place_of(weights, self._heads_first)
-        found = _Softmax(out, weights, probability, source.factors, place)
+        found = _Softmax(out, weights, source.origin, probability, source.factors, place)
         self._softmaxes[storage_of(out)] = found
         return out
 
@@ -329,7 +332,7 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         factor, call = found
         if self._edit is not None:
-            self._used |= {place: one.tensor for place, one in self._softmaxes.items()}
+            self._use(factor.given)
             if factor.given.numel() != call.matrix.numel():
                 raise _in_parts(self._module, "a product of a part of it")
         self._softmaxes.clear()
@@ -343,6 +346,13 @@ class Capture(TorchFunctionMode):
         multiply = functools.partial(func, *args, **kwargs)
         last = self._heads_first(factor.last)
         return self.ran(call, multiply, self._heads_first, multiplied, last)
+
+    def _use(self, tensor: Tensor) -> None:
+        """Note ``tensor`` and all else that is made of its softmax: an edit reaches it alone."""
+        found = self._softmaxes[storage_of(tensor)]
+        for place, one in self._softmaxes.items():
+            if one.origin is found.origin:
+                self._used[place] = one.tensor
 
     def _explicit(self, factors: Sequence[_Factor]) -> tuple[_Factor, ExplicitCall] | None:
         """Return the call if one of two factors is a softmax whose last dimension is summed."""
