@@ -402,6 +402,13 @@ def test_a_detached_call_keeps_its_weights_and_no_graph(kind):
         assert_same_bits(one, other)
 
 
+def test_a_detached_call_holds_no_output_that_was_made_with_its_weights():
+    with torch.no_grad():
+        call = calls_of_all_kinds()["its own weights put in"]
+    assert call.mixed is not None
+    assert call.detached().mixed is None
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("kind", [kind for kind in calls_of_all_kinds() if kind != "a list"])
 def test_a_call_that_is_kept_holds_no_values_no_output_and_no_graph_of_it(kind, grad):

@@ -7,7 +7,7 @@ import torch
 
 from dinov2_attn.errors import InvalidInputError, NotEditedError
 from dinov2_attn.kernels.call import ExplicitCall, FusedCall, fused_call
-from dinov2_attn.kernels.edited import editable
+from dinov2_attn.kernels.edited import EditedCall, Hidden, editable
 from tests.kernels.test_calls import BIASES, B, D, H, N, Q, V, assert_answers, given, softmax_of
 from tests.math.test_bias import OwnBlocks
 from tests.support.strategies import noise
@@ -147,6 +147,15 @@ def test_hidden_keys_of_all_rows_take_one_row_of_a_mask():
     call, _, _ = built("nothing")
     assert editable(call).hide(None, HIDDEN).masked.bias.shape == (B, 1, 1, N)
     assert editable(call).hide((1,), HIDDEN[:1]).masked.bias.shape == (1, 1, Q, N)
+
+
+def test_keys_may_be_named_on_another_device():
+    """A mask of the CPU hides keys on a GPU. The device without numbers is another one as well."""
+    query, key, value = (tensor.to("meta") for tensor in given([(B, H)] * 3))
+    call = fused_call(query, key, value)
+    for rows in (None, (1,)):
+        edited = EditedCall(call, (Hidden(rows, HIDDEN),))
+        assert edited.masked.bias.device.type == "meta"
 
 
 @pytest.mark.parametrize("rows", [1, 2])

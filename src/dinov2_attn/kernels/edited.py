@@ -289,7 +289,7 @@ class EditedCall(_OfBase[FusedCall]):
     ) -> Tensor:
         """Return some rows of the weights of one sample, ``(heads, lines, N)``, in ``memory``."""
         if self.put is not None and self._is_put:
-            return self.put[sample, heads, lines].to(self._wide)
+            return self.put[sample, heads, lines]
         tile = self.masked.tile(sample, heads, lines, positions, memory)
         for i, head in enumerate(range(self.heads)[heads]):
             if head in self.zeroed:
