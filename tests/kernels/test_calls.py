@@ -342,6 +342,7 @@ def test_autograd_follows_whatever_needs_it(name):
     leaf = {"query": query, "key": key, "value": value, "bias": bias}[name].requires_grad_()
     call = fused_call(query, key, value, bias)
     edited = editable(call).explicit()
+    assert edited.weights() is edited.weights()  # so that a gradient by it can be asked
     assert call.weights().requires_grad == (name != "value")
     memory = []
     call.weights(new=lambda like, shape: memory.append(like) or torch.empty(shape).double())

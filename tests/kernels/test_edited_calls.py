@@ -279,6 +279,8 @@ def test_each_element_of_a_list_is_edited_by_itself(edit):
         for one in found.weights(new=new):
             assert not memory or any(one is other for other in memory)
     ran = found.ran(whole, lambda out: out + 1)
+    ran.check("a module")
+    assert ran.proofs("a module") == []
     assert_same_bits(ran.output, whole + 1)
     by_output = noise(1, H, sum(LENGTHS), V, seed=9, dtype=torch.float64)
     gradients = ran.gradients(by_output, [0])
