@@ -10,7 +10,15 @@ import torch
 from torch.nn import functional as F
 
 from dinov2_attn.errors import InvalidInputError, UnfaithfulError
-from dinov2_attn.kernels.call import ExplicitCall, FusedCall, Proof, as_given, by_heads, fused_call
+from dinov2_attn.kernels.call import (
+    ExplicitCall,
+    FusedCall,
+    Proof,
+    as_given,
+    by_heads,
+    fused_call,
+    verify,
+)
 from dinov2_attn.kernels.edited import editable
 from tests.math.test_bias import OwnBlocks
 from tests.support.strategies import noise
@@ -44,6 +52,7 @@ BIASES = {
         (torch.arange(queries * N).reshape(queries, N) % 3 != 1) | (torch.arange(N) == 0)
     ),
     "a number for each key": lambda queries: noise(1, N, seed=8, dtype=torch.float64),
+    "a number for each key alone": lambda queries: noise(N, seed=8, dtype=torch.float64),
     "numbers": lambda queries: noise(queries, N, seed=9, dtype=torch.float64),
 }
 
@@ -439,6 +448,8 @@ def test_a_wrong_head_is_found_each_time_by_all_and_at_times_by_one(edit):
         right.check("a module", one_head=True)
         with pytest.raises(UnfaithfulError):
             call.check("a module")
+        with pytest.raises(UnfaithfulError):
+            verify(call.proofs("a module"))
         try:
             call.check("a module", one_head=True)
         except UnfaithfulError:

@@ -149,6 +149,34 @@ def test_hidden_keys_of_all_rows_take_one_row_of_a_mask():
     assert editable(call).hide((1,), HIDDEN[:1]).masked.bias.shape == (1, 1, Q, N)
 
 
+@torch.no_grad()
+def test_weights_of_hidden_keys_lie_in_the_memory_that_is_asked():
+    call, _, _ = built("nothing")
+    memory = torch.empty(B, H, 1, N, dtype=torch.float64)
+    found = editable(call).hide(None, HIDDEN).weights([2], new=lambda like, shape: memory)
+    assert found is memory
+
+
+@pytest.mark.parametrize("probability", [0.25, 0.75])
+def test_edited_weights_are_dropped_with_the_probability_of_the_kernel(probability):
+    query, key, _ = given([(B, H)] * 3)
+    value = torch.eye(N, dtype=torch.float64).expand(B, H, N, N)
+    call = FusedCall("a kernel", query, key, value, 0.3, dropout=probability)
+    weights = call.weights()
+    explicit = editable(ExplicitCall(weights, value, dropout=probability))
+    torch.manual_seed(0)
+    for found, expected in (
+        (editable(call).with_weights(None, weights / 2), weights / 2),
+        (editable(call).hide(None, HIDDEN), editable(call).hide(None, HIDDEN).weights()),
+        (explicit.with_weights(None, weights / 2), weights / 2),
+    ):
+        output = found.run(None)
+        kept = output != 0
+        assert_close(output[kept], expected[kept] / (1 - probability))
+        share = float(kept[expected != 0].double().mean())
+        assert abs(share - (1 - probability)) < 0.12
+
+
 def test_keys_may_be_named_on_another_device():
     """A mask of the CPU hides keys on a GPU. The device without numbers is another one as well."""
     query, key, value = (tensor.to("meta") for tensor in given([(B, H)] * 3))
@@ -191,7 +219,7 @@ def test_a_row_that_loses_its_last_key_in_any_sample_is_named(kind, samples, row
     hidden = torch.zeros(3, N, dtype=torch.bool)
     hidden[:, 1] = hidden[list(samples)] = True
     pattern = editable(kind(fused_call(query, key, value)))
-    with pytest.raises(InvalidInputError, match=words):
+    with pytest.raises(InvalidInputError, match=f"left for {words}"):
         pattern.hide(rows, hidden)
     hidden[:, 0] = False
     pattern.hide(rows, hidden)
@@ -201,7 +229,7 @@ def test_a_row_is_named_by_its_position_under_a_causal_mask():
     call, _, _ = built("nothing", causal=True)
     first = torch.arange(N)[None] < 3
     for rows, words in ((None, "query 0"), ((3, 2, 4), "query 2"), ((4, 1), "query 1")):
-        with pytest.raises(InvalidInputError, match=words):
+        with pytest.raises(InvalidInputError, match=f"left for {words}"):
             editable(call).hide(rows, first)
 
 
@@ -278,6 +306,9 @@ def test_each_element_of_a_list_is_edited_by_itself(edit):
             assert_close(one, other[:, :, [1]].mean(1))
         for one in found.weights(new=new):
             assert not memory or any(one is other for other in memory)
+        assert len(memory) == (
+            0 if any(part.put_rows or part.zeroed for part in found.parts) else 3
+        )
     ran = found.ran(whole, lambda out: out + 1)
     ran.check("a module")
     assert ran.proofs("a module") == []
