@@ -139,6 +139,7 @@ KINDS = {
         input=scores(q, k).softmax(-1).flatten(0, 1), mat2=v.flatten(0, 1)
     ).reshape(B, HEADS, N, D),
     "baddbmm in keywords": baddbmm_in_keywords,
+    "softmax in keywords": lambda q, k, v: torch.softmax(input=scores(q, k), dim=-1) @ v,
     "softmax of distances": lambda q, k, v: torch.cdist(q, k).neg().softmax(-1) * 1 @ v,
     "sdpa in keywords": lambda q, k, v: F.scaled_dot_product_attention(query=q, key=k, value=v),
     "torch.special": lambda q, k, v: torch.special.softmax(scores(q, k), -1) @ v,
@@ -285,6 +286,7 @@ BEHIND_DROPOUT = {
     "a sum with two more": lambda w: torch.addcmul(torch.zeros_like(w), torch.ones_like(w), w),
     "a cast in keywords": lambda w: w.to(dtype=torch.float32).to(dtype=torch.float64),
     "a copy": lambda w: w.transpose(1, 2).contiguous().transpose(1, 2),
+    "a copy by columns": lambda w: w.mT.contiguous().mT * 0.5,
     "dropout that is off": lambda w: F.dropout(w, 0.3, False),
     "dropout that is off, in keywords": lambda w: torch.dropout(input=w, p=0.3, train=False),
 }
@@ -309,6 +311,33 @@ def test_what_comes_after_dropout_is_part_of_the_weights(kind, drops):
     assert_close(call.weights(), after(weights_of(q, k)))
     assert call.dropout == (0.4 if drops else 0)
     assert_close((call.query @ call.key.mT / math.sqrt(D)).softmax(-1), weights_of(q, k))
+
+
+def test_rows_of_what_comes_after_dropout_are_of_the_same_weights():
+    module, calls = Attention(lambda q, k, v: torch.cat([rows(q, k) @ v] * 2, 2)), []
+
+    def rows(q, k):
+        return (F.dropout(weights_of(q, k), 0.4, True) * 0.5)[:, :, ::2]
+
+    with torch.no_grad(), Capture(module, calls.append):
+        q, k, _ = module.qkv(X).reshape(B, N, 3, HEADS, D).permute(2, 0, 3, 1, 4)
+        module(X)
+    (call,) = calls
+    assert_close(call.weights(), weights_of(q, k) * 0.5)
+
+
+@pytest.mark.parametrize("kind", DROPOUTS)
+def test_the_gradient_is_that_by_the_weights_before_dropout(kind):
+    drop, _ = DROPOUTS[kind]
+    (q, k, v), calls, seen = noise(3, B, HEADS, N, D, seed=0, dtype=torch.float64), [], []
+    weights = weights_of(q, k).requires_grad_()
+    with Capture(nn.Identity(), calls.append):
+        softmax = (weights.log() * 1).softmax(-1)  # the weights again, as a softmax gives them
+        softmax.retain_grad()
+        out = drop(softmax * 1) @ v
+    calls[0].place.watch(seen.append)
+    (out * noise(*out.shape, seed=3)).sum().backward()
+    assert_close(seen[0], softmax.grad)
 
 
 def weights_of(q, k):
@@ -413,6 +442,12 @@ UNSEEN = {
     "a diagonal": lambda q, k, v: torch.einsum("bhkk,bhkd->bhd", scores(q, k).softmax(-1), v)[
         :, :, None
     ].expand_as(v),
+    "the mean of heads": lambda q, k, v: (
+        scores(q, k).softmax(-1).mean(1, keepdim=True) @ v[:, :1]
+    ).expand_as(v),
+    "a softmax of a vector": lambda q, k, v: (v[0, 0, :, 0].softmax(0)[None] @ v[0, 0]).expand_as(
+        v
+    ),
     "a tensor like a softmax": lambda q, k, v: torch.ones_like(scores(q, k).softmax(-1)) @ v,
 }
 
@@ -563,6 +598,19 @@ def test_an_interrupted_exit_gives_back_what_it_took_at_the_next_chance():
     assert len(calls) == 1
     assert not lost
     assert overrides._get_current_function_mode_stack() == []
+
+
+def test_what_takes_a_call_runs_unseen_and_may_change_the_output():
+    module, found = Attention(KINDS["softmax @"]), []
+    plain = module(X)
+
+    def take(call):
+        found.append(torch.softmax(input=call.matrix, dim=-1) @ call.value)
+        return lambda out: out * 2
+
+    with Capture(module, take) as capture:
+        assert_same_bits(module(X), plain * 2)
+    assert len(found) == capture.calls == 1
 
 
 def test_a_function_of_torch_without_a_name_runs():

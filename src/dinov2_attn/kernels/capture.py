@@ -267,7 +267,7 @@ class Capture(TorchFunctionMode):
     def _after_softmax(self, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         scores = args[0] if args else kwargs.get("input")
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if isinstance(out, Tensor) and out.ndim > 1 and dim in (-1, out.ndim - 1):
+        if out.ndim > 1 and dim in (-1, out.ndim - 1):
             # What is written into may be a buffer that the next layer writes into.
             weights = out.clone() if "out" in kwargs else out
             factors = self._scores.of(scores) if self._scores else None
