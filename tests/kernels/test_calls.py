@@ -17,9 +17,11 @@ from dinov2_attn.kernels.call import (
     as_given,
     by_heads,
     fused_call,
+    some_rows,
     verify,
 )
 from dinov2_attn.kernels.edited import editable
+from dinov2_attn.kernels.place import place_of
 from tests.math.test_bias import OwnBlocks
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close, assert_same_bits
@@ -43,6 +45,8 @@ LAYOUTS = {
     "one key for all samples": ([(B, H), (1, H), (B, H)], H),
     "one value for all samples": ([(B, H), (B, H), (1, H)], H),
     "one key for all heads": ([(B, H), (B, 1), (B, 1)], H),
+    "one value for all heads": ([(B, H), (B, H), (B, 1)], H),
+    "one query and one key for all heads": ([(B, 1), (B, 1), (B, H)], H),
     "two keys for four heads": ([(B, 4), (B, 2), (B, 2)], 4),
     "a sample of one head": ([(1, 1), (1, 1), (1, 1)], 1),
 }
@@ -156,6 +160,8 @@ def test_a_fused_call_answers_with_its_weights(name, bias, causal):
     if name == "one value for all samples":
         value = value.expand(B, -1, -1, -1)
     expected = heads_first(expected, name, heads)
+    if name == "one query and one key for all heads":
+        expected = expected.expand(-1, H, -1, -1)
     assert_answers(call, expected, call.value)
     ran = call.ran(output, partial(by_heads, heads=heads))
     assert_close(ran.output, expected @ call._by_query_head[1])
@@ -332,6 +338,7 @@ def test_an_explicit_call_answers_with_its_matrix():
     call = ExplicitCall(matrix, value, query, key).ran(matrix @ value, lambda out: out)
     assert_answers(call, matrix, value)
     assert_same_bits(call.output, matrix @ value)
+    assert call.weights() is matrix  # so that a gradient by it can be asked
     assert call.proofs("a module") == []
     (facets,) = call.facets(("query", "key", "value"))
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -376,13 +383,15 @@ def all_of(call):
 def calls_of_all_kinds():
     query, key, value = (tensor.requires_grad_() for tensor in given([(B, H)] * 3))
     fused = fused_call(query, key, value)
-    explicit = ExplicitCall(softmax_of(query, key), value, query, key)
+    matrix = softmax_of(query, key)
+    place = place_of(matrix, lambda gradient: gradient)
     hidden = torch.arange(N)[None] == 1
     put = editable(fused).with_weights((1,), fused.weights([1]) / 2)
     lists = FusedCall("a kernel", *(t[:1] for t in (query, query, query)), 0.3, OwnBlocks([2, 3]))
     return {
         "fused": fused,
-        "explicit": explicit,
+        "explicit": ExplicitCall(matrix, value, query, key, place=place),
+        "explicit of other scores": ExplicitCall(matrix, value, place=place),
         "nothing edited": editable(fused),
         "keys hidden": editable(fused).hide(None, hidden),
         "heads zero": editable(fused).zero([1]),
@@ -397,10 +406,9 @@ def test_a_detached_call_keeps_its_weights_and_no_graph(kind):
     call = calls_of_all_kinds()[kind]
     shape = (1, H, Q, D) if kind == "a list" else (B, H, Q, V)
     output = noise(*shape, seed=4).double().requires_grad_() * 1
-    if kind != "explicit":
-        call = call.ran(output, lambda out: out)
-        assert call.place is not None
-        assert_same_bits(call.output, output)
+    call = call.ran(output, lambda out: out)
+    assert call.place is not None
+    assert_same_bits(call.output, output)
     detached = call.detached()
     assert detached.place is None
     assert detached.output is None
@@ -428,6 +436,7 @@ def test_a_call_that_is_kept_holds_no_values_no_output_and_no_graph_of_it(kind, 
     kept = call.kept()
     assert (kept.output, kept.place) == (None, None)
     assert kept.value.shape[-2:] in ((N, D), (Q, N))
+    assert not kind.startswith("explicit") or (kept.query, kept.key) == (None, None)
     assert V not in {tensor.shape[-1] for tensor in all_of(kept)}
     assert_same_bits(kept.weights(), call.weights())
 
@@ -457,6 +466,13 @@ def test_a_wrong_head_is_found_each_time_by_all_and_at_times_by_one(edit):
     assert 0 < found < 60
 
 
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 9])
+def test_the_rows_of_a_proof_are_four_wherever_there_are_as_many(length):
+    found = {tuple(range(length)[some_rows(length)]) for _ in range(300)}
+    count = min(4, length)
+    assert found == {tuple(range(i, i + count)) for i in range(length - count + 1)}
+
+
 def test_a_difference_counts_from_the_size_of_roundings_on():
     proof = Proof("a kernel", "a module", 0.5, 0.01, torch.zeros(5))
     allowed = 0.01 * (1 + 0.5 * 4 * 3) * 8
@@ -475,6 +491,7 @@ def test_a_call_without_output_or_with_dropout_proves_nothing():
     for call in (
         fused_call(query, key, value),
         fused_call(query, key, value, dropout_p=0.5).ran(wrong, lambda out: out),
+        fused_call(query[0], key[0], value[0], dropout_p=0.5).ran(wrong[:1], lambda out: out),
     ):
         call.check("a module")
         assert call.proofs("a module") == []

@@ -239,6 +239,13 @@ def test_dropout_is_left_out_of_the_weights_and_drawn_as_before():
     assert float((calls[0].weights() == 0).sum()) == 0
 
 
+def own_dropout(weights):
+    """Somebody's own function that lets torch override it."""
+    if overrides.has_torch_function((weights,)):
+        return overrides.handle_torch_function(own_dropout, (weights,), weights)
+    return F.dropout(weights, 0.5)
+
+
 # Dropout as code writes it: whether it drops, and with which probability.
 DROPOUTS = {
     "F": (lambda w: F.dropout(w, 0.4, True), 0.4),
@@ -250,6 +257,7 @@ DROPOUTS = {
     "torch in keywords": (lambda w: torch.dropout(w, p=0.3, train=True), 0.3),
     "torch in place": (lambda w: torch.dropout_(w, 0.3, True), 0.3),
     "torch, all in keywords": (lambda w: torch.dropout(input=w, p=0.3, train=True), 0.3),
+    "of its own": (own_dropout, 0.5),
     "module": (nn.Dropout(0.3), 0.3),
     "module in place": (nn.Dropout(0.3, inplace=True), 0.3),
     "F off": (lambda w: F.dropout(w, 0.4, False), 0.0),
@@ -286,6 +294,7 @@ BEHIND_DROPOUT = {
     "a sum with two more": lambda w: torch.addcmul(torch.zeros_like(w), torch.ones_like(w), w),
     "a cast in keywords": lambda w: w.to(dtype=torch.float32).to(dtype=torch.float64),
     "a copy": lambda w: w.transpose(1, 2).contiguous().transpose(1, 2),
+    "a view that is not used": lambda w: (w.mT, w)[1],
     "a copy by columns": lambda w: w.mT.contiguous().mT * 0.5,
     "dropout that is off": lambda w: F.dropout(w, 0.3, False),
     "dropout that is off, in keywords": lambda w: torch.dropout(input=w, p=0.3, train=False),
@@ -388,6 +397,10 @@ CROSS = {
     "einsum of values first": lambda w, v: torch.einsum("bhkd,bhqk->bqhd", v, w),
     "einsum of a transposed matrix": lambda w, v: torch.einsum("bhkq,bhkd->bhqd", w.mT, v),
     "einsum of any dimensions between": lambda w, v: torch.einsum("b...qk,b...kd->b...qd", w, v),
+    "einsum of all dimensions": lambda w, v: torch.einsum("...qk,...kd->...qd", w, v),
+    "einsum of any dimensions behind": lambda w, v: torch.einsum(
+        "k...q,k...d->...qd", w.permute(3, 0, 1, 2), v.permute(2, 0, 1, 3)
+    ),
     "einsum of a permuted matrix": lambda w, v: torch.einsum(
         "kbhq,kbhd->bhqd", w.permute(3, 0, 1, 2), v.permute(2, 0, 1, 3)
     ),
@@ -412,6 +425,7 @@ NO_ROWS = {
     "a part of the keys": lambda w, v: w[..., 2:] @ v[:, :, 2:],
     "every second key": lambda w, v: w[..., ::2] @ v[:, :, ::2],
     "a vector": lambda w, v: w @ v[0, 0, :, 0],
+    "a row alone": lambda w, v: torch.einsum("k,kd->d", w[0, 0, 0], v[0, 0]),
     "einsum of one": lambda w, v: torch.einsum("bhqk->bhq", w),
     "einsum of three": lambda w, v: torch.einsum("bhqk,bhkd,d->bhqd", w, v, v[0, 0, 0]),
     "einsum of an outer product": lambda w, v: torch.einsum("bhqk,bhkd->bhqkd", w, v),
@@ -645,9 +659,9 @@ def test_as_many_calls_as_tensors_are_expected():
     check_calls(1, "a module")
     check_calls(2, "a module", 2)
     for calls, expected, words in (
-        (2, 1, "once in a pass.*2 calls"),
-        (0, 1, "once in a pass.*none that can be seen"),
-        (1, 2, "2 times for 2 tensors.*1 calls"),
+        (2, 1, "kernel once in a pass: .*2 calls"),
+        (0, 1, "kernel once in a pass: .*none that can be seen"),
+        (1, 2, "kernel 2 times for 2 tensors: .*1 calls"),
     ):
         with pytest.raises(NotRecordedError, match=f"(?s){words}"):
             check_calls(calls, "a module", expected)

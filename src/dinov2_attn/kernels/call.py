@@ -605,11 +605,10 @@ def fused_call(
         scale = 1 / math.sqrt(query.shape[-1])
     if query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
         return FusedCall(SDPA, query, key, value, scale, attn_mask, is_causal, dropout_p)
-    dim = dim_of_heads(query.shape, heads)
     if attn_mask is not None and query.ndim != 4 and attn_mask.ndim > 2:
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-        attn_mask = by_heads(attn_mask, heads, dim)
-    given = [by_heads(tensor, heads, dim) for tensor in (query, key, value)]
+        attn_mask = by_heads(attn_mask, heads)
+    given = [by_heads(tensor, heads) for tensor in (query, key, value)]
     query, key, value = _of_one_batch(given)
     return FusedCall(SDPA, query, key, value, scale, attn_mask, is_causal, dropout_p)
 
@@ -618,9 +617,10 @@ def _of_one_batch(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return query, key and value ``(B, heads, N, d)``, of which some may serve all samples."""
     # Not len(): a graph would be of this size of batch only.
     batch = max(tensor.shape[0] for tensor in tensors)
-    tensors = [t.expand(batch, -1, -1, -1) if t.shape[0] == 1 < batch else t for t in tensors]
-    query, heads = tensors[0], tensors[1].shape[1]
-    return [query.expand(-1, heads, -1, -1) if query.shape[1] == 1 else query, *tensors[1:]]
+    query, key, value = (tensor.expand(batch, -1, -1, -1) for tensor in tensors)
+    if query.shape[1] == 1:
+        query = query.expand(-1, max(key.shape[1], value.shape[1]), -1, -1)
+    return [query, key, value]
 
 
 def dim_of_heads(shape: Sequence[int], heads: int | None) -> int:
@@ -631,15 +631,14 @@ def dim_of_heads(shape: Sequence[int], heads: int | None) -> int:
     return found[0] if len(found) == 1 else -3
 
 
-def by_heads(tensor: Tensor, heads: int | None, dim: int | None = None) -> Tensor:
+def by_heads(tensor: Tensor, heads: int | None) -> Tensor:
     """Return ``tensor`` as ``(B, heads, N, d)``.
 
     A tensor ``(B · heads, N, d)`` is split. One ``(B, windows, heads, N, d)`` or ``(B, heads,
-    windows, N, d)`` has its windows in the batch. ``dim`` is that of the heads, where it is known.
+    windows, N, d)`` has its windows in the batch.
     """
     if tensor.ndim > 4:
-        dim = dim_of_heads(tensor.shape, heads) if dim is None else dim
-        return tensor.movedim(dim, -3).flatten(0, -4)
+        return tensor.movedim(dim_of_heads(tensor.shape, heads), -3).flatten(0, -4)
     if tensor.ndim == 4:
         return tensor
     tensor = tensor if tensor.ndim == 3 else tensor[None]

@@ -282,7 +282,7 @@ class Capture(TorchFunctionMode):
         if source is None or given is None or name.endswith("_like"):
             return func(*args, **kwargs)
         if "dropout" in name and (p := _probability(args, kwargs)):
-            return self._dropped(given, source, p, func, args, kwargs)
+            return self._dropped(given, source, p, name, func, args, kwargs)
         before = self._undropped.get(_layout(given))
         if before is not None and name.endswith("_"):  # in place
             before = before.clone()
@@ -310,13 +310,14 @@ class Capture(TorchFunctionMode):
         given: Tensor,
         source: _Softmax,
         probability: float,
+        name: str,
         func: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
         """Run dropout on ``given``, and keep what it was given."""
         place, weights = None, self._undropped.get(_layout(given), given)
-        if _drops_in_place(func, args, kwargs):
+        if _drops_in_place(name, args, kwargs):
             place = place_of(weights, self._heads_first)
             weights = weights.clone()
         out = func(*args, **kwargs)
@@ -524,13 +525,18 @@ def _along_last(softmax: Tensor, factor: Tensor) -> bool:
     )
 
 
+def _given_to_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments by their names. ``torch.dropout`` calls one of them ``train``."""
+    return dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
+
+
 def _probability(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Return the probability with which this call of dropout drops."""
-    training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-    return float(kwargs.get("p", args[1] if len(args) > 1 else 0.5)) if training else 0.0
+    given = _given_to_dropout(args, kwargs)
+    training = given.get("training", given.get("train", True))
+    return float(given.get("p", 0.5)) if training else 0.0
 
 
-def _drops_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if getattr(func, "__name__", "").endswith("_"):  # torch.dropout_
-        return True
-    return bool(kwargs.get("inplace", args[3] if len(args) > 3 else False))
+def _drops_in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether this call writes into what it is given, as ``torch.dropout_`` does."""
+    return name.endswith("_") or bool(_given_to_dropout(args, kwargs).get("inplace", False))
