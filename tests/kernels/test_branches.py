@@ -12,14 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from dinov2_attn.backbone.proof import measure_kernel, sandbox
-from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.errors import InvalidInputError, NoOperatorError
 from dinov2_attn.kernels.branches import branches
 from dinov2_attn.kernels.xformers import (
     FLAG,
     KERNEL,
     Kernel,
+    check_stochastic_depth,
     describe_flags,
     flag_of,
+    kernel_homes,
     kernel_namespace,
     runs_nested,
 )
@@ -225,3 +227,50 @@ def test_the_kernel_is_at_home_where_a_forward_calls_it(memory_efficient, monkey
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     monkeypatch.delattr(module, KERNEL)
     assert kernel_namespace(forward) is vars(ops)  # as `xops.memory_efficient_attention`
+    monkeypatch.delitem(sys.modules, "xformers.ops")
+    assert kernel_namespace(forward) is None
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.setattr(module, FLAG, False, raising=False)
+    assert kernel_namespace(forward) is None  # it asks, and its import found nothing
+
+
+def test_every_module_that_holds_the_kernel_is_a_home_of_it(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    first, second, other = (types.ModuleType(name) for name in ("one", "two", "three"))
+    setattr(first, KERNEL, print)
+    setattr(second, KERNEL, print)
+    setattr(other, KERNEL, "not callable")
+    monkeypatch.setitem(sys.modules, "tests.one", first)
+    assert kernel_homes() == []  # nobody has imported xFormers
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    assert [home for home in kernel_homes() if home is vars(first)] == [vars(first)]
+    monkeypatch.setitem(sys.modules, "tests.two", second)
+    monkeypatch.setitem(sys.modules, "tests.three", other)
+    homes = kernel_homes()
+    assert [any(home is vars(one) for home in homes) for one in (first, second, other)] == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_stochastic_depth_of_a_list_is_for_cuda(memory_efficient, monkeypatch):
+    """No tensor is needed: only the devices count."""
+    flip(monkeypatch, PINNED.attention, True)
+    flip(monkeypatch, PINNED.block, True)
+
+    def on(*devices):
+        return [types.SimpleNamespace(device=torch.device(device)) for device in devices]
+
+    nested = PINNED.cls("NestedTensorBlock")
+    block = nested(8, num_heads=2, attn_class=memory_efficient, drop_path=0.3).train()
+    check_stochastic_depth(block, on("cuda", "cuda"))
+    for devices in (("cpu",), ("cuda", "cpu")):
+        with pytest.raises(NoOperatorError, match="with a drop path of 0.3"):
+            check_stochastic_depth(block, on(*devices))
+    block.eval()
+    check_stochastic_depth(block, on("cpu"))
+    without = nested(8, num_heads=2, attn_class=memory_efficient).train()
+    check_stochastic_depth(without, on("cpu"))
+    check_stochastic_depth(nn.Module().train(), on("cpu"))  # a block that knows of no such thing

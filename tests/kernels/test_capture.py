@@ -398,6 +398,10 @@ CROSS = {
     "einsum of a transposed matrix": lambda w, v: torch.einsum("bhkq,bhkd->bhqd", w.mT, v),
     "einsum of any dimensions between": lambda w, v: torch.einsum("b...qk,b...kd->b...qd", w, v),
     "einsum of all dimensions": lambda w, v: torch.einsum("...qk,...kd->...qd", w, v),
+    "einsum that names no result": lambda w, v: torch.einsum("...qk,...kd", w, v),
+    "einsum of numbers for letters": lambda w, v: torch.einsum(
+        w, [0, 1, 2, 3], v, [0, 1, 3, 4], [0, 1, 2, 4]
+    ),
     "einsum of any dimensions behind": lambda w, v: torch.einsum(
         "k...q,k...d->...qd", w.permute(3, 0, 1, 2), v.permute(2, 0, 1, 3)
     ),

@@ -91,6 +91,7 @@ def test_the_letters_of_an_einsum_tell_queries_from_keys(equation, spaces, as_li
         "qd,kd->q",
         "...qd,...kd->...qk",
         "bhqd,bhkd,d->bhqk",
+        "bhqd,bhkd,e->bhqk",
         "bhdd,bhkd->bhk",  # a diagonal
         "bhqd->bhq",
     ],

@@ -55,7 +55,7 @@ def matrices(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
     """Return the two factors of a product of matrices, or nothing if they are none."""
     names = ("input", "other", "mat2", "batch1", "batch2")
     given = [*args, *(kwargs[key] for key in names if key in kwargs)]
-    given = given[1:3] if name == "baddbmm" else given[:2]
+    given = given[1:] if name == "baddbmm" else given
     are_two = len(given) == 2 and all(isinstance(one, Tensor) and one.ndim > 1 for one in given)
     return given if are_two else []
 
@@ -77,11 +77,11 @@ class Einsum(NamedTuple):
     output: str
 
 
-def einsum_of(equation: Any, *operands: Any) -> Einsum | None:
+def einsum_of(equation: str, *operands: Any) -> Einsum | None:
     """Return what an einsum with these arguments computes, None if it is no product of two."""
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    if len(operands) != 2 or not isinstance(equation, str):
+    if len(operands) != 2:
         return None
     inputs, _, output = equation.replace(" ", "").replace("...", ".").partition("->")
     left, _, right = inputs.partition(",")
