@@ -233,6 +233,16 @@ def test_a_row_is_named_by_its_position_under_a_causal_mask():
             editable(call).hide(rows, first)
 
 
+@pytest.mark.parametrize("rows", [None, (1, 3), (4, 3, 0)])
+def test_the_row_that_loses_its_keys_is_named_and_no_other(rows):
+    query, key, value = given([(B, H)] * 3)
+    mask = torch.ones(Q, N, dtype=torch.bool)
+    mask[3, 2:] = False
+    call = fused_call(query, key, value, mask)
+    with pytest.raises(InvalidInputError, match="left for query 3"):
+        editable(call).hide(rows, torch.arange(N)[None] < 2)
+
+
 def test_an_explicit_call_that_is_edited_has_the_gradient_of_what_is_multiplied():
     _, weights, _ = built("nothing")
     value = given([(B, H)] * 3)[2]
