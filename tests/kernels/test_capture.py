@@ -322,6 +322,21 @@ def test_what_comes_after_dropout_is_part_of_the_weights(kind, drops):
     assert_close((call.query @ call.key.mT / math.sqrt(D)).softmax(-1), weights_of(q, k))
 
 
+def test_weights_before_dropout_are_not_written_into():
+    def kernel(q, k, v):
+        weights = weights_of(q, k)
+        out = F.dropout(weights, 0.4, True).mul_(0.5) @ v
+        return out + weights.sum(-1, keepdim=True)
+
+    module = Attention(kernel)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        plain = module(X)
+        torch.manual_seed(0)
+        with Capture(module, lambda call: None):
+            assert_same_bits(module(X), plain)
+
+
 def test_rows_of_what_comes_after_dropout_are_of_the_same_weights():
     module, calls = Attention(lambda q, k, v: torch.cat([rows(q, k) @ v] * 2, 2)), []
 

@@ -162,6 +162,12 @@ def before_and_after_dropout(module, weights, value):
     return F.dropout(weights, 0.5, training=True) @ value + weights @ torch.ones(N, D)
 
 
+def of_a_mix_and_alone(module, weights, value):
+    mixed = module.mix(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    mixed = F.dropout(mixed, 0.3, training=False)
+    return mixed @ value + weights @ torch.ones(N, D)
+
+
 def in_chunks(module, weights, value):
     return torch.cat([weights[:, :, i : i + 2] @ value for i in range(0, N, 2)], 2)
 
@@ -173,6 +179,7 @@ PRODUCTS = (
     of_a_copy,
     of_a_later_copy,
     before_and_after_dropout,
+    of_a_mix_and_alone,
     in_chunks,
 )
 
