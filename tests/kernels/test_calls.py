@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from dinov2_attn.errors import InvalidInputError, UnfaithfulError
@@ -483,6 +485,57 @@ def test_a_difference_counts_from_the_size_of_roundings_on():
             proof.read(error, 4, 3, 8, True)
     with pytest.raises(InvalidInputError, match="finite values at a kernel"):
         proof.read(0.0, 4, 3, 8, False)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_sample_of_no_finite_number_hides_no_other(number):
+    query, key, value = given([(B, H)] * 3)
+    output = fused_call(query, key, value).weights() @ value
+    for tensor in (query, key, value, output):
+        tensor[0] = number
+    call = fused_call(query, key, value)
+    call.ran(output, lambda out: out).check("a module")
+    finite = value.clone()
+    finite[0] = 1
+    fused_call(query, key, finite).ran(output, lambda out: out).check("a module")
+    wrong = output.clone()
+    wrong[1] += 0.1
+    with pytest.raises(UnfaithfulError):
+        call.ran(wrong, lambda out: out).check("a module")
+
+
+@contextmanager
+def tf32(allowed):
+    """Let products of float32 on GPUs round, or not."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_a_small_difference_on_a_cpu_is_one_whatever_gpus_may_round():
+    query, key, value = given([(B, H)] * 3, torch.float32)
+    call = fused_call(query, key, value)
+    wrong = call.ran(call.weights() @ value + 1e-3, lambda out: out)
+    for allowed in (False, True):
+        with tf32(allowed), pytest.raises(UnfaithfulError):
+            wrong.check("a module")
+
+
+def test_tensors_of_a_gpu_may_differ_by_its_rounding():
+    """The tensors have no numbers, so no GPU is needed."""
+    for dtype, allowed, expected in (
+        (torch.float32, True, 2**-10),
+        (torch.float32, False, 2**-23),
+        (torch.bfloat16, True, 2**-7),
+    ):
+        with tf32(allowed), FakeTensorMode():
+            query, key, value = (torch.empty(B, H, N, D, dtype=dtype, device="cuda") for _ in "qkv")
+            call = fused_call(query, key, value).ran(value, lambda out: out)
+            (proof,) = call.proofs("a module")
+        assert proof.rounding == 16 * expected
 
 
 def test_a_call_without_output_or_with_dropout_proves_nothing():

@@ -671,7 +671,7 @@ _CHOICE = random.Random()
 
 def _largest(tensor: Tensor) -> Tensor:
     """Return the largest size of a finite number: one sample may be NaN."""
-    tensor = tensor.nan_to_num(nan=0, posinf=0, neginf=0)
+    tensor = tensor.nan_to_num(posinf=0, neginf=0)  # NaN becomes 0 too
     low, high = tensor.aminmax()
     return torch.maximum(-low, high)
 
