@@ -283,3 +283,38 @@ def test_what_a_probe_did_not_find_is_not_probed_again(monkeypatch):
         model.forward_features(IMAGES[..., :4])
     assert maps.grid == (2, 2)
     assert len(runs) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", [(0, 2, 0), (2, 0, 2)])
+def test_a_pass_that_drops_tokens_has_no_grid(models, order):
+    """Which ones are left cannot be told, though the layout of the whole image is known."""
+    model = build(models)
+    base = type(model)
+
+    def prepare_tokens_with_masks(self, x, masks=None):
+        tokens = base.prepare_tokens_with_masks(self, x, masks)
+        return tokens[:, : tokens.shape[1] - self.dropped]
+
+    own = {"prepare_tokens_with_masks": prepare_tokens_with_masks}
+    model.__class__ = type("Own", (base,), own)
+    for model.dropped in order:
+        with record(model) as maps:
+            model.forward_features(IMAGES)
+        assert maps.grid == (None if model.dropped else GRID)
+
+
+@torch.no_grad()
+def test_patches_that_are_not_square(models):
+    model = build(models)
+    base = type(model)
+    own = {"interpolate_pos_encoding": lambda self, x, *size: torch.zeros_like(x)}
+    model.__class__ = type("Own", (base,), own)
+    model.patch_embed.proj = nn.Conv2d(3, 8, (2, 4), (2, 4)).to(IMAGES)
+    model.patch_embed.patch_size = model.patch_size = (2, 4)
+    for grid in ((3, 2), (2, 3), (4, 1), (13, 14)):
+        images = noise(1, 3, 2 * grid[0], 4 * grid[1], seed=0).to(IMAGES)
+        with record(model, queries="patches") as maps:
+            model.forward_features(images)
+        assert (maps.prefix, maps[0].suffix, maps.grid) == (1, 0, grid)
+        assert len(maps.queries) == grid[0] * grid[1]
