@@ -117,8 +117,10 @@ def test_a_projection_that_draws_is_drawn_once(models):
         assert_close(weights, reference.weights(given, tokens))
 
 
-def test_a_batch_of_nothing_is_answered_in_training(models):
-    _, attentions = build(models).train()(IMAGES[:0], return_attention=True)
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_batch_of_nothing_is_answered_in_training(models, rate):
+    model = build(models, drop_path_rate=rate).train()
+    _, attentions = model(IMAGES[:0], return_attention=True)
     assert [weights.shape for weights in attentions] == [(0, 2, 7, 7)] * 3
 
 

@@ -424,6 +424,8 @@ def test_a_model_without_the_number_has_none_inside(model, images):
     with add_registers(model, {0: [1]}):
         model(images)
         assert not hasattr(other, "num_register_tokens")
+        other.num_register_tokens = None  # as code that knows no registers may say
+        assert other.num_register_tokens is None
         del model.num_register_tokens
         model.num_register_tokens = 1
 

@@ -160,6 +160,10 @@ def test_a_prefix_alone_moves_the_grid(models):
     with record(model, prefix=3) as maps, torch.no_grad():
         model.forward_features(IMAGES)
     assert (maps.prefix, maps.grid) == (3, None)
+    model = with_registers_behind(models, 2)
+    with record(model, prefix=3) as maps, torch.no_grad():
+        model.forward_features(IMAGES)
+    assert (maps.prefix, maps[0].suffix, maps.grid) == (3, 0, GRID)
 
 
 def test_a_recording_whose_grid_was_not_asked_for_keeps_no_image(models):
@@ -318,3 +322,14 @@ def test_patches_that_are_not_square(models):
             model.forward_features(images)
         assert (maps.prefix, maps[0].suffix, maps.grid) == (1, 0, grid)
         assert len(maps.queries) == grid[0] * grid[1]
+
+
+@torch.no_grad()
+def test_a_grid_that_is_asked_for_after_the_tokens_are_gone_runs_no_model():
+    """The model has fewer tokens then: what it does now says nothing about the recording."""
+    model, runs = build(upstreams.LIGHTLY, num_register_tokens=1), []
+    with record(model) as maps, add_registers(model, {0: [1]}, 2):
+        model.forward_features(IMAGES)
+    model.patch_embed.register_forward_pre_hook(lambda *_: runs.append(1))
+    assert (maps.prefix, maps[0].suffix, maps.grid) == (4, 0, GRID)
+    assert not runs
