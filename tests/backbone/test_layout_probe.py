@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -288,6 +288,36 @@ def test_tokens_on_no_grid(change, reason):
     found = seen(Patches(change), images_of())
     assert found.layout is None
     assert re.search(reason, found.reason), found.reason
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@given(pair=st.lists(st.integers(1, 7), min_size=2, max_size=2, unique=True))
+@example(pair=[1, 3])  # the same lowest bit
+@example(pair=[1, 5])
+def test_two_rows_or_columns_exchanged_are_no_grid(axis, pair):
+    """The corners are where they should be: the cells between them tell."""
+    order = list(range(9))
+    order[pair[0]], order[pair[1]] = pair[1], pair[0]
+
+    def change(tokens):
+        cells = tokens.unflatten(1, (9, 9))
+        return cells.index_select(1 + axis, torch.tensor(order)).flatten(1, 2)
+
+    found = seen(Patches(change), images_of((9, 9)))
+    assert found.reason == "tokens do not move cell by cell on a grid of 9 × 9"
+
+
+def test_an_attention_that_is_given_no_tensor(first):
+    model = build(first)
+    model.blocks[0].attn = nn.Identity()
+    model.blocks[0].norm1 = Emptied()
+    found = probe(model, model.blocks[0].attn, images_of())
+    assert found == Probed(None, "the input of the attention module is no tensor, not (B, N, C)")
+
+
+class Emptied(nn.Module):
+    def forward(self, tokens):
+        return [tokens]
 
 
 def test_several_frames_in_one_sequence(first):
