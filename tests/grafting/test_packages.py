@@ -92,6 +92,14 @@ def test_a_module_without_source_may_have_attention(package, tmp_path):
         assert dinov2_attn.status().pending == ("vit",)
 
 
+def test_a_package_that_is_taken_out_and_comes_again_is_awaited(package):
+    """A module of it that stayed says nothing about what the package will import."""
+    package({"__init__.py": "", "a.py": ""}, ("vit.a",))
+    del sys.modules["vit"]
+    with dinov2_attn.install("vit"):
+        assert dinov2_attn.status().pending == ("vit",)
+
+
 SOURCE = textwrap.dedent("""
     from torch import nn
     from torch.nn import functional as F
