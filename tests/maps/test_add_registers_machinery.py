@@ -225,6 +225,21 @@ def test_tasks_of_asyncio_have_their_own(model, images):
     assert_same_bits([found[name] for name in ("thread", "outside", "outlives")], [expected] * 3)
 
 
+def test_lists_of_batches_have_them_one_after_the_other():
+    """Tokens of all batches are made before the first block runs."""
+    with dinov2_attn.install(upstreams.LIGHTLY.package):
+        model = dinov2(upstreams.LIGHTLY, 1)
+        several = [noise(1, 3, *size, seed=0, dtype=torch.float64) for size in ((8, 8), (4, 12))]
+        with add_registers(model, {0: [1]}):
+            alone = [model.get_self_attention(images) for images in several]
+            for given in (several, several[::-1], several):
+                found = model.get_self_attention(given)
+                for layer, weights in enumerate(found):
+                    for images, ours in zip(given, weights, strict=True):
+                        expected = alone[0 if images is several[0] else 1]
+                        assert_close(ours, expected[layer])
+
+
 # What cannot be changed
 
 

@@ -309,8 +309,9 @@ def test_a_pass_that_drops_tokens_has_no_grid(models, order):
 
 
 @torch.no_grad()
-def test_patches_that_are_not_square(models):
-    model = build(models)
+@pytest.mark.parametrize("probed", [True, False])
+def test_patches_that_are_not_square(models, probed):
+    model = build(models) if probed else with_chance(build(models))
     base = type(model)
     own = {"interpolate_pos_encoding": lambda self, x, *size: torch.zeros_like(x)}
     model.__class__ = type("Own", (base,), own)
