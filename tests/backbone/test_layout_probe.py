@@ -207,6 +207,13 @@ class Patches(nn.Module):
         return self.change(self.conv(images).flatten(2).mT)
 
 
+def test_a_rest_is_left_out_of_windows_too():
+    """Two sequences for each image: the upper and the lower half of its patches."""
+    stem = Patches(lambda tokens: tokens.reshape(2 * len(tokens), -1, tokens.shape[-1]))
+    found = seen(stem, noise(2, 3, 4 * PATCH + 1, 6 * PATCH + 1, seed=0))
+    assert found == Probed(Layout(0, 0, (2, 6)), sequences=2, windows=(2, 1))
+
+
 @pytest.mark.parametrize("grid", [(4, 5), (8, 8), (12, 7), (1, 6)])
 def test_convolutions_that_overlap(grid):
     with torch.random.fork_rng():
