@@ -270,7 +270,7 @@ WITHOUT = {
         lambda tokens: tokens.unflatten(1, GRID).transpose(1, 2).flatten(1, 2),
         "on no grid|cell by cell",
     ),
-    "from right to left": (lambda tokens: tokens.flip(1), "on no grid"),
+    "from right to left": (lambda tokens: tokens.flip(1), "the tokens 5, 3, 2, 0, as on no grid"),
     "two patches exchanged": (lambda tokens: tokens[:, [0, 4, 2, 3, 1, 5]], "cell by cell"),
     "two patches behind": (lambda tokens: tokens[:, [0, 2, 3, 5, 1, 4]], "cell by cell"),
     "a mean": (lambda tokens: tokens.mean(1, keepdim=True).repeat(1, 6, 1), "no grid|cell by cell"),

@@ -405,3 +405,11 @@ def test_attention_by_its_projections_alone_is_an_error_and_not_left_out():
     model = nn.Sequential(Attention(), Hidden())
     with pytest.raises(NotRecordedError, match="Hidden to call one kernel"), record(model):
         model(noise(1, 4, 8, seed=0).float())
+
+
+@pytest.mark.parametrize("cls", [nn.MultiheadAttention, type("Own", (nn.MultiheadAttention,), {})])
+def test_pytorchs_own_attention_returns_its_weights_itself(cls):
+    """A subclass without code of its own is no other."""
+    model = nn.Sequential(cls(8, 2))
+    with pytest.raises(InvalidInputError, match="need_weights=True"), record(model):
+        pass
