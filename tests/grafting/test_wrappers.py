@@ -222,3 +222,13 @@ def test_a_switch_is_on_while_anybody_holds_it():
             assert switch.on
         assert switch.on
     assert not switch.on
+
+
+def test_no_layer_is_an_empty_answer_for_which_no_block_runs(models):
+    model, ran = build(models), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: ran.append(1))
+        block.attn.register_forward_pre_hook(lambda *_: ran.append(1))
+    assert model.get_self_attention(IMAGES, []) == ()
+    assert model.get_self_attention([IMAGES, IMAGES], []) == ()
+    assert not ran
