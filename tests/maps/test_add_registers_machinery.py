@@ -398,6 +398,19 @@ def test_neurons_that_a_kernel_hides_are_an_error(model, images):
             model(images)
 
 
+def test_a_last_layer_that_is_used_twice_is_an_error(model, images):
+    """Which of its inputs are the neurons cannot be told."""
+
+    class Twice(type(model.blocks[1].mlp)):
+        def forward(self, x):
+            neurons = self.act(self.fc1(x))
+            return self.fc2(neurons) + self.fc2(neurons * 2)
+
+    model.blocks[1].mlp.__class__ = Twice
+    with pytest.raises(NotEditedError, match="2 that"), add_registers(model, {1: [1]}):
+        model(images)
+
+
 def test_tokens_of_another_kind_are_an_error(model, images):
     class Longer(type(model)):
         def prepare_tokens_with_masks(self, x, masks=None):
