@@ -222,6 +222,15 @@ def test_convolutions_that_overlap(grid):
     assert probe(model, model.attn, images_of(grid, patch=8)) == Probed(Layout(0, 0, grid))
 
 
+@pytest.mark.parametrize("grid", [(2, 6), (6, 2), (3, 8), (8, 3), (2, 2)])
+def test_two_or_three_rows_that_overlap_are_too_few(grid):
+    """Each of them sees half of what the next one sees: nothing tells them from chance."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Seen(Stem())
+    assert probe(model, model.attn, images_of(grid, patch=8)).layout is None
+
+
 def test_images_that_the_model_shrinks(first):
     class Shrinking(nn.Module):
         def __init__(self):

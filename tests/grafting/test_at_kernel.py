@@ -375,6 +375,31 @@ def test_an_override_of_any_arguments_takes_its_tokens_first():
     assert name(Attention) not in status.at_kernel
 
 
+def test_a_block_answers_a_list_tensor_by_tensor():
+    """Other lists of its length are one value for each, and all else is the same for all."""
+
+    class Block(MOGE.cls("NestedTensorBlock")):
+        def forward(self, x, rope, factor=1):
+            return x + self.ls1(self.attn(self.norm1(x) * factor, rope=rope))
+
+    model = model_with(block=Block)
+    block = model.blocks[0]
+    block.attn = randomise(Tuned(8, 2).double(), 3)
+    tokens = [model.prepare_tokens_with_masks(x) for x in (IMAGES, IMAGES[:1, ..., :2])]
+    ropes = [torch.linspace(0.5, 2, x.shape[1], dtype=x.dtype)[:, None] for x in tokens]
+    with dinov2_attn.install(model):
+        expected = [
+            block(x, rope, factor=2, return_attention=True)
+            for x, rope in zip(tokens, ropes, strict=True)
+        ]
+        found = block(tokens, ropes, factor=2, return_attention=True)
+        assert_all_close(found, expected)
+        found = block(tokens, rope=ropes, factor=2, return_attention=True, queries=0, heads="mean")
+        assert_all_close(found, [weights[:, :, :1].mean(1) for weights in expected])
+        with pytest.raises(InvalidInputError, match="heads"):
+            block(tokens, ropes, return_attention=True, heads="max")
+
+
 def test_features_in_another_dict():
     class Model(MOGE.cls("DinoVisionTransformer")):
         def forward_features(self, x, masks=None):
