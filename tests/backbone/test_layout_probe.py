@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -207,12 +207,28 @@ class Patches(nn.Module):
         return self.change(self.conv(images).flatten(2).mT)
 
 
+def test_a_rest_is_left_out_of_windows_too():
+    """Two sequences for each image: the upper and the lower half of its patches."""
+    stem = Patches(lambda tokens: tokens.reshape(2 * len(tokens), -1, tokens.shape[-1]))
+    found = seen(stem, noise(2, 3, 4 * PATCH + 1, 6 * PATCH + 1, seed=0))
+    assert found == Probed(Layout(0, 0, (2, 6)), sequences=2, windows=(2, 1))
+
+
 @pytest.mark.parametrize("grid", [(4, 5), (8, 8), (12, 7), (1, 6)])
 def test_convolutions_that_overlap(grid):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Seen(Stem())
     assert probe(model, model.attn, images_of(grid, patch=8)) == Probed(Layout(0, 0, grid))
+
+
+@pytest.mark.parametrize("grid", [(2, 6), (6, 2), (3, 8), (8, 3), (2, 2)])
+def test_two_or_three_rows_that_overlap_are_too_few(grid):
+    """Each of them sees half of what the next one sees: nothing tells them from chance."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Seen(Stem())
+    assert probe(model, model.attn, images_of(grid, patch=8)).layout is None
 
 
 def test_images_that_the_model_shrinks(first):
@@ -263,7 +279,7 @@ WITHOUT = {
         lambda tokens: tokens.unflatten(1, GRID).transpose(1, 2).flatten(1, 2),
         "on no grid|cell by cell",
     ),
-    "from right to left": (lambda tokens: tokens.flip(1), "on no grid"),
+    "from right to left": (lambda tokens: tokens.flip(1), "the tokens 5, 3, 2, 0, as on no grid"),
     "two patches exchanged": (lambda tokens: tokens[:, [0, 4, 2, 3, 1, 5]], "cell by cell"),
     "two patches behind": (lambda tokens: tokens[:, [0, 2, 3, 5, 1, 4]], "cell by cell"),
     "a mean": (lambda tokens: tokens.mean(1, keepdim=True).repeat(1, 6, 1), "no grid|cell by cell"),
@@ -288,6 +304,36 @@ def test_tokens_on_no_grid(change, reason):
     found = seen(Patches(change), images_of())
     assert found.layout is None
     assert re.search(reason, found.reason), found.reason
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@given(pair=st.lists(st.integers(1, 7), min_size=2, max_size=2, unique=True))
+@example(pair=[1, 3])  # the same lowest bit
+@example(pair=[1, 5])
+def test_two_rows_or_columns_exchanged_are_no_grid(axis, pair):
+    """The corners are where they should be: the cells between them tell."""
+    order = list(range(9))
+    order[pair[0]], order[pair[1]] = pair[1], pair[0]
+
+    def change(tokens):
+        cells = tokens.unflatten(1, (9, 9))
+        return cells.index_select(1 + axis, torch.tensor(order)).flatten(1, 2)
+
+    found = seen(Patches(change), images_of((9, 9)))
+    assert found.reason == "tokens do not move cell by cell on a grid of 9 × 9"
+
+
+def test_an_attention_that_is_given_no_tensor(first):
+    model = build(first)
+    model.blocks[0].attn = nn.Identity()
+    model.blocks[0].norm1 = Emptied()
+    found = probe(model, model.blocks[0].attn, images_of())
+    assert found == Probed(None, "the input of the attention module is no tensor, not (B, N, C)")
+
+
+class Emptied(nn.Module):
+    def forward(self, tokens):
+        return [tokens]
 
 
 def test_several_frames_in_one_sequence(first):

@@ -30,6 +30,36 @@ def test_a_subclass_that_is_watched_too_is_seen_once():
     assert "__call__" not in vars(Derived)
 
 
+class Calling(Base):
+    """A class with a ``__call__`` of its own."""
+
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+def test_what_a_class_had_there_runs_inside_and_is_back_afterwards():
+    module, own, seen = Calling(), vars(Calling)["__call__"], []
+    with watching(module, before=lambda args, kwargs: seen.append((args, kwargs))):
+        assert module(torch.zeros(1)) == 2
+        with watching(Calling(), after=seen.append), watching(module, after=lambda out: out * 3):
+            assert module(x=torch.ones(1)) == 12
+    assert vars(Calling)["__call__"] is own
+    assert seen == [((torch.zeros(1),), {}), ((), {"x": torch.ones(1)})]
+
+
+def test_another_patch_on_top_stays_and_hides_nothing():
+    module, seen = Derived(), []
+    with watching(module, after=seen.append):
+        ours = Derived.__call__
+        Derived.__call__ = theirs = lambda self, x: ours(self, x)
+        module(torch.zeros(1))
+    assert len(seen) == 1
+    assert vars(Derived)["__call__"] is theirs
+    assert module(torch.zeros(1)) == 1
+    assert len(seen) == 1
+    del Derived.__call__
+
+
 FORKED = """
 import os, threading
 from torch import nn

@@ -316,6 +316,90 @@ def test_features_that_are_no_dict():
         assert_same_bits(output, model(IMAGES))
 
 
+def test_a_model_whose_forward_takes_more_than_images():
+    """Its features are all that runs for the weights."""
+
+    class Attention(MOGE.cls("Attention")):
+        def forward(self, x, attn_bias=None):
+            return attend(self, x, CHANGES["scaled twice"])
+
+    class Model(MOGE.cls("DinoVisionTransformer")):
+        def forward(self, x, labels):
+            return labels + self.forward_features(x)["x_norm_clstoken"] * 2
+
+    model = model_with(Attention, model=Model)
+    expected = expected_weights(model, changed_truth(CHANGES["scaled twice"]))
+    with dinov2_attn.install(model):
+        for _ in range(2):
+            assert_all_close(model.get_self_attention(IMAGES), expected)
+
+
+def test_a_model_without_features_runs_its_forward():
+    class Bare(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.patch_embed, self.blocks = model.patch_embed, model.blocks
+            self.patch_size, self.num_register_tokens = 2, 0
+            self.tokens = [model.prepare_tokens_with_masks]
+
+        def prepare_tokens_with_masks(self, x, masks=None):
+            return self.tokens[0](x, masks)
+
+        def forward(self, x):
+            x = self.prepare_tokens_with_masks(x)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    class Attention(MOGE.cls("Attention")):
+        def forward(self, x, attn_bias=None):
+            return attend(self, x, CHANGES["scaled twice"])
+
+    model = model_with(Attention)
+    expected = expected_weights(model, changed_truth(CHANGES["scaled twice"]))
+    bare = Bare(model)
+    with dinov2_attn.install(bare):
+        for _ in range(2):
+            assert_all_close(bare.get_self_attention(IMAGES), expected)
+        assert_all_close(bare(IMAGES, return_attention=True)[1], expected)
+
+
+def test_an_override_of_any_arguments_takes_its_tokens_first():
+    class Attention(MOGE.cls("Attention")):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = model_with(Attention)
+    with right_in_every_way(model, reference.weights) as status:
+        parts_are_right(model, reference.weights)
+    assert name(Attention) not in status.at_kernel
+
+
+def test_a_block_answers_a_list_tensor_by_tensor():
+    """Other lists of its length are one value for each, and all else is the same for all."""
+
+    class Block(MOGE.cls("NestedTensorBlock")):
+        def forward(self, x, rope, factor=1):
+            return x + self.ls1(self.attn(self.norm1(x) * factor, rope=rope))
+
+    model = model_with(block=Block)
+    block = model.blocks[0]
+    block.attn = randomise(Tuned(8, 2).double(), 3)
+    tokens = [model.prepare_tokens_with_masks(x) for x in (IMAGES, IMAGES[:1, ..., :2])]
+    ropes = [torch.linspace(0.5, 2, x.shape[1], dtype=x.dtype)[:, None] for x in tokens]
+    with dinov2_attn.install(model):
+        expected = [
+            block(x, rope, factor=2, return_attention=True)
+            for x, rope in zip(tokens, ropes, strict=True)
+        ]
+        found = block(tokens, ropes, factor=2, return_attention=True)
+        assert_all_close(found, expected)
+        found = block(tokens, rope=ropes, factor=2, return_attention=True, queries=0, heads="mean")
+        assert_all_close(found, [weights[:, :, :1].mean(1) for weights in expected])
+        with pytest.raises(InvalidInputError, match="heads"):
+            block(tokens, ropes, return_attention=True, heads="max")
+
+
 def test_features_in_another_dict():
     class Model(MOGE.cls("DinoVisionTransformer")):
         def forward_features(self, x, masks=None):

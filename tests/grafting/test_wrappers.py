@@ -117,8 +117,10 @@ def test_a_projection_that_draws_is_drawn_once(models):
         assert_close(weights, reference.weights(given, tokens))
 
 
-def test_a_batch_of_nothing_is_answered_in_training(models):
-    _, attentions = build(models).train()(IMAGES[:0], return_attention=True)
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_batch_of_nothing_is_answered_in_training(models, rate):
+    model = build(models, drop_path_rate=rate).train()
+    _, attentions = model(IMAGES[:0], return_attention=True)
     assert [weights.shape for weights in attentions] == [(0, 2, 7, 7)] * 3
 
 
@@ -220,3 +222,27 @@ def test_a_switch_is_on_while_anybody_holds_it():
             assert switch.on
         assert switch.on
     assert not switch.on
+
+
+def test_no_layer_is_an_empty_answer_for_which_no_block_runs(models):
+    model, ran = build(models), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: ran.append(1))
+        block.attn.register_forward_pre_hook(lambda *_: ran.append(1))
+    assert model.get_self_attention(IMAGES, []) == ()
+    assert model.get_self_attention([IMAGES, IMAGES], []) == ()
+    assert not ran
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1], [0, 2], [2, 0], 1, 2, None])
+def test_some_layers_are_those_of_all_and_later_blocks_do_not_run(models, layers):
+    model, ran = build(models), []
+    every = model.get_self_attention(IMAGES)
+    wanted = range(3)[-layers:] if isinstance(layers, int) else sorted(layers or range(3))
+    for i, block in enumerate(model.blocks):
+        block.mlp.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    assert_close(list(model.get_self_attention(IMAGES, layers)), [every[i] for i in wanted])
+    assert ran == list(range(max(wanted)))
+    found = model.get_self_attention([IMAGES, IMAGES[:1]], layers, queries="cls")
+    expected = [[every[i][:, :, :1], every[i][:1, :, :1]] for i in wanted]
+    assert_close([list(weights) for weights in found], expected)

@@ -225,6 +225,21 @@ def test_tasks_of_asyncio_have_their_own(model, images):
     assert_same_bits([found[name] for name in ("thread", "outside", "outlives")], [expected] * 3)
 
 
+def test_lists_of_batches_have_them_one_after_the_other():
+    """Tokens of all batches are made before the first block runs."""
+    with dinov2_attn.install(upstreams.LIGHTLY.package):
+        model = dinov2(upstreams.LIGHTLY, 1)
+        several = [noise(1, 3, *size, seed=0, dtype=torch.float64) for size in ((8, 8), (4, 12))]
+        with add_registers(model, {0: [1]}):
+            alone = [model.get_self_attention(images) for images in several]
+            for given in (several, several[::-1], several):
+                found = model.get_self_attention(given)
+                for layer, weights in enumerate(found):
+                    for images, ours in zip(given, weights, strict=True):
+                        expected = alone[0 if images is several[0] else 1]
+                        assert_close(ours, expected[layer])
+
+
 # What cannot be changed
 
 
@@ -383,6 +398,19 @@ def test_neurons_that_a_kernel_hides_are_an_error(model, images):
             model(images)
 
 
+def test_a_last_layer_that_is_used_twice_is_an_error(model, images):
+    """Which of its inputs are the neurons cannot be told."""
+
+    class Twice(type(model.blocks[1].mlp)):
+        def forward(self, x):
+            neurons = self.act(self.fc1(x))
+            return self.fc2(neurons) + self.fc2(neurons * 2)
+
+    model.blocks[1].mlp.__class__ = Twice
+    with pytest.raises(NotEditedError, match="2 that"), add_registers(model, {1: [1]}):
+        model(images)
+
+
 def test_tokens_of_another_kind_are_an_error(model, images):
     class Longer(type(model)):
         def prepare_tokens_with_masks(self, x, masks=None):
@@ -424,6 +452,8 @@ def test_a_model_without_the_number_has_none_inside(model, images):
     with add_registers(model, {0: [1]}):
         model(images)
         assert not hasattr(other, "num_register_tokens")
+        other.num_register_tokens = None  # as code that knows no registers may say
+        assert other.num_register_tokens is None
         del model.num_register_tokens
         model.num_register_tokens = 1
 

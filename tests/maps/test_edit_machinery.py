@@ -230,6 +230,32 @@ class TestTraining:
                 model(IMAGES.repeat(4, 1, 1, 1)).sum().backward()
             assert report.calls
 
+    def test_a_kernel_that_drops_weights_draws_as_often_as_ever(self):
+        """Its first call is not proved by another run, which would draw other numbers."""
+
+        class Dropping(Attention):
+            def forward(self, x):
+                dropped = F.scaled_dot_product_attention(*self.project(x), dropout_p=0.5)
+                return self.proj(dropped.transpose(1, 2).flatten(2))
+
+        model, tokens = nn.Sequential(Dropping(), Dropping()), noise(1, 5, 8, seed=0).float()
+        found = []
+        for _ in range(2):
+            with torch.random.fork_rng(), edit(model, keys=[1]):
+                torch.manual_seed(0)
+                output = model(tokens)
+                found.append((output, torch.rand(3)))
+            with torch.random.fork_rng(), record(model) as maps:
+                torch.manual_seed(0)
+                model(tokens)
+            assert len(maps) == 1
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            plain = model(tokens), torch.rand(3)
+        assert_same_bits(found[0], found[1])
+        assert_same_bits(found[0][1], plain[1])
+        assert not same_bits(found[0][0], plain[0])
+
 
 class TestArtifacts:
     def test_attention_to_artifact_tokens_is_removed(self):

@@ -405,3 +405,39 @@ def test_attention_by_its_projections_alone_is_an_error_and_not_left_out():
     model = nn.Sequential(Attention(), Hidden())
     with pytest.raises(NotRecordedError, match="Hidden to call one kernel"), record(model):
         model(noise(1, 4, 8, seed=0).float())
+
+
+@pytest.mark.parametrize("cls", [nn.MultiheadAttention, type("Own", (nn.MultiheadAttention,), {})])
+def test_pytorchs_own_attention_returns_its_weights_itself(cls):
+    """A subclass without code of its own is no other."""
+    model = nn.Sequential(cls(8, 2))
+    with pytest.raises(InvalidInputError, match="need_weights=True"), record(model):
+        pass
+
+
+FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH = range(6)
+
+
+def mix(query, key, value):
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+class Numbered(nn.Module):
+    """Its kernel is in a function beside it, one of many names that its code has."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        several = [x, x, x, self.one(x), self.two(x), self.three(x)]
+        assert several[FIRST] is several[SECOND] is several[THIRD]
+        return mix(several[FOURTH], several[FIFTH], several[SIXTH])
+
+
+def test_a_kernel_in_a_function_among_other_names_is_found():
+    model, x = nn.Sequential(Numbered()), noise(1, 3, 8, seed=0).float()
+    with record(model) as maps:
+        model(x)
+    expected = (model[0].one(x) @ model[0].two(x).mT / 8**0.5).softmax(-1)
+    assert_close(maps.weights[0].flatten(), expected.flatten())

@@ -98,7 +98,7 @@ class Slot:
         if graft is None or self.is_undone:
             new = self.held()
             assert new is not self.now, f"{self} was not grafted"
-            assert getattr(new, "__wrapped__", ABSENT) is self.now
+            assert self.now is ABSENT or getattr(new, "__wrapped__", ABSENT) is self.now
             self.graft = Graft(new, self.now, graft.targets if graft else set())
             self.now = new
         self.graft.targets.add(target)

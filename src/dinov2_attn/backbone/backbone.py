@@ -18,7 +18,7 @@ from dinov2_attn.backbone.structure import (
     role_of_module,
     walk,
 )
-from dinov2_attn.errors import InvalidInputError, NotGraftedError
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.math.selection import layers_to_take, resolve_names, to_index
 from dinov2_attn.typing import Grid, Layers, Queries
 
@@ -185,22 +185,6 @@ def backbone_in(model: object) -> Backbone:
             "Pass the vision transformer itself.",
         )
     return Backbone(found[0])
-
-
-def grafted_backbone(model: object) -> Backbone:
-    """Return the backbone of ``model``, a vision transformer that ``install`` has reached.
-
-    Raises:
-        NotGraftedError: if it does not have the methods that ``install`` adds.
-
-    """
-    if not hasattr(model, "get_self_attention"):
-        raise NotGraftedError(
-            "a vision transformer that install() has reached",
-            name_of(type(model)),
-            "Call dinov2_attn.install(model) first, and pass the transformer itself.",
-        )
-    return Backbone(model)
 
 
 def flat_blocks(blocks: Sequence[nn.Module] | nn.ModuleList) -> list[nn.Module]:

@@ -129,7 +129,7 @@ def cells_of_pixels(mosaics: Mosaics, grid: Grid, centres: Centres) -> Cells:
     numbers = []
     for size, count, (first, last) in zip(sizes, grid, centres, strict=True):
         step = (last - first) / (count - 1) if count > 1 and last > first else math.inf
-        pixels = torch.arange(size) + 0.5
+        pixels = torch.arange(size, device="cpu") + 0.5
         numbers.append(((pixels - first) / step).round().clamp(0, count - 1).long())
     rows, columns = torch.meshgrid(*numbers, indexing="ij")
     device = mosaics.mask().device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from dinov2_attn.math.attention import (
     shape_of_weights,
 )
 from dinov2_attn.math.bias import Group, bias_of_rows, dense, groups, is_block_diagonal
-from dinov2_attn.math.buffers import NewResult, new_result
+from dinov2_attn.math.buffers import new_result
 from dinov2_attn.math.selection import Rows, to_index
 from dinov2_attn.typing import Heads, Queries
 
@@ -60,8 +60,6 @@ def module_weights(
     is_causal: bool = False,
     queries: Queries = None,
     heads: Heads = None,
-    projected: Tensor | None = None,
-    new: NewResult = new_result,
 ) -> Tensor | list[Tensor]:
     """Return the weights of an attention module.
 
@@ -75,8 +73,6 @@ def module_weights(
         is_causal: Whether a token sees no token after it.
         queries: The rows to return, all by default.
         heads: None for each head, ``"mean"`` for their mean.
-        projected: What ``module.qkv`` returned for ``x``, ``(B, N, 3 · C)``, if it ran already.
-        new: Allocates results that are written in place.
 
     Returns:
         ``(B, heads, Q, N)``, or ``(B, Q, N)`` for the mean of heads. For a block-diagonal
@@ -86,16 +82,16 @@ def module_weights(
     """
     check_heads(heads)
     check_tokens(x)
-    request = _Request(module, kernel, queries, heads, is_causal, new)
+    request = _Request(module, kernel, queries, heads, is_causal)
     batch, length = x.shape[:2]
     if attn_bias is not None:
         kernel.check_bias(attn_bias)
         wide = torch.promote_types(x.dtype, torch.float32)
         if is_block_diagonal(attn_bias):
-            found, source = groups(attn_bias, x, wide), Projection(module, x, projected)
+            found, source = groups(attn_bias, x, wide), Projection(module, x)
             return [request.weights(source, g.batch, g.length, g.mask, g) for g in found]
         attn_bias = dense(attn_bias, (batch, module.num_heads, length, length), x.device, wide)
-    return request.weights(Projection(module, x, projected), batch, length, attn_bias)
+    return request.weights(Projection(module, x), batch, length, attn_bias)
 
 
 def queries_and_keys(
@@ -141,7 +137,6 @@ class _Request:
     queries: Queries
     heads: Heads
     is_causal: bool
-    new: NewResult
 
     def weights(
         self,
@@ -163,7 +158,7 @@ class _Request:
         shape = (batch, *shape_of_weights(first.query, first.key, self.heads)[1:])
         if first.query.shape[0] == batch and not may_tile(first.query):
             return self._weigh(first, bias, causal_rows)
-        out = self.new(first.query, shape)
+        out = new_result(first.query, shape)
         for piece in chain([first], pieces):
             some = bias if bias is None else _samples(bias, piece.samples)
             self._weigh(piece, some, causal_rows, out[piece.samples])
@@ -205,19 +200,17 @@ class Projection:
 
     A plain linear layer gives the same for a few samples and for some of its outputs. Without
     autograd or a trace, only the needed queries are made, for few of them no keys, and no values.
-    Any other ``qkv`` is called as upstream calls it: once, with everything. If a pass has
-    ``projected (B, N, 3 · C)`` already, it is not called.
+    Any other ``qkv`` is called as upstream calls it: once, with everything.
     """
 
-    def __init__(self, module: Any, x: Tensor, projected: Tensor | None = None) -> None:
+    def __init__(self, module: Any, x: Tensor) -> None:
         self._module = module
         self._tokens = x
-        if projected is None and not (may_tile(x) and _is_plain(module.qkv)):
-            projected = module.qkv(x)
-        self._whole = None if projected is None else _by_heads(module, projected, 3)[:2]
+        is_needed = not (may_tile(x) and _is_plain(module.qkv))
+        self._whole = _by_heads(module, module.qkv(x), 3)[:2] if is_needed else None
         # Half precision, autocast's too, rounds queries and keys; only the kernel's own
         # products round them as the kernel has them.
-        self._is_exact = projected is None and _product_dtype(module, x) in _EXACT
+        self._is_exact = self._whole is None and _product_dtype(module, x) in _EXACT
 
     def pieces(self, rows: Rows, group: Group | None = None) -> Iterator[Piece]:
         """Yield the queries of ``rows`` and what they are multiplied with, sample by sample.
@@ -321,10 +314,5 @@ def _is_plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> bool:
 
 
 def _acted_upon(layer: nn.Module) -> bool:
-    """Return whether a hook or an override changes what calling ``layer`` does."""
-    return "forward" in vars(layer) or any(map(_any_acts, hooks_of(layer)))
-
-
-def _any_acts(hooks: Mapping[int, object]) -> bool:
-    # A copy, because other threads that record add and remove hooks meanwhile.
-    return any(not getattr(hook, "only_listens", False) for hook in tuple(hooks.values()))
+    """Return whether a hook or an override may change what calling ``layer`` does."""
+    return "forward" in vars(layer) or any(hooks_of(layer))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
@@ -31,7 +30,7 @@ class Collector(Receiver):
 
     Attributes:
         weights: The weights of each call.
-        calls: The number of calls of each module.
+        called: The modules that have called their kernel.
 
     """
 
@@ -49,7 +48,7 @@ class Collector(Receiver):
         # Rows alone or a mean over heads are not what the output is made of.
         self._links = links and not any(value is not None for value in selection.values())
         self.weights: list[Any] = []
-        self.calls: Counter[nn.Module] = Counter()
+        self.called: set[nn.Module] = set()
 
     @property
     def stops(self) -> bool:
@@ -62,7 +61,7 @@ class Collector(Receiver):
 
     def take(self, attention: nn.Module, call: KernelCall) -> Change | None:
         """Keep the weights."""
-        self.calls[attention] += 1
+        self.called.add(attention)
         prove_once(attention, call, name_of(type(attention)))
         weights = call.weights(**self._selection)
         self.weights.append(weights)
@@ -93,7 +92,7 @@ def collect(
     grad = torch.set_grad_enabled(torch.is_grad_enabled())
     with unrecorded(), recording(collector, modules), grad, suppress(StopPassError):
         run()
-    if len(collector.weights) == last == len(collector.calls) == len(modules):
+    if len(collector.weights) == last == len(collector.called) == len(modules):
         _CALLED_ONCE.update(modules)
     return collector.weights
 

@@ -76,7 +76,7 @@ def classes_at_kernel(classes: Iterable[type]) -> dict[type, str]:
 
 def are_edited() -> bool:
     """Return whether something edits weights in this thread."""
-    return ACTIVE.on and bool(STATE.editors) and is_edited_here()
+    return ACTIVE.on and is_edited_here()
 
 
 def runs_itself(model: nn.Module) -> bool:

@@ -38,10 +38,10 @@ class _Known:
         old = self.layout
         if size == self.size:
             return old if length in (None, self.length) else None
-        if any(pixels % cells for pixels, cells in zip(self.size, old.grid, strict=True)):
+        rows, columns = old.grid
+        if self.size[0] % rows or self.size[1] % columns:
             return None
-        patch = [pixels // cells for pixels, cells in zip(self.size, old.grid, strict=True)]
-        grid = (size[0] // patch[0], size[1] // patch[1])
+        grid = (size[0] // (self.size[0] // rows), size[1] // (self.size[1] // columns))
         new = Layout(old.prefix, old.suffix, grid, old.per_cell, old.planes)
         return new if length in (None, new.length) else None
 

@@ -56,6 +56,43 @@ def test_images_that_cannot_be(model, images, message):
             ask(images, return_attention=True)
 
 
+WAYS = {
+    "channels last": (torch.zeros(2, 4, 6, 3), r"images\.movedim\(-1, 1\)"),
+    "one channel": (torch.zeros(2, 1, 4, 6), r"images\.repeat\(1, 3, 1, 1\)"),
+    "a fourth channel": (torch.zeros(2, 4, 6, 8), r"images\[:, :3\]"),
+    "two channels": (torch.zeros(2, 2, 4, 6), "in_chans=2"),
+    "bytes": (torch.zeros(2, 3, 4, 6).byte(), r"normalize\(images\.float\(\) / 255, "),
+    "bytes of one image": (torch.zeros(3, 4, 6).byte(), r"\(images\[None\]\.float\(\) / 255, "),
+    "bytes with channels last": (
+        torch.zeros(2, 4, 6, 3).byte(),
+        r"\(images\.permute\(0, 3, 1, 2\)\.float\(\) / 255, ",
+    ),
+    "bytes of three columns": (torch.zeros(2, 3, 4, 3).byte(), r"\(images\.float\(\) / 255, "),
+    "black and white": (torch.zeros(2, 3, 4, 6).bool(), r"\(images\.float\(\), "),
+    "one image": (torch.zeros(3, 4, 6), r"Give images\[None\]"),
+    "a video": (torch.zeros(2, 5, 3, 4, 6), r"Reshape them to \(B, C, H, W\)"),
+    "no tensor": ("image.png", r"torch\.as_tensor"),
+}
+
+
+@pytest.mark.parametrize(("images", "way"), WAYS.values(), ids=WAYS)
+def test_an_error_about_images_says_how_to_make_right_ones(grafted, images, way):
+    model = grafted.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1, block_chunks=0
+    )
+    with pytest.raises(InvalidInputError, match=way):
+        model.get_self_attention(images)
+
+
+def test_a_model_of_one_channel_takes_the_mean_of_others(grafted):
+    model = grafted.cls("DinoVisionTransformer")(
+        img_size=4, patch_size=2, embed_dim=4, depth=1, num_heads=1, block_chunks=0, in_chans=1
+    )
+    for channels in (3, 4):
+        with pytest.raises(InvalidInputError, match=r"(?s)1 channel in.*images\.mean\(1, keepdim"):
+            model.get_self_attention(torch.zeros(2, channels, 4, 6))
+
+
 BAD_MASKS = {
     "another grid": (
         torch.zeros(2, 5, dtype=torch.bool),

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import dinov2_attn
 from dinov2_attn import artifact_tokens, attention_maps, edit, record, rollout
-from dinov2_attn.backbone.backbone import backbone_in, grafted_backbone
+from dinov2_attn.backbone.backbone import backbone_in
 from dinov2_attn.kernels.call import fused_call
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from tests.support.advice import Table
@@ -264,12 +263,6 @@ case(
     "Pass the vision transformer itself",
     lambda lab: backbone_in(nn.ModuleList([lab.model, copy.deepcopy(lab.model)])),
     lambda lab: backbone_in(lab.model),
-)
-case(
-    "backbone",
-    "pass the transformer itself",
-    lambda lab: grafted_backbone(Around(lab.model)),
-    lambda lab: dinov2_attn.install(lab.model) and grafted_backbone(Around(lab.model).inner),
 )
 
 
