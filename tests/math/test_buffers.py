@@ -241,6 +241,16 @@ def test_one_result_above_the_bound_is_not_kept(monkeypatch):
     assert buffers._KEPT.bytes() == 0
 
 
+def test_nothing_is_kept_when_python_ends():
+    kept = buffers._Kept()
+    free, held = kept.lend(1000), kept.lend(1000)
+    del free
+    assert kept.bytes() >= 1000
+    kept.close()
+    del held
+    assert kept.bytes() == 0
+
+
 def test_the_bound_is_a_share_of_the_memory(monkeypatch):
     buffers.most_kept.cache_clear()
     assert 0 < buffers.most_kept() <= 2**31

@@ -138,7 +138,13 @@ def test_layers_that_are_not_there_are_out_of_range(n, message):
         layers_to_take(n, 4)
 
 
-@pytest.mark.parametrize("n", [1.0, True, [1.0], [True], {1: 2}])
-def test_layers_are_whole_numbers(n):
-    with pytest.raises(InvalidInputError, match="as whole numbers"):
+@pytest.mark.parametrize(
+    ("n", "what"),
+    [
+        *((one, "Expected n, the blocks to take, as whole numbers") for one in (1.0, True, {1: 2})),
+        *((one, "Expected blocks as whole numbers") for one in ([1.0], [True], ["a"])),
+    ],
+)
+def test_layers_are_whole_numbers(n, what):
+    with pytest.raises(InvalidInputError, match=what):
         layers_to_take(n, 4)
