@@ -18,6 +18,7 @@ import dinov2_attn
 from dinov2_attn import record
 from dinov2_attn.errors import InvalidInputError, NotRecordedError, OutOfRangeError
 from dinov2_attn.grafting.channel import STATE
+from tests.support.installing import uninstalled
 from tests.support.recordings import IMAGES, N, assert_all_close, assert_nothing_on, build
 from tests.support.tolerances import assert_close, assert_same_bits
 
@@ -255,8 +256,7 @@ def test_what_cannot_be_recorded_is_refused_at_once(models):
 def test_a_model_that_was_never_grafted_is_recorded(models):
     model = build(models)
     expected = model.get_self_attention(IMAGES)
-    dinov2_attn.uninstall()
-    try:
+    with uninstalled():
         attention = type(model.blocks[0].attn)
         forward = attention.forward
         features = model(IMAGES)
@@ -266,8 +266,6 @@ def test_a_model_that_was_never_grafted_is_recorded(models):
         assert_same_bits(recorded, features)
         assert_all_close(maps.weights, expected)
         assert (maps.grid, maps.prefix) == ((2, 3), 1)
-    finally:
-        dinov2_attn.install(models.package)
 
 
 def test_several_models_in_one_are_told_apart(models):

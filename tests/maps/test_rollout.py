@@ -19,6 +19,7 @@ from dinov2_attn.kernels.call import FusedCall
 from dinov2_attn.maps import rollout as module_of_rollout
 from dinov2_attn.maps import tiles
 from tests.support import reference, upstreams
+from tests.support.installing import uninstalled
 from tests.support.strategies import ModelCase, model_cases, noise, randomise
 from tests.support.tolerances import assert_close
 
@@ -260,8 +261,8 @@ def test_what_cannot_be_is_refused(models, options, expected):
 def test_a_model_that_install_has_not_reached_answers_from_its_own_pass(models):
     model = PLAIN.build(models).double()
     expected = textbook(model, PLAIN.images.double(), masks=PLAIN.masks)[:, :1]
-    dinov2_attn.uninstall()
-    ours = dinov2_attn.rollout(model, PLAIN.images.double(), masks=PLAIN.masks)
+    with uninstalled():
+        ours = dinov2_attn.rollout(model, PLAIN.images.double(), masks=PLAIN.masks)
     assert_close(ours.weights, expected)
 
 
