@@ -272,3 +272,59 @@ def test_a_result_on_huge_pages_is_like_any_other():
 
 def _shares_memory(a, b):
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _masks_of(kind, rows, length):
+    """A bias with a row of no keys, and rows in a sequence."""
+    bias = noise(2, 3, rows, length, seed=4)
+    bias[1, :, 2] = -torch.inf
+    masks = {"bias": bias, "causal_rows": torch.arange(rows)}
+    return {name: mask for name, mask in masks.items() if name in kind}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [(), ("bias",), ("causal_rows",), ("bias", "causal_rows")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "together"), [(1, 0), (64, 2**20), (2**20, 2**20)])
+def test_weights_and_their_product_with_the_values(kind, dtype, size, together, tiny, monkeypatch):
+    """The same by tiles, by the heads of a sample, and in one tile."""
+    tiny(size)
+    monkeypatch.setattr(attention, "HEADS_BYTES", together)
+    query, key, value = (noise(2, 3, n, 5, seed=n, dtype=dtype) for n in (6, 7, 7))
+    masks, out = _masks_of(kind, 6, 7), torch.full((2, 3, 6, 7), torch.nan, dtype=dtype)
+    output = attention.weights_and_output(query, key, value + 1, 0.7, out=out, **masks)
+    scores = query.double() * 0.7 @ key.double().mT + masks.get("bias", torch.zeros(())).double()
+    if "causal_rows" in kind:
+        scores = scores.masked_fill(torch.arange(7) > torch.arange(6)[:, None], -torch.inf)
+    expected = scores.softmax(-1).nan_to_num(0)
+    assert (out.dtype, output.dtype) == (dtype, dtype)
+    assert not out[0].isnan().any()  # before PyTorch 2.5 a row without keys is NaN
+    assert_close(out.nan_to_num(0), expected)
+    size = float(value.abs().max()) + 1
+    assert_close(output.nan_to_num(0), expected @ (value.double() + 1), size=size)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("more", "together"), [(0, True), (-1, False)])
+def test_heads_of_several_tiles_are_multiplied_together_if_they_are_not_too_many(
+    more, together, monkeypatch
+):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        heads = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "mm" in func.__name__ and out.shape[-1] == 7:
+                self.heads = max(self.heads, len(out) if out.ndim == 3 else 1)
+            return out
+
+    query, value = noise(2, 3, 50, 5, seed=0), noise(2, 3, 50, 7, seed=1)
+    each = 3 * 50 * 50 * 4
+    monkeypatch.setattr(attention, "tile_bytes", lambda: each - 1)
+    monkeypatch.setattr(attention, "HEADS_BYTES", each + more)
+    monkeypatch.setattr(attention, "KEY_BYTES", 1)
+    with Products() as products:
+        attention.weights_and_output(query, query, value, 0.3, out=torch.empty(2, 3, 50, 50))
+    assert (products.heads == 3) == together
