@@ -282,6 +282,30 @@ def _masks_of(kind, rows, length):
     return {name: mask for name, mask in masks.items() if name in kind}
 
 
+def _defined(query, key, kind, masks):
+    """Weights by their definition in float64: rows without keys are zero."""
+    scores = query.double() * 0.7 @ key.double().mT + masks.get("bias", torch.zeros(())).double()
+    if "causal_rows" in kind:
+        scores = scores.masked_fill(torch.arange(7) > torch.arange(6)[:, None], -torch.inf)
+    return scores.softmax(-1).nan_to_num(0)
+
+
+@pytest.mark.parametrize("kind", [(), ("bias",), ("causal_rows",), ("bias", "causal_rows")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [None, "mean"])
+@pytest.mark.parametrize(("grad", "size"), [(True, 1), (False, 1), (False, 200), (False, 2**20)])
+def test_weights_are_their_definition(kind, dtype, heads, grad, size, tiny):
+    tiny(size)
+    query, key = (noise(2, 3, n, 5, seed=n, dtype=dtype) for n in (6, 7))
+    masks = _masks_of(kind, 6, 7)
+    with torch.set_grad_enabled(grad):
+        found = attention.attention_weights(query, key, 0.7, heads=heads, **masks)
+    expected = _defined(query, key, kind, masks)
+    assert found.dtype == dtype
+    assert not found[0].isnan().any()  # before PyTorch 2.5 a row without keys is NaN
+    assert_close(found.nan_to_num(0), expected.mean(1) if heads else expected)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [(), ("bias",), ("causal_rows",), ("bias", "causal_rows")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -293,10 +317,7 @@ def test_weights_and_their_product_with_the_values(kind, dtype, size, together, 
     query, key, value = (noise(2, 3, n, 5, seed=n, dtype=dtype) for n in (6, 7, 7))
     masks, out = _masks_of(kind, 6, 7), torch.full((2, 3, 6, 7), torch.nan, dtype=dtype)
     output = attention.weights_and_output(query, key, value + 1, 0.7, out=out, **masks)
-    scores = query.double() * 0.7 @ key.double().mT + masks.get("bias", torch.zeros(())).double()
-    if "causal_rows" in kind:
-        scores = scores.masked_fill(torch.arange(7) > torch.arange(6)[:, None], -torch.inf)
-    expected = scores.softmax(-1).nan_to_num(0)
+    expected = _defined(query, key, kind, masks)
     assert (out.dtype, output.dtype) == (dtype, dtype)
     assert not out[0].isnan().any()  # before PyTorch 2.5 a row without keys is NaN
     assert_close(out.nan_to_num(0), expected)
