@@ -349,3 +349,53 @@ def test_heads_of_several_tiles_are_multiplied_together_if_they_are_not_too_many
     with Products() as products:
         attention.weights_and_output(query, query, value, 0.3, out=torch.empty(2, 3, 50, 50))
     assert (products.heads == 3) == together
+
+
+@torch.no_grad()
+def test_what_fits_into_a_tile_takes_the_same_few_steps(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Steps(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(attention, "is_fresh", lambda result: False)
+    counts = []
+    for batch, heads in ((2, 3), (3, 3), (1, 4)):
+        query, size = noise(batch, heads, 6, 5, seed=0), batch * heads * 6 * 6 * 4
+        for limit in (size, size + 5, 2**30):
+            monkeypatch.setattr(attention, "tile_bytes", lambda limit=limit: limit)
+            with Steps() as steps:
+                attention.attention_weights(query, query, 0.3)
+            counts.append(steps.count)
+    assert len(set(counts)) == 1
+    monkeypatch.setattr(attention, "tile_bytes", lambda: size - 1)
+    with Steps() as steps:
+        attention.attention_weights(query, query, 0.3)
+    assert steps.count > counts[0]
+
+
+def _inside(*inputs):
+    with attention.without_needless_grad(*inputs):
+        return torch.is_grad_enabled()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is:FutureWarning")
+def test_grad_is_off_inside_where_no_input_needs_it():
+    plain, needing = noise(2, seed=0), noise(2, seed=0).requires_grad_()
+    assert not _inside(plain, None, plain)
+    assert not _inside()
+    assert _inside(plain, needing)
+    assert _inside(plain, [plain])  # of which it is not known
+    with torch.no_grad():
+        assert not _inside(plain)
+        assert not _inside(needing)
+    assert torch.is_grad_enabled()
+    seen = []
+    torch.func.vmap(lambda one: (seen.append(_inside(plain)), one)[1])(plain)
+    assert seen == [True]
+    torch.jit.trace(lambda one: (seen.append(_inside(plain)), one * 2)[1], plain, check_trace=False)
+    assert seen == [True, True]
