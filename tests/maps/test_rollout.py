@@ -266,6 +266,19 @@ def test_a_model_that_install_has_not_reached_answers_from_its_own_pass(models):
     assert_close(ours.weights, expected)
 
 
+@pytest.mark.parametrize("heads", FUSE)
+@pytest.mark.parametrize("queries", ["cls", [5, -1], None])
+def test_the_lowest_weights_may_be_discarded_block_by_block_too(grafted, heads, queries):
+    model, images = PLAIN.build(grafted).double(), PLAIN.images[..., :6, :8].double()
+    for ratio in (0.3, 0.9):
+        options = {"heads": heads, "queries": queries, "discard_ratio": ratio}
+        ours = dinov2_attn.rollout(model, images, **options)
+        with uninstalled():
+            expected = dinov2_attn.rollout(model, images, **options)
+        assert_close(ours.weights, expected.weights)
+        assert ours.queries == expected.queries
+
+
 @torch.no_grad()
 def test_causal_blocks_are_rolled_out_with_their_mask():
     """In a grafted model too, whose blocks could be asked for queries and keys."""

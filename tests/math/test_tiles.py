@@ -278,7 +278,7 @@ def _shares_memory(a, b):
 def _masks_of(kind, rows, length):
     """A bias with a row of no keys, and rows in a sequence."""
     bias = noise(2, 3, rows, length, seed=4)
-    bias[1, :, 2] = -torch.inf
+    bias[1, :, rows // 3] = -torch.inf
     masks = {"bias": bias, "causal_rows": torch.arange(rows)}
     return {name: mask for name, mask in masks.items() if name in kind}
 
@@ -292,18 +292,20 @@ def _defined(query, key, kind, masks):
     """Weights by their definition in float64: rows without keys are zero."""
     scores = query.double() * 0.7 @ key.double().mT + masks.get("bias", torch.zeros(())).double()
     if "causal_rows" in kind:
-        scores = scores.masked_fill(torch.arange(7) > torch.arange(6)[:, None], -torch.inf)
+        later = torch.arange(key.shape[2]) > torch.arange(query.shape[2])[:, None]
+        scores = scores.masked_fill(later, -torch.inf)
     return scores.softmax(-1).nan_to_num(0)
 
 
 @pytest.mark.parametrize("kind", [(), ("bias",), ("causal_rows",), ("bias", "causal_rows")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [None, "mean"])
+@pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize(("grad", "size"), [(True, 1), (False, 1), (False, 200), (False, 2**20)])
-def test_weights_are_their_definition(kind, dtype, heads, grad, size, tiny):
+def test_weights_are_their_definition(kind, dtype, heads, rows, grad, size, tiny):
     tiny(size)
-    query, key = (noise(2, 3, n, 5, seed=n, dtype=dtype) for n in (6, 7))
-    masks = _masks_of(kind, 6, 7)
+    query, key = (noise(2, 3, n, 5, seed=n, dtype=dtype) for n in (rows, 7))
+    masks = _masks_of(kind, rows, 7)
     with torch.set_grad_enabled(grad):
         found = attention.attention_weights(query, key, 0.7, heads=heads, **masks)
     expected = _defined(query, key, kind, masks)
@@ -408,3 +410,21 @@ def test_grad_is_off_inside_where_no_input_needs_it():
     assert seen == [True]
     torch.jit.trace(lambda one: (seen.append(_inside(plain)), one * 2)[1], plain, check_trace=False)
     assert seen == [True, True]
+
+
+def test_tiles_grow_with_more_than_eight_threads(monkeypatch):
+    sizes = []
+    for threads in (1, 8, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        sizes.append(attention.tile_bytes())
+    assert sizes == [attention.TILE_BYTES, attention.TILE_BYTES, 2 * attention.TILE_BYTES]
+
+
+@torch.no_grad()
+def test_the_mean_of_many_heads_is_rounded_once(tiny):
+    """Heads are added one by one, in float32 for a result in half precision."""
+    tiny(1)
+    query, key = (noise(1, 64, 5, 4, seed=n, dtype=torch.bfloat16) for n in (0, 1))
+    found = attention.attention_weights(query, key, 0.1, heads="mean")
+    expected = (query.double() * 0.1 @ key.double().mT).softmax(-1).mean(1)
+    assert_close(found, expected, within=float(expected.max()) * 2**-8)
