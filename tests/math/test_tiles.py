@@ -428,3 +428,44 @@ def test_the_mean_of_many_heads_is_rounded_once(tiny):
     found = attention.attention_weights(query, key, 0.1, heads="mean")
     expected = (query.double() * 0.1 @ key.double().mT).softmax(-1).mean(1)
     assert_close(found, expected, within=float(expected.max()) * 2**-8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("shared", "copies"), [(False, 6), (True, 2)])
+def test_keys_are_copied_once_for_all_pieces_of_their_heads(shared, copies, tiny):
+    """Into the order of the product. Where all fits into one piece nothing is copied."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Copies(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += func is torch.ops.aten.clone.default
+            return func(*args, **(kwargs or {}))
+
+    query, key = noise(2, 3, 6, 5, seed=0), noise(2, 1 if shared else 3, 8, 5, seed=1)
+    for size, expected in ((2 * 8 * 4, copies), (6 * 8 * 4, 0)):
+        tiny(size)
+        with Copies() as watch:
+            attention.attention_weights(query, key, 0.3)
+        assert watch.found == expected
+
+
+@torch.no_grad()
+def test_samples_whose_keys_lie_side_by_side_are_one_product(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += func in (torch.ops.aten.bmm.out, torch.ops.aten.mm.out)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(attention, "KEY_BYTES", 1)
+    query, key = noise(4, 3, 6, 5, seed=0), noise(4, 3, 8, 5, seed=1)
+    apart = noise(4, 8, 3, 5, seed=1).transpose(1, 2)
+    for keys, products in ((key, 1), (apart, 4), (key[:, :1], 1), (apart[:1], 1)):
+        with Products() as watch:
+            attention.attention_weights(query[: len(keys)], keys, 0.3)
+        assert watch.found == products
