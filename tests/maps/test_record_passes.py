@@ -289,3 +289,29 @@ def test_the_public_names_are_there_when_they_are_asked_for():
     assert all(hasattr(dinov2_attn, name) for name in dinov2_attn.__all__)
     with pytest.raises(AttributeError, match="no attribute 'recrod'"):
         _ = dinov2_attn.recrod
+
+
+class BlockByBlock(nn.Module):
+    """Runs each block on every batch of a list before the next block."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, batches):
+        tokens = [self.inner.prepare_tokens_with_masks(images) for images in batches]
+        for block in self.inner.blocks:
+            tokens = [block(one) for one in tokens]
+        return tokens
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_a_list_that_runs_block_by_block_has_an_entry_for_each_batch(models, layers):
+    inner = build(models)
+    model, batches = BlockByBlock(inner), [IMAGES, IMAGES[:1, ..., :2], IMAGES[:1]]
+    with record(model, layers) as maps:
+        model(batches)
+        model(batches[:1])
+    assert [one.grid for one in maps] == [(2, 3), (2, 1), (2, 3), (2, 3)]
+    for one, images in zip(maps, [*batches, IMAGES], strict=True):
+        assert_all_close(one.weights, inner.get_self_attention(images, layers))
