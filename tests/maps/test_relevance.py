@@ -246,6 +246,7 @@ def test_a_class_by_its_number(classified):
         found = relevance(model, images, numbers)
         assert_close(found.weights, each)
         assert found.target == ("class 3", "class 1")
+        assert "method=chefer, target=class 3, class 1, " in repr(found)
     assert relevance(model, images, np.int64(3)).target == ("class 3",)
 
 

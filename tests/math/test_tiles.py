@@ -462,10 +462,19 @@ def test_samples_whose_keys_lie_side_by_side_are_one_product(monkeypatch):
             self.found += func in (torch.ops.aten.bmm.out, torch.ops.aten.mm.out)
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(attention, "KEY_BYTES", 1)
     query, key = noise(4, 3, 6, 5, seed=0), noise(4, 3, 8, 5, seed=1)
     apart = noise(4, 8, 3, 5, seed=1).transpose(1, 2)
-    for keys, products in ((key, 1), (apart, 4), (key[:, :1], 1), (apart[:1], 1)):
+    bytes_of = 3 * 8 * 5 * 4
+    for keys, least, products in (
+        (key, 1, 1),
+        (key[:, :1], 1, 1),
+        (apart, bytes_of, 4),
+        (apart, bytes_of + 1, 1),
+        (apart[:, :2], 1, 4),
+        (apart[:1], 1, 1),
+    ):
+        monkeypatch.setattr(attention, "KEY_BYTES", least)
+        heads = keys.shape[1] if keys.shape[1] > 1 else 3
         with Products() as watch:
-            attention.attention_weights(query[: len(keys)], keys, 0.3)
+            attention.attention_weights(query[: len(keys), :heads], keys, 0.3)
         assert watch.found == products
