@@ -14,6 +14,7 @@ from dinov2_attn.history import eras
 from dinov2_attn.history.projects import DINOV2
 from tests.support import upstreams
 from tests.support import xformers_visibility as xformers
+from tests.support.installing import uninstalled
 from tests.support.markers import markers_of
 
 # Upstream decides at import. Most tests run as on a machine without xFormers, where a CPU can
@@ -90,10 +91,9 @@ def grafted():
 
 @pytest.fixture
 def first():
-    """Upstream itself, not installed."""
-    dinov2_attn.uninstall()
-    yield upstreams.FIRST
-    dinov2_attn.uninstall()
+    """Upstream itself, not installed. Fixtures of the module may have installed other copies."""
+    with uninstalled():
+        yield upstreams.FIRST
 
 
 @pytest.fixture

@@ -135,7 +135,8 @@ def test_layers_that_never_ran_lead_to_those_that_did(grafted):
 def test_many_ways_name_the_first(grafted):
     model = Chosen(build(grafted, depth=5), [0, 1, 2, 3], [0, 1, 2], [0, 1], [0])
     error = refused(model)
-    assert "and so on for each other block" in str(error)
+    assert " as maps_3, and so on for each other block. If" in str(error)
+    assert " as maps, record(model, " in str(error)
     assert follow(model, error)
 
 

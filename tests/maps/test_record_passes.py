@@ -18,6 +18,7 @@ import dinov2_attn
 from dinov2_attn import record
 from dinov2_attn.errors import InvalidInputError, NotRecordedError, OutOfRangeError
 from dinov2_attn.grafting.channel import STATE
+from tests.support.installing import uninstalled
 from tests.support.recordings import IMAGES, N, assert_all_close, assert_nothing_on, build
 from tests.support.tolerances import assert_close, assert_same_bits
 
@@ -255,8 +256,7 @@ def test_what_cannot_be_recorded_is_refused_at_once(models):
 def test_a_model_that_was_never_grafted_is_recorded(models):
     model = build(models)
     expected = model.get_self_attention(IMAGES)
-    dinov2_attn.uninstall()
-    try:
+    with uninstalled():
         attention = type(model.blocks[0].attn)
         forward = attention.forward
         features = model(IMAGES)
@@ -266,8 +266,6 @@ def test_a_model_that_was_never_grafted_is_recorded(models):
         assert_same_bits(recorded, features)
         assert_all_close(maps.weights, expected)
         assert (maps.grid, maps.prefix) == ((2, 3), 1)
-    finally:
-        dinov2_attn.install(models.package)
 
 
 def test_several_models_in_one_are_told_apart(models):
@@ -291,3 +289,29 @@ def test_the_public_names_are_there_when_they_are_asked_for():
     assert all(hasattr(dinov2_attn, name) for name in dinov2_attn.__all__)
     with pytest.raises(AttributeError, match="no attribute 'recrod'"):
         _ = dinov2_attn.recrod
+
+
+class BlockByBlock(nn.Module):
+    """Runs each block on every batch of a list before the next block."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, batches):
+        tokens = [self.inner.prepare_tokens_with_masks(images) for images in batches]
+        for block in self.inner.blocks:
+            tokens = [block(one) for one in tokens]
+        return tokens
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]])
+def test_a_list_that_runs_block_by_block_has_an_entry_for_each_batch(models, layers):
+    inner = build(models)
+    model, batches = BlockByBlock(inner), [IMAGES, IMAGES[:1, ..., :2], IMAGES[:1]]
+    with record(model, layers) as maps:
+        model(batches)
+        model(batches[:1])
+    assert [one.grid for one in maps] == [(2, 3), (2, 1), (2, 3), (2, 3)]
+    for one, images in zip(maps, [*batches, IMAGES], strict=True):
+        assert_all_close(one.weights, inner.get_self_attention(images, layers))

@@ -246,6 +246,7 @@ def test_a_class_by_its_number(classified):
         found = relevance(model, images, numbers)
         assert_close(found.weights, each)
         assert found.target == ("class 3", "class 1")
+        assert "method=chefer, target=class 3, class 1, " in repr(found)
     assert relevance(model, images, np.int64(3)).target == ("class 3",)
 
 
@@ -450,6 +451,27 @@ def test_what_is_wrong_is_said_and_leaves_nothing(classified, case):
         call(model, images)
     assert_nothing_on(model)
     assert len(relevance(model, images, 1).weights) == 2
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda out: out[:, None], r"an output of shape \(2, 1, 24\)"),
+        (lambda out: {"features": out}, "Found dict"),
+    ],
+)
+def test_what_has_no_classes_is_described(returned, said):
+    class Other(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, images):
+            return returned(self.inner(images))
+
+    model, images = of_fork()
+    with pytest.raises(InvalidInputError, match=said):
+        relevance(Other(model), images, 1)
 
 
 def test_a_target_that_misses_layers_is_said():

@@ -19,6 +19,7 @@ from dinov2_attn.kernels.call import FusedCall
 from dinov2_attn.maps import rollout as module_of_rollout
 from dinov2_attn.maps import tiles
 from tests.support import reference, upstreams
+from tests.support.installing import uninstalled
 from tests.support.strategies import ModelCase, model_cases, noise, randomise
 from tests.support.tolerances import assert_close
 
@@ -260,9 +261,22 @@ def test_what_cannot_be_is_refused(models, options, expected):
 def test_a_model_that_install_has_not_reached_answers_from_its_own_pass(models):
     model = PLAIN.build(models).double()
     expected = textbook(model, PLAIN.images.double(), masks=PLAIN.masks)[:, :1]
-    dinov2_attn.uninstall()
-    ours = dinov2_attn.rollout(model, PLAIN.images.double(), masks=PLAIN.masks)
+    with uninstalled():
+        ours = dinov2_attn.rollout(model, PLAIN.images.double(), masks=PLAIN.masks)
     assert_close(ours.weights, expected)
+
+
+@pytest.mark.parametrize("heads", FUSE)
+@pytest.mark.parametrize("queries", ["cls", [5, -1], None])
+def test_the_lowest_weights_may_be_discarded_block_by_block_too(grafted, heads, queries):
+    model, images = PLAIN.build(grafted).double(), PLAIN.images[..., :6, :8].double()
+    for ratio in (0.3, 0.9):
+        options = {"heads": heads, "queries": queries, "discard_ratio": ratio}
+        ours = dinov2_attn.rollout(model, images, **options)
+        with uninstalled():
+            expected = dinov2_attn.rollout(model, images, **options)
+        assert_close(ours.weights, expected.weights)
+        assert ours.queries == expected.queries
 
 
 @torch.no_grad()

@@ -254,6 +254,13 @@ def test_copies_and_files_hold_them(tmp_path):
     assert "statistics=spread, entropy" in repr(maps)
 
 
+def test_tokens_behind_the_patches_are_in_its_line():
+    found = Statistics({"entropy": (torch.zeros(1, 2, 9),)}, (3,), (2, 3), 1, 2)
+    facts = "statistics=entropy, layers=3, values=(1, 2, 9), grid=2×3, prefix=1"
+    assert repr(found) == f"Statistics({facts}, suffix=2)"
+    assert repr(Statistics(found.values, (3,), (2, 3), 1)) == f"Statistics({facts})"
+
+
 def test_arrays_and_maps_have_the_same_numbers():
     model, images = of_fork()
     found = statistics(model, images)

@@ -195,6 +195,10 @@ def test_sizes_grow_by_an_eighth_at_most(size):
     assert buffers._rounded(rounded) == rounded
 
 
+def test_between_a_size_and_its_double_there_are_eight():
+    assert {buffers._rounded(size) for size in range(1025, 2049)} == set(range(1152, 2049, 128))
+
+
 def test_a_result_is_no_view():
     result = new_result(LIKE, (3, 4))
     assert result._base is None
@@ -223,6 +227,19 @@ def test_released_memory_is_counted():
     assert buffers._KEPT.bytes() == 0
 
 
+def test_smaller_sizes_of_before_go_first_as_well_as_larger_ones(monkeypatch):
+    small, large = buffers._rounded(2000), buffers._rounded(4000)
+    monkeypatch.setattr(buffers, "most_kept", lambda: large + small)
+    old = [new_result(LIKE, (1000,)) for _ in range(2)]
+    new = [new_result(LIKE, (500,)) for _ in range(3)]
+    del old
+    assert buffers._KEPT.bytes() == large
+    del new
+    assert buffers._KEPT.bytes() == 3 * small
+    assert not buffers._KEPT._free[large]
+    assert release_memory() == 3 * small
+
+
 def test_what_is_kept_is_bounded_and_other_sizes_go_first(monkeypatch):
     monkeypatch.setattr(buffers, "most_kept", lambda: 10_000)
     old = [new_result(LIKE, (500,)) for _ in range(3)]
@@ -239,6 +256,16 @@ def test_one_result_above_the_bound_is_not_kept(monkeypatch):
     monkeypatch.setattr(buffers, "most_kept", lambda: 10_000)
     new_result(LIKE, (10_000,))
     assert buffers._KEPT.bytes() == 0
+
+
+def test_nothing_is_kept_when_python_ends():
+    kept = buffers._Kept()
+    free, held = kept.lend(1000), kept.lend(1000)
+    del free
+    assert kept.bytes() >= 1000
+    kept.close()
+    del held
+    assert kept.bytes() == 0
 
 
 def test_the_bound_is_a_share_of_the_memory(monkeypatch):
@@ -285,6 +312,20 @@ def test_a_forked_process_has_a_copy():
     assert (held == 1).all()
 
 
+def test_a_small_result_has_the_dtype_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(buffers, "_LARGE", 1000)
+    for count in (3, 300):
+        assert new_result(LIKE, (count,)).dtype == torch.float32
+        assert new_result(LIKE, (count,), torch.float64).dtype == torch.float64
+
+
+def test_memory_is_on_the_cpu_whatever_device_is_the_default():
+    with torch.device("meta"):
+        result = new_result(LIKE, (1000,))
+    assert (result.fill_(3) == 3).all()
+    assert buffers._Block(1000)._owner.nbytes == 1000
+
+
 def test_an_inference_tensor_is_one():
     with torch.inference_mode():
         assert new_result(LIKE, (3,)).is_inference()
@@ -309,7 +350,14 @@ def test_fresh_is_what_was_never_written(monkeypatch):
     assert not is_fresh(result)
     assert not is_fresh(result[2:])
     assert is_fresh(torch.zeros(4))  # too small to matter
+    monkeypatch.setattr(buffers, "_LARGE", result.nbytes)
+    assert not is_fresh(result)
     assert is_fresh(result.to("meta"))
+
+
+def test_where_pages_cannot_be_asked_all_is_fresh(monkeypatch):
+    monkeypatch.setattr(buffers, "_of_libc", lambda name: None)
+    assert is_fresh(torch.zeros(2**10))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asked of Linux")
@@ -321,13 +369,15 @@ def test_memory_that_is_lent_again_is_not_fresh():
 def test_huge_pages_are_requested_for_pages_that_are_not_shared(monkeypatch):
     asked = []
     monkeypatch.setattr(buffers, "_of_libc", lambda name: lambda *what: asked.append((name, *what)))
-    result = new_result(LIKE, (2**21,))
+    result = new_result(LIKE, (2**20,))  # as many bytes as ask for them, no more
     ((name, start, length, advice),) = asked
     assert (name, advice) == ("madvise", 14)
     assert start % mmap.PAGESIZE == length % mmap.PAGESIZE == 0
-    end = result.data_ptr() + 2**23
+    end = result.data_ptr() + 2**22
     assert 0 <= start - result.data_ptr() < mmap.PAGESIZE
     assert 0 <= end - (start + length) < mmap.PAGESIZE
+    del result
+    assert asked[1:] == [("madvise", start, length, 8)]  # may be taken while nobody has it
 
 
 def case_of(depth):

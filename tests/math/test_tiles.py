@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from dinov2_attn._compat import MASKED_ROWS_ARE_ZERO
 from dinov2_attn.backbone import projection
 from dinov2_attn.math import attention
 from tests.support.strategies import attention_cases, noise, seeds
@@ -272,3 +273,208 @@ def test_a_result_on_huge_pages_is_like_any_other():
 
 def _shares_memory(a, b):
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _masks_of(kind, rows, length):
+    """A bias with a row of no keys, and rows in a sequence."""
+    bias = noise(2, 3, rows, length, seed=4)
+    bias[1, :, rows // 3] = -torch.inf
+    masks = {"bias": bias, "causal_rows": torch.arange(rows)}
+    return {name: mask for name, mask in masks.items() if name in kind}
+
+
+def _without_keyless(found):
+    """Rows without keys are NaN before PyTorch 2.5, and zero since."""
+    return found if MASKED_ROWS_ARE_ZERO else found.nan_to_num(0)
+
+
+def _defined(query, key, kind, masks):
+    """Weights by their definition in float64: rows without keys are zero."""
+    scores = query.double() * 0.7 @ key.double().mT + masks.get("bias", torch.zeros(())).double()
+    if "causal_rows" in kind:
+        later = torch.arange(key.shape[2]) > torch.arange(query.shape[2])[:, None]
+        scores = scores.masked_fill(later, -torch.inf)
+    return scores.softmax(-1).nan_to_num(0)
+
+
+@pytest.mark.parametrize("kind", [(), ("bias",), ("causal_rows",), ("bias", "causal_rows")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [None, "mean"])
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize(("grad", "size"), [(True, 1), (False, 1), (False, 200), (False, 2**20)])
+def test_weights_are_their_definition(kind, dtype, heads, rows, grad, size, tiny):
+    tiny(size)
+    query, key = (noise(2, 3, n, 5, seed=n, dtype=dtype) for n in (rows, 7))
+    masks = _masks_of(kind, rows, 7)
+    with torch.set_grad_enabled(grad):
+        found = attention.attention_weights(query, key, 0.7, heads=heads, **masks)
+    expected = _defined(query, key, kind, masks)
+    assert found.dtype == dtype
+    assert_close(_without_keyless(found), expected.mean(1) if heads else expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [(), ("bias",), ("causal_rows",), ("bias", "causal_rows")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "together"), [(1, 0), (64, 2**20), (2**20, 2**20)])
+def test_weights_and_their_product_with_the_values(kind, dtype, size, together, tiny, monkeypatch):
+    """The same by tiles, by the heads of a sample, and in one tile."""
+    tiny(size)
+    monkeypatch.setattr(attention, "HEADS_BYTES", together)
+    query, key, value = (noise(2, 3, n, 5, seed=n, dtype=dtype) for n in (6, 7, 7))
+    masks, out = _masks_of(kind, 6, 7), torch.full((2, 3, 6, 7), torch.nan, dtype=dtype)
+    output = attention.weights_and_output(query, key, value + 1, 0.7, out=out, **masks)
+    expected = _defined(query, key, kind, masks)
+    assert (out.dtype, output.dtype) == (dtype, dtype)
+    assert_close(_without_keyless(out), expected)
+    size = float(value.abs().max()) + 1
+    assert_close(_without_keyless(output), expected @ (value.double() + 1), size=size)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("more", "together"), [(0, True), (-1, False)])
+def test_heads_of_several_tiles_are_multiplied_together_if_they_are_not_too_many(
+    more, together, monkeypatch
+):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        heads = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "mm" in func.__name__ and out.shape[-1] == 7:
+                self.heads = max(self.heads, len(out) if out.ndim == 3 else 1)
+            return out
+
+    query, value = noise(2, 3, 50, 5, seed=0), noise(2, 3, 50, 7, seed=1)
+    each = 3 * 50 * 50 * 4
+    monkeypatch.setattr(attention, "tile_bytes", lambda: each - 1)
+    monkeypatch.setattr(attention, "HEADS_BYTES", each + more)
+    monkeypatch.setattr(attention, "KEY_BYTES", 1)
+    with Products() as products:
+        attention.weights_and_output(query, query, value, 0.3, out=torch.empty(2, 3, 50, 50))
+    assert (products.heads == 3) == together
+
+
+@torch.no_grad()
+def test_what_fits_into_a_tile_takes_the_same_few_steps(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Steps(TorchDispatchMode):
+        count = matrices = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.numel() >= out.numel():
+                self.matrices += not _shares_memory(made, out)
+            return made
+
+    monkeypatch.setattr(attention, "is_fresh", lambda result: False)
+    counts = []
+    for batch, heads in ((2, 3), (3, 3), (1, 4)):
+        query, size = noise(batch, heads, 6, 5, seed=0), batch * heads * 6 * 6 * 4
+        out = query.new_empty(batch, heads, 6, 6)
+        for limit in (size, size + 5, 2**30):
+            monkeypatch.setattr(attention, "tile_bytes", lambda limit=limit: limit)
+            with Steps() as steps:
+                attention.attention_weights(query, query, 0.3, out=out)
+            counts.append(steps.count)
+            assert not steps.matrices
+    assert len(set(counts)) == 1
+    monkeypatch.setattr(attention, "tile_bytes", lambda: size - 1)
+    with Steps() as steps:
+        attention.attention_weights(query, query, 0.3, out=out)
+    assert steps.count > counts[0]
+
+
+def _inside(*inputs):
+    with attention.without_needless_grad(*inputs):
+        return torch.is_grad_enabled()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is:FutureWarning")
+def test_grad_is_off_inside_where_no_input_needs_it():
+    plain, needing = noise(2, seed=0), noise(2, seed=0).requires_grad_()
+    assert not _inside(plain, None, plain)
+    assert not _inside()
+    assert _inside(plain, needing)
+    assert _inside(plain, [plain])  # of which it is not known
+    with torch.no_grad():
+        assert not _inside(plain)
+        assert not _inside(needing)
+    assert torch.is_grad_enabled()
+    seen = []
+    torch.func.vmap(lambda one: (seen.append(_inside(plain)), one)[1])(plain)
+    assert seen == [True]
+    torch.jit.trace(lambda one: (seen.append(_inside(plain)), one * 2)[1], plain, check_trace=False)
+    assert seen == [True, True]
+
+
+def test_tiles_grow_with_more_than_eight_threads(monkeypatch):
+    sizes = []
+    for threads in (1, 8, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        sizes.append(attention.tile_bytes())
+    assert sizes == [attention.TILE_BYTES, attention.TILE_BYTES, 2 * attention.TILE_BYTES]
+
+
+@torch.no_grad()
+def test_the_mean_of_many_heads_is_rounded_once(tiny):
+    """Heads are added one by one, in float32 for a result in half precision."""
+    tiny(1)
+    query, key = (noise(1, 64, 5, 4, seed=n, dtype=torch.bfloat16) for n in (0, 1))
+    found = attention.attention_weights(query, key, 0.1, heads="mean")
+    expected = (query.double() * 0.1 @ key.double().mT).softmax(-1).mean(1)
+    assert_close(found, expected, within=float(expected.max()) * 2**-8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("shared", "copies"), [(False, 6), (True, 2)])
+def test_keys_are_copied_once_for_all_pieces_of_their_heads(shared, copies, tiny):
+    """Into the order of the product. Where all fits into one piece nothing is copied."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Copies(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += func is torch.ops.aten.clone.default
+            return func(*args, **(kwargs or {}))
+
+    query, key = noise(2, 3, 6, 5, seed=0), noise(2, 1 if shared else 3, 8, 5, seed=1)
+    for size, expected in ((2 * 8 * 4, copies), (6 * 8 * 4, 0)):
+        tiny(size)
+        with Copies() as watch:
+            attention.attention_weights(query, key, 0.3)
+        assert watch.found == expected
+
+
+@torch.no_grad()
+def test_samples_whose_keys_lie_side_by_side_are_one_product(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += func in (torch.ops.aten.bmm.out, torch.ops.aten.mm.out)
+            return func(*args, **(kwargs or {}))
+
+    query, key = noise(4, 3, 6, 5, seed=0), noise(4, 3, 8, 5, seed=1)
+    apart = noise(4, 8, 3, 5, seed=1).transpose(1, 2)
+    bytes_of = 3 * 8 * 5 * 4
+    for keys, least, products in (
+        (key, 1, 1),
+        (key[:, :1], 1, 1),
+        (apart, bytes_of, 4),
+        (apart, bytes_of + 1, 1),
+        (apart[:, :2], 1, 4),
+        (apart[:1], 1, 1),
+    ):
+        monkeypatch.setattr(attention, "KEY_BYTES", least)
+        heads = keys.shape[1] if keys.shape[1] > 1 else 3
+        with Products() as watch:
+            attention.attention_weights(query[: len(keys), :heads], keys, 0.3)
+        assert watch.found == products

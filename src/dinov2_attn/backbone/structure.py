@@ -213,7 +213,7 @@ def image_entrances(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for _, module in walk(model)
-        if any(map(_cuts_patches, submodules(module).values())) and not _is_of_torch(module)
+        if any(map(cuts_patches, submodules(module).values())) and not _is_of_torch(module)
     ]
 
 
@@ -279,7 +279,8 @@ def _above(path: str) -> Iterator[str]:
         yield path
 
 
-def _cuts_patches(child: nn.Module | None) -> bool:
+def cuts_patches(child: nn.Module | None) -> bool:
+    """Return whether ``child`` is a convolution with a stride as large as its kernel."""
     if not isinstance(child, nn.Conv2d | nn.Conv3d):
         return False
     kernel, stride = child.kernel_size, child.stride

@@ -12,7 +12,7 @@ from torch import nn
 
 from dinov2_attn.backbone.backbone import Backbone, transformers_in
 from dinov2_attn.backbone.layout import Layout
-from dinov2_attn.backbone.structure import image_entrances, name_of
+from dinov2_attn.backbone.structure import cuts_patches, image_entrances, name_of
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.grafting.interventions import added_tokens
 from dinov2_attn.grafting.tokens import Tokens
@@ -94,7 +94,7 @@ def patches_of(model: nn.Module) -> tuple[Grid, int]:
 
 def _patches_cut_by(module: nn.Module) -> Iterator[tuple[Grid, int]]:
     for child in module.children():
-        if isinstance(child, nn.Conv2d) and child.kernel_size == child.stride:
+        if isinstance(child, nn.Conv2d) and cuts_patches(child):
             height, width = child.kernel_size
             yield (height, width), child.in_channels
 

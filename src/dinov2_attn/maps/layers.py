@@ -241,15 +241,16 @@ class Course:
         return sorted(groups, key=len, reverse=True)
 
     def _are_whole(self, group: list[Layer]) -> bool:
-        """Return whether the blocks of ``group`` ran in turns, each once in a turn."""
+        """Return whether the blocks of ``group`` ran in turns, each once in a turn.
+
+        They ran equally often in each pass, so the last turn is whole if all others are.
+        """
         for one in self._passes:
             kept: set[Layer] = set()
             for layer in filter(group.__contains__, one):
                 if layer in kept:
                     return False
                 kept = kept | {layer} if len(kept) + 1 < len(group) else set()
-            if kept:
-                return False
         return True
 
 
