@@ -111,7 +111,7 @@ def test_a_pass_from_its_weights_goes_on_where_it_was(models):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["gpu", "cuda:99", 99, 1.5, object(), "", "cpu\x1b[31m", ["cpu"]], ids=repr
+    "wrong", ["gpu", "cuda:99", 99, 1.5, {}, "", "cpu\x1b[31m", ["cpu"]], ids=repr
 )
 def test_devices_that_are_not_there_are_refused(first, wrong):
     model = build(first)

@@ -359,6 +359,23 @@ def test_stochastic_depth_in_training_is_refused():
         statistics(model, images)
 
 
+@torch.no_grad()
+def test_an_image_that_was_embedded_alone_before_says_nothing_of_the_grid():
+    """Both have as many patches, and other grids."""
+    model, high = of_upstream()
+    wide = high.transpose(-1, -2)
+    expected = statistics(model, wide, "distance")["distance"]
+    with record(model, statistics="distance", queries="cls") as maps:
+        model.patch_embed(high)
+        model(wide)
+        model(high)
+        model(wide)
+    for one in (maps[0], maps[2]):
+        assert one.grid == (3, 2)
+        for found, wanted in zip(one.statistics["distance"], expected, strict=True):
+            assert_same_bits(found[..., one.prefix :], wanted[..., one.prefix :])
+
+
 class Fused(nn.Module):
     """A module that calls PyTorch's kernel."""
 

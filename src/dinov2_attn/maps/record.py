@@ -369,6 +369,8 @@ class _Recorder:
             self._end_pass()
             self._begun = True
             self._images.append(images)
+        elif not self._kept:
+            self._images = []  # what was embedded before, by itself, is not of this pass
 
     def wants(self, attention: nn.Module) -> bool:
         """Return whether ``attention`` is that of a layer to record."""
