@@ -1,7 +1,8 @@
 """A pytest plugin that `tools/mutate` loads: it tells mutmut of calls that mutmut cannot see.
 
 mutmut runs for a mutant the tests that called its function. Fixtures of a module call some
-functions once for all its tests, and fresh processes call others.
+functions once for all its tests, and fresh processes call others. It forks from a process that has
+run tests, so what they found out about classes is forgotten.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ def _called_in_fresh_processes() -> set[str]:
         for name, function in vars(source).items()
         if getattr(function, "__module__", "") == source.__name__
     }
+
+
+def pytest_sessionstart() -> None:
+    """Let a mutant find out itself which classes name a kernel."""
+    from dinov2_attn.backbone import structure
+
+    structure._NAMING.clear()
 
 
 def pytest_runtest_setup(item: pytest.Function) -> None:

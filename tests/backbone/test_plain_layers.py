@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import dinov2_attn
+from dinov2_attn.backbone import projection
 from dinov2_attn.backbone.projection import draws_nothing
-from tests.support import upstreams
+from tests.support import reference, upstreams
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close
 
@@ -103,3 +105,17 @@ def test_a_plain_projection_is_not_called_and_any_other_is_called_once(layers, f
     found = module(tokens, return_attn=True, queries=rows)
     assert_close(found, expected[:, :, rows] if few else expected)
     assert calls == [tokens.shape]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(3, 2, 5, 5), (1, 2, 5, 5), (3, 1, 5, 5), (5, 5)])
+def test_samples_that_come_one_by_one_have_their_own_bias(monkeypatch, shape):
+    monkeypatch.setattr(projection, "TILE_BYTES", 1)
+    module, tokens = upstreams.MOGE.cls("Attention")(12, num_heads=2), noise(3, 5, 12, seed=0)
+    bias = noise(*shape, seed=1)
+    with dinov2_attn.install(module):
+        weights = module(tokens, bias, return_attn=True)
+        rows = module(tokens, bias, return_attn=True, queries=[1, 3])
+    expected = reference.weights(module, tokens, bias=bias.expand(3, 2, 5, 5))
+    assert_close(weights, expected)
+    assert_close(rows, expected[:, :, [1, 3]])

@@ -57,6 +57,17 @@ def test_upstream_and_its_copies_go_by_their_projection(upstream):
     assert (status.at_kernel, status.left_out) == ({}, {})
 
 
+@pytest.mark.parametrize("upstream", upstreams.ALL, ids=str)
+def test_a_scale_that_is_changed_later_counts_where_the_kernel_uses_it(upstream):
+    """Some revisions read it in each pass, and others leave the scale to PyTorch."""
+    for cls in upstream.attentions:
+        module, tokens = plain(cls).double(), noise(2, 5, 12, seed=0, dtype=torch.float64)
+        with dinov2_attn.install(module):
+            module.scale = module.scale * 3
+            weights = module(tokens, return_attn=True)
+            assert_close(reference.features(module, tokens, weights), module(tokens))
+
+
 def test_another_meaning_of_causal_is_taken_at_the_kernel():
     class Attention(upstreams.ANOMALIB.cls("Attention")):
         def forward(self, x, is_causal=False):
