@@ -53,8 +53,8 @@ def test_hidden_keys_are_hidden_by_a_bias_of_either_kind_or_none():
     assert with_hidden(None, seen) is seen
     assert with_hidden(visible, seen).tolist() == [[[[True, False, False], [False, False, True]]]]
     hidden = with_hidden(added, seen)
-    assert (hidden[..., 1] == -math.inf).all()
-    assert_same_bits(hidden[..., ::2], added[..., ::2])
+    added[..., 1] = -math.inf
+    assert_same_bits(hidden, added)
 
 
 def test_a_row_sees_a_key_if_its_bias_leaves_one():
