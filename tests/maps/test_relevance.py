@@ -308,6 +308,17 @@ def test_the_similarity_of_two_tokens(models):
             assert token_similarity(first) == target
 
 
+def test_a_similarity_names_its_two_tokens():
+    model, images = of_dinov3()
+    for token, other, words in (
+        (7, "cls", "patch (0, 2) and CLS"),
+        (0, 10, "CLS and patch (1, 0)"),
+        (-1, 3, "patch (1, 4) and register 3"),
+    ):
+        found = relevance(model, images, token_similarity(token, other))
+        assert found.target == (f"the similarity of {words}",)
+
+
 def test_of_explicit_code_too():
     model = nn.Sequential(Explicit("plain"), Explicit("dropout")).double().eval()
 
