@@ -85,7 +85,7 @@ def test_gradients_flow():
 
 
 def test_a_recording_of_one_pass_answers_for_it():
-    recording, maps = Recording(), maps_of(0)
+    recording, maps = Recording(), maps_of(0, 5)
     recording.add(maps, None)
     for sample in (0, 1):
         expected = maps.at(0, 1, (1, 1), sample=sample)

@@ -515,3 +515,10 @@ def test_frozen_maps_and_heads_have_their_own_rows(name):
         edit(model, queries="cls", **{name: given}),
     ):
         pass
+
+
+@pytest.mark.parametrize("given", [{"keys": "register"}, {"keys": [1], "queries": "register"}])
+def test_an_unknown_word_is_an_error_before_any_pass(given):
+    model = build(upstreams.FIRST)
+    with pytest.raises(InvalidInputError, match="register'"), edit(model, **given):
+        raise AssertionError("entered")
