@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2_attn.errors import InvalidInputError, OutOfRangeError
+from dinov2_attn.errors import InvalidInputError, NotRecordedError, OutOfRangeError
 from dinov2_attn.maps.attention_maps import AttentionMaps
 from dinov2_attn.maps.recording import Recording
 from tests.support.strategies import noise
@@ -85,9 +85,52 @@ def test_gradients_flow():
 
 
 def test_a_recording_of_one_pass_answers_for_it():
-    recording, maps = Recording(), maps_of(0)
+    recording, maps = Recording(), maps_of(0, 5)
     recording.add(maps, None)
-    assert_same_bits(recording.at(0, 1, (1, 1)), maps.at(0, 1, (1, 1)))
+    for sample in (0, 1):
+        expected = maps.at(0, 1, (1, 1), sample=sample)
+        assert_same_bits(recording.at(0, 1, (1, 1), sample=sample), expected)
+
+
+ASKED = {
+    "at": lambda maps: maps.at(),
+    "patch_maps": lambda maps: maps.patch_maps(),
+    "prefix_mass": lambda maps: maps.prefix_mass(),
+    "facets": lambda maps: (maps.facets, maps.facet("key"), maps.facet_maps("key")),
+    "to": lambda maps: maps.to("cpu"),
+    "cpu": lambda maps: maps.cpu(),
+    "numpy": lambda maps: maps.numpy(),
+    "save": lambda maps: maps.save("nowhere"),
+    **{
+        name: lambda maps, name=name: getattr(maps, name)
+        for name in [
+            "weights",
+            "gradients",
+            "statistics",
+            "layers",
+            "numbers",
+            "sources",
+            "grid",
+            "prefix",
+            "suffix",
+            "per_cell",
+            "planes",
+            "queries",
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_recording_of_several_passes_says_what_it_cannot_answer(name):
+    recording = Recording()
+    for _ in range(2):
+        recording.add(maps_of(0), None)
+    with pytest.raises(NotRecordedError, match=rf"whose {name} that is\.\nFound 2"):
+        ASKED[name](recording)
+    for ask in (recording.facet, recording.facet_maps):
+        with pytest.raises(NotRecordedError, match="whose facets that is"):
+            ask("key")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +146,12 @@ def test_a_recording_of_one_pass_answers_for_it():
 def test_what_is_not_there(asked, message):
     with pytest.raises(OutOfRangeError, match=message):
         maps_of(0).at(**asked)
+
+
+@pytest.mark.parametrize("head", [0.5, True])
+def test_a_head_is_a_whole_number(head):
+    with pytest.raises(InvalidInputError, match="Expected heads as whole numbers"):
+        maps_of(0).at(head=head)
 
 
 def test_reduced_weights_have_no_rows():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import array
 import copy
 import pickle
 import threading
@@ -476,3 +477,48 @@ class TestModels:
         monkeypatch.setattr(F, "scaled_dot_product_attention", scaled_dot_product_attention)
         with pytest.raises(UnfaithfulError, match="Attention"), edit(model, heads=0):
             model(noise(1, 3, 8, seed=0).float())
+
+
+def through_blocks(model, tokens):
+    for block in model.blocks:
+        tokens = block(tokens)
+    return tokens
+
+
+def test_positions_of_any_kind_hide_the_same_keys():
+    model = build(upstreams.FIRST)
+    with edit(model, keys=[2, 3]):
+        expected = model(IMAGES)
+    for keys in (torch.tensor([2, 3]), torch.tensor([2, 3]).numpy(), array.array("l", [2, 3])):
+        with edit(model, keys=keys):
+            assert_same_bits(model(IMAGES), expected)
+
+
+def test_tokens_that_came_from_no_images_have_patches_in_a_row():
+    model, tokens = build(upstreams.FIRST), noise(2, N, 8, seed=3, dtype=torch.float64)
+    mask = torch.tensor([[[False, True, False], [True, False, False]]])
+    with edit(model, keys=[2, 4]):
+        expected = through_blocks(model, tokens)
+    with edit(model, keys=mask):
+        assert_same_bits(through_blocks(model, tokens), expected)
+    with edit(model, keys="patches"):  # of which there are none
+        alone = through_blocks(model, tokens[:, :1])
+    assert_same_bits(alone, through_blocks(model, tokens[:, :1]))
+
+
+@pytest.mark.parametrize("name", ["frozen", "heads"])
+def test_frozen_maps_and_heads_have_their_own_rows(name):
+    model = build(upstreams.FIRST)
+    given = {"frozen": attention_maps(model, IMAGES), "heads": [0]}[name]
+    with (
+        pytest.raises(InvalidInputError, match=f"as {name}= has its own rows"),
+        edit(model, queries="cls", **{name: given}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("given", [{"keys": "register"}, {"keys": [1], "queries": "register"}])
+def test_an_unknown_word_is_an_error_before_any_pass(given):
+    model = build(upstreams.FIRST)
+    with pytest.raises(InvalidInputError, match="register'"), edit(model, **given):
+        raise AssertionError("entered")

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from dinov2_attn import record, rollout
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.geometry import Geometry, geometry_of, patches_of, size_of_images
 from tests.maps.test_any_model import TIMM, build
 from tests.maps.test_gradients import of_dinov3, of_fork, of_upstream
 from tests.maps.test_record_any_model import TRANSFORMERS
-from tests.support.strategies import randomise
+from tests.support.strategies import noise, randomise
+from tests.support.tolerances import assert_close
 
 PATCH = (2, 3)
 
@@ -128,3 +130,28 @@ def test_upstreams_models(models):
     assert found.width == model.embed_dim
     inside = geometry_of(nn.ModuleDict({"backbone": model}))
     assert (inside.patch_size, inside.channels) == (found.patch_size, found.channels)
+
+
+class TwoStages(Patched):
+    """Blocks with two kinds of names, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.late = nn.Sequential(Attention())
+
+    def forward(self, images):
+        return self.late(super().forward(images))
+
+
+@torch.no_grad()
+def test_layers_of_several_kinds_are_rolled_out_if_they_are_named():
+    model, images = randomise(TwoStages().double(), 0), noise(2, 5, 4, 9, seed=0).double()
+    with pytest.raises(InvalidInputError, match=r"one follows the other\.\nFound blocks"):
+        rollout(model, images)
+    names = [f"blocks.{number}" for number in range(3)] + ["late.0"]
+    product = torch.eye(8, dtype=torch.float64)
+    with record(model) as maps:
+        model(images)
+    for weights in (one for entry in maps for one in entry.weights):
+        product = (weights.mean(1) + torch.eye(8)) / 2 @ product
+    assert_close(rollout(model, images, names).weights, product[:, :1])

@@ -304,6 +304,19 @@ def test_the_similarity_of_two_tokens(models):
         target = token_similarity(first, second)
         assert_close(relevance(model, images, target, queries=[6]).weights, expected.weights)
         assert_close(relevance(Tokens(), images, target, queries=[6]).weights, expected.weights)
+        if second == "cls":
+            assert token_similarity(first) == target
+
+
+def test_a_similarity_names_its_two_tokens():
+    model, images = of_dinov3()
+    for token, other, words in (
+        (7, "cls", "patch (0, 2) and CLS"),
+        (0, 10, "CLS and patch (1, 0)"),
+        (-1, 3, "patch (1, 4) and register 3"),
+    ):
+        found = relevance(model, images, token_similarity(token, other))
+        assert found.target == (f"the similarity of {words}",)
 
 
 def test_of_explicit_code_too():
@@ -478,9 +491,13 @@ def test_a_target_that_misses_layers_is_said():
     """It depends on the first block alone."""
     model, images = of_fork()
     inner = []
-    hook = model.blocks[0].register_forward_hook(lambda _, __, out: inner.append(out))
+    hook = model.blocks[0].register_forward_hook(
+        lambda _, __, out: inner.append(out) if out.requires_grad else None  # no probe
+    )
     with pytest.raises(NotRecordedError, match="1, 2"):
         relevance(model, images, lambda _: inner[-1][:, 0].sum(-1))
     found = relevance(model, images, lambda _: inner[-1][:, 0].sum(-1), layers=[0])
+    with pytest.raises(NotRecordedError, match="one that does not depend on 2"):
+        relevance(model, images, lambda _: inner[-1][:, 0].sum(-1), layers=[2])
     hook.remove()
     assert found.weights.shape == (2, 1, 7)

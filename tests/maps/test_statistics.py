@@ -254,6 +254,17 @@ def test_copies_and_files_hold_them(tmp_path):
     assert "statistics=spread, entropy" in repr(maps)
 
 
+def test_layers_that_are_paths_are_saved_too(tmp_path):
+    pytest.importorskip("safetensors")
+    layers = ("encoder.layer.0.attention", "encoder.layer.1.attention")
+    values = {name: (torch.ones(1, 2, 7), torch.zeros(1, 2, 7)) for name in ("entropy", "spread")}
+    found = Statistics(values, layers, (2, 3), 1)
+    found.save(tmp_path / "found.safetensors")
+    read = Statistics.load(tmp_path / "found.safetensors")
+    assert read.layers == layers
+    assert_same_bits(dict(read.values), values)
+
+
 def test_tokens_behind_the_patches_are_in_its_line():
     found = Statistics({"entropy": (torch.zeros(1, 2, 9),)}, (3,), (2, 3), 1, 2)
     facts = "statistics=entropy, layers=3, values=(1, 2, 9), grid=2×3, prefix=1"

@@ -478,3 +478,16 @@ def test_samples_whose_keys_lie_side_by_side_are_one_product(monkeypatch):
         with Products() as watch:
             attention.attention_weights(query[: len(keys), :heads], keys, 0.3)
         assert watch.found == products
+
+
+def test_autocast_is_known_where_pytorch_says_it():
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    assert not attention.may_autocast(cpu)
+    assert attention.may_autocast(other)  # it is not known
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention.may_autocast(cpu)
+        with attention.without_autocast(cpu):
+            assert not attention.may_autocast(cpu)
+        with attention.without_autocast(other):
+            assert attention.may_autocast(cpu)
+        assert attention.may_autocast(cpu)

@@ -144,13 +144,15 @@ def _of_patches(mask: Tensor, layout: Layout) -> Tensor | None:
 
 
 def checked_keys(keys: Any) -> Any:
-    """Return a boolean mask as a tensor, anything else as it is."""
+    """Return a boolean mask as a tensor, positions of a tensor or an array as plain ones."""
     keys = keys.mask if isinstance(keys, ArtifactTokens) else keys
     if isinstance(keys, str):
         resolve_names(cast("QueryWord", keys), 0)  # an unknown word is an error at once
         return keys
-    if not hasattr(keys, "tolist") or "bool" not in str(getattr(keys, "dtype", "")):
+    if not hasattr(keys, "tolist"):
         return keys
+    if "bool" not in str(getattr(keys, "dtype", "")):
+        return keys.tolist()
     mask = torch.as_tensor(keys)
     if not 1 <= mask.ndim <= 3:
         raise InvalidInputError(
