@@ -317,7 +317,7 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Run dropout on ``given``, and keep what it was given."""
         place, weights = None, self._undropped.get(_layout(given), given)
-        if _drops_in_place(name, args, kwargs):
+        if _drops_in_place(name, kwargs):
             place = place_of(weights, self._heads_first)
             weights = weights.clone()
         out = func(*args, **kwargs)
@@ -527,7 +527,7 @@ def _along_last(softmax: Tensor, factor: Tensor) -> bool:
 
 def _given_to_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments by their names. ``torch.dropout`` calls one of them ``train``."""
-    return dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
+    return dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
 
 
 def _probability(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -537,6 +537,7 @@ def _probability(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     return float(given.get("p", 0.5)) if training else 0.0
 
 
-def _drops_in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _drops_in_place(name: str, kwargs: dict[str, Any]) -> bool:
     """Return whether this call writes into what it is given, as ``torch.dropout_`` does."""
-    return name.endswith("_") or bool(_given_to_dropout(args, kwargs).get("inplace", False))
+    # PyTorch's own functions hand this argument on by its name, however it was given.
+    return name.endswith("_") or bool(kwargs.get("inplace"))
