@@ -79,3 +79,25 @@ def test_a_killed_program_with_workers_frees_the_folder_at_once(first, tmp_path)
     again = subprocess.run(program, check=False, timeout=120, **options)
     assert again.returncode == 0, again.stdout
     assert "140 images, 0 of them unreadable, in 7 shards" in again.stdout
+
+
+FORKED = """
+import os, signal
+from dinov2_attn.apps.extraction.bar import Bar
+Bar(total=1).close()
+child = os.fork()
+if not child:
+    Bar.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+os.waitpid(child, 0)
+Bar(total=1).close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_that_is_killed_leaves_no_lock_of_the_bar():
+    """That of tqdm is one for all forks, and the last line would wait for ever."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(PACKAGE)])}
+    command = [sys.executable, "-c", FORKED]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

@@ -186,9 +186,10 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm.contrib.logging import logging_redirect_tqdm
 
+    from dinov2_attn.apps.extraction.bar import Bar
     from dinov2_attn.apps.extraction.extract import extract
 
-    with logging_redirect_tqdm():
+    with logging_redirect_tqdm(tqdm_class=Bar):
         done = extract(
             loaded.model,
             sources,

@@ -10,12 +10,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import filelock
-from tqdm import tqdm
 
 from dinov2_attn.apps.extraction import shards
+from dinov2_attn.apps.extraction.bar import Bar
 from dinov2_attn.apps.extraction.distributed import Ranks, ranks
 from dinov2_attn.apps.extraction.layout import LOCK
 from dinov2_attn.apps.extraction.options import Options
@@ -181,10 +180,10 @@ class Job:
             write_parquet(self.folder, made.about, asked=self.parquet)
             return stages
 
-    def _bar(self, group: Ranks, total: int) -> tqdm[Any]:
+    def _bar(self, group: Ranks, total: int) -> Bar:
         label = f"process 1 of {group.world}" if group.world > 1 else None
         hidden = not self.progress or group.rank > 0
-        return tqdm(total=total, unit="image", desc=label, disable=hidden or None)
+        return Bar(total=total, unit="image", desc=label, disable=hidden or None)
 
 
 @contextlib.contextmanager

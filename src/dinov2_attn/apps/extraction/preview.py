@@ -8,10 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import tee
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
+from dinov2_attn.apps.extraction.bar import Bar
 from dinov2_attn.apps.extraction.decode import OfItems, Refused, Size
 from dinov2_attn.apps.extraction.options import Options, stored_bytes
 from dinov2_attn.apps.extraction.passed_over import describe
@@ -74,7 +72,7 @@ def preview(
     folder: Path,
     done: list[int],
     workers: int,
-    new_bar: Callable[[int], tqdm[Any]],
+    new_bar: Callable[[int], Bar],
 ) -> Preview:
     """Return what a run of the plan ``made`` would do; ``done`` are its finished shards."""
     rest = made.others(done)

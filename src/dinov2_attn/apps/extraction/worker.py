@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from dinov2_attn.apps.extraction import shards
+from dinov2_attn.apps.extraction.bar import Bar
 from dinov2_attn.apps.extraction.decode import OfItems, Picture, Refused, Size, T
 from dinov2_attn.apps.extraction.inference import BatchMaps, attend_batch
 from dinov2_attn.apps.extraction.items import Item
@@ -87,7 +87,7 @@ class Buckets:
 class Run:
     """The run of one process through its shards.
 
-    ``decoder`` makes pictures of items, and ``bar`` is the tqdm that counts images.
+    ``decoder`` makes pictures of items, and ``bar`` counts images.
     """
 
     model: Model
@@ -97,7 +97,7 @@ class Run:
     folder: Path
     workers: int
     strict: bool
-    bar: tqdm[Any]
+    bar: Bar
     doubts: list[str] = field(default_factory=list)
 
     def __call__(self, own: Sequence[int]) -> int:
