@@ -58,7 +58,7 @@ def saved_small(path, **changes):
 
 
 def test_a_checkpoint_needs_nothing_else(model, file, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "dinov2_attn")
     loaded = load("--weights", file)
     state = loaded.model.state_dict()
     assert_same_bits({name: state[name] for name in model.state_dict()}, model.state_dict())

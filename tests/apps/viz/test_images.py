@@ -152,14 +152,14 @@ def test_of_several_frames_the_first_is_taken_and_the_log_says_so(folder, suffix
     frames = [Image.new("RGB", (28, 28), colour) for colour in ("red", "lime", "blue")]
     path = folder / f"film.{suffix}"
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "dinov2_attn")
     picture = load_image(path, 14).picture.astype(int)
     assert (abs(picture - [255, 0, 0]) <= 2).all()  # webp is lossy
     assert f"{path} has several frames or pages: the first is taken" in caplog.text
 
 
 def test_one_frame_is_nothing_to_say(folder, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "dinov2_attn")
     for suffix in ("gif", "png", "webp", "tif", "jpg"):
         load_image(save(folder, noise(28, 42), f"still.{suffix}"), 14)
     assert "frames" not in caplog.text

@@ -134,7 +134,7 @@ def test_a_compiled_model_is_saved_and_filled(model, file):
 def test_loaded_weights_are_logged(model, file, caplog):
     make, _ = checkpoint_files.FORMATS["model_final.pth"]
     torch.save(make(model, other(CASE).build(upstreams.FIRST)), file)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "dinov2_attn")
     load_checkpoint(model, str(file))
     assert f"{file}: loaded model.teacher.backbone, left out " in caplog.text
     assert "model.teacher.dino_head" in caplog.text

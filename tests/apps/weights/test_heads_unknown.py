@@ -156,7 +156,7 @@ def test_the_command_line_takes_a_key(file, folder, caplog):
     arguments += ["--weights", str(folder / "both.pth"), "--num-heads", "4"]
     assert main(arguments) == 2
     assert "Choose one: --key b" in caplog.text
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "dinov2_attn")
     assert main([*arguments, "--key", "b"]) == 0
     assert "loaded b, left out a" in caplog.text
     assert main([*arguments, "--key", "c"]) == 2

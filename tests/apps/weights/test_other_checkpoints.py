@@ -61,7 +61,7 @@ def assert_attend_alike(ours, theirs, side=32):
 
 @pytest.mark.parametrize("patch_size", [8, 16])
 def test_dino_v1_bare(file, patch_size, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "dinov2_attn")
     model = random(replace(V1, patch_size=patch_size))
     torch.save(without_mask(model), file)
     found, left_out = built_of(file)
@@ -111,7 +111,7 @@ def test_dino_v1_full(file):
 )  # fmt: skip
 @pytest.mark.parametrize("before", ["", "module.", "state_dict."])
 def test_a_classifier_is_left_out_and_logged(file, name, before, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "dinov2_attn")
     model = random(SMALL)
     state = {**model.state_dict(), name: torch.ones(3, 3)}
     torch.save({f"{before}{k}": v for k, v in state.items()}, file)
