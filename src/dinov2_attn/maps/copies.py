@@ -20,12 +20,13 @@ _RUNNING_AT_MOST = 2
 class Copies:
     """Copies tensors to a device.
 
-    From CUDA to the CPU a copy goes to pinned memory on a stream of its own. The pass does not wait
-    for it, so the next layers run meanwhile. A result lives on the GPU until its copy is whole.
+    From CUDA to the CPU a copy goes to pinned memory on another stream than the pass. So the next
+    layers run meanwhile. A result lives on the GPU until its copy is whole.
     """
 
     def __init__(self, device: torch.device | None) -> None:
         self._device = device
+        self._to_cpu = device is not None and device.type == "cpu"
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._running: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
@@ -34,8 +35,8 @@ class Copies:
 
         Args:
             value: A tensor, or containers of tensors.
-            may_change: Whether somebody may write into the tensors later in the pass. Then the
-                pass waits for their copies.
+            may_change: Whether code may write into the tensors later in the pass. Then the pass
+                waits for their copies.
 
         """
         if self._device is None:
@@ -53,7 +54,7 @@ class Copies:
         return value if device is None else changed(value, lambda tensor: tensor.to(device))
 
     def _begin_one(self, tensor: Tensor, *, may_change: bool) -> Tensor:
-        if tensor.device.type != "cuda" or self._device != torch.device("cpu") or is_compiling():
+        if tensor.device.type != "cuda" or not self._to_cpu or is_compiling():
             return tensor.to(self._device)
         current = torch.cuda.current_stream(tensor.device)
         stream = current if may_change else self._stream_of(tensor.device)
