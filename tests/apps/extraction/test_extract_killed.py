@@ -72,18 +72,23 @@ time.sleep(60)
 NO_SIGNAL = "processes.ctypes.CDLL = lambda _: type('', (), {'prctl': lambda *_: -1})()"
 
 
-@pytest.mark.parametrize("before", ["", NO_SIGNAL], ids=["by a signal", "by looking"])
-@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_ends_with_its_parent(before, way):
-    child = CHILD.format(before=before, parent="os.getppid()")
-    with subprocess.Popen(
+def started(child):
+    """Start a parent that starts ``child``, and tells its number and its first word."""
+    return subprocess.Popen(
         [sys.executable, "-c", PARENT, child],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
-    ) as running:
+    )
+
+
+@pytest.mark.parametrize("before", ["", NO_SIGNAL], ids=["by a signal", "by looking"])
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_ends_with_its_parent(before, way):
+    child = CHILD.format(before=before, parent="os.getppid()")
+    with started(child) as running:
         assert running.stdout.readline().split()[1] == "waits"
         running.send_signal(way)
         running.wait()
@@ -108,14 +113,7 @@ INSIDE = "print('waits', flush=True); time.sleep(60)"
 def test_a_script_ends_with_torchrun_while_it_extracts(before, inside):
     """Afterwards it may go on: it is not ours."""
     rank = RANK.format(before=before, inside=inside)
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT, rank],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    ) as running:
+    with started(rank) as running:
         number, word = running.stdout.readline().split()
         assert word == "waits"
         running.kill()
