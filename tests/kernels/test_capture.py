@@ -269,18 +269,25 @@ DROPOUTS = {
 }
 
 
+@torch.no_grad()
+def drawn_twice(module):
+    """Run with the same draws, captured the second time; return queries, keys and the call."""
+    calls = []
+    q, k, _ = module.qkv(X).reshape(B, N, 3, HEADS, D).permute(2, 0, 3, 1, 4)
+    torch.manual_seed(0)
+    plain = module(X)
+    torch.manual_seed(0)
+    with Capture(module, calls.append):
+        assert_same_bits(module(X), plain)
+    (call,) = calls
+    return q, k, call
+
+
 @pytest.mark.parametrize("kind", DROPOUTS)
 def test_weights_are_those_before_dropout_however_it_is_written(kind):
     drop, probability = DROPOUTS[kind]
-    module, calls = Attention(lambda q, k, v: drop(scores(q, k).softmax(-1)) @ v), []
-    with torch.no_grad():
-        q, k, _ = module.qkv(X).reshape(B, N, 3, HEADS, D).permute(2, 0, 3, 1, 4)
-        torch.manual_seed(0)
-        plain = module(X)
-        torch.manual_seed(0)
-        with Capture(module, calls.append):
-            assert_same_bits(module(X), plain)
-    (call,) = calls
+    module = Attention(lambda q, k, v: drop(scores(q, k).softmax(-1)) @ v)
+    q, k, call = drawn_twice(module)
     assert_close(call.weights(), scores(q, k).softmax(-1))
     assert call.dropout == probability
 
@@ -305,18 +312,8 @@ BEHIND_DROPOUT = {
 @pytest.mark.parametrize("drops", [False, True])
 def test_what_comes_after_dropout_is_part_of_the_weights(kind, drops):
     after = BEHIND_DROPOUT[kind]
-    module, calls = (
-        Attention(lambda q, k, v: after(F.dropout(weights_of(q, k), 0.4, drops)) @ v),
-        [],
-    )
-    with torch.no_grad():
-        q, k, _ = module.qkv(X).reshape(B, N, 3, HEADS, D).permute(2, 0, 3, 1, 4)
-        torch.manual_seed(0)
-        plain = module(X)
-        torch.manual_seed(0)
-        with Capture(module, calls.append):
-            assert_same_bits(module(X), plain)
-    (call,) = calls
+    module = Attention(lambda q, k, v: after(F.dropout(weights_of(q, k), 0.4, drops)) @ v)
+    q, k, call = drawn_twice(module)
     assert_close(call.weights(), after(weights_of(q, k)))
     assert call.dropout == (0.4 if drops else 0)
     assert_close((call.query @ call.key.mT / math.sqrt(D)).softmax(-1), weights_of(q, k))
