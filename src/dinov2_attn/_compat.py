@@ -11,13 +11,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _disable_current_modes
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Whether PyTorch's kernel returns zeros for a row that a bias masks completely. It does from
 # torch 2.5 on, where this function came in. Before, such a row is NaN.
@@ -47,6 +49,13 @@ def is_tracing() -> bool:
     if hasattr(compiler, "is_dynamo_compiling"):
         return bool(compiler.is_dynamo_compiling())
     return is_compiling()
+
+
+def constant_in_graphs(function: F) -> F:
+    """Let Dynamo call ``function`` while it traces, and take what it returns for a constant."""
+    # What torch._dynamo.assume_constant_result does in every version; importing that takes long.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_transformed() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -95,6 +97,29 @@ def test_a_batch_of_any_size_stays_one(grafted, strict):
             output, attentions = export(Both(model))
             assert_close(output, model(other))
             assert_all_close(attentions, model.get_self_attention(other))
+
+
+@pytest.mark.parametrize("what", ["recording", "edit"])
+def test_a_block_that_another_thread_ended_is_not_seen(grafted, strict, what):
+    """Its generator is closed there, while this thread still has it in its list."""
+    model = build(grafted, depth=2)
+
+    def suspended():
+        with dinov2_attn.record(model) if what == "recording" else dinov2_attn.edit(model, heads=0):
+            yield model(IMAGES)
+
+    with torch.no_grad():
+        generator = suspended()
+        next(generator)
+        thread = threading.Thread(target=generator.close)
+        thread.start()
+        thread.join()
+        exported = torch.export.export(Both(model), (IMAGES,), strict=strict).module()
+        output, attentions = exported(IMAGES)
+        assert_close(output, model(IMAGES))
+        assert_all_close(attentions, model.get_self_attention(IMAGES))
+        exported = torch.export.export(Last(model), (IMAGES,), strict=strict).module()
+        assert_close(exported(IMAGES), attentions[-1][:, :, :1])
 
 
 def test_an_exported_module_outlives_uninstall(first, strict):

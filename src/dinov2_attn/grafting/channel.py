@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_attn._compat import (
+    constant_in_graphs,
     grad_mode_kept,
     is_compiling,
     is_foreign_thread,
@@ -180,12 +181,35 @@ def _entered(one: object) -> Iterator[None]:
         _ENTERED.set(tuple(other for other in _ENTERED.get() if other is not one))
 
 
-def _here(given: tuple[T, ...]) -> tuple[T, ...]:
-    """Return those of ``given`` that were entered in this context and not left since."""
-    if not given or is_compiling():  # a graph cannot read a context
+def _receivers() -> tuple[Receiver, ...]:
+    """Return the receivers that were entered in this context and not left since."""
+    return _here(STATE.receivers, 0)
+
+
+def _editors() -> tuple[Editor, ...]:
+    """Return the editors that were entered in this context and not left since."""
+    return _here(STATE.editors, 1)
+
+
+def _here(given: tuple[T, ...], place: int) -> tuple[T, ...]:
+    if not given:
         return given
+    if is_compiling():
+        pairs = zip(given, _alive()[place], strict=True)
+        return tuple(one for one, alive in pairs if alive)
     entered = set(map(id, _ENTERED.get()))
     return tuple(one for one in given if id(one) in entered and id(one) in _ALIVE)
+
+
+@constant_in_graphs
+def _alive() -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    """Return which receivers and editors of this thread were not left, for a graph.
+
+    It can read neither a context nor weak references. Another thread leaves a block by closing its
+    generator: then the block is in this thread's list until the next one is entered.
+    """
+    receivers = tuple(id(one) in _ALIVE for one in STATE.receivers)
+    return receivers, tuple(id(one) in _ALIVE for one in STATE.editors)
 
 
 @contextmanager
@@ -301,9 +325,9 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return
     given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 3)
     for images in islice(given, 1):
-        for receiver in _here(STATE.receivers):
+        for receiver in _receivers():
             receiver.begin(module, images)
-        for editor in _here(STATE.editors):
+        for editor in _editors():
             editor.begin(images)
 
 
@@ -320,10 +344,10 @@ def graft_whole(original: Forward) -> Forward:
             output = original(self, *args, **kwargs)
         except BaseException as error:
             if not isinstance(error, StopPassError):
-                for receiver in _here(STATE.receivers):
+                for receiver in _receivers():
                     receiver.failed(self)
             raise
-        for receiver in _here(STATE.receivers):
+        for receiver in _receivers():
             receiver.left(self)
         return output
 
@@ -349,7 +373,7 @@ def run_captured(
         NotEditedError: If an edited pass becomes a graph.
 
     """
-    wanting = [receiver for receiver in _here(STATE.receivers) if receiver.wants(module)]
+    wanting = [receiver for receiver in _receivers() if receiver.wants(module)]
     editing = _editors_of(module)
     if not (wanting or editing):
         return original(module, *args, **kwargs)
@@ -359,7 +383,7 @@ def run_captured(
         wanting = []
     stops = bool(wanting) and all(receiver.stops for receiver in wanting)
     if stops:
-        for editor in _here(STATE.editors):
+        for editor in _editors():
             editor.stopped()
 
     def take(call: Any) -> Change | None:
@@ -470,7 +494,7 @@ def editing(
 
 def is_edited_here() -> bool:
     """Return whether an editor was entered in this context."""
-    return bool(_here(STATE.editors))
+    return bool(_editors())
 
 
 # The editors of all threads, each with its thread.
@@ -502,7 +526,7 @@ def _editors_of(module: nn.Module) -> list[Editor]:
     The backward pass of a GPU runs in a thread of its own, where checkpointing runs modules again.
     It has the editors of the one thread that edits the module.
     """
-    editors: Iterable[Editor] = _here(STATE.editors)
+    editors: Iterable[Editor] = _editors()
     if not editors and not is_compiling() and is_in_backward() and is_foreign_thread():
         with LOCK:
             found = [(thread, editor) for thread, editor in _EDITORS if editor.wants(module)]
