@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -231,6 +232,17 @@ def uninstall() -> None:
         _PACKAGES.clear()
         _OUTCOMES.clear()
         _await_imports()
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Uninstall at the end the packages that were installed inside only."""
+    before = set(_PACKAGES)
+    try:
+        yield
+    finally:
+        for name in set(_PACKAGES) - before:
+            _remove(name)
 
 
 def status() -> Status:

@@ -87,6 +87,18 @@ def test_random_weights_say_so_and_repeat(image, tmp_path, caplog):
     assert_close(*maps)
 
 
+@pytest.mark.parametrize("ends", ["well", "with an error"])
+def test_what_was_installed_before_is_installed_after(image, weights, tmp_path, ends):
+    given = [image if ends == "well" else tmp_path / "none.png", "--weights", weights]
+    status = 0 if ends == "well" else 1
+    assert heatmap(*given, "-o", tmp_path / "out") == status
+    assert dinov2_attn.status().grafted == ()
+    with dinov2_attn.install():
+        before = dinov2_attn.status()
+        assert heatmap(*given, "-o", tmp_path / "again") == status
+        assert dinov2_attn.status() == before
+
+
 def test_the_random_generator_of_the_process_is_left_alone(image, tmp_path):
     state = torch.get_rng_state()
     heatmap(image, "-o", tmp_path, "--random-weights")

@@ -15,7 +15,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-import dinov2_attn
 from dinov2_attn.apps.cli import model_options
 from dinov2_attn.apps.cli.main import main
 from tests.support import upstreams
@@ -42,7 +41,6 @@ def _first():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_options, "build", functools.cache(model_options.build))
         yield
-    dinov2_attn.uninstall()
 
 
 @pytest.fixture(scope="module")

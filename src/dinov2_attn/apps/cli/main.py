@@ -27,6 +27,7 @@ from dinov2_attn.apps.cli.complaints import unknown as _unknown
 from dinov2_attn.apps.cli.completion import SHELLS, completion
 from dinov2_attn.apps.cli.log import PROGRAM, configure, warnings_as_lines
 from dinov2_attn.errors import Dinov2AttnError
+from dinov2_attn.grafting.api import restored
 
 COMMANDS = (demo, heatmap, figure, explore, extract, summary, export, verify, doctor)
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The status is 0 if all is done, 1 if some inputs failed and were reported, 2 for an error
     before the first input, 130 for an interruption, and 141 if the reader of a pipe has left. For
-    bad arguments argparse exits with 2.
+    bad arguments argparse exits with 2. What it installs is uninstalled at the end.
     """
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure(args)
     _configure_output()
     try:
-        with warnings_as_lines():
+        with warnings_as_lines(), restored():
             status = _run(args, parser)
             sys.stdout.flush()  # here, where a closed pipe is known
             return status
