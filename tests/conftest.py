@@ -14,7 +14,7 @@ from dinov2_attn.history import eras
 from dinov2_attn.history.projects import DINOV2
 from tests.support import upstreams
 from tests.support import xformers_visibility as xformers
-from tests.support.installing import uninstalled
+from tests.support.installing import installed, uninstalled
 from tests.support.markers import markers_of
 
 # Upstream decides at import. Most tests run as on a machine without xFormers, where a CPU can
@@ -55,6 +55,14 @@ def _loaded():
     """Every copy of the code importable, none imported, nothing installed."""
     for upstream in (*upstreams.ALL, upstreams.DEPTH_ANYTHING_3):
         upstream.load()
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_graft():
+    """A test leaves what was installed before it: another one would see its grafts."""
+    before = installed()
+    yield
+    assert installed() == before
 
 
 @pytest.fixture(scope="module", params=upstreams.ALL, ids=str)

@@ -170,10 +170,10 @@ def test_biases_and_causal_masks_of_the_kernel_count(first, kind, heads, install
 @torch.no_grad()
 def test_tokens_behind_the_patches_are_rolled_out_and_not_shown(grafted):
     model = layouts.build(grafted, layouts.registers_behind(grafted, 2), depth=2)
-    dinov2_attn.install(model)
     images = noise(2, 3, 4, 6, seed=0, dtype=torch.float32)
-    assert_is_the_product(model, images)
-    ours = rollout(model, images, queries="patches")
+    with dinov2_attn.install(model):
+        assert_is_the_product(model, images)
+        ours = rollout(model, images, queries="patches")
     assert (ours.suffix, ours.weights.shape) == (2, (2, 6, 9))
     assert_same_bits(ours.patch_maps().flatten(2), ours.weights[..., 1:7])
 

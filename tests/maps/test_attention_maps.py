@@ -259,10 +259,11 @@ def test_tokens_have_names():
 def test_registers_behind_the_patches_are_no_patches(grafted, count):
     model = layouts.build(grafted, layouts.registers_behind(grafted, count), depth=2)
     images = noise(2, 3, 4, 6, seed=0, dtype=torch.float32)
-    dinov2_attn.install(model)
-    expected = model.get_self_attention(images)
-    every = attention_maps(model, images)
-    patches = attention_maps(model, images, queries="patches")
+    with dinov2_attn.install(model):
+        expected = model.get_self_attention(images)
+        every = attention_maps(model, images)
+        patches = attention_maps(model, images, queries="patches")
+        last = attention_maps(model, images, 1, queries=-1)
     for maps in (every, patches):
         assert (maps.grid, maps.prefix, maps.suffix) == ((2, 3), 1, count)
     assert patches.queries == tuple(range(1, 7))
@@ -271,7 +272,7 @@ def test_registers_behind_the_patches_are_no_patches(grafted, count):
     for maps, rows in ((every, slice(None)), (patches, slice(1, 7))):
         for shown, theirs in zip(maps.patch_maps(), expected, strict=True):
             assert_close(shown, theirs[:, :, rows, 1:7].unflatten(-1, (2, 3)))
-    assert_close(attention_maps(model, images, 1, queries=-1).weights[0], expected[-1][:, :, -1:])
+    assert_close(last.weights[0], expected[-1][:, :, -1:])
 
 
 def test_results_say_where_each_layer_comes_from(grafted, tmp_path):

@@ -7,6 +7,13 @@ from contextlib import contextmanager
 
 import dinov2_attn
 from dinov2_attn.grafting import api
+from dinov2_attn.grafting.registry import REGISTRY
+
+
+def installed() -> set[str]:
+    """Return the packages and live models that are installed now."""
+    models = {str(target) for graft in REGISTRY for target in graft.targets}
+    return {*api._PACKAGES, *(name for name in models if name.startswith("model with"))}
 
 
 @contextmanager
