@@ -314,6 +314,7 @@ def test_a_similarity_names_its_two_tokens():
         (7, "cls", "patch (0, 2) and CLS"),
         (0, 10, "CLS and patch (1, 0)"),
         (-1, 3, "patch (1, 4) and register 3"),
+        ((1, 4), "register:3", "patch (1, 4) and register 3"),
     ):
         found = relevance(model, images, token_similarity(token, other))
         assert found.target == (f"the similarity of {words}",)
@@ -423,6 +424,16 @@ WRONG = {
     "layer": (OutOfRangeError, lambda m, x: relevance(m, x, 1, layers=[7]), None),
     "query": (OutOfRangeError, lambda m, x: relevance(m, x, 1, queries=[70]), None),
     "token": (OutOfRangeError, lambda m, x: relevance(m, x, token_similarity(70)), None),
+    "several tokens": (
+        InvalidInputError,
+        lambda m, x: relevance(m, x, token_similarity(6, "registers")),
+        "register:K",
+    ),
+    "no register": (
+        OutOfRangeError,
+        lambda m, x: relevance(m, x, token_similarity(6, "register:1")),
+        "without registers",
+    ),
     "ratio": (
         InvalidInputError,
         lambda m, x: relevance(m, x, 1, "gradient_rollout", discard_ratio=1.5),

@@ -121,7 +121,7 @@ def relevance(
         target: What is explained: a function of the output that returns one number for each image;
             the number of a class, or one for each image; a floating-point tensor ``(C,)`` or
             ``(B, C)``, such as the embedding of a text, to which the output is compared by its
-            cosine; or ``token_similarity(7)``.
+            cosine; or ``token_similarity((2, 5))``.
         method: One of those above.
         layers: The layers to use, as in ``attention_maps``.
         queries: The tokens whose rows are returned. ``"legrad"`` has one row, the mean of all.

@@ -14,31 +14,32 @@ from torch import Tensor, nn
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.watching import watching
 from dinov2_attn.errors import InvalidInputError, OutOfRangeError
-from dinov2_attn.grafting.tokens import named
 from dinov2_attn.maps.layers import Recorded
-from dinov2_attn.math.selection import name_token, positions
+from dinov2_attn.math.selection import name_token, positions, whole_number
+from dinov2_attn.math.token_names import Token, position_of
 
 
 @dataclass(frozen=True)
 class TokenSimilarity:
     """The cosine similarity of two tokens behind the last norm. Made by ``token_similarity``."""
 
-    token: int
-    other: int | str = "cls"
+    token: Token
+    other: Token = "cls"
 
 
 # What users pass; see ``relevance``.
 Target = Callable[[Any], Tensor] | int | Sequence[int] | Tensor | TokenSimilarity
 
 
-def token_similarity(token: int, other: int | str = "cls") -> TokenSimilarity:
+def token_similarity(token: Token, other: Token = "cls") -> TokenSimilarity:
     """Return a target for ``relevance``: how similar two tokens are, by their cosine.
 
     Tokens are those behind the last norm of a DINOv2, or what a model returns as ``(B, N, C)``.
 
     Args:
-        token: The position of a token, CLS being 0.
-        other: The position of the other one, or ``"cls"``.
+        token: ``"cls"``, ``"register:K"`` with K from 1, a patch ``(row, column)`` counted from 0,
+            or a position, CLS being 0.
+        other: The other one, in the same words.
 
     """
     return TokenSimilarity(token, other)
@@ -121,9 +122,15 @@ def _plain(target: Any) -> Any:
     return target.tolist() if hasattr(target, "tolist") else target
 
 
-def _token_name(token: Any, layout: Layout) -> str:
-    place = positions(named(token, layout), layout.length)
-    return name_token(place[0] if place else 0, layout.prefix, layout.grid)
+def _token_name(token: Token, layout: Layout) -> str:
+    return name_token(_position(token, layout), layout.prefix, layout.grid)
+
+
+def _position(token: Token, layout: Layout) -> int:
+    """Return where ``token`` is in the sequence. A number may be that of a token behind patches."""
+    if isinstance(token, str | tuple | list):
+        return position_of(token, layout.prefix, layout.grid)
+    return positions(whole_number(token, "tokens"), layout.length)[0]
 
 
 def _value(target: Any, found: Pass, images: int) -> Any:
@@ -138,9 +145,9 @@ def _value(target: Any, found: Pass, images: int) -> Any:
 
 def _similarity(target: TokenSimilarity, found: Pass) -> Tensor:
     tokens = _tokens(found)
-    given: tuple[Any, Any] = (target.token, target.other)
-    places = [positions(named(token, found.layout), tokens.shape[1]) for token in given]
-    first, second = (tokens[:, place[0] if place else 0] for place in places)
+    first, second = (
+        tokens[:, _position(one, found.layout)] for one in (target.token, target.other)
+    )
     return F.cosine_similarity(first, second, dim=-1)
 
 

@@ -73,8 +73,8 @@ It ends below them if the highest is more than twice the next patch, and if they
 thirds of the attention to patches. <b>Shared</b> ends at the highest patch of all heads of the
 layer, <b>Each</b> at that of this map. overlay.png of heatmap has the same limits. In heads.png
 one robust scale is for the mean and all heads together.</p>
-{relevance}<p>Outliers {outliers} are patches with an unusually large norm. Their weights are not
-changed. If they are marked, Robust and Each leave them out of the limits.</p>
+{relevance}<p>Outliers {outliers} are artifact tokens, patches with an unusually large norm. Their
+weights are not changed. If they are marked, Robust and Each leave them out of the limits.</p>
 {read}<p>Kept: {kept}.{left_out}</p>"""
 
 _CHOICE = (
