@@ -108,9 +108,10 @@ def record(
     They are the gradients by the weights before dropout, as if explicit code had made them. Each
     backward pass replaces those of the one before.
 
-    Recordings may be nested, of the same model or another. A question inside the block
-    (``get_self_attention``, ``return_attn``) is answered and not recorded. A pass with
-    ``return_attention=True`` is recorded like any other. Other threads, and so the replicas
+    Recordings may be nested, of the same model or another. Where code makes its own weights, and
+    with ``features="from_weights"``, they share tensors: clone what you write into. A question
+    inside the block (``get_self_attention``, ``return_attn``) is answered and not recorded. A pass
+    with ``return_attention=True`` is recorded like any other. Other threads, and so the replicas
     of ``DataParallel``, are not recorded. A task of asyncio records its own passes and those of
     tasks that it makes inside the block. A generator shares the context of its caller: while it is
     suspended inside the block, passes of the caller are recorded.
