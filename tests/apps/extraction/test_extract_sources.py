@@ -223,3 +223,49 @@ def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
         os.chdir("x" * 250)
     with pytest.raises(UnreadableFileError, match="File name too long"):
         list_items([tmp_path / "in"])
+
+
+def with_header(path, start, **changes):
+    """Change the fields of a header in a tar, and its checksum."""
+    content = bytearray(path.read_bytes())
+    header = content[start : start + tarfile.BLOCKSIZE]
+    if "size" in changes:
+        header[124:136] = tarfile.itn(changes["size"], 12, tarfile.GNU_FORMAT)
+    if "kind" in changes:
+        header[156:157] = changes["kind"]
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    content[start : start + tarfile.BLOCKSIZE] = header
+    path.write_bytes(content)
+
+
+def offsets(path):
+    with tarfile.open(path) as tar:
+        return [member.offset for member in tar]
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, b"Q"])
+def test_a_tar_whose_sizes_lead_back_is_refused(tmp_path, kind):
+    photographs(tmp_path / "in", 3)
+    tar = tar_of(tmp_path / "in", tmp_path / "a.tar")
+    _, second, *_, last = offsets(tar)
+    with_header(tar, last, size=second - last - tarfile.BLOCKSIZE, kind=kind)
+    with pytest.raises(UnreadableFileError, match="a size of -"):
+        list_items([tar])
+
+
+@pytest.mark.parametrize("size", [2**40, 2**63, 2**87])
+def test_a_tar_with_a_member_beyond_all_files(tmp_path, size):
+    photographs(tmp_path / "in", 3)
+    tar = tar_of(tmp_path / "in", tmp_path / "a.tar")
+    for kind in (tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME):
+        with_header(tar, 0, size=size, kind=kind)
+        with pytest.raises((UnreadableFileError, InvalidInputError)):
+            list_items([tar])
+
+
+def test_a_tar_of_headers_in_headers(tmp_path):
+    nested = tarfile.TarInfo._create_gnu_long_header("a", tarfile.GNUTYPE_LONGNAME, "utf-8", "")
+    (tmp_path / "a.tar").write_bytes(nested * 2000)
+    with pytest.raises(UnreadableFileError):
+        list_items([tmp_path / "a.tar"])

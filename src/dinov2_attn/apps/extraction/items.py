@@ -26,6 +26,12 @@ LARGE = 2**20
 # The first bytes of gzip, bzip2, xz, Zstandard and zip.
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
 
+# What reading a source that is damaged raises: its sizes may be any numbers, its headers nested.
+_UNLISTED = (
+    *(OSError, tarfile.TarError, EOFError, ValueError),
+    *(OverflowError, RecursionError, MemoryError),
+)
+
 
 @dataclass(frozen=True)
 class Item:
@@ -202,7 +208,7 @@ def _items_of(source: Path, sieve: Sieve) -> Iterator[Item]:
             yield from _in_list(source, name)
     except InvalidInputError:  # which is a ValueError
         raise
-    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+    except _UNLISTED as error:
         raise UnreadableFileError(
             "a folder, a list of paths, an uncompressed tar or an image",
             f"{source} ({type(error).__name__}: {error})",
@@ -335,8 +341,13 @@ def _members(source: Path) -> Iterator[tuple[str, tuple[int, int] | None]]:
     link is a second name of a file.
     """
     places: dict[str, tuple[int, int]] = {}
+    behind = 0  # the header of the member before
     with tarfile.open(source, "r:") as tar:
         for member in tar:
+            # Python before 3.11.14 goes back by a negative size, and on from there for ever.
+            if member.size < 0 or member.offset < behind:
+                raise tarfile.ReadError(f"a size of {member.size} bytes")
+            behind = member.offset + tarfile.BLOCKSIZE
             if member.isdir():
                 continue
             if member.isreg() and not member.issparse():
