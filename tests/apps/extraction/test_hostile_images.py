@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import struct
@@ -21,12 +22,14 @@ from dinov2_attn.apps.extraction.decode import Decoder, Measurer, Origin, Pictur
 from dinov2_attn.apps.extraction.items import Item, list_items
 from dinov2_attn.apps.extraction.options import check_options, images_together
 from dinov2_attn.apps.viz import opening
+from dinov2_attn.apps.viz.reading import reading_for
 from dinov2_attn.errors import (
     InvalidInputError,
     UnavailableError,
     UnreadableFileError,
     shown,
 )
+from tests.support import raw_files
 from tests.support.extraction import build, draw, index_of
 from tests.support.subprocesses import python
 from tests.support.tolerances import assert_same_bits
@@ -59,6 +62,11 @@ PNG = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 0, 
 def numpy_header(shape, dtype="<f8"):
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text + b"\n"
+
+
+NEEDS_TIFFFILE = pytest.mark.skipif(
+    importlib.util.find_spec("tifffile") is None, reason="tifffile is not installed"
+)
 
 
 def tiff(width, height, samples, bits=8):
@@ -168,6 +176,17 @@ def test_what_is_large_and_right_is_still_decoded(tmp_path):
                 assert_same_bits(found.pixels, noise)
 
 
+@NEEDS_TIFFFILE
+def test_a_large_tiff_that_only_tifffile_reads_is_still_decoded(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 5), np.uint8)
+    path = raw_files.tiff(tmp_path / "a.tif", noise)
+    for item in (Item("in", path.name, str(path)), in_a_tar(path)):
+        found = Decoder(2, 700, None, reading_for(5))[(0, item)]
+        assert isinstance(found, Picture), found
+        assert item.size(None) == (700, 700)
+        assert_same_bits(found.pixels, noise)
+
+
 def test_the_bound_of_bytes_can_be_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(opening, "MOST_PIXELS", 1000)
     np.save(tmp_path / "a.npy", np.zeros((30, 30, 3), np.float64))
@@ -175,14 +194,8 @@ def test_the_bound_of_bytes_can_be_raised(tmp_path, monkeypatch):
     found = Decoder(2, 4, None)[(0, item)]
     assert "at most 16,000 bytes, 16 for each pixel" in found.reason
     assert "--max-pixels" in found.reason
-    found = Decoder(2, 4, 1500, viz_reading())[(0, item)]
+    found = Decoder(2, 4, 1500, reading_for(3, (0, 1)))[(0, item)]
     assert isinstance(found, Picture)
-
-
-def viz_reading():
-    from dinov2_attn.apps.viz.reading import reading_for
-
-    return reading_for(3, (0, 1), None, None)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")

@@ -210,6 +210,8 @@ def tiff_page(path: Path, content: Content) -> Iterator[Any]:
     import tifffile
 
     given: Any = io.BytesIO(content) if isinstance(content, bytes) else content or path
+    if not isinstance(given, Path):
+        given.seek(0)  # tifffile takes what comes next for the start of the file
     with tifffile.TiffFile(given) as file:
         yield file.pages[0]
 
