@@ -10,8 +10,11 @@ import numpy as np
 SAMPLE_FORMAT = {"u": 1, "i": 2, "f": 3}
 
 
-def tiff(path, values, bits=None, **tags):
-    """Write values (H, W) or (H, W, C), packed in ``bits`` each; ``tags`` are t281=4095."""
+def tiff(path, values, bits=None, packed_to=None, **tags):
+    """Write values (H, W) or (H, W, C), packed in ``bits`` each; ``tags`` are t281=4095.
+
+    ``packed_to`` are bytes to write in place of them, for a compression as ``t259`` says.
+    """
     height, width, channels = np.atleast_3d(values).shape
     bits = bits or 8 * values.dtype.itemsize
     if bits == 12:
@@ -20,6 +23,7 @@ def tiff(path, values, bits=None, **tags):
         data = packed.reshape(-1, 4)[:, 1:].tobytes()
     else:
         data = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    data = data if packed_to is None else packed_to
     entries = {
         256: ("I", width),
         257: ("I", height),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import lzma
 import os
 import struct
 import sys
 import tarfile
 import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -22,6 +24,7 @@ from dinov2_attn.apps.extraction.decode import Decoder, Measurer, Origin, Pictur
 from dinov2_attn.apps.extraction.items import Item, list_items
 from dinov2_attn.apps.extraction.options import check_options, images_together
 from dinov2_attn.apps.viz import opening
+from dinov2_attn.apps.viz.decoding import stored_size
 from dinov2_attn.apps.viz.reading import reading_for
 from dinov2_attn.errors import (
     InvalidInputError,
@@ -185,6 +188,88 @@ def test_a_large_tiff_that_only_tifffile_reads_is_still_decoded(tmp_path):
         assert isinstance(found, Picture), found
         assert item.size(None) == (700, 700)
         assert_same_bits(found.pixels, noise)
+
+
+def most_memory(call):
+    """Return what ``call`` returns and the most bytes that Python's objects took meanwhile."""
+    tracemalloc.start()
+    try:
+        found = call()
+        return found, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+PACKED = {8: zlib.compress, 32946: zlib.compress, 34925: lzma.compress}
+
+
+@NEEDS_TIFFFILE
+@pytest.mark.parametrize("compression", PACKED)
+def test_a_tiff_that_unpacks_to_more_than_it_has(tmp_path, compression):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 5), np.uint8)
+    pack = PACKED[compression]
+    reading = reading_for(5)
+    for content in (noise.tobytes(), noise.tobytes() + bytes(200 * MB)):
+        path = raw_files.tiff(tmp_path / "a.tif", noise, packed_to=pack(content), t259=compression)
+        item = Item("in", path.name, str(path))
+        found, memory = most_memory(lambda item=item: Decoder(2, 64, None, reading)[(0, item)])
+        assert memory < 30 * MB
+        if len(content) == noise.size:
+            assert_same_bits(found.pixels, noise)
+    assert "of which a part of 20,480 bytes unpacks to more" in found.reason
+
+
+@NEEDS_TIFFFILE
+def test_a_tiff_with_a_tile_beyond_memory(tmp_path):
+    noise = np.zeros((64, 64, 5), np.uint8)
+    tile = {"t322": 60000, "t323": 60000, "t324": 8, "t325": 100}
+    path = raw_files.tiff(
+        tmp_path / "a.tif", noise, packed_to=zlib.compress(bytes(MB)), t259=8, **tile
+    )
+    found = Decoder(2, 64, None, reading_for(5))[(0, Item("in", path.name, str(path)))]
+    assert "at most 1,600,000,000 bytes" in found.reason
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pydicom") is None, reason="pydicom is not installed")
+@pytest.mark.parametrize("implicit", [False, True])
+def test_a_dicom_that_unpacks_to_more_than_it_may(tmp_path, monkeypatch, implicit):
+    monkeypatch.setattr(opening, "MOST_PIXELS", 10**6)
+    for more in (0, 200 * MB):
+        (tmp_path / "a.dcm").write_bytes(deflated_dicom(bytes(64 * 64 + more), implicit))
+        item = Item("in", "a.dcm", str(tmp_path / "a.dcm"))
+        for look in (Decoder(2, 64, None), Measurer(2, 64, None)):
+            found, memory = most_memory(lambda item=item, look=look: look[(0, item)])
+            assert memory < 30 * MB
+            # pydicom itself reads no packed file with such a header.
+            assert isinstance(found, Refused) == bool(more or implicit), found
+        assert isinstance(looked_at(tmp_path / "a.dcm"), Refused if more or implicit else tuple)
+
+
+def looked_at(path):
+    """Return the size of a file that is not open yet, or that it is refused."""
+    try:
+        return stored_size(path)
+    except (InvalidInputError, UnreadableFileError) as error:
+        return Refused(0, None, str(error))
+
+
+def deflated_dicom(pixels, implicit):
+    """Return a grey image of 64 × 64 in the form of DICOM that is packed as a whole."""
+    names = [(0x02, 0x02), (0x02, 0x03), (0x02, 0x10)]
+    texts = [b"1.2.840.10008.5.1.4.1.1.7\0", b"1.2.3\0", b"1.2.840.10008.1.2.1.99"]
+    header = b""
+    for (group, element), text in zip(names, texts, strict=True):
+        kind = struct.pack("<I", len(text)) if implicit else b"UI" + struct.pack("<H", len(text))
+        header += struct.pack("<HH", group, element) + kind + text
+    length = struct.pack("<I", 4) if implicit else b"UL" + struct.pack("<H", 4)
+    header = struct.pack("<HH", 2, 0) + length + struct.pack("<I", len(header)) + header
+    numbers = {0x02: 1, 0x10: 64, 0x11: 64, 0x100: 8, 0x101: 8, 0x102: 7, 0x103: 0}
+    elements = {name: b"US\x02\0" + struct.pack("<H", value) for name, value in numbers.items()}
+    elements[0x04] = b"CS\x0c\0MONOCHROME2 "
+    data = b"".join(struct.pack("<HH", 0x28, name) + elements[name] for name in sorted(elements))
+    data += struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OB", 0, len(pixels)) + pixels
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return bytes(128) + b"DICM" + header + packer.compress(data) + packer.flush()
 
 
 def test_the_bound_of_bytes_can_be_raised(tmp_path, monkeypatch):

@@ -118,13 +118,13 @@ def stored_size(
             height, width = array_shape(path, content, max_pixels)[:2]
             return height, width
         if is_dicom(path, content):
-            return _within(path, dicom_size(path, content), max_pixels)
+            return _within(path, dicom_size(path, content, max_pixels), max_pixels)
         try:
             with opened(path, content) as image:
                 return image.height, image.width
         except UnidentifiedImageError:
             if is_called_dicom(path):
-                return _within(path, dicom_size(path, content), max_pixels)
+                return _within(path, dicom_size(path, content, max_pixels), max_pixels)
             if not is_tiff(path, content):
                 raise
             with tiff_page(path, content) as first:
@@ -134,8 +134,8 @@ def stored_size(
 def _of_dicom(
     path: Path, content: bytes | None, reading: Reading, max_pixels: int | None
 ) -> Decoded:
-    _within(path, dicom_size(path, content), max_pixels)
-    return _of_array(read_dicom(path, content, reading.range), path, reading)
+    _within(path, dicom_size(path, content, max_pixels), max_pixels)
+    return _of_array(read_dicom(path, content, reading.range, max_pixels), path, reading)
 
 
 def _within(path: Path, size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import io
 import logging
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from dinov2_attn._imports import is_installed
-from dinov2_attn.apps.viz.opening import Content, header
+from dinov2_attn.apps.viz.opening import (
+    Content,
+    check_bytes,
+    header,
+    most_bytes,
+    unpacked_size,
+)
 from dinov2_attn.apps.viz.reading import Range, Raw
 from dinov2_attn.errors import Dinov2AttnError, UnreadableFileError
 
@@ -23,6 +30,8 @@ SUFFIXES = frozenset({".dcm", ".dicom"})
 # Such a file has these letters behind a preamble of 128 bytes. Old ones have neither.
 PREAMBLE, LETTERS = 128, b"DICM"
 PACKAGE = "pydicom"
+# The name of the one form of DICOM that is packed as a whole.
+_DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
 def is_readable() -> bool:
@@ -40,12 +49,14 @@ def is_dicom(path: Path, content: Content) -> bool:
     return header(path, content, PREAMBLE + len(LETTERS))[PREAMBLE:] == LETTERS
 
 
-def dicom_size(path: Path, content: Content) -> tuple[int, int]:
+def dicom_size(path: Path, content: Content, max_pixels: int | None = None) -> tuple[int, int]:
     """Return the height and width of the image in a file, from its header."""
-    return _size(_dataset(path, content, pixels=False), path)
+    return _size(_dataset(path, content, max_pixels, pixels=False), path)
 
 
-def read_dicom(path: Path, content: bytes | None, wanted: Range) -> Raw:
+def read_dicom(
+    path: Path, content: bytes | None, wanted: Range, max_pixels: int | None = None
+) -> Raw:
     """Return the numbers of the image, or of its first frame.
 
     Grey values are those of the rescale slope and intercept, such as Hounsfield units. Their range
@@ -56,12 +67,13 @@ def read_dicom(path: Path, content: bytes | None, wanted: Range) -> Raw:
         path: The file, or only its name if ``content`` is given.
         content: The bytes of the file.
         wanted: The range that is asked for. Without one a VOI LUT of the file is applied.
+        max_pixels: The largest image that is read. So large may the file be when it is unpacked.
 
     Raises:
         UnreadableFileError: If pydicom is missing, or the file has no image that it can decode.
 
     """
-    dataset = _dataset(path, content)
+    dataset = _dataset(path, content, max_pixels)
     _size(dataset, path)
     with _decoding(path):
         from pydicom.pixels import apply_color_lut, pixel_array
@@ -173,7 +185,7 @@ def _size(dataset: Any, path: Path) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _dataset(path: Path, content: Content, *, pixels: bool = True) -> Any:
+def _dataset(path: Path, content: Content, max_pixels: int | None, *, pixels: bool = True) -> Any:
     if not is_readable():
         raise UnreadableFileError(
             "an image that Pillow can open",
@@ -182,16 +194,38 @@ def _dataset(path: Path, content: Content, *, pixels: bool = True) -> Any:
         )
     import pydicom
 
-    given: Any = io.BytesIO(content) if isinstance(content, bytes) else content or path
-    if not isinstance(given, Path):
-        given.seek(0)
+    if content is None:
+        with path.open("rb") as file:
+            return _dataset(path, file, max_pixels, pixels=pixels)
+    given: Any = io.BytesIO(content) if isinstance(content, bytes) else content
     with _decoding(path):
+        if _is_packed(given):
+            most = most_bytes(max_pixels)
+            check_bytes(path, unpacked_size(zlib.decompressobj(-15), given, most), max_pixels)
+        given.seek(0)
         # Forced: old files have no letters at their start.
         return pydicom.dcmread(
             given,
             force=is_called_dicom(path),
             stop_before_pixels=not pixels,
         )
+
+
+def _is_packed(file: BinaryIO) -> bool:
+    """Return whether all behind the header is packed, and go there.
+
+    pydicom unpacks it whole, a thousand times its size.
+    """
+    from pydicom.filereader import read_dataset, read_preamble
+
+    file.seek(0)
+    read_preamble(file, force=True)
+    found = read_dataset(file, False, True, stop_when=_is_behind_header)
+    return str(found.get("TransferSyntaxUID", "")) == _DEFLATED
+
+
+def _is_behind_header(tag: Any, vr: str | None, length: int) -> bool:
+    return int(tag) >> 16 != 2
 
 
 @contextmanager

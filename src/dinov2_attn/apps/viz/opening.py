@@ -9,10 +9,11 @@ import io
 import math
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -221,9 +222,87 @@ def read_tiff(path: Path, content: bytes | None, max_pixels: int | None) -> npt.
     with tiff_page(path, content) as page:
         check_pixels(path, (page.imagelength, page.imagewidth), max_pixels)
         check_bytes(path, math.prod(page.shape) * page.dtype.itemsize, max_pixels)
+        _check_parts(path, page, max_pixels)
         values: npt.NDArray[Any] = page.asarray()
         # Some files store the channels first.
         return np.moveaxis(values, 0, -1) if page.axes.startswith("S") else values
+
+
+def _check_parts(path: Path, page: Any, max_pixels: int | None) -> None:
+    """Raise unless each strip or tile of a page unpacks to no more than it has to.
+
+    tifffile unpacks it whole, a thousand times its size or more.
+    """
+    unpacker = _UNPACKERS.get(page.compression)
+    if unpacker is None:
+        return
+    each = math.prod(page.chunks) * page.dtype.itemsize
+    check_bytes(path, each, max_pixels)
+    file, total = page.parent.filehandle, 0
+    for offset, length in zip(page.dataoffsets, page.databytecounts, strict=False):
+        file.seek(offset)
+        size = unpacked_size(unpacker(), io.BytesIO(file.read(min(length, file.size))), each)
+        if size > each:
+            raise UnreadableFileError(
+                "a TIFF whose parts unpack to their size",
+                f"{path}, of which a part of {each:,} bytes unpacks to more",
+                "Check that an image viewer opens it.",
+            )
+        total += size
+        check_bytes(path, total, max_pixels)
+
+
+class Unpacker(Protocol):
+    """Unpacks a stream piece by piece, as objects of ``zlib`` do."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+class _Lzma:
+    """Unpacks LZMA as tifffile does, with no more memory than usual files need."""
+
+    def __init__(self) -> None:
+        import lzma  # which not every Python has
+
+        self._made = lzma.LZMADecompressor(memlimit=2**28)
+
+    @property
+    def eof(self) -> bool:
+        return self._made.eof
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes:
+        return self._made.decompress(data, max_length)
+
+
+# By TIFF's number of the compression. tifffile has no others of its own that unpack to much more
+# than their size: those of imagecodecs are given the size that is wanted.
+_UNPACKERS: dict[int, Callable[[], Unpacker]] = {
+    8: zlib.decompressobj,
+    32946: zlib.decompressobj,
+    34925: _Lzma,
+}
+# How much is unpacked at once, to be counted.
+_AT_ONCE = 2**20
+
+
+def unpacked_size(unpacker: Unpacker, file: BinaryIO, most: int) -> int:
+    """Return how many bytes the rest of ``file`` unpacks to, or a number above ``most``.
+
+    What is damaged counts as far as it goes: who reads it later says what is wrong.
+    """
+    size, rest = 0, b""
+    with contextlib.suppress(Exception):  # each format has an error of its own
+        while size <= most and not unpacker.eof:
+            given = rest or file.read(_AT_ONCE)
+            found = unpacker.decompress(given, _AT_ONCE)
+            rest = getattr(unpacker, "unconsumed_tail", b"")
+            if not (given or found):
+                break
+            size += len(found)
+    return size
 
 
 def is_tiff(path: Path, content: Content) -> bool:
