@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 
@@ -57,6 +58,20 @@ def test_pandas_reads_the_same_table(model, images, tmp_path):
     assert list(found.columns) == list(expected.columns)
     assert list(found["path"]) == list(expected["path"])
     assert found["artifacts"].isna().all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text here")
+def test_a_name_of_bytes_that_are_no_text(model, tmp_path):
+    pytest.importorskip("pandas", reason="pip install 'dinov2-attn[pandas]'")
+    draw(tmp_path / "a.png", (4, 6), 0)
+    (tmp_path / "in\udcff").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "in\udcff" / "b\udcfe.png")
+    extract(model, tmp_path / "in\udcff", tmp_path / "out", index="parquet")
+    dataset = AttentionDataset(tmp_path / "out")
+    (row,) = parquet.read_table(tmp_path / "out" / "index.parquet").to_pylist()
+    assert (row["source"], row["path"]) == (r"in\udcff", r"b\udcfe.png")
+    assert list(dataset.frame()["path"]) == [r"b\udcfe.png"]
+    assert dataset[0]["path"] == "b\udcfe.png"
 
 
 def test_a_finished_extraction_gets_one_and_keeps_it_true(model, images, tmp_path):

@@ -51,7 +51,8 @@ def row_of(entry: dict[str, Any], layers: Sequence[int]) -> list[Any]:
     """Return the row of an image, in the order of the columns."""
     numbers = [number for name in EACH_LAYER for number in _floats(entry[name])[: len(layers)]]
     return [
-        *(entry[key] for key in ("number", "source", "path")),
+        entry["number"],
+        *(_as_text(entry[key]) for key in ("source", "path")),
         *entry["size"],
         *entry["grid"],
         *numbers,
@@ -59,6 +60,11 @@ def row_of(entry: dict[str, Any], layers: Sequence[int]) -> list[Any]:
         *(entry[key] for key in ("shard", "sha256", "checksum")),
         *(entry.get(key) for key in ("frame", "time")),
     ]
+
+
+def _as_text(name: str) -> str:
+    r"""Return a name as tables can hold it: a byte that is not UTF-8 becomes ``\udcff``."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _floats(numbers: Sequence[float | None]) -> list[float]:

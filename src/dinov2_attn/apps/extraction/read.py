@@ -162,7 +162,8 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         ``prefix_mass_5`` and ``entropy_5`` are those of layer 5, ``height`` and ``width`` those of
         the image in pixels, ``rows`` and ``columns`` those of its patches. ``artifacts`` is the
         number of artifact tokens, missing if they were not looked for. ``frame`` and ``time``, in
-        seconds, are those of a frame of a video, and missing for other images.
+        seconds, are those of a frame of a video, and missing for other images. Bytes of a path that
+        are not UTF-8 are escaped: ``dataset[i]["path"]`` has them.
 
         Raises:
             UnavailableError: If pandas is missing.
