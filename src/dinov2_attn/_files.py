@@ -67,6 +67,15 @@ def check_destination(path: Path) -> None:
         ) from error
 
 
+def check_is_file(path: Path) -> None:
+    """Raise ``OSError`` if ``path`` is a pipe or a device, whose bytes may never come, or a folder.
+
+    Where they are waited for in code of a library, nothing else of this process may run.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "There is something that is not a file", str(path))
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path, and move the file written there to ``path`` at the end.

@@ -218,6 +218,20 @@ def test_nothing_half_written_is_left(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")
+    program = (
+        "import sys; from dinov2_attn import AttentionMaps, errors\n"
+        "try: AttentionMaps.load(sys.argv[1])\n"
+        "except errors.UnreadableFileError: pass\n"
+        "else: raise SystemExit('no error')\n"
+    )
+    # In a process of its own: safetensors lets nothing else run while it waits.
+    run = [sys.executable, "-c", program, str(tmp_path / "a.safetensors")]
+    subprocess.run(run, check=True, timeout=60)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here: a folder is no file either")
 def test_a_pipe_is_not_replaced(tmp_path):
     """Nor is a device: root, as in a container, could take /dev/null from everybody."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn import _imports
-from dinov2_attn._files import atomic_file
+from dinov2_attn._files import atomic_file, check_is_file
 from dinov2_attn.errors import (
     InvalidInputError,
     UnreadableFileError,
@@ -184,6 +184,7 @@ def _read(path: Path, kind: str, build: Callable[[dict[str, Tensor], dict[str, A
     """
     library = _imports.safetensors()
     try:
+        check_is_file(path)
         with library.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -317,6 +317,78 @@ def test_a_format_that_is_not_known_is_refused(out, number):
     assert "\x1b" not in str(caught.value)
 
 
+WRONG = [
+    *(("number", True), ("number", "0"), ("path", None), ("source", 5), ("shard", 5)),
+    *(("size", [3]), ("size", "ab"), ("grid", None), ("grid", [4]), ("grid", [2.0, 2])),
+    *(("prefix_mass", None), ("prefix_mass", "abc"), ("entropy", []), ("entropy", [[0]])),
+    *(("artifacts", 5), ("artifacts", {}), ("facets", 5), ("facets", [1]), ("statistics", {})),
+    *(("checksum", None), ("sha256", 0), ("frame", "1"), ("frame", None), ("time", [0])),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_line_with_another_kind_of_value_is_refused(out, name, value):
+    lines = (out / "index.jsonl").read_text().splitlines()
+    lines[0] = json.dumps({**json.loads(lines[0]), name: value})
+    (out / "index.jsonl").write_text("\n".join(lines) + "\n")
+    dataset = AttentionDataset(out)
+    for call in (lambda: dataset[0], lambda: dataset.maps(0), lambda: dataset.positions("x")):
+        with pytest.raises(UnreadableFileError, match=f"another kind of {name}"):
+            call()
+    dataset[1]
+
+
+ABOUT = [
+    *({"tensors": None}, {"tensors": {}}, {"tensors": {"layers": ["a"], "queries": ["cls"]}}),
+    *({"tensors": {"layers": [0], "queries": None}}, {"model": {}}, {"model": {"prefix": "1"}}),
+]
+
+
+@pytest.mark.parametrize("change", ABOUT, ids=repr)
+def test_a_description_without_what_readers_need_is_refused(out, change):
+    about = json.loads((out / "extraction.json").read_text())
+    (out / "extraction.json").write_text(json.dumps({**about, **change}))
+    with pytest.raises(UnreadableFileError, match="extraction.json that cannot be read"):
+        AttentionDataset(out)
+
+
+def test_json_of_any_depth_is_refused(out):
+    deep = "[" * 200_000
+    stored = (out / "index.jsonl").read_text()
+    (out / "index.jsonl").write_text(f"{deep}\n{stored}")
+    with pytest.raises(UnreadableFileError, match=r"index\.jsonl.*RecursionError"):
+        AttentionDataset(out)[0]
+    (out / "extraction.json").write_text(deep)
+    with pytest.raises(UnreadableFileError, match="RecursionError"):
+        AttentionDataset(out)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "null\n", "[" * 200_000, None], ids=["{", "null", "[[[", "-"]
+)
+def test_a_damaged_list_of_images_without_maps(out, text):
+    (out / "unreadable.jsonl").unlink()
+    if text is not None:
+        (out / "unreadable.jsonl").write_text(text)
+    with pytest.raises(UnreadableFileError, match=r"unreadable\.jsonl that cannot be read"):
+        AttentionDataset(out).unreadable()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("name", ["index.jsonl", "unreadable.jsonl", "shards/00000.safetensors"])
+def test_no_pipe_is_waited_for(out, name):
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    program = (
+        "import sys; from dinov2_attn import AttentionDataset, errors\n"
+        "try: dataset = AttentionDataset(sys.argv[1]); dataset[0]; dataset.unreadable()\n"
+        "except errors.UnreadableFileError: pass\n"
+        "else: raise SystemExit('no error')\n"
+    )
+    # In a process of its own: what waits for a pipe in a library stops the whole process.
+    subprocess.run([sys.executable, "-c", program, str(out)], check=True, timeout=60)
+
+
 def test_without_pandas_the_error_names_the_extra(out):
     program = (
         "import sys; sys.modules['pandas'] = None\n"

@@ -358,3 +358,10 @@ def test_an_image_that_claims_another_size(folder, images, suffix, size):
     before = peak()
     read(folder, bytes(content))
     assert peak() - before < 2**29
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_no_checkpoint_of_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "a.pth")
+    with pytest.raises(UnreadableFileError, match="no file of weights"):
+        load_checkpoint(nn.Linear(3, 2), tmp_path)

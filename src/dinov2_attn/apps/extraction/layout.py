@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_attn._files import check_is_file
 from dinov2_attn.errors import UnreadableFileError
 
 ABOUT, INDEX, UNREADABLE, SHARDS = "extraction.json", "index.jsonl", "unreadable.jsonl", "shards"
@@ -32,6 +32,10 @@ README, LOCK = "README.md", ".lock"
 
 # The layout that this version writes and reads. Format 1 had no metadata.
 FORMAT = 2
+
+# What a line of the index has, and which of it are texts.
+TEXTS = frozenset({"source", "path", "shard", "sha256", "checksum"})
+LINE = TEXTS | {"number", "size", "grid", "prefix_mass", "entropy", "artifacts"}
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -41,19 +45,60 @@ def read_about(folder: Path) -> dict[str, Any]:
         if isinstance(about, dict) and "format" in about:
             return about
         reason = "no JSON object with a format"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
-    raise UnreadableFileError(
+    raise _no_extraction(folder, reason)
+
+
+def _no_extraction(folder: Path, reason: str) -> UnreadableFileError:
+    return UnreadableFileError(
         f"an extraction at {folder}",
         f"{ABOUT} that cannot be read ({reason})",
         "Name the folder that `dinov2-attn extract -o` was given.",
     )
 
 
+def check_about(folder: Path, about: dict[str, Any]) -> None:
+    """Raise ``UnreadableFileError`` unless ``about`` says what readers need to know."""
+    tensors, model = about.get("tensors"), about.get("model")
+    if not (
+        isinstance(tensors, dict)
+        and _are(tensors.get("layers"), int)
+        and _are(tensors.get("queries"), str)
+    ):
+        raise _no_extraction(folder, "no layers and queries of tensors")
+    if not (isinstance(model, dict) and type(model.get("prefix")) is int):
+        raise _no_extraction(folder, "no prefix of a model")
+
+
+def fault_of(entry: dict[str, Any], layers: int) -> str | None:
+    """Return what is wrong with the line of an image, ``None`` if nothing is."""
+    if not (isinstance(entry, dict) and entry.keys() >= LINE):
+        return "no line of an image"
+    artifacts, numbers = entry["artifacts"], (int, float, type(None))
+    of_layers = {name: entry[name] for name in ("prefix_mass", "entropy")}
+    right = {
+        "number": type(entry["number"]) is int,
+        **{name: isinstance(entry[name], str) for name in TEXTS},
+        **{name: _are(entry[name], int) and len(entry[name]) == 2 for name in ("size", "grid")},
+        **{name: _are(one, *numbers) and len(one) >= layers for name, one in of_layers.items()},
+        **{name: _are(entry.get(name, []), str) for name in ("facets", "statistics")},
+        "frame": type(entry.get("frame", 0)) is int,
+        "time": type(entry.get("time", 0.0)) in (int, float),
+        "artifacts": artifacts is None
+        or (isinstance(artifacts, dict) and isinstance(artifacts.get("tokens"), list)),
+    }
+    return next((f"another kind of {name}" for name, fits in right.items() if not fits), None)
+
+
+def _are(found: object, *kinds: type) -> bool:
+    """Return whether ``found`` is a list of values of these ``kinds``."""
+    return isinstance(found, list) and all(type(one) in kinds for one in found)
+
+
 def read_text(path: Path) -> str:
     """Return the text of a file; raise ``OSError`` if there is none. A pipe might never end."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "There is something that is not a file", str(path))
+    check_is_file(path)
     return path.read_text()
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dinov2_attn._files import check_is_file
 from dinov2_attn.apps.extraction import layout
 from dinov2_attn.apps.extraction.collate import collate
 from dinov2_attn.apps.extraction.frame import frame_of
@@ -42,11 +43,6 @@ Key = SupportsIndex | str | PathLike[str]
 
 # How many shards stay open. Only their headers are in memory.
 MOST_OPEN = 16
-# What a line of the index has.
-LINE = frozenset(
-    {"number", "source", "path", "size", "grid", "prefix_mass", "entropy", "artifacts"}
-    | {"shard", "sha256", "checksum"}
-)
 
 
 class AttentionDataset(Dataset[dict[str, Any]]):
@@ -90,6 +86,7 @@ class AttentionDataset(Dataset[dict[str, Any]]):
         self._verify = verify
         self.about = layout.read_about(self.folder)
         layout.check_format(self.folder, self.about)
+        layout.check_about(self.folder, self.about)
         self._starts = _line_starts(self.folder)
         self._open: dict[str, Any] = {}
         self._process = os.getpid()
@@ -295,17 +292,21 @@ class AttentionDataset(Dataset[dict[str, Any]]):
     def _parsed(self, line: bytes, position: int) -> dict[str, Any]:
         try:
             entry: dict[str, Any] = json.loads(line)
-            if entry.keys() >= LINE:
+            reason = layout.fault_of(entry, len(self.about["tensors"]["layers"]))
+            if reason is None:
                 return entry
-            reason = "no line of an image"
-        except (ValueError, AttributeError) as error:  # no JSON, or no object
+        except (ValueError, RecursionError) as error:  # no JSON
             reason = f"{type(error).__name__}: {error}"
         raise self._wrong(f"{layout.INDEX} that cannot be read at image {position} ({reason})")
 
     def unreadable(self) -> list[dict[str, Any]]:
         """Return number, source, path, stage and reason of each image without maps."""
-        lines = (self.folder / layout.UNREADABLE).read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        try:
+            lines = layout.read_text(self.folder / layout.UNREADABLE).splitlines()
+            return [dict(json.loads(line)) for line in lines]
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            reason = f"{layout.UNREADABLE} that cannot be read ({type(error).__name__}: {error})"
+            raise self._wrong(reason) from error
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files belong to this process, and paths are read again where they are needed.
@@ -343,6 +344,7 @@ def _line_starts(folder: Path) -> array[int]:
     """Return the offset of each line of the index, 8 bytes for an image."""
     starts, position = array("Q"), 0
     try:
+        check_is_file(folder / layout.INDEX)
         with (folder / layout.INDEX).open("rb") as file:
             for line in file:
                 starts.append(position)

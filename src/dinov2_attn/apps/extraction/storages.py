@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dinov2_attn import _imports
+from dinov2_attn._files import check_is_file
 from dinov2_attn.errors import InvalidInputError, UnavailableError
 
 Format = Literal["safetensors", "zarr"]
@@ -70,6 +71,7 @@ def encoded(name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
 
 def opened(path: Path) -> Shard:
     """Open the file of a shard, by its suffix."""
+    check_is_file(path)
     if path.name.endswith(SUFFIXES["zarr"]):
         return ZarrShard(path)
     shard: Shard = _imports.safetensors().safe_open(path, "pt")

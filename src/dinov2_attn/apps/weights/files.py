@@ -63,7 +63,8 @@ def _in_folder(folder: Path) -> tuple[Path, ...]:
             return (folder / name,)
         if (folder / f"{name}{_INDEX}").is_file():
             return _parts(folder / f"{name}{_INDEX}")
-    found = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    files = (file for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    found = sorted(file.name for file in files if file.is_file())
     if len(found) == 1 and not _PART.search(found[0]):
         return (folder / found[0],)
     raise UnreadableFileError(
