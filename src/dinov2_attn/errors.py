@@ -40,8 +40,14 @@ class Dinov2AttnError(Exception):
         )
 
 
-# What ends a program or a generator. Whatever else is raised for one input is its failure.
-ENDINGS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+def is_failure(error: BaseException) -> bool:
+    """Return whether what was raised for one input is its failure, rather than the end of a run.
+
+    The end is what no ``except Exception`` catches: ``KeyboardInterrupt``, ``SystemExit``, the
+    ``CancelledError`` of asyncio, or what a handler of signals raises. A panic of a library in Rust
+    is of that kind too, and is a failure.
+    """
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
 
 
 def in_one_line(error: BaseException) -> str:

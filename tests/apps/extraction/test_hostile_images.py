@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import io
 import lzma
@@ -309,6 +310,12 @@ def test_pipes_of_any_origin_are_refused_at_once(first, tmp_path):
 class Panic(BaseException):
     """What pyo3 raises for a panic in Rust."""
 
+    __module__ = "pyo3_runtime"
+
+
+class Preempted(BaseException):
+    """What a handler of a signal may raise, to end a program."""
+
 
 RAISED = [
     *(MemoryError, RecursionError, SyntaxError, AssertionError, KeyError, StopIteration, Panic),
@@ -356,14 +363,46 @@ def test_whatever_is_raised_is_listed_and_the_run_goes_on(first, tmp_path, error
     handle_of_parts.remove()
 
 
-def test_what_ends_a_program_ends_it(first, tmp_path):
+@pytest.mark.parametrize("stage", ["decode", "pass", "dataset"])
+@pytest.mark.parametrize("end", [KeyboardInterrupt, Preempted, asyncio.CancelledError])
+def test_what_ends_a_program_ends_it(first, tmp_path, end, stage):
     draw(tmp_path / "in" / "a.png", (4, 4), 0)
+    model = build(first)
+
+    def stop(*_):
+        raise end
 
     def transform(_):
-        raise KeyboardInterrupt
+        return stop() if stage == "decode" else torch.zeros(3, 4, 4)
 
-    with pytest.raises(KeyboardInterrupt):
-        extract(build(first), tmp_path / "in", tmp_path / "out", transform=transform)
+    class Dataset:
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, i):
+            stop()
+
+    handle = model.register_forward_pre_hook(stop) if stage == "pass" else None
+    handle_of_parts = model.patch_embed.register_forward_pre_hook(stop) if handle else None
+    source, options = (tmp_path / "in", {"transform": transform})
+    if stage == "dataset":
+        source, options = Dataset(), {}
+    with pytest.raises(end):
+        extract(model, source, tmp_path / "out", **options)
+    for one in (handle, handle_of_parts):
+        if one is not None:
+            one.remove()
+
+
+def test_what_ends_a_program_ends_a_single_image(tmp_path, monkeypatch):
+    draw(tmp_path / "a.png", (4, 4), 0)
+
+    def stop(_):
+        raise Preempted
+
+    monkeypatch.setattr(Image.Image, "getexif", stop)
+    with pytest.raises(Preempted):
+        viz.load_image(tmp_path / "a.png", 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory can be limited on Linux")

@@ -20,7 +20,7 @@ from dinov2_attn.apps.viz.images import ImageSize, fit, fitted_size
 from dinov2_attn.apps.viz.inference import summary_of
 from dinov2_attn.apps.viz.reading import IMAGENET, Reading
 from dinov2_attn.apps.viz.videos import FrameReader, is_video, times_of
-from dinov2_attn.errors import ENDINGS, Dinov2AttnError, UnreadableFileError, in_one_line
+from dinov2_attn.errors import Dinov2AttnError, UnreadableFileError, in_one_line, is_failure
 
 Size = tuple[int, int]
 T = TypeVar("T")
@@ -176,9 +176,9 @@ def or_refused(decode: Callable[[int, Item], T], number: int, item: Item) -> T |
         return decode(number, item)
     except Dinov2AttnError as error:
         return Refused(number, item, in_one_line(error))
-    except ENDINGS:
-        raise
     except BaseException as error:  # out of memory, any exception of a library, a panic in Rust
+        if not is_failure(error):
+            raise
         reason = UnreadableFileError(
             "an image that can be decoded",
             f"{item.path} ({summary_of(error)})",

@@ -33,7 +33,7 @@ from dinov2_attn.apps.viz.images import ImageSize, fit
 from dinov2_attn.apps.viz.opening import MOST_PIXELS
 from dinov2_attn.apps.viz.reading import Reading
 from dinov2_attn.apps.viz.videos import is_video
-from dinov2_attn.errors import ENDINGS, InvalidInputError
+from dinov2_attn.errors import InvalidInputError, is_failure
 
 # How many items are tried before anything is written. If none has a picture, none will.
 FIRST = 3
@@ -148,9 +148,9 @@ def check_first(decoder: GivenDecoder, items: Sequence[Item]) -> None:
             decoder.decode(number, item)
         except NoPicture as error:
             wrong.append(error)
-        except ENDINGS:
-            raise
-        except BaseException:  # the run lists it
+        except BaseException as error:  # the run lists it
+            if not is_failure(error):
+                raise
             return
     if len(wrong) == len(items[:FIRST]) > 0:
         raise wrong[0]

@@ -24,11 +24,11 @@ from dinov2_attn.apps.viz.reading import Reading
 from dinov2_attn.apps.viz.tokens import resolve
 from dinov2_attn.backbone.backbone import Backbone
 from dinov2_attn.errors import (
-    ENDINGS,
     Dinov2AttnError,
     InvalidInputError,
     SuspiciousArtifactsWarning,
     in_one_line,
+    is_failure,
 )
 from dinov2_attn.grafting.modules import weights_from
 from dinov2_attn.maps.artifacts import ArtifactTokens
@@ -104,9 +104,11 @@ def _maps_or_refused(
         return _attend(model, pictures, options)
     except InvalidInputError as error:
         return _refused(pictures[0], error)
-    except (Dinov2AttnError, Warning, *ENDINGS):
+    except (Dinov2AttnError, Warning):
         raise
     except BaseException as error:  # upstream's code and hooks may raise any exception
+        if not is_failure(error):
+            raise
         height, width = pictures[0].sides
         found = f"{pictures[0].origin.item.path}, of which it sees {height} × {width} pixels"
         smaller = "Give a smaller image size, or pass over large ones: --max-pixels."

@@ -23,7 +23,7 @@ from dinov2_attn.apps.viz.images import fit
 from dinov2_attn.apps.viz.limits import scale
 from dinov2_attn.apps.viz.reading import Reading
 from dinov2_attn.apps.viz.style import Style
-from dinov2_attn.errors import ENDINGS
+from dinov2_attn.errors import is_failure
 
 # The longer side of a photograph in pixels, twice what the page shows.
 SIDE = 320
@@ -121,9 +121,9 @@ class Photographs:
             pixels = self._pixels(entry)
         except _AbsentError as absent:
             return self._missing(str(absent))
-        except ENDINGS:
-            raise
-        except BaseException:  # the reader of images may raise any exception
+        except BaseException as error:  # the reader of images may raise any exception
+            if not is_failure(error):
+                raise
             return self._missing("unreadable")
         small = Image.fromarray(shown(pixels))
         small.thumbnail((SIDE, SIDE))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from dinov2_attn._locks import fork_safe_lock
-from dinov2_attn.errors import ENDINGS, Dinov2AttnError, InvalidInputError, UnreadableFileError
+from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, UnreadableFileError, is_failure
 
 # Such an image takes 0.3 GB decoded and 1.2 GB as a tensor. Its attention would take petabytes.
 MOST_PIXELS = 100_000_000
@@ -50,9 +50,11 @@ def reported(path: Path, max_pixels: int | None) -> Iterator[None]:
             yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path, most, str(error)) from error
-    except (Dinov2AttnError, *ENDINGS):
+    except Dinov2AttnError:
         raise
     except BaseException as error:  # Pillow's readers may raise anything, a panic in Rust too
+        if not is_failure(error):
+            raise
         raise UnreadableFileError(
             "a complete image file",
             f"{path}, which cannot be read ({type(error).__name__}: {error})",
