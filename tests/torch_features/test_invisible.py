@@ -11,6 +11,7 @@ import pickle
 import signal
 import threading
 import traceback
+from types import CodeType, FunctionType, ModuleType
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from torch import nn
 import dinov2_attn
 from dinov2_attn import attention_maps, edit, record
 from dinov2_attn.errors import Dinov2AttnError, NotEditedError, NotRecordedError
-from dinov2_attn.grafting.channel import ACTIVE, InstanceForward
+from dinov2_attn.grafting.channel import ACTIVE, STATE, InstanceForward
+from dinov2_attn.grafting.modules import ASKED
 from dinov2_attn.grafting.registry import LOCK, REGISTRY
 from tests.support.recordings import IMAGES, build
 from tests.support.tolerances import assert_close, assert_same_bits
@@ -332,3 +334,43 @@ def test_a_thread_that_forks_keeps_its_own_recording_and_lock(first):
         assert in_a_child(in_child) == 0
     assert len(maps) == 1
     assert not ACTIVE.on
+
+
+def refers_to(functions):
+    """Return what a pickler writes beside ``functions`` where it writes their code.
+
+    cloudpickle does so with the functions of classes that cannot be imported: those of a notebook.
+    """
+    waiting, seen, found = list(functions), [], []
+    while waiting:
+        function = waiting.pop()
+        seen.append(function)
+        codes, names = [function.__code__], set()
+        while codes:
+            code = codes.pop()
+            names |= set(code.co_names)
+            codes += [one for one in code.co_consts if isinstance(one, CodeType)]
+        values = [function.__globals__.get(name) for name in names]
+        values += [cell.cell_contents for cell in function.__closure__ or ()]
+        for value in values:
+            if not isinstance(value, FunctionType):
+                found.append(value)
+            elif "<locals>" in value.__qualname__ and not any(value is one for one in seen):
+                waiting.append(value)
+    return [value for value in found if not isinstance(value, ModuleType)]
+
+
+def test_grafts_can_be_written_with_a_class_that_cannot_be_imported(first):
+    model = build(first)
+    first.module("dinov2.models.vision_transformer")
+    with dinov2_attn.install(), record(model), edit(model, heads={0: [0]}):
+        model(IMAGES)
+        grafts = [graft.new for graft in REGISTRY if isinstance(graft.new, FunctionType)]
+        assert len(grafts) > 5
+        values = refers_to(grafts)
+        for ours in (ACTIVE, STATE, ASKED):
+            assert any(value is ours for value in values)
+            assert pickle.loads(pickle.dumps(ours)) is ours
+        for value in values:
+            if isinstance(value, threading.local):
+                assert pickle.loads(pickle.dumps(value)) is value

@@ -108,6 +108,11 @@ class Editor(Protocol):
 class _State(threading.local):
     """The receivers and the editors in this thread: usually none."""
 
+    def __reduce__(self) -> str:
+        # Some picklers write a class that is nowhere to import with its functions, and what those
+        # refer to: ours too, where the class is grafted.
+        return "STATE"
+
     def __init__(self) -> None:
         # On the instance from the start, in every thread: Dynamo guards on their presence too.
         self.receivers: tuple[Receiver, ...] = ()
@@ -129,6 +134,9 @@ class _Active:
         self.edits = False  # whether any thread has an editor
         self._users: WeakSet[Life] = WeakSet()
         self._lock = fork_safe_lock()
+
+    def __reduce__(self) -> str:
+        return "ACTIVE"  # as in _State
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -98,6 +98,9 @@ Listener = Callable[[Forward, Forward, nn.Module, tuple[Any, ...], dict[str, Any
 class _State(threading.local):
     """The listener of this thread, and what its grafts returned."""
 
+    def __reduce__(self) -> str:
+        return "ASKED"  # as ``STATE`` of channel.py
+
     def __init__(self) -> None:
         # On the instance from the start, in every thread: Dynamo guards on their presence too.
         self.listener: Listener | None = None
