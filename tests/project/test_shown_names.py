@@ -9,9 +9,11 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 
 import dinov2_attn
 from dinov2_attn import load_checkpoint, viz
+from dinov2_attn.apps.cli.main import main
 from dinov2_attn.apps.viz.provenance import metadata_for
 from dinov2_attn.apps.viz.reading import warn
 from dinov2_attn.errors import (
@@ -98,3 +100,38 @@ def test_a_warning():
         warnings.simplefilter("always", SuspiciousRangeWarning)
         warn(HOSTILE)
     assert str(caught[0].message) == ESCAPED
+
+
+def test_what_an_extraction_says(tmp_path, first, caplog):
+    model = build(first)
+    (tmp_path / HOSTILE).mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / HOSTILE / "b.png")
+    (tmp_path / HOSTILE / f"{HOSTILE}.png").write_bytes(b"no image")
+    (tmp_path / HOSTILE / f"c.{HOSTILE}").write_bytes(b"no image")
+    out = tmp_path / f"{HOSTILE}.out"
+    said = [str(dinov2_attn.extract(model, tmp_path / HOSTILE, out, dry_run=True))]
+    said += [str(dinov2_attn.extract(model, tmp_path / HOSTILE, out))]
+    for shard in out.glob("shards/*.jsonl"):
+        shard.write_text("no JSON")
+    with caplog.at_level("WARNING", "dinov2_attn"):
+        dinov2_attn.extract(model, tmp_path / HOSTILE, out)
+    assert "written again" in caplog.text
+    for text in (*said, *caplog.messages):
+        assert "\\" in text
+        assert text.replace("\n", "").isprintable()
+
+
+def test_a_name_of_a_target():
+    with dinov2_attn.install(f"no_such_{HOSTILE}") as handle:
+        for text in (repr(handle), str(dinov2_attn.status())):
+            assert r"\x1b[2J" in text
+            assert "\x1b" not in text
+
+
+def test_words_that_the_program_does_not_know(capsys):
+    for words in (["doctor", f"--{HOSTILE}"], [HOSTILE], ["heatmap", "a", f"--{'k' * 5_000_000}"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        said = capsys.readouterr().err
+        assert "\x1b" not in said
+        assert len(said) < 5000

@@ -17,7 +17,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from dinov2_attn._compat_imports import wait_for_imports
-from dinov2_attn.errors import IncompatibleUpstreamError, InvalidInputError, in_one_line
+from dinov2_attn.errors import (
+    IncompatibleUpstreamError,
+    InvalidInputError,
+    in_one_line,
+    shown,
+    shown_name,
+)
 from dinov2_attn.grafting.import_hook import Finder
 from dinov2_attn.grafting.registry import REGISTRY, RecordingTarget, locked
 from dinov2_attn.grafting.targets import MODULES, LiveModel, Package
@@ -151,7 +157,7 @@ class Status:
         lines += [f"{target}: {how}" for target, how in self.recognised.items()]
         lines += [f"weights at the kernel: {name}: {why}" for name, why in self.at_kernel.items()]
         lines += [f"left out: {name}: {why}" for name, why in self.left_out.items()]
-        return "\n".join(lines) or "nothing installed"
+        return shown("\n".join(lines)) or "nothing installed"
 
 
 class Handle:
@@ -166,7 +172,7 @@ class Handle:
         self._restore = restore
 
     def __repr__(self) -> str:
-        return f"<dinov2_attn installed on {self._target}>"
+        return f"<dinov2_attn installed on {shown_name(self._target)}>"
 
     def __enter__(self) -> Handle:
         return self

@@ -7,6 +7,8 @@ import difflib
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dinov2_attn.errors import shown, shown_name
+
 # Options by names that one may look for: other commands or tools call them so.
 OTHER_NAMES = {
     "--outliers": "--artifacts",
@@ -29,7 +31,7 @@ class Parser(argparse.ArgumentParser):
             message += " (such as 0,5,11; --overview draws layers by heads)"
         if message.endswith("are required: -o/--output"):
             message += " (such as -o out)"
-        self.exit(2, f"usage: {self._short_usage()}\n{self.prog}: error: {message}\n")
+        self.exit(2, f"usage: {self._short_usage()}\n{self.prog}: error: {shown(message)}\n")
 
     def _short_usage(self) -> str:
         """Return the usage with what is required, in one line."""
@@ -65,7 +67,7 @@ def unknown(arguments: list[str], parser: argparse.ArgumentParser) -> str:
     """Return what is wrong with ``arguments`` that ``parser`` does not know."""
     given = [one.partition("=")[0] for one in arguments if one.startswith("--")]
     hints = [f"{name}: did you mean {near}?" for name in given if (near := _near(name, parser))]
-    return " ".join([f"unrecognized arguments: {' '.join(arguments)}.", *hints])
+    return " ".join([f"unrecognized arguments: {' '.join(map(shown_name, arguments))}.", *hints])
 
 
 def _near(name: str, parser: argparse.ArgumentParser) -> str | None:

@@ -14,7 +14,7 @@ from dinov2_attn._imports import is_installed
 from dinov2_attn.apps.extraction.described import METADATA
 from dinov2_attn.apps.extraction.frame import EACH_LAYER, columns_of, row_of
 from dinov2_attn.apps.extraction.layout import INDEX
-from dinov2_attn.errors import InvalidInputError, UnavailableError
+from dinov2_attn.errors import InvalidInputError, UnavailableError, shown_name
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ def write_parquet(folder: Path, about: dict[str, Any], *, asked: bool) -> None:
     if not asked and not path.exists():
         return
     if not is_installed("pyarrow"):  # of another run, and no longer true
-        log.warning("%s was removed: pyarrow, which would write it again, is missing", path)
+        name = shown_name(path)
+        log.warning("%s was removed: pyarrow, which would write it again, is missing", name)
         path.unlink()
         return
     import pyarrow

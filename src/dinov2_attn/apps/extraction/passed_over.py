@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from dinov2_attn.apps.viz import dicom, videos
 from dinov2_attn.apps.viz.opening import plugin_for, readable_suffixes
+from dinov2_attn.errors import shown_name
 
 # How many suffixes are listed. Some folders of data have one for each part.
 NAMED = 10
@@ -65,7 +66,7 @@ def describe(passed_over: Mapping[str, int]) -> str:
     """
     # Formats that could be read come first, so that they are always listed.
     several = sorted(passed_over, key=lambda suffix: _needs(suffix) is None)
-    said = [f"{passed_over[suffix]:,} {_called(suffix)}" for suffix in several[:NAMED]]
+    said = [f"{passed_over[suffix]:,} {shown_name(_called(suffix))}" for suffix in several[:NAMED]]
     if rest := several[NAMED:]:
         said.append(f"{sum(passed_over[suffix] for suffix in rest):,} with {len(rest):,} others")
     return f"passed over: {', '.join(said)}"

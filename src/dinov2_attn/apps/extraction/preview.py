@@ -16,7 +16,7 @@ from dinov2_attn.apps.extraction.passed_over import describe
 from dinov2_attn.apps.extraction.plan import Plan
 from dinov2_attn.apps.extraction.worker import decoded
 from dinov2_attn.apps.viz.tokens import resolve
-from dinov2_attn.errors import OutOfRangeError, in_one_line
+from dinov2_attn.errors import OutOfRangeError, in_one_line, shown_name
 from dinov2_attn.typing import Grid, Model
 
 # How many unreadable images are listed.
@@ -55,7 +55,7 @@ class Preview:
             f"finished, to be passed over: {self.finished_images:,} images in "
             f"{self.finished:,} shards",
             f"unreadable by their headers: {len(self.unreadable):,}",
-            *(f"  {one.item.path}: {one.reason}" for one in self.unreadable[:NAMED]),
+            *(f"  {shown_name(one.item.path)}: {one.reason}" for one in self.unreadable[:NAMED]),
             *[f"  and {len(self.unreadable) - NAMED:,} more"] * (len(self.unreadable) > NAMED),
             f"to be written: the maps of {remaining:,} images, {self.bytes:,} bytes and an index "
             f"(free: {self.free:,})",

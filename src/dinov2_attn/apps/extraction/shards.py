@@ -31,7 +31,7 @@ from dinov2_attn.apps.extraction.layout import (
 )
 from dinov2_attn.apps.extraction.plan import Plan, differences
 from dinov2_attn.apps.extraction.storages import SUFFIXES, encoded, opened
-from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.errors import InvalidInputError, shown_name
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _is_finished(folder: Path, plan: Plan, shard: int, verify: bool) -> bool:
     except Exception:  # the readers may raise any exception for foreign bytes
         whole = False
     if not whole:
-        log.warning("%s or its index was changed or damaged: it is written again", path)
+        log.warning("%s or its index was changed or damaged: it is written again", shown_name(path))
     return whole
 
 

@@ -34,7 +34,7 @@ from dinov2_attn.apps.viz.opening import (
     tiff_page,
 )
 from dinov2_attn.apps.viz.reading import IMAGENET, Raw, Reading, full_range, in_eight_bits
-from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.errors import InvalidInputError, shown_name
 
 log = logging.getLogger(__name__)
 
@@ -152,10 +152,10 @@ def _of_image(
 ) -> Decoded:
     if has_page_per_channel(image, reading.channels):
         pages = np.stack([page(image, i, path, max_pixels) for i in range(reading.channels)], -1)
-        log.info("%s has %d pages: each is a channel", path, reading.channels)
+        log.info("%s has %d pages: each is a channel", shown_name(path), reading.channels)
         return _of_array(pages, path, reading)
     if getattr(image, "is_animated", False):
-        log.info("%s has several frames or pages: the first is taken", path)
+        log.info("%s has several frames or pages: the first is taken", shown_name(path))
         image.seek(0)
     tags = tags_of(image)
     wide = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")

@@ -22,7 +22,7 @@ from dinov2_attn.apps.viz.opening import (
     unpacked_size,
 )
 from dinov2_attn.apps.viz.reading import Range, Raw
-from dinov2_attn.errors import Dinov2AttnError, UnreadableFileError
+from dinov2_attn.errors import Dinov2AttnError, UnreadableFileError, shown_name
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def read_dicom(
 
         frames = int(dataset.get("NumberOfFrames", 1) or 1)
         if frames > 1:
-            log.info("%s has %d frames: the first is taken", path, frames)
+            log.info("%s has %d frames: the first is taken", shown_name(path), frames)
         values = pixel_array(dataset, index=0)
         kind = str(dataset.PhotometricInterpretation)
         if kind == "PALETTE COLOR":

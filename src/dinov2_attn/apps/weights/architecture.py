@@ -15,7 +15,7 @@ from dinov2_attn.apps.weights.foreign import have_memory
 from dinov2_attn.apps.weights.layouts import ANCHORS, find_backbone
 from dinov2_attn.apps.weights.models import Architecture
 from dinov2_attn.apps.weights.reading import Checkpoint
-from dinov2_attn.errors import InvalidInputError, UnreadableFileError
+from dinov2_attn.errors import InvalidInputError, UnreadableFileError, shown_name
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,8 @@ def _with_config(checkpoint: Checkpoint, architecture: Architecture) -> Architec
             return replace(architecture, interpolation=(True, 0.0))  # timm's
         return architecture
     if not config.describes(architecture.embed_dim, architecture.depth):
-        log.info("%s describes another model than %s", config.source, checkpoint.path)
+        names = map(shown_name, (config.source, checkpoint.path))
+        log.info("%s describes another model than %s", *names)
         return architecture
     if config.activation not in (None, "gelu") and architecture.ffn == "mlp":
         raise UnreadableFileError(
