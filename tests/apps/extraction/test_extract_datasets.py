@@ -217,7 +217,22 @@ def test_outliers_of_tensors(model, tmp_path):
     assert all(entry["artifacts"] is not None for entry in index_of(tmp_path / "out"))
 
 
+def test_tensors_that_are_a_view_of_other_signs(model, tmp_path):
+    turned = torch.complex(torch.zeros(3, 6, 4), -tensors(1)[0][:, :6, :4]).conj().imag
+    assert turned.is_neg()
+    extract(model, [turned], tmp_path / "out")
+    assert_maps_of(model, tmp_path / "out", [turned])
+
+
 # What fails
+
+
+def test_a_tensor_that_is_larger_than_an_image_may_be_is_not_written_out(model, tmp_path):
+    items = [torch.zeros(3, 6, 4), torch.zeros(3, 1, 1).expand(3, 10**6, 10**6)]
+    done = extract(model, items, tmp_path / "out", transform=lambda tensor: tensor[:, :6, :4])
+    assert (done.images, done.unreadable) == (2, 1)
+    (entry,) = index_of(tmp_path / "out", "unreadable.jsonl")
+    assert "at most 1,600,000,000 bytes" in entry["reason"]
 
 
 def test_an_item_that_fails_is_one_that_fails(model, tmp_path):

@@ -30,7 +30,7 @@ from dinov2_attn.apps.extraction.decode import (
 from dinov2_attn.apps.extraction.items import Item
 from dinov2_attn.apps.viz.decoding import Decoded, decode, decode_open
 from dinov2_attn.apps.viz.images import ImageSize, fit
-from dinov2_attn.apps.viz.opening import MOST_PIXELS
+from dinov2_attn.apps.viz.opening import MOST_PIXELS, check_bytes
 from dinov2_attn.apps.viz.reading import Reading
 from dinov2_attn.apps.viz.videos import is_video
 from dinov2_attn.errors import InvalidInputError, is_failure
@@ -192,7 +192,7 @@ def _pictured(
     if isinstance(found, Decoded):
         return found
     if isinstance(found, Tensor):
-        return _dense(found, name)
+        return _dense(found, name, max_pixels)
     if isinstance(found, Image.Image):
         _check_pixels(found.height, found.width, name, max_pixels)
         return decode_open(found, Path(name), reading)
@@ -261,13 +261,18 @@ def _seeded(number: int) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def _dense(tensor: Tensor, name: str) -> Tensor:
-    """Return ``tensor`` as a plain tensor on the CPU, without its graph."""
+def _dense(tensor: Tensor, name: str, max_pixels: int | None) -> Tensor:
+    """Return ``tensor`` as a plain tensor on the CPU, without its graph.
+
+    Raise ``InvalidInputError`` if its values would take more than an image may. An expanded one
+    takes no memory until it is read.
+    """
     if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type == "meta":
         raise NoPicture(
             "a dense tensor with values", _described(tensor, name), "Make one: tensor.to_dense()."
         )
-    return tensor.detach().as_subclass(Tensor).cpu()
+    check_bytes(Path(name), tensor.numel() * tensor.element_size(), max_pixels)
+    return tensor.detach().as_subclass(Tensor).cpu().resolve_conj().resolve_neg()
 
 
 def _described(tensor: Tensor, name: str) -> str:
