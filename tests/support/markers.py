@@ -32,6 +32,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/cli/test_early.py::test_it_takes_less_than_a_second",
         "apps/cli/test_early.py::test_it_needs_no_torch",
         "apps/cli/test_early.py::test_a_reader_that_leaves_is_no_traceback",
+        "apps/cli/test_early.py::test_streams_that_are_closed",
         "apps/cli/test_early.py::test_bash_completes",
         "apps/cli/test_model_options.py::test_a_file_is_read_before_upstreams_code_is_searched",
         "apps/cli/test_model_options.py::test_a_fresh_process_draws_what_a_training_checkpoint_sees",

@@ -168,6 +168,19 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path):
     assert said == ""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes them")
+def test_streams_that_are_closed(tmp_path):
+    code = (
+        "import os\n"
+        "from dinov2_attn.apps.cli.main import main\n"
+        "status = main([])\n"
+        "with open('said', 'w') as file: file.write(f'{status} {file.fileno() > 2}')\n"
+    )
+    closed = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    subprocess.run(["sh", "-c", closed, sys.executable, code], check=True, cwd=tmp_path)
+    assert (tmp_path / "said").read_text() == "0 True"
+
+
 def test_another_closed_pipe_is_not_hidden(monkeypatch):
     def broken(_):
         raise BrokenPipeError("of a worker")

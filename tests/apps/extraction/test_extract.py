@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import warnings
 
 import numpy as np
@@ -619,3 +620,10 @@ def test_defaults_keep_full_matrices_within_memory(grafted):
     assert one == 12 * 6 * 1370**2 * 4
     assert large.batch_size == max(1, BATCH_BYTES // one)
     assert large.shard_size == max(1, SHARD_BYTES // one)
+
+
+def test_a_process_without_standard_streams_has_no_bar(model, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    done = extract(model, images, tmp_path / "out", progress=True)
+    assert done.unreadable == 0

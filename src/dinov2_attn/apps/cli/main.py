@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before the first input, 130 for an interruption, and 141 if the reader of a pipe has left. For
     bad arguments argparse exits with 2. What it installs is uninstalled at the end.
     """
+    _open_streams()
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -122,6 +123,16 @@ def _add_verbosity(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Print every file, where the code comes from, and what was assumed.",
     )
+
+
+def _open_streams() -> None:
+    """Open the standard streams that are closed, as those of a daemon may be.
+
+    A result would take the place of one, and get what libraries write to it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # until the end
 
 
 def _configure_output() -> None:

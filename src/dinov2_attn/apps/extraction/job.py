@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -182,7 +183,8 @@ class Job:
 
     def _bar(self, group: Ranks, total: int) -> Bar:
         label = f"process 1 of {group.world}" if group.world > 1 else None
-        hidden = not self.progress or group.rank > 0
+        # A daemon or a program with windows may have no standard error.
+        hidden = not self.progress or group.rank > 0 or sys.stderr is None
         return Bar(total=total, unit="image", desc=label, disable=hidden or None)
 
 
