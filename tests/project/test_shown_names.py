@@ -6,6 +6,8 @@ import dataclasses
 import pickle
 import re
 import warnings
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -23,6 +25,9 @@ from dinov2_attn.errors import (
     in_one_line,
     shown_name,
 )
+from dinov2_attn.proof.verify import report
+from dinov2_attn.proof.verify.proof import Proof
+from dinov2_attn.proof.verify.sources import Revision
 from tests.support import upstreams
 from tests.support.recordings import IMAGES, build
 
@@ -135,3 +140,13 @@ def test_words_that_the_program_does_not_know(capsys):
         said = capsys.readouterr().err
         assert "\x1b" not in said
         assert len(said) < 5000
+
+
+def test_a_report_of_junit_is_xml():
+    copy = Revision(f"<{HOSTILE}\0>", "", "dinov2", "", Path, str)
+    line = report.Line(copy, {}, Proof(trouble=f"\x1b[31mRed\ufffe\x07 {HOSTILE}"))
+    root = ElementTree.fromstring(report.as_junit([line]).encode("utf-8", "backslashreplace"))
+    assert root.find("testsuite").get("name") == rf"<{ESCAPED}\x00>"
+    assert root.find(".//failure").get("message") == rf"\x1b[31mRed\ufffe\x07 {ESCAPED}".replace(
+        r"\r", " "
+    )

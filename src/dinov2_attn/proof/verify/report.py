@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from xml.etree import ElementTree
 
+from dinov2_attn.errors import shown
 from dinov2_attn.history import eras
 from dinov2_attn.history.projects import DINOV2, Project, project_named
 from dinov2_attn.proof.verify.proof import ABSENT, COLUMNS, FAILED, PROVEN, Proof
@@ -84,19 +85,24 @@ def as_json(lines: Iterable[Line]) -> str:
 
 
 def as_junit(lines: Iterable[Line]) -> str:
-    """Return a JUnit report: one suite per revision, one case per column."""
+    """Return a JUnit report: one suite per revision, one case per column.
+
+    XML has no letters that steer a terminal, so they are escaped as elsewhere.
+    """
     root = ElementTree.Element("testsuites", name="dinov2-attn verify")
     for line in lines:
-        suite = ElementTree.SubElement(root, "testsuite", name=line.revision.name)
+        suite = ElementTree.SubElement(root, "testsuite", name=shown(line.revision.name))
         for column in [*COLUMNS, "verdict"]:
             case = ElementTree.SubElement(
-                suite, "testcase", classname=line.revision.name, name=column
+                suite, "testcase", classname=shown(line.revision.name), name=column
             )
             cell = line.proof.verdict if column == "verdict" else line.proof.cell(column)
             if cell == ABSENT:
-                ElementTree.SubElement(case, "skipped", message=line.proof.left_out.get(column, ""))
+                ElementTree.SubElement(
+                    case, "skipped", message=shown(line.proof.left_out.get(column, ""))
+                )
             elif cell == FAILED or (column == "verdict" and cell != PROVEN):
-                ElementTree.SubElement(case, "failure", message=line.proof.reason)
+                ElementTree.SubElement(case, "failure", message=shown(line.proof.reason))
         cases = list(suite)
         suite.set("tests", str(len(cases)))
         suite.set("failures", str(sum(c.find("failure") is not None for c in cases)))
