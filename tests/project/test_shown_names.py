@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 import dinov2_attn
@@ -150,3 +151,22 @@ def test_a_report_of_junit_is_xml():
     assert root.find(".//failure").get("message") == rf"\x1b[31mRed\ufffe\x07 {ESCAPED}".replace(
         r"\r", " "
     )
+
+
+def test_the_captions_of_pictures_and_figures(first, tmp_path):
+    model = build(first)
+    maps = dinov2_attn.attention_maps(model, IMAGES[:1], queries="cls")
+    image = Image.new("RGB", (12, 8))
+    figure = viz.figure(maps, image, name=HOSTILE, names=[HOSTILE], warning=HOSTILE)
+    figure.save(tmp_path / "a.svg")
+    caption = (tmp_path / "a.txt").read_text(encoding="utf-8")
+    assert caption.removesuffix("\n").isprintable()
+    assert caption.count(ESCAPED) == 3
+    drawn = viz.plot(maps, image=image, name=HOSTILE).figure
+    for kind in ("svg", "pdf", "png"):
+        viz.save(drawn, tmp_path / f"b.{kind}")
+    for name in ("a.svg", "b.svg"):
+        ElementTree.parse(tmp_path / name)
+    said = "".join(text.get_text() for text in drawn.findobj(Text)).replace("\n", "")
+    assert r"\x1b[2J" in said
+    assert said.isprintable()

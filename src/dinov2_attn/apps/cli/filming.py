@@ -20,6 +20,7 @@ from dinov2_attn.errors import (
     InvalidInputError,
     OutOfRangeError,
     UnwritableOutputError,
+    shown,
     shown_name,
 )
 from dinov2_attn.math.selection import name_token
@@ -319,10 +320,10 @@ class _Films:
         name = shown_name(self.video.path.resolve().name)
         said = [
             f"Attention of {token}, in layer {self.asked.layer} (counted from 0): {head}.",
-            f"Model: {self.loaded.name}.",
+            f"Model: {shown_name(self.loaded.name)}.",
             f"{_frames(self.maps)} of {name}, {sides} patches.",
             limits.sentence(self._tokens),
             "Artifact tokens are not searched for.",
-            *([f"{self.loaded.warning}."] if self.loaded.warning else []),
+            *([f"{shown(self.loaded.warning)}."] if self.loaded.warning else []),
         ]
         return "\n".join(said) + "\n"

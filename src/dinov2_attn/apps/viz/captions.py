@@ -14,7 +14,7 @@ from dinov2_attn.apps.viz.colours import Mask
 from dinov2_attn.apps.viz.rows import AttentionRow, Values
 from dinov2_attn.apps.viz.style import Style
 from dinov2_attn.apps.viz.text import percent
-from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.errors import InvalidInputError, shown_name
 from dinov2_attn.maps.places import Head
 from dinov2_attn.typing import Layer
 
@@ -68,7 +68,7 @@ def outlying_in(
 
 def subject(row: AttentionRow, where: str, name: str | None) -> str:
     """Return what a picture shows: the attention of which token, where, and in which model."""
-    model = f" Model: {name}." if name else ""
+    model = f" Model: {shown_name(name)}." if name else ""
     return f"Attention of {token_sentence(row)}, {where}.{model}"
 
 
@@ -77,7 +77,7 @@ def in_layer(layer: Layer, head: Head | None = None) -> str:
     what = "mean of heads" if head == "mean" else f"head {head}"
     if head is None:
         what = "each head and their mean"
-    return f"in layer {layer} (counted from 0): {what}"
+    return f"in layer {shown_name(layer)} (counted from 0): {what}"
 
 
 def token_sentence(row: AttentionRow) -> str:
@@ -255,9 +255,9 @@ def figure_caption(
 
     """
     tokens = [row.tokens for row in rows]
-    said = [subject(rows[0], f"in layer {layer} (counted from 0)", name)]
+    said = [subject(rows[0], f"in layer {shown_name(layer)} (counted from 0)", name)]
     if names:
-        said.append(f"Rows: {', '.join(names)}.")
+        said.append(f"Rows: {', '.join(map(shown_name, names))}.")
     said.append(f"Columns: {', '.join(columns)}.".replace("mean", "mean of heads"))
     if style.limits == "each":
         said.append(own_colours(tokens, norms, maps, style, "map", "its highest patch"))

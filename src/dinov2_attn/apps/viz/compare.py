@@ -31,7 +31,7 @@ from dinov2_attn.apps.viz.rows import Drawable, Values
 from dinov2_attn.apps.viz.sheet import BAR_POINTS, Sheet
 from dinov2_attn.apps.viz.style import PLAIN, Limits, Style
 from dinov2_attn.apps.viz.text import percent
-from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.errors import InvalidInputError, shown_name
 from dinov2_attn.maps.places import Head
 from dinov2_attn.math.token_names import Token
 from dinov2_attn.typing import Layer
@@ -195,7 +195,7 @@ class _Comparison:
         yield self._subject()
         for letter, name in zip(LETTERS, names or ("", ""), strict=True):
             if name:
-                yield f"{letter}: {name}."
+                yield f"{letter}: {shown_name(name)}."
         flat = [values for two in self.maps for values in two]
         tokens = [row.tokens for row in self.pair.rows]
         norms = [self.norm] * len(flat)

@@ -26,7 +26,7 @@ from dinov2_attn.apps.viz.rows import AttentionRow, Drawable, Values, select_row
 from dinov2_attn.apps.viz.saving import write_figure, written
 from dinov2_attn.apps.viz.style import PLAIN, Style
 from dinov2_attn.apps.viz.text import POINTS_PER_INCH
-from dinov2_attn.errors import InvalidInputError
+from dinov2_attn.errors import InvalidInputError, shown
 from dinov2_attn.maps.places import Head
 from dinov2_attn.typing import Layer
 
@@ -167,7 +167,7 @@ def figure(
         name,
         names,
     )
-    return PaperFigure(drawn, caption if warning is None else f"{caption} {warning}.")
+    return PaperFigure(drawn, caption if warning is None else f"{caption} {shown(warning)}.")
 
 
 def _each(
