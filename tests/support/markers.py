@@ -56,6 +56,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/extraction/test_extract_ranks.py",
         "apps/training/test_loggers.py::test_without_lightning_the_error_names_the_extra",
         "apps/viz/test_dicom.py::test_without_pydicom_the_error_names_the_extra",
+        "apps/extraction/test_hostile_images.py::test_a_pipe_in_front_of_a_transform_is_listed",
         "apps/extraction/test_hostile_images.py::test_images_larger_than_memory_are_listed",
         "apps/viz/test_load_image.py::test_a_library_that_is_missing_is_named",
         "apps/viz/test_pictures.py::test_pyplot_is_never_imported",

@@ -307,6 +307,24 @@ def test_pipes_of_any_origin_are_refused_at_once(first, tmp_path):
     assert "it is a pipe" in entry["reason"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_in_front_of_a_transform_is_listed(first, tmp_path):
+    draw(tmp_path / "in" / "b.png", (4, 4), 0)
+    os.mkfifo(tmp_path / "in" / "a.png")
+    code = """
+import sys, torch, dinov2_attn
+from tests.support import upstreams, xformers_visibility as xformers
+from tests.support.extraction import build
+xformers.hide(); upstreams.FIRST.load()
+options = dict(transform=lambda image: torch.zeros(3, 4, 4))
+dinov2_attn.extract(build(upstreams.FIRST), sys.argv[1] + "/in", sys.argv[1] + "/out", **options)
+"""
+    done = python("-c", code, tmp_path, cwd=os.getcwd())
+    assert done.returncode == 0, done.stderr
+    (entry,) = index_of(tmp_path / "out", "unreadable.jsonl")
+    assert "a pipe" in entry["reason"]
+
+
 class Panic(BaseException):
     """What pyo3 raises for a panic in Rust."""
 

@@ -145,6 +145,7 @@ def check_first(decoder: GivenDecoder, items: Sequence[Item]) -> None:
     wrong: list[NoPicture] = []
     for number, item in enumerate(items[:FIRST]):
         try:
+            item.check()
             decoder.decode(number, item)
         except NoPicture as error:
             wrong.append(error)
