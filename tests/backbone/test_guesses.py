@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dinov2_attn.backbone.guesses import Corners, Guess, guesses
@@ -54,6 +54,7 @@ def layouts_in_windows(draw):
     return Guess(layout, windows), frames
 
 
+@settings(max_examples=200)
 @given(layouts_in_windows())
 def test_the_layout_that_was_seen_is_guessed(drawn):
     guess, sequences = drawn
@@ -75,6 +76,7 @@ def almost_layouts(draw):
     return Corners(corners.box, moves, corners.whole, corners.limit)
 
 
+@settings(max_examples=200)
 @given(almost_layouts())
 def test_a_guess_has_its_corners_where_they_were_seen(corners):
     sequences, length = corners.moves.shape[1:]
@@ -96,6 +98,7 @@ def test_a_guess_has_its_corners_where_they_were_seen(corners):
             ]
 
 
+@settings(max_examples=200)
 @given(sequences=st.integers(1, 4), length=st.integers(1, 12), data=st.data())
 @example(sequences=1, length=1, data=None)
 def test_places_at_random_are_those_of_the_guess_if_there_is_one(sequences, length, data):

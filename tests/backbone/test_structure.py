@@ -243,7 +243,7 @@ class ByFunctionsOfFunctions(With):
 
 class ByInnerFunction(With):
     def forward(self, x):
-        return (lambda y: y.softmax(-1))(x)
+        return [*(one.softmax(-1) for one in x)]
 
 
 class ByStaticMethod(With):
@@ -268,6 +268,22 @@ class ByItsBase(ByMethod):
     pass
 
 
+MADE = """
+def helper(x):
+    return x.softmax(-1)
+
+def forward(self, x):
+    return helper(x)
+"""
+
+
+class ByMadeCode(With):
+    """Its code was made by ``exec``, and is of no module."""
+
+    exec(MADE, made := {})
+    forward = made["forward"]
+
+
 NAMING = [
     Attention,
     ByMethod,
@@ -280,6 +296,7 @@ NAMING = [
     ByClassMethod,
     ByWrapped,
     ByItsBase,
+    ByMadeCode,
 ]
 
 
@@ -293,6 +310,17 @@ class Elsewhere(With):
 
     def forward(self, x):
         return softmax_elsewhere(x)
+
+
+class OwnSoftmax(nn.Softmax):
+    """No attention, but what attention may call: PyTorch's code in it is no reason."""
+
+    def __init__(self):
+        super().__init__(-1)
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return super().forward(self.inner(x))
 
 
 class ByProperty(With):
@@ -319,7 +347,10 @@ def test_code_that_names_a_kernel_may_be_attention(cls):
     assert may_attend(cls())
 
 
-@pytest.mark.parametrize("cls", [FarAway, Elsewhere, ByProperty, NoneAtAll, nn.MultiheadAttention])
+NAMING_NONE = [FarAway, Elsewhere, OwnSoftmax, ByProperty, NoneAtAll, nn.MultiheadAttention]
+
+
+@pytest.mark.parametrize("cls", NAMING_NONE)
 def test_code_that_names_none_is_no_attention(cls):
     assert not names_a_kernel(cls)
     assert not may_attend(cls(2, 1) if cls is nn.MultiheadAttention else cls())
@@ -331,6 +362,7 @@ PROJECTIONS = [("to_q", "to_k", "to_v"), ("wq", "wk", "wv"), ("Wqkv",), ("qkv", 
 @pytest.mark.parametrize("names", PROJECTIONS)
 def test_projections_of_attention_make_it_attention_whatever_its_code_names(names):
     module = NoneAtAll()
+    del module.inner
     for name in names:
         assert not may_attend(module)
         setattr(module, name, nn.Linear(2, 2))

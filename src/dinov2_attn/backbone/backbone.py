@@ -319,7 +319,7 @@ def _to_floating(images: object) -> str:
     greatest = _GREATEST.get(str(images.dtype).removeprefix("torch."), 255)
     scaled = f"{batch}.float()" + (f" / {greatest}" if greatest > 1 else "")
     if images.ndim == 4 and images.shape[1] != 3 and images.shape[-1] == 3:
-        scaled = scaled.replace("images", "images.permute(0, 3, 1, 2)", 1)
+        scaled = scaled.replace("images", "images.permute(0, 3, 1, 2)")
     return (
         f"Scale to 0…1, then normalise as in training, for Meta's models with "
         f"torchvision.transforms.functional.normalize({scaled}, (0.485, 0.456, 0.406), "

@@ -103,6 +103,8 @@ def _several_per_cell(moved: list[list[int]], length: int) -> Iterator[Guess]:
     step = steps.pop()
     # The number of cells from the first one to that of each corner.
     unit = k if step == 1 else 1
+    if any((one[0] - prefix) % unit for one in moved):
+        return
     _, end_of_row, below, last = ((one[0] - prefix) // unit for one in moved)
     width, cells = end_of_row + 1, last + 1
     if width < 1 or cells < 2 or cells % width or below != cells - width:
@@ -112,5 +114,4 @@ def _several_per_cell(moved: list[list[int]], length: int) -> Iterator[Guess]:
             f"each patch has {k} tokens, {step} apart, as of several images in one sequence"
         )
     suffix = length - prefix - cells * k
-    if suffix >= 0:
-        yield Guess(Layout(prefix, suffix, (cells // width, width), k, planes=step != 1))
+    yield Guess(Layout(prefix, suffix, (cells // width, width), k, planes=step != 1))

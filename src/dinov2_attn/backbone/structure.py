@@ -262,7 +262,8 @@ def _helpers(function: FunctionType, names: set[str]) -> Iterator[FunctionType]:
         helper = known[name]
         if not isinstance(helper, FunctionType) or helper is function:
             continue
-        if _package(helper.__module__) == _package(known.get("__name__", "")):
+        # Code that was made by exec may be of no module.
+        if _package(helper.__module__ or "") == _package(known.get("__name__", "")):
             yield helper
 
 
