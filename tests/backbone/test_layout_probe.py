@@ -269,6 +269,45 @@ def test_one_mean_of_the_image_in_front_is_no_patch():
 # Where there is no layout, and why
 
 
+@pytest.mark.parametrize("pair", [(1, 13), (3, 15), (2, 18), (1, 17), (4, 9)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_two_rows_or_columns_of_an_overlapping_stem_exchanged_are_no_grid(axis, pair):
+    """Rows are told apart by two remainders, however far apart they are."""
+    grid = (20, 4) if axis == 0 else (4, 20)
+    order = list(range(20))
+    order[pair[0]], order[pair[1]] = pair[1], pair[0]
+
+    class Exchanged(Stem):
+        def forward(self, images):
+            cells = super().forward(images).unflatten(1, grid)
+            return cells.index_select(1 + axis, torch.tensor(order)).flatten(1, 2)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Seen(Exchanged())
+    assert probe(model, model.attn, images_of(grid, patch=8)).layout is None
+    order.sort()
+    assert probe(model, model.attn, images_of(grid, patch=8)) == Probed(Layout(0, 0, grid))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_mean_of_some_patches_beside_the_others_may_be_a_patch(behind):
+    """A register moves with every patch, or with none."""
+
+    def change(tokens):
+        some = (tokens[:, :1] + 0.7 * tokens[:, -1:]) / 2
+        return torch.cat([tokens, some] if behind else [some, tokens], 1)
+
+    assert seen(Patches(change), images_of((3, 4))).layout is None
+
+    def every(tokens):
+        mean = tokens.mean(1, keepdim=True)
+        return torch.cat([tokens, mean] if behind else [mean, tokens], 1)
+
+    expected = Layout(0, 1, (3, 4)) if behind else Layout(1, 0, (3, 4))
+    assert seen(Patches(every), images_of((3, 4))) == Probed(expected)
+
+
 def whole_image(tokens):
     mixed = torch.linspace(-1, 1, tokens.shape[1] ** 2).sin().view(1, tokens.shape[1], -1)
     return mixed @ tokens

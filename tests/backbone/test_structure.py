@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 from torch.nn import functional as F
 
+from dinov2_attn.backbone.backbone import transformers_in
 from dinov2_attn.backbone.structure import (
     Role,
     attention_modules,
@@ -176,6 +177,15 @@ def test_a_walk_goes_where_named_modules_goes_without_what_is_empty():
     expected = [(name, one) for name, one in model.named_modules() if [*one.children()]]
     assert list(walk(model)) == expected
     assert [name for name, _ in expected][:2] == ["", "0"]
+
+
+def test_a_transformer_is_a_model_with_blocks_whose_tokens_are_prepared():
+    model = Transformer()
+    inside = nn.Sequential(nn.Linear(2, 2), nn.Sequential(model))
+    other = nn.Module()
+    other.blocks = nn.ModuleList([Block()])
+    assert transformers_in(inside) == transformers_in(model) == [model]
+    assert transformers_in(nn.Sequential(other, nn.Sequential(Block()))) == []
 
 
 # What counts as attention
