@@ -28,6 +28,12 @@ CALLED_FOR_ALL = {
 }
 
 
+# What tests of a file call in processes that they start or fork.
+CALLED_ELSEWHERE = {
+    "test_watching.py": {"dinov2_attn.backbone.watching.x__forget_other_threads"},
+}
+
+
 def _called_in_fresh_processes() -> set[str]:
     """Return what tests/apps/weights/test_source.py calls in processes of its own."""
     from dinov2_attn.apps.weights import source
@@ -53,6 +59,7 @@ def pytest_runtest_setup(item: pytest.Function) -> None:
     from mutmut.stats import record_trampoline_hit
 
     called = set(CALLED_FOR_ALL) if GRAFTING_FIXTURES & set(item.fixturenames) else set()
+    called |= CALLED_ELSEWHERE.get(item.path.name, set())
     if item.path.name == "test_source.py":
         called |= _called_in_fresh_processes()
     for name in called:

@@ -498,6 +498,37 @@ def test_features_and_gradients_are_those_without_a_probe(first):
     assert_same_bits(torch.autograd.grad(model(images).sum(), [images, model.cls_token]), expected)
 
 
+class Scaled(nn.Module):
+    """It multiplies with a buffer, and exchanges its parameter in each pass, as a wrapper may."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.attn = Patches(), nn.Identity()
+        self.register_buffer("scale", torch.ones(32))
+        self.shift = nn.Parameter(torch.zeros(32))
+
+    def forward(self, images):
+        self.shift = nn.Parameter(self.shift.detach().clone())
+        return self.attn(self.patches(images) * self.scale + self.shift)
+
+
+def test_a_graph_from_before_a_probe_can_go_backward_after_it():
+    """A buffer that no pass changed is not written to, or autograd would refuse it."""
+    model, images = Scaled(), images_of().requires_grad_()
+    output = model(images)
+    assert probe(model, model.attn, images).layout == Layout(0, 0, GRID)
+    output.sum().backward()
+    assert images.grad.any()
+
+
+def test_a_parameter_that_a_pass_exchanges_stays_exchanged():
+    """FSDP does so, and keeps account of it."""
+    model = Scaled()
+    before = model.shift
+    assert probe(model, model.attn, images_of()).layout == Layout(0, 0, GRID)
+    assert model.shift is not before
+
+
 def test_a_compiled_model_is_not_probed(first, fresh_dynamo):
     """A probe would compile it again, and a stance of Dynamo's is that of all threads."""
     model = build(first)

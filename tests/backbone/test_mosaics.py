@@ -1,4 +1,4 @@
-"""Images made of two: what they are made of, what they are compared by, and the pixels that count."""
+"""Images made of two: their values, how far their tokens are, and the pixels that count."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from dinov2_attn.backbone.guesses import Guess
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.mosaics import (
     NOTHING,
@@ -17,7 +18,7 @@ from dinov2_attn.backbone.mosaics import (
     cells_of_pixels,
     centres_in,
 )
-from dinov2_attn.backbone.probe import Probed, measure_corners, probe
+from dinov2_attn.backbone.probe import Probed, _centres, measure_corners, probe
 from tests.support.layouts import Seen
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close, assert_same_bits
@@ -219,3 +220,35 @@ def test_corners_that_move_nothing_are_named():
         measure_corners(mosaics_of(noise(1, 3, 40, 40, seed=0), Parity()))
     box = measure_corners(mosaics_of(noise(1, 3, 41, 41, seed=0), Middle())).box
     assert box == (20, 21, 20, 21)
+
+
+class Cut(nn.Module):
+    """Each cell of an uneven grid is a token: all of its pixels."""
+
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.rows, self.columns = rows, columns
+
+    def forward(self, images):
+        cells = [
+            cell.flatten(1)
+            for row in images.split(self.rows, -2)
+            for cell in row.split(self.columns, -1)
+        ]
+        size = max(cell.shape[1] for cell in cells)
+        return torch.stack([nn.functional.pad(one, (0, size - one.shape[1])) for one in cells], 1)
+
+
+@pytest.mark.parametrize("windows", [(1, 1), (2, 1)])
+def test_centres_are_those_of_what_the_first_and_the_last_cell_see(windows):
+    """A stem may pad, and its last patch may be cut."""
+    rows, columns = [3, 5, 5, 1], [1, 7, 7, 9, 5]
+
+    class InWindows(Cut):
+        def forward(self, images):
+            tokens = super().forward(images)
+            return tokens.reshape(windows[0] * len(tokens), -1, tokens.shape[-1])
+
+    mosaics = mosaics_of(noise(1, 3, sum(rows), sum(columns), seed=0), InWindows(rows, columns))
+    guess = Guess(Layout(0, 0, (4 // windows[0], 5)), windows)
+    assert _centres(guess, mosaics) == ((1.5, 13.5), (0.5, 26.5))

@@ -65,29 +65,50 @@ import os, threading
 from torch import nn
 from dinov2_attn.backbone.watching import watching
 
-module, inside, done = nn.Identity(), threading.Event(), threading.Event()
+inside, done = threading.Event(), threading.Event()
+
+def is_set():
+    return [cls for cls in (nn.Identity, nn.ReLU) if "__call__" in vars(cls)]
 
 def watch():
-    with watching(module):
+    with watching(nn.Identity()), watching(nn.ReLU()):
         inside.set()
         done.wait()
 
 thread = threading.Thread(target=watch)
 thread.start()
 inside.wait()
-assert "__call__" in vars(nn.Identity)
+assert len(is_set()) == 2
 child = os.fork()
 if child == 0:
-    os._exit("__call__" in vars(nn.Identity))
+    os._exit(len(is_set()))
 _, status = os.waitpid(child, 0)
 done.set()
 thread.join()
 assert status == 0, "left in the child"
-assert "__call__" not in vars(nn.Identity)
+assert not is_set()
+"""
+
+
+OWN = """
+import os
+from torch import nn
+from dinov2_attn.backbone.watching import watching
+
+module, seen = nn.Identity(), []
+with watching(module, after=seen.append):
+    child = os.fork()
+    module(3)
+if child == 0:
+    os._exit(seen != [3] or "__call__" in vars(nn.Identity))
+_, status = os.waitpid(child, 0)
+assert status == 0, "not watched in the child"
+assert seen == [3]
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: threads are tested elsewhere")
-def test_a_child_has_no_watchers_of_other_threads(tmp_path):
-    done = python("-W", "ignore", "-c", FORKED, cwd=tmp_path)
+@pytest.mark.parametrize("code", [FORKED, OWN], ids=["other threads", "its own"])
+def test_a_child_has_the_watchers_of_the_thread_that_forked_alone(tmp_path, code):
+    done = python("-W", "ignore", "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
