@@ -128,6 +128,13 @@ def test_a_corner_that_moves_tokens_of_several_windows_is_none():
         list(guesses(Corners((0, 8, 0, 8), moves, torch.ones(2, 6), 0.5)))
 
 
+def test_windows_that_are_no_whole_rows_are_none():
+    moves = torch.zeros(4, 3, 1)
+    for corner, window in enumerate((0, 1, 1, 2)):
+        moves[corner, window] = 1
+    assert not list(guesses(Corners((0, 8, 0, 8), moves, torch.ones(3, 1), 0.5)))
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_tokens_of_a_cell_that_are_neither_side_by_side_nor_a_grid_apart_are_named(step):
     """As of several images in one sequence, each with a token of its own in front."""

@@ -555,4 +555,5 @@ def test_of_images_without_values_the_layout_is_that_of_noise(first):
     expected = Probed(Layout(1, 0, GRID))
     assert found_in(model, images_of()[:0]) == expected
     assert found_in(model, images_of().fill_(float("nan"))) == expected
-    assert "floating images" in found_in(model, images_of().int()).reason
+    for other in (images_of().int(), images_of()[0, 0], None, [images_of()]):
+        assert "floating images" in found_in(model, other).reason

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from dinov2_attn.backbone import mosaics as module_of_mosaics
 from dinov2_attn.backbone.guesses import Guess
 from dinov2_attn.backbone.layout import Layout
 from dinov2_attn.backbone.mosaics import (
@@ -156,6 +157,8 @@ MARGINS = [
     (0, 0, 0, 1),
     (2, 3, 1, 4),
     (5, 0, 0, 3),
+    (2, 1, 0, 9),  # one column is left
+    (0, 8, 2, 3),  # one row
 ]
 
 
@@ -176,12 +179,25 @@ def test_a_margin_that_a_model_crops_is_measured_to_the_pixel(margins):
     assert probe(model, model.attn, images) == Probed(Layout(0, 0, (height, width)))
 
 
-def test_as_many_images_run_as_the_corners_and_the_bits_of_a_grid_need():
-    """Two images; four corners, and one that is equal to the first; six bits of 8 rows by 8."""
+@pytest.mark.parametrize(
+    ("grid", "bits"), [((8, 8), 3 + 3), ((5, 4), 3 + 2), ((1, 6), 0 + 3), ((1, 1), None)]
+)
+def test_as_many_images_run_as_the_corners_and_the_bits_of_a_grid_need(grid, bits):
+    """Two images; four corners and one equal to the first; each bit of a row or a column."""
     model, counts = Seen(Pixels()), []
     model.stem.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
-    assert probe(model, model.attn, noise(1, 3, 8, 8, seed=0)).layout == Layout(0, 0, (8, 8))
-    assert counts == [2 + 4 + 1, 2 + 3 + 3]
+    assert probe(model, model.attn, noise(1, 3, *grid, seed=0)).layout == Layout(0, 0, grid)
+    assert counts == [2 + 4 + 1, *([] if bits is None else [2 + bits])]
+
+
+@pytest.mark.parametrize("values", [3 * 8 * 8 * 7, 3 * 8 * 8 * 7 - 1])
+def test_images_run_together_that_have_few_values_together(monkeypatch, values):
+    monkeypatch.setattr(module_of_mosaics, "_VALUES_AT_ONCE", values)
+    model, counts = Seen(Pixels()), []
+    model.stem.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
+    together = values == 3 * 8 * 8 * 7
+    measure_corners(Mosaics(model, model.attn, KindOfImages.of(noise(1, 3, 8, 8, seed=0))))
+    assert counts == ([7] if together else [1] * 7)
 
 
 @pytest.mark.parametrize(
