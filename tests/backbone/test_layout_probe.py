@@ -290,6 +290,19 @@ def test_two_rows_or_columns_of_an_overlapping_stem_exchanged_are_no_grid(axis, 
     assert probe(model, model.attn, images_of(grid, patch=8)) == Probed(Layout(0, 0, grid))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_tokens_of_an_overlapping_stem_that_see_a_far_row_too_are_no_grid(axis):
+    class Far(Stem):
+        def forward(self, images):
+            cells = super().forward(images).unflatten(1, (12, 12))
+            return (cells + 0.6 * cells.roll(6, 1 + axis)).flatten(1, 2)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Seen(Far())
+    assert probe(model, model.attn, images_of((12, 12), patch=8)).layout is None
+
+
 @pytest.mark.parametrize("behind", [False, True])
 def test_a_mean_of_some_patches_beside_the_others_may_be_a_patch(behind):
     """A register moves with every patch, or with none."""
