@@ -343,7 +343,9 @@ WITHOUT = {
     "the mean of a batch": (
         lambda tokens: torch.arange(len(tokens))[:, None, None] * tokens.mean(0), "chance",
     ),
-    "a grid of tokens": (lambda tokens: tokens.unflatten(1, GRID), "not \\(B, N, C\\)"),
+    "a grid of tokens": (
+        lambda tokens: tokens.unflatten(1, GRID), r"is a tensor of shape \(7, 2, 3, 32\), not",
+    ),
     "a patch before the class token": (
         lambda tokens: torch.cat([tokens[:, :1], torch.ones_like(tokens[:, :1]), tokens], 1),
         "no grid|cell by cell",

@@ -85,6 +85,23 @@ def test_an_image_without_a_range_has_that_from_nought_to_one(value):
     assert_close(everywhere.from_a, torch.full((1, 1, 900), 0.5))
 
 
+def test_a_range_too_large_for_its_dtype_is_none():
+    images = torch.tensor([[[[-1.7e308, 1.7e308]]]], dtype=torch.float64).expand(1, 1, 30, 2)
+    mosaics = mosaics_of(images)
+    assert_close(mosaics.distances([mosaics.mask()]).from_a, torch.full((1, 1, 60), 0.5).double())
+
+
+def test_the_two_images_are_the_same_each_time_and_draw_nothing():
+    found = []
+    for _ in range(2):
+        before = torch.get_rng_state()
+        mosaics = mosaics_of(torch.ones(1, 1, 2, 2), Pixels((0, 1, 0, 1)))
+        found.append(mosaics.distances([mosaics.mask(NOTHING)]).resolution)
+        assert_same_bits(torch.get_rng_state(), before)
+        torch.rand(3)  # as any other code may
+    assert found[0] == found[1] > 0
+
+
 # Masks, distances and cells
 
 

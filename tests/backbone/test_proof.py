@@ -180,6 +180,7 @@ def test_what_only_the_branch_with_xformers_does_is_not_proved(change, said):
 def test_a_scale_that_only_one_of_two_branches_uses_is_followed_there():
     module, tokens = asking(init="self.scale = 0.1"), noise(1, 5, 12, seed=0)
     with dinov2_attn.install(module):
+        assert dinov2_attn.status().at_kernel == {}
         assert module(tokens, return_attn=True).shape == (1, 2, 5, 5)
 
 

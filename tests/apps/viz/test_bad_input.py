@@ -69,8 +69,8 @@ WAYS = {
     ),
     "bytes of three columns": (torch.zeros(2, 3, 4, 3).byte(), r"\(images\.float\(\) / 255, "),
     "black and white": (torch.zeros(2, 3, 4, 6).bool(), r"\(images\.float\(\), "),
-    "one image": (torch.zeros(3, 4, 6), r"Give images\[None\]"),
-    "a video": (torch.zeros(2, 5, 3, 4, 6), r"Reshape them to \(B, C, H, W\)"),
+    "one image": (torch.zeros(3, 4, 6), r"\nGive images\[None\]\.$"),
+    "a video": (torch.zeros(2, 5, 3, 4, 6), r"\nReshape them to \(B, C, H, W\)\.$"),
     "no tensor": ("image.png", r"torch\.as_tensor"),
 }
 
