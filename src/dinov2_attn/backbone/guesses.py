@@ -85,9 +85,9 @@ def guesses(corners: Corners) -> Iterator[Guess]:
 
 def _one_per_cell(places: list[_Place], sequences: int, length: int) -> Iterator[Guess]:
     (window, prefix), (right, end_of_row), below, last = places
-    across, width = right - window + 1, end_of_row - prefix + 1
+    across, width = right + 1, end_of_row - prefix + 1
     cells = last[1] - prefix + 1
-    if window or across < 1 or sequences % across or width < 1 or cells < 1 or cells % width:
+    if window or sequences % across or width < 1 or cells < 1 or cells % width:
         return
     if last[0] != sequences - 1 or below != (sequences - across, prefix + cells - width):
         return
