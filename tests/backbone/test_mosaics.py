@@ -20,7 +20,7 @@ from dinov2_attn.backbone.mosaics import (
     centres_in,
 )
 from dinov2_attn.backbone.probe import Probed, _centres, measure_corners, probe
-from tests.support.layouts import Seen
+from tests.support.layouts import Seen, Stem
 from tests.support.strategies import noise
 from tests.support.tolerances import assert_close, assert_same_bits
 
@@ -115,7 +115,7 @@ def test_a_mask_is_true_in_its_box_or_everywhere():
     assert_same_bits(mosaics.mask((1, 3, 2, 5)), inside)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_token_is_as_far_from_a_and_b_as_its_pixels_are(dtype):
     mosaics = mosaics_of(torch.stack([torch.zeros(2, 3, 4), torch.ones(2, 3, 4)], 1)[:1].to(dtype))
     box = (0, 2, 1, 4)
@@ -125,13 +125,13 @@ def test_a_token_is_as_far_from_a_and_b_as_its_pixels_are(dtype):
     is_b = some.flatten()
     zero = torch.zeros_like(whole)
     assert found.from_a.shape == found.from_b.shape == (3, 1, 12)
-    assert found.from_a.dtype == dtype
+    assert found.from_a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_same_bits(found.from_a[0], zero)
     assert_same_bits(found.from_b[2], zero)
     assert_same_bits(found.from_b[0], whole)
     assert_same_bits(found.from_a[1], torch.where(is_b, whole, zero))
     assert_same_bits(found.from_b[1], torch.where(is_b, zero, whole))
-    assert 0 < found.resolution <= torch.finfo(dtype).eps * 2
+    assert 0 < found.resolution <= torch.finfo(found.from_a.dtype).eps * 2
 
 
 @given(
@@ -205,6 +205,17 @@ def test_as_many_images_run_as_the_corners_and_the_bits_of_a_grid_need(grid, bit
     model.stem.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
     assert probe(model, model.attn, noise(1, 3, *grid, seed=0)).layout == Layout(0, 0, grid)
     assert counts == [2 + 4 + 1, *([] if bits is None else [2 + bits])]
+
+
+def test_an_axis_of_one_row_needs_no_image_of_its_own_where_stems_overlap():
+    """Six columns are told apart by their remainders by four and by five."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, counts = Seen(Stem()), []
+    model.stem.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
+    assert probe(model, model.attn, noise(1, 3, 8, 48, seed=0)).layout == Layout(0, 0, (1, 6))
+    assert counts[-2:] == [2 + 4, 2 + 5]
+    assert counts.count(2 + 5) == 2  # and that of the corners
 
 
 @pytest.mark.parametrize("values", [3 * 8 * 8 * 7, 3 * 8 * 8 * 7 - 1])

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 from torch.nn import functional as F
 
-from dinov2_attn.backbone.backbone import transformers_in
+from dinov2_attn.backbone.backbone import flat_blocks, transformers_in
 from dinov2_attn.backbone.structure import (
     Role,
     attention_modules,
@@ -186,6 +186,15 @@ def test_a_transformer_is_a_model_with_blocks_whose_tokens_are_prepared():
     other.blocks = nn.ModuleList([Block()])
     assert transformers_in(inside) == transformers_in(model) == [model]
     assert transformers_in(nn.Sequential(other, nn.Sequential(Block()))) == []
+
+
+def test_blocks_are_in_order_whatever_chunks_and_wrappers_they_stand_in():
+    first, second, third, fourth = (Block() for _ in range(4))
+    chunk = nn.ModuleList([nn.Identity(), nn.Identity(), third])
+    wrapped = nn.Sequential(fourth)
+    blocks = [nn.ModuleList([first, second]), nn.Sequential(nn.Sequential(chunk)), wrapped]
+    assert flat_blocks(blocks) == [first, second, third, wrapped]
+    assert flat_blocks(nn.ModuleList([first, nn.Identity(), wrapped])) == [first, wrapped]
 
 
 # What counts as attention
