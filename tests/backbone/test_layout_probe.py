@@ -337,6 +337,10 @@ WITHOUT = {
     "a mean": (lambda tokens: tokens.mean(1, keepdim=True).repeat(1, 6, 1), "no grid|cell by cell"),
     "all of the image": (whole_image, "no grid|cell by cell"),
     "constant": (lambda tokens: torch.ones_like(tokens), "no token moves when the image"),
+    "a patch that stays": (
+        lambda tokens: torch.cat([tokens[:, :1], tokens[:, :1] * 0 + 1, tokens[:, 2:]], 1),
+        "cell by cell",
+    ),
     "by chance": (lambda tokens: tokens + 9 * torch.rand_like(tokens), "chance"),
     "pairs of images": (lambda tokens: tokens.unflatten(0, (-1, 2)).flatten(1, 2), "raised"),
     "all images in one": (lambda tokens: tokens.flatten(0, 1)[None], "images became 1 sequences"),

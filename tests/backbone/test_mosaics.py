@@ -159,9 +159,10 @@ def test_equal_cells_fill_their_box_and_the_margin_is_of_the_nearest(grid, size,
 def test_one_centre_for_all_cells_puts_every_pixel_in_the_first():
     """What is measured of a model that sees all of the image in each token."""
     mosaics = mosaics_of(torch.rand(1, 1, 4, 4))
-    rows, columns = cells_of_pixels(mosaics, (3, 3), ((2.0, 2.0), (3.0, 1.0)))
-    assert not rows.any()
-    assert not columns.any()
+    for grid, ends in (((3, 3), (2.0, 2.0)), ((1, 3), (1.5, 2.5))):
+        rows, columns = cells_of_pixels(mosaics, grid, (ends, (3.0, 1.0)))
+        assert not rows.any()
+        assert not columns.any()
 
 
 # The pixels that tokens depend on
