@@ -197,15 +197,20 @@ def test_a_margin_that_a_model_crops_is_measured_to_the_pixel(margins):
     assert probe(model, model.attn, images) == Probed(Layout(0, 0, (height, width)))
 
 
-@pytest.mark.parametrize(
-    ("grid", "bits"), [((8, 8), 3 + 3), ((5, 4), 3 + 2), ((1, 6), 0 + 3), ((1, 1), None)]
-)
+@pytest.mark.parametrize(("grid", "bits"), [((8, 8), 3 + 3), ((5, 4), 3 + 2), ((1, 6), 0 + 3)])
 def test_as_many_images_run_as_the_corners_and_the_bits_of_a_grid_need(grid, bits):
     """Two images; four corners and one equal to the first; each bit of a row or a column."""
     model, counts = Seen(Pixels()), []
     model.stem.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
     assert probe(model, model.attn, noise(1, 3, *grid, seed=0)).layout == Layout(0, 0, grid)
-    assert counts == [2 + 4 + 1, *([] if bits is None else [2 + bits])]
+    assert counts == [2 + 4 + 1, 2 + bits]
+
+
+def test_one_cell_is_proved_by_its_corners():
+    model, counts = Seen(Cut([5], [7])), []
+    model.stem.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
+    assert probe(model, model.attn, noise(1, 3, 5, 7, seed=0)).layout == Layout(0, 0, (1, 1))
+    assert counts == [2 + 4 + 1]
 
 
 def test_an_axis_of_one_row_needs_no_image_of_its_own_where_stems_overlap():
