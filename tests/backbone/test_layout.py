@@ -61,3 +61,5 @@ def test_other_columns_are_refused(weights):
         cut_maps(weights, Layout(1, 2, (2, 3)))
     with pytest.raises(InvalidInputError, match="1 \\+ 2 · 3 · 2 \\+ 2 = 15 columns"):
         cut_maps(weights, Layout(1, 2, (2, 3), 2))
+    with pytest.raises(InvalidInputError, match="1 \\+ 2 · 3 = 7 columns: .*, then the patches\\."):
+        cut_maps(weights, Layout(1, 0, (2, 3)))

@@ -424,6 +424,7 @@ def test_an_attention_of_the_users_own_inside_upstreams_block():
         block_fn=lambda **options: block(**options, attn_class=Flash),
     )  # fmt: skip
     with dinov2_attn.install(model):
+        assert dinov2_attn.status().at_kernel == {}  # blocks are proved with it inside
         assert len(model.get_self_attention(noise(1, 3, 4, 4, seed=0))) == 2
 
 

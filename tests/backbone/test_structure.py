@@ -6,10 +6,11 @@ import functools
 import types
 
 import pytest
+import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dinov2_attn.backbone.backbone import flat_blocks, transformers_in
+from dinov2_attn.backbone.backbone import Backbone, flat_blocks, transformers_in
 from dinov2_attn.backbone.structure import (
     Role,
     attention_modules,
@@ -195,6 +196,16 @@ def test_blocks_are_in_order_whatever_chunks_and_wrappers_they_stand_in():
     blocks = [nn.ModuleList([first, second]), nn.Sequential(nn.Sequential(chunk)), wrapped]
     assert flat_blocks(blocks) == [first, second, third, wrapped]
     assert flat_blocks(nn.ModuleList([first, nn.Identity(), wrapped])) == [first, wrapped]
+
+
+@pytest.mark.parametrize(("size", "grid"), [(2, (3, 4)), ((3, 4), (2, 2)), ((1, 8), (6, 1))])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 5, 3)])
+def test_a_grid_is_that_of_the_last_two_dimensions(lead, size, grid):
+    model = Transformer()
+    model.patch_size, model.num_register_tokens = size, 4
+    images = torch.zeros(*lead, 6, 8)
+    assert Backbone(model).grid(images) == grid
+    assert Backbone(model).length(images) == 1 + 4 + grid[0] * grid[1]
 
 
 # What counts as attention
