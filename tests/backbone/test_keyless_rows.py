@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dinov2_attn
 from dinov2_attn.backbone import projection
+from dinov2_attn.grafting.modules import queries_and_keys_from
 from tests.backbone.test_faithful import assert_rounded_once
 from tests.support import recordings, reference, upstreams
 from tests.support.strategies import AttentionCase, attention_cases, noise, randomise, seeds
@@ -145,6 +146,19 @@ def test_all_rows_of_a_few_tokens_make_keys(layers):
     with Products() as products:
         module(few, return_attn=True)
     assert products.count == 2 * 6 * DIM * DIM + 6 * 6 * DIM + DIM
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("queries", [None, "cls", [0, -1], [8, 3]])
+def test_queries_and_keys_make_the_rows_that_were_asked(layers, queries):
+    block = randomise(layers.cls("Block")(DIM, num_heads=HEADS, qkv_bias=True), 0)
+    tokens = noise(2, 9, DIM, seed=0)
+    expected = block(tokens, return_attention=True, queries=queries)
+    pieces = queries_and_keys_from(block, tokens, queries)
+    assert len(pieces) > 0
+    for piece, scale in pieces:
+        weights = (piece.query * scale @ piece.key.mT).softmax(-1)
+        assert_close(weights, expected[piece.samples])
 
 
 class LoRA(nn.Module):

@@ -291,11 +291,12 @@ def test_two_rows_or_columns_of_an_overlapping_stem_exchanged_are_no_grid(axis, 
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_tokens_of_an_overlapping_stem_that_see_a_far_row_too_are_no_grid(axis):
+@pytest.mark.parametrize("rows", [6, 2, -2])
+def test_tokens_of_an_overlapping_stem_that_see_a_far_row_too_are_no_grid(rows, axis):
     class Far(Stem):
         def forward(self, images):
             cells = super().forward(images).unflatten(1, (12, 12))
-            return (cells + 0.6 * cells.roll(6, 1 + axis)).flatten(1, 2)
+            return (cells + 0.6 * cells.roll(rows, 1 + axis)).flatten(1, 2)
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
