@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -139,6 +139,7 @@ def test_a_token_is_as_far_from_a_and_b_as_its_pixels_are(dtype):
     size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     margins=st.tuples(*[st.integers(0, 2)] * 4),
 )
+@example(grid=(3, 2), size=(12, 9), margins=(1, 0, 2, 1))
 def test_equal_cells_fill_their_box_and_the_margin_is_of_the_nearest(grid, size, margins):
     top, bottom, left, right = margins
     height, width = grid[0] * size[0], grid[1] * size[1]
