@@ -84,6 +84,18 @@ def test_a_bias_and_a_causal_mask_count_for_few_rows_too(seed, causal, row):
     assert_close(ours, expected[:, :, [row, 0]])
 
 
+@pytest.mark.parametrize("queries", [None, [4, 0]])
+def test_a_causal_mask_counts_where_gradients_are_kept(queries):
+    upstream = upstreams.ANOMALIB
+    with dinov2_attn.install(upstream.package):
+        module = randomise(upstream.cls("Attention")(DIM, num_heads=HEADS).double(), 0)
+        tokens = noise(2, 9, DIM, seed=0, dtype=torch.float64).requires_grad_()
+        ours = module(tokens, is_causal=True, return_attn=True, queries=queries)
+    expected = reference.weights(module, tokens, causal=True)
+    assert_close(ours, expected if queries is None else expected[:, :, queries])
+    assert ours.requires_grad
+
+
 class Products(TorchDispatchMode):
     """Counts the multiplications of all matrix products inside."""
 
