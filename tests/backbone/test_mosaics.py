@@ -153,8 +153,8 @@ def test_equal_cells_fill_their_box_and_the_margin_is_of_the_nearest(grid, size,
     ):
         numbers = [(pixel - start) // one for pixel in range(len(found))]
         assert found.tolist() == [min(max(number, 0), count - 1) for number in numbers]
-    assert (rows == rows[:, :1]).all()
-    assert (columns == columns[:1]).all()
+    assert_same_bits(rows, rows[:, :1].expand_as(rows))
+    assert_same_bits(columns, columns[:1].expand_as(columns))
 
 
 def test_one_centre_for_all_cells_puts_every_pixel_in_the_first():

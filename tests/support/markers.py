@@ -69,7 +69,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
         "apps/weights/test_not_a_checkpoint.py::test_the_distributed_format_and_its_conversion",
         "apps/weights/test_source.py",
         "apps/weights/test_wheel.py",
-        "backbone/test_watching.py::test_a_child_has_no_watchers_of_other_threads",
+        "backbone/test_watching.py::test_a_child_has_the_watchers_of_the_thread_that_forked_alone",
         "history/test_eras.py::test_a_history_is_read_without_running_it",
         "history/test_eras.py::test_drift_that_holds_works_and_is_warned_of_once",
         "history/test_eras.py::test_a_live_model_of_upstreams_is_warned_of_by_its_own_classes",
