@@ -112,6 +112,31 @@ def test_each_dtype_has_features_within_its_tolerance(dtype):
     assert maps.weights[0].dtype == dtype
 
 
+class Viewing(Attention):
+    """Attention that takes its heads together by a view, as fused kernels let it."""
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).view(*x.shape[::2], 16))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_heads_lie_side_by_side_as_in_the_output_of_a_fused_kernel(grad):
+    model, tokens = randomise(Viewing(), 2), noise(3, 7, 16, seed=1)
+    with torch.set_grad_enabled(grad):
+        try:
+            plain = model(tokens)
+        except RuntimeError:
+            pytest.skip("this torch has no fused kernel on a CPU")
+        with record(model, **FED):
+            assert_close(model(tokens), plain)
+            assert_close(model(tokens), plain)
+        for options in ({"heads": [1]}, {"keys": [1], "queries": [2]}, {"weights": lambda _, w: w}):
+            with edit(model, **options):
+                model(tokens)
+
+
 class Pooling(Attention):
     """Attention from learned queries, which all samples or all heads share."""
 

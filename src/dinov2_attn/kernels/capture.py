@@ -201,6 +201,9 @@ class Capture(TorchFunctionMode):
         heads = heads_of(self._module)
 
         def restored(out: Tensor) -> Tensor:
+            # Fused kernels have the heads of a token side by side, so that code may view them as
+            # one vector.
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
             return as_given(out, shape_of_sdpa(*args, **kwargs), heads)
 
         call = fused_call(*args, **kwargs, heads=heads)
