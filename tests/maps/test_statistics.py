@@ -370,6 +370,31 @@ def test_stochastic_depth_in_training_is_refused():
         statistics(model, images)
 
 
+class Collecting(nn.Module):
+    """A model that keeps features in a list, and reads them when its backbone has run."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.features = backbone, []
+        backbone.norm.register_forward_hook(lambda *_: self.features.append("norm"))
+
+    def forward(self, images):
+        self.features = [images.mean()]
+        self.features.append(images.std())
+        output = self.backbone(images)
+        return output * self.features[-2] + len(self.features)
+
+
+def test_a_model_that_collects_features_in_a_list_collects_none_of_the_probe(first):
+    model = Collecting(build(first))
+    model.backbone.blocks[0].register_forward_hook(lambda *_: model.features.append(0))
+    plain = model(IMAGES)
+    collected = len(model.features)
+    with record(model, [1], statistics="distance", queries=[]):
+        assert_same_bits(model(IMAGES), plain)
+    assert len(model.features) == collected
+
+
 @torch.no_grad()
 def test_an_image_that_was_embedded_alone_before_says_nothing_of_the_grid():
     """Both have as many patches, and other grids."""
