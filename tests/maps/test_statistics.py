@@ -303,6 +303,40 @@ def test_means_by_head_are_over_queries_with_a_number():
     assert found.by_head("received").shape == (3, 2, 2)
 
 
+class Stages(nn.Module):
+    """Two layers with other numbers of windows, as stages of Swin have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Explicit("plain"), Explicit("plain")])
+
+    def forward(self, x):
+        x = self.layers[0](x)
+        return self.layers[1](x[:1])
+
+
+def test_layers_of_other_shapes_have_no_common_tensor_of_means():
+    model, tokens = Stages(), noise(2, 5, 8, seed=0)
+    with record(model, statistics="entropy", grid=(2, 2), prefix=1) as maps:
+        model(tokens)
+    found = maps.statistics
+    assert [tuple(one.shape) for one in found["entropy"]] == [(2, 2, 5), (1, 2, 5)]
+    for queries in ("patches", None):
+        with pytest.raises(InvalidInputError, match=r"layers of \(2, 2\) and \(1, 2\)"):
+            found.by_head("entropy", queries)
+    assert_nothing_on(model)
+
+
+def test_queries_that_are_other_tokens_have_no_names():
+    layout = {"layers": (0,), "grid": (2, 2), "prefix": 1}
+    values = {"entropy": (noise(2, 2, 3, seed=0),), "received": (noise(2, 2, 5, seed=1),)}
+    found = Statistics(values, **layout)
+    with pytest.raises(InvalidInputError, match="3 queries, which are other tokens"):
+        found.by_head("entropy")
+    assert_close(found.by_head("entropy", None)[0], values["entropy"][0].mean(-1))
+    assert_close(found.by_head("received")[0], values["received"][0][..., 1:].mean(-1))
+
+
 def test_what_cannot_be_is_refused():
     model, images = of_fork()
     found = statistics(model, images, ("entropy", "centroid"))
