@@ -40,6 +40,8 @@ class Statistics(Result, Generic[W]):
         suffix: The number of tokens behind the patches.
         per_cell: The number of tokens of each cell of the grid.
         planes: Where a cell has several tokens: whether one grid follows the other.
+        seen: The patch grid that the model saw, where ``extract(grid=...)`` stored another.
+            Positions, distances and spreads are in patches of this one.
 
     """
 
@@ -50,6 +52,7 @@ class Statistics(Result, Generic[W]):
         "suffix",
         "per_cell",
         "planes",
+        "seen",
     )
 
     values: Mapping[Statistic, tuple[W, ...]]
@@ -59,6 +62,7 @@ class Statistics(Result, Generic[W]):
     suffix: int = 0
     per_cell: int = 1
     planes: bool = False
+    seen: Grid | None = None
 
     def __len__(self) -> int:
         """Return the number of statistics."""
@@ -163,6 +167,7 @@ class Statistics(Result, Generic[W]):
             "layers": _facts.layers(self.layers),
             "values": _facts.shapes([one for each in self.values.values() for one in each]),
             "grid": _facts.size(self.grid),
+            **({"seen": _facts.size(self.seen)} if self.seen else {}),
             "prefix": f"{self.prefix}",
             **({"suffix": f"{self.suffix}"} if self.suffix else {}),
         }
