@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import deque
 
 import pytest
 import torch
@@ -442,6 +443,9 @@ class Restless(nn.Module):
         self.attn, self.drop = nn.Identity(), nn.Dropout(0.5)
         self.register_buffer("count", torch.zeros(()))
         self.cache, self.last, self.fails = {"kept": 1}, None, False
+        self.features, self.by_kind = [torch.ones(())], {"of patches": ([], deque([1, 2], 2))}
+        self.sizes = {1, 2}
+        self.by_kind["itself"] = self.by_kind
         self.drop.eval()
 
     def forward(self, images):
@@ -450,6 +454,11 @@ class Restless(nn.Module):
         self.last, self.new = images, images
         self.cache[images.shape] = torch.rand(())
         self.cache.pop("kept", None)
+        self.features.append(images)
+        for kept in self.by_kind["of patches"]:
+            kept.append(images)
+        self.sizes.add(len(images))
+        self.sizes.discard(1)
         random.random()
         if self.fails:
             raise ValueError("as it should")
@@ -465,6 +474,9 @@ def state_of(model):
         "kwargs": [(*m._forward_pre_hooks_with_kwargs,) for m in model.modules()],
         "attributes": [{k: id(v) for k, v in vars(m).items()} for m in model.modules()],
         "cache": dict(model.cache),
+        "features": [id(one) for one in model.features],
+        "by kind": [[*kept] for kept in model.by_kind["of patches"]],
+        "sizes": set(model.sizes),
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),

@@ -112,6 +112,59 @@ def test_each_dtype_has_features_within_its_tolerance(dtype):
     assert maps.weights[0].dtype == dtype
 
 
+class Viewing(Attention):
+    """Attention that takes its heads together by a view, as fused kernels let it."""
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).view(*x.shape[::2], 16))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_heads_lie_side_by_side_as_in_the_output_of_a_fused_kernel(grad):
+    model, tokens = randomise(Viewing(), 2), noise(3, 7, 16, seed=1)
+    with torch.set_grad_enabled(grad):
+        try:
+            plain = model(tokens)
+        except RuntimeError:
+            pytest.skip("this torch has no fused kernel on a CPU")
+        with record(model, **FED):
+            assert_close(model(tokens), plain)
+            assert_close(model(tokens), plain)
+        for options in ({"heads": [1]}, {"keys": [1], "queries": [2]}, {"weights": lambda _, w: w}):
+            with edit(model, **options):
+                model(tokens)
+
+
+class Pooling(Attention):
+    """Attention from learned queries, which all samples or all heads share."""
+
+    def __init__(self, samples, heads):
+        super().__init__()
+        self.learned = nn.Parameter(torch.empty(samples, heads, 2, 4))
+
+    def forward(self, x):
+        k, v = (p(x).unflatten(-1, (4, 4)).transpose(1, 2) for p in (self.k, self.v))
+        return F.scaled_dot_product_attention(self.learned, k, v)
+
+
+@pytest.mark.parametrize(("samples", "heads"), [(1, 4), (3, 1), (1, 1)])
+@torch.no_grad()
+def test_queries_that_samples_or_heads_share(samples, heads):
+    model = randomise(Pooling(samples, heads).double(), 2)
+    tokens = noise(3, 7, 16, seed=1, dtype=torch.float64)
+    plain = model(tokens)
+    assert plain.shape == (3, 4, 2, 4)
+    with record(model, **FED):
+        assert_close(model(tokens), plain)
+        assert_close(model(tokens), plain)
+    with edit(model, heads=[1]):
+        edited = model(tokens)
+    assert not edited[:, 1].any()
+    assert_close(edited[:, [0, 2, 3]], plain[:, [0, 2, 3]])
+
+
 def test_the_features_are_those_of_the_recorded_weights():
     """Also where these were replaced: the product is of what is recorded."""
     model = randomise(Model().double(), 2)

@@ -188,6 +188,18 @@ def test_rows_that_are_masked_completely_have_zeros_and_no_place():
     assert all(ours[name].isnan().all() for name in ("distance", "spread", "centroid"))
 
 
+def test_rows_with_a_negative_weight_have_no_entropy():
+    """Code may mix heads behind the softmax."""
+    weights = noise(2, 3, 4, 5, seed=0, dtype=torch.float64).softmax(-1)
+    plain = measure(ExplicitCall(weights, weights), ("entropy",), None)["entropy"]
+    weights[1, 2, 3, 0] = -0.1
+    found = measure(ExplicitCall(weights, weights), ("entropy",), None)["entropy"]
+    assert found[1, 2, 3].isnan()
+    assert int(found.isnan().sum()) == 1
+    found[1, 2, 3] = plain[1, 2, 3]
+    assert_same_bits(found, plain)
+
+
 def test_uniform_attention_has_known_numbers():
     """Of a row of three patches, by hand."""
     query = torch.zeros(1, 1, 3, 2, dtype=torch.float64)

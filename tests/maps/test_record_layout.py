@@ -112,7 +112,7 @@ def test_a_probe_runs_once_for_a_model(models, monkeypatch):
 
     model, runs = build(models), []
     probe = tokens.probe
-    monkeypatch.setattr(tokens, "probe", lambda *args: runs.append(1) or probe(*args))
+    monkeypatch.setattr(tokens, "probe", lambda *a, **k: runs.append(1) or probe(*a, **k))
     for size in ((4, 6), (4, 6), (8, 4)):
         with record(model) as maps:
             model(noise(1, 3, *size, seed=0).double())
@@ -278,7 +278,7 @@ def test_what_a_probe_did_not_find_is_not_probed_again(monkeypatch):
 
     model, runs = with_chance(build(upstreams.FIRST)), []
     probe = tokens.probe
-    monkeypatch.setattr(tokens, "probe", lambda *args: runs.append(1) or probe(*args))
+    monkeypatch.setattr(tokens, "probe", lambda *a, **k: runs.append(1) or probe(*a, **k))
     for expected in (1, 1):
         with record(model) as maps:
             model.forward_features(IMAGES)

@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 import re
 import warnings
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -228,6 +229,24 @@ def test_what_reduce_nested_moves_too():
     assert moved["a"][0].is_meta
     assert moved["b"][0].is_meta
     assert moved["b"][1] == 3
+
+
+class Pair(NamedTuple):
+    one: torch.Tensor
+    name: str
+
+
+def test_named_tuples_of_reduce_are_moved_and_keep_their_names():
+    weights = torch.rand(2, 7)
+    maps = AttentionMaps(((weights.topk(3), Pair(weights, "w"), weights.shape),), (0,), None, 1)
+    largest, pair, shape = maps.to("meta").weights[0]
+    assert largest.values.is_meta
+    assert largest.indices.is_meta
+    assert pair.one.is_meta
+    assert (pair.name, shape) == ("w", torch.Size([2, 7]))
+    largest, pair, _ = maps.numpy().weights[0]
+    assert isinstance(largest.values, np.ndarray)
+    assert isinstance(pair.one, np.ndarray)
 
 
 # Files

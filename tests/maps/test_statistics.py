@@ -303,6 +303,40 @@ def test_means_by_head_are_over_queries_with_a_number():
     assert found.by_head("received").shape == (3, 2, 2)
 
 
+class Stages(nn.Module):
+    """Two layers with other numbers of windows, as stages of Swin have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Explicit("plain"), Explicit("plain")])
+
+    def forward(self, x):
+        x = self.layers[0](x)
+        return self.layers[1](x[:1])
+
+
+def test_layers_of_other_shapes_have_no_common_tensor_of_means():
+    model, tokens = Stages(), noise(2, 5, 8, seed=0)
+    with record(model, statistics="entropy", grid=(2, 2), prefix=1) as maps:
+        model(tokens)
+    found = maps.statistics
+    assert [tuple(one.shape) for one in found["entropy"]] == [(2, 2, 5), (1, 2, 5)]
+    for queries in ("patches", None):
+        with pytest.raises(InvalidInputError, match=r"layers of \(2, 2\) and \(1, 2\)"):
+            found.by_head("entropy", queries)
+    assert_nothing_on(model)
+
+
+def test_queries_that_are_other_tokens_have_no_names():
+    layout = {"layers": (0,), "grid": (2, 2), "prefix": 1}
+    values = {"entropy": (noise(2, 2, 3, seed=0),), "received": (noise(2, 2, 5, seed=1),)}
+    found = Statistics(values, **layout)
+    with pytest.raises(InvalidInputError, match="3 queries, which are other tokens"):
+        found.by_head("entropy")
+    assert_close(found.by_head("entropy", None)[0], values["entropy"][0].mean(-1))
+    assert_close(found.by_head("received")[0], values["received"][0][..., 1:].mean(-1))
+
+
 def test_what_cannot_be_is_refused():
     model, images = of_fork()
     found = statistics(model, images, ("entropy", "centroid"))
@@ -368,6 +402,31 @@ def test_stochastic_depth_in_training_is_refused():
         pytest.skip("this revision drops no samples")
     with pytest.raises(InvalidInputError, match=r"model\.eval\(\)"):
         statistics(model, images)
+
+
+class Collecting(nn.Module):
+    """A model that keeps features in a list, and reads them when its backbone has run."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.features = backbone, []
+        backbone.norm.register_forward_hook(lambda *_: self.features.append("norm"))
+
+    def forward(self, images):
+        self.features = [images.mean()]
+        self.features.append(images.std())
+        output = self.backbone(images)
+        return output * self.features[-2] + len(self.features)
+
+
+def test_a_model_that_collects_features_in_a_list_collects_none_of_the_probe(first):
+    model = Collecting(build(first))
+    model.backbone.blocks[0].register_forward_hook(lambda *_: model.features.append(0))
+    plain = model(IMAGES)
+    collected = len(model.features)
+    with record(model, [1], statistics="distance", queries=[]):
+        assert_same_bits(model(IMAGES), plain)
+    assert len(model.features) == collected
 
 
 @torch.no_grad()

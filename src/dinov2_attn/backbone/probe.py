@@ -84,6 +84,7 @@ def probe(
     attention: nn.Module,
     images: Tensor | KindOfImages,
     run: Callable[[Tensor], object] | None = None,
+    around: nn.Module | None = None,
 ) -> Probed:
     """Return the layout of the tokens that ``attention`` is given for such images.
 
@@ -96,6 +97,7 @@ def probe(
         attention: The module whose first input, ``(B, N, C)``, has the tokens.
         images: The images of a pass, ``(B, …, H, W)``, or of what kind they were.
         run: Runs the model on images of any batch size; by default ``model`` itself.
+        around: A larger model with ``model`` inside, in which changes are undone too.
 
     Returns:
         What was found. Where there is no layout, ``reason`` says why. Nothing is raised, not
@@ -115,7 +117,7 @@ def probe(
     if any(map(is_compiled, model.modules())):
         return Probed(None, "the model has compiled modules, which would be compiled again")
     try:
-        with undisturbed(model, kind.device):
+        with undisturbed(model, kind.device, around):
             mosaics = Mosaics(run or model, attention, kind)
             return _find(mosaics)
     except Unclear as why:

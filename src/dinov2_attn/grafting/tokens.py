@@ -96,7 +96,7 @@ class Tokens:
         prefix: int | None = None,
         added: int | None = None,
     ) -> None:
-        self._model = model if backbone is None else backbone.model
+        self._whole, self._model = model, model if backbone is None else backbone.model
         self._backbone, self._attention, self._length = backbone, attention, length
         self._sibling, self._prefix = sibling, prefix
         self._size: Grid = _UNKNOWN if images is None else _size_of(images)
@@ -166,7 +166,7 @@ class Tokens:
         if attention is None:
             return None
         with unrecorded(), unedited():
-            found = probe(self._model, attention, kind)
+            found = probe(self._model, attention, kind, around=self._whole)
         fits = found.layout is not None and length in (None, found.layout.length)
         return found if fits else None
 

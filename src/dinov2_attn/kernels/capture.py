@@ -201,7 +201,10 @@ class Capture(TorchFunctionMode):
         heads = heads_of(self._module)
 
         def restored(out: Tensor) -> Tensor:
-            return as_given(out, shape_of_output(*args, **kwargs), heads)
+            # Fused kernels have the heads of a token side by side, so that code may view them as
+            # one vector.
+            out = out.transpose(1, 2).contiguous().transpose(1, 2)
+            return as_given(out, shape_of_sdpa(*args, **kwargs), heads)
 
         call = fused_call(*args, **kwargs, heads=heads)
         return self.ran(call, lambda: func(*args, **kwargs), self._heads_first, restored)
@@ -467,6 +470,13 @@ def shape_of_output(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: An
     """Return the shape of what a fused kernel returns."""
     del key
     return [*query.shape[:-1], value.shape[-1]]
+
+
+def shape_of_sdpa(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> list[int]:
+    """Return the shape of what PyTorch's kernel returns. Samples and heads may be shared."""
+    ndim = max(query.ndim, key.ndim, value.ndim)
+    leads = ([*[1] * (ndim - one.ndim), *one.shape[:-2]] for one in (query, key, value))
+    return [*map(max, *leads), query.shape[-2], value.shape[-1]]
 
 
 def _tensors_in(given: Any) -> Iterator[Tensor]:

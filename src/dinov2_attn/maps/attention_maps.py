@@ -62,6 +62,7 @@ class AttentionMaps(Result, Generic[W]):
         "per_cell",
         "planes",
         "sources",
+        "_seen",
     )
 
     weights: tuple[W, ...]
@@ -76,6 +77,7 @@ class AttentionMaps(Result, Generic[W]):
     facets: Mapping[Facet, tuple[Any, ...]] = field(default_factory=dict)
     _later: Gradients | None = None
     _measured: Mapping[Statistic, tuple[Any, ...]] = field(default_factory=dict)
+    _seen: Grid | None = None  # the grid that the model saw, if that is another
 
     @property
     def statistics(self) -> Statistics[Any]:
@@ -91,7 +93,7 @@ class AttentionMaps(Result, Generic[W]):
                 "one without",
                 'Ask for them before the pass: record(model, statistics=("entropy", "distance")).',
             )
-        place = (self.suffix, self.per_cell, self.planes)
+        place = (self.suffix, self.per_cell, self.planes, self._seen)
         return Statistics(self._measured, self.layers, self.grid, self.prefix, *place)
 
     @property

@@ -67,8 +67,8 @@ def statistics(
     - ``"centroid"``: ``c_q = Σ_k∈P A_qk p_k / Σ_k∈P A_qk``, row and column of the mean position.
     - ``"spread"``: ``√(Σ_k∈P A_qk |p_k - c_q|² / Σ_k∈P A_qk)``, in patches.
 
-    A query that attends to no patch has NaN for the last two and for the distance. Weights of
-    a pass inside ``edit`` are the edited ones.
+    A query that attends to no patch has NaN for the last two and for the distance, and a row with
+    a negative weight for the entropy. Weights of a pass inside ``edit`` are the edited ones.
 
     Memory beyond one forward pass is O(N): a few rows of weights exist at a time. Statistics are in
     float32 at least, and are not differentiated.

@@ -180,6 +180,8 @@ class _Sums:
     ) -> None:
         self._names, self._layout, self._memory = names, layout, memory
         self._rows = call.rows
+        # A softmax is not. What explicit code makes of it may be, and what an edit puts in.
+        self._may_be_negative = call.columns > 0 and not isinstance(call, FusedCall)
         if "distance" in names:
             self._distances = memory.new_zeros(lines, call.columns)
         lead = (call.batch, heads)
@@ -208,7 +210,10 @@ class _Sums:
         found, (samples, heads, _) = self.found, place
         memory = self._memory[: weights.numel()].view_as(weights)
         if "entropy" in found:
-            found["entropy"][place] = entropy(weights, memory)
+            numbers = entropy(weights, memory)
+            if self._may_be_negative:
+                numbers.masked_fill_(weights.amin(-1) < 0, torch.nan)
+            found["entropy"][place] = numbers
         if "received" in found:
             found["received"][samples, heads] += weights.sum(-2) / self._rows
         if self._layout is None:

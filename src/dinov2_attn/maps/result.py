@@ -143,8 +143,11 @@ def changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {key: changed(one, change) for key, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(changed(one, change) for one in value)
+    if type(value) is list or isinstance(value, tuple):
+        entries = [changed(one, change) for one in value]
+        # A named tuple takes its entries one by one. Those of PyTorch, as of topk, do not.
+        make: Callable[[list[Any]], Any] = getattr(value, "_make", type(value))
+        return make(entries)
     return value
 
 

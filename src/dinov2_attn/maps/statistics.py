@@ -40,6 +40,8 @@ class Statistics(Result, Generic[W]):
         suffix: The number of tokens behind the patches.
         per_cell: The number of tokens of each cell of the grid.
         planes: Where a cell has several tokens: whether one grid follows the other.
+        seen: The patch grid that the model saw, where ``extract(grid=...)`` stored another.
+            Positions, distances and spreads are in patches of this one.
 
     """
 
@@ -50,6 +52,7 @@ class Statistics(Result, Generic[W]):
         "suffix",
         "per_cell",
         "planes",
+        "seen",
     )
 
     values: Mapping[Statistic, tuple[W, ...]]
@@ -59,6 +62,7 @@ class Statistics(Result, Generic[W]):
     suffix: int = 0
     per_cell: int = 1
     planes: bool = False
+    seen: Grid | None = None
 
     def __len__(self) -> int:
         """Return the number of statistics."""
@@ -117,8 +121,9 @@ class Statistics(Result, Generic[W]):
                 positions or a slice.
 
         Raises:
-            InvalidInputError: If it was not measured or is ``"centroid"``, or if the grid is
-                unknown, which a name of tokens needs.
+            InvalidInputError: If it was not measured or is ``"centroid"``, or if layers differ in
+                heads or windows. For a name of tokens also if the grid is unknown, or if queries
+                are other tokens than keys.
             OutOfRangeError: If there is no such token.
 
         """
@@ -129,9 +134,12 @@ class Statistics(Result, Generic[W]):
                 "'centroid', with a row and a column",
                 'Take its entries: statistics["centroid"].',
             )
-        if isinstance(queries, str):
-            queries = named(queries, self._layout())
         tensors = [torch.as_tensor(one) for one in found]
+        if isinstance(queries, str):
+            layout = self._layout()
+            _check_tokens(queries, tensors, layout.length)
+            queries = named(queries, layout)
+        _check_shapes(name, tensors)
         chosen = [one[..., to_index(queries, one.shape[-1])] for one in tensors]
         means: Any = torch.stack([one.nanmean(-1) for one in chosen])
         means = means if isinstance(found[0], Tensor) else as_array(means)
@@ -159,6 +167,7 @@ class Statistics(Result, Generic[W]):
             "layers": _facts.layers(self.layers),
             "values": _facts.shapes([one for each in self.values.values() for one in each]),
             "grid": _facts.size(self.grid),
+            **({"seen": _facts.size(self.seen)} if self.seen else {}),
             "prefix": f"{self.prefix}",
             **({"suffix": f"{self.suffix}"} if self.suffix else {}),
         }
@@ -186,6 +195,27 @@ def values_in(
         for name in STATISTICS
         if name in held
     }
+
+
+def _check_tokens(queries: str, tensors: Sequence[Tensor], length: int) -> None:
+    for one in tensors:
+        if one.shape[-1] != length:
+            raise InvalidInputError(
+                f"{queries!r} among the tokens of the keys, of which there are {length}",
+                f"{one.shape[-1]} queries, which are other tokens",
+                "Pass queries=None for all of these, or positions.",
+            )
+
+
+def _check_shapes(name: Statistic, tensors: Sequence[Tensor]) -> None:
+    shapes = list(dict.fromkeys(tuple(one.shape[:-1]) for one in tensors))
+    if len(shapes) > 1:
+        raise InvalidInputError(
+            "layers with as many heads and windows, for one tensor of their means",
+            f"layers of {' and '.join(map(str, shapes[:2]))}",
+            f"Take the mean of each layer: [one.nanmean(-1) for one in statistics[{name!r}]]. Or "
+            "measure those of one stage: layers=[...].",
+        )
 
 
 def _stacked(row: Any, column: Any) -> Any:

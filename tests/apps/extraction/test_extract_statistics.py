@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinov2_attn import AttentionDataset, extract, statistics
+from dinov2_attn import AttentionDataset, AttentionMaps, extract, statistics, viz
 from dinov2_attn.apps.viz.images import load_image
 from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.resample import resample
@@ -60,6 +60,27 @@ def test_on_another_grid_patches_have_the_mean_of_what_lies_in_them(model, image
         assert_close(row["entropy"][..., :prefix], expected["entropy"][..., :prefix])
         assert row["centroid"].shape[-2:] == (prefix + 6, 2)
     assert stored.maps(0).statistics.patch_maps("centroid")[0].shape[-3:] == (2, 3, 2)
+
+
+def test_on_another_grid_the_line_of_uniform_attention_stays(model, images, tmp_path):
+    extract(model, images, tmp_path / "own", layers=2, statistics=ALL)
+    extract(model, images, tmp_path / "moved", layers=2, statistics=ALL, grid=(2, 3))
+    for number in (0, 5):
+        own, moved = (AttentionDataset(tmp_path / one).maps(number) for one in ("own", "moved"))
+        assert moved.statistics.seen == own.statistics.grid
+        assert own.statistics.seen is None
+        moved.save(tmp_path / "one")
+        again = AttentionMaps.load(tmp_path / "one").to("cpu")
+        assert again.statistics.seen == own.statistics.grid
+        assert levels(again) == levels(moved) == levels(own)
+
+
+def levels(maps):
+    """The dashed line of each picture."""
+    lines = [ax.lines for ax in viz.plot_statistics(maps).axes]
+    dashed = [[one.get_ydata()[0] for one in own if one.get_linestyle() == "--"] for own in lines]
+    assert [len(one) for one in dashed] == [1] * 4
+    return dashed
 
 
 def test_they_are_float32_whatever_maps_are_and_counted_before(model, images, tmp_path):

@@ -268,6 +268,32 @@ case(
     lambda _: crossed("spread", "entropy"),
 )
 case(
+    "maps",
+    "Pass queries=None for all of these, or positions",
+    lambda _: crossed("entropy").by_head("entropy"),
+    lambda _: crossed("entropy").by_head("entropy", queries=None),
+)
+
+
+def of_two_stages():
+    model, tokens = nn.Sequential(Fused(), Fused()), torch.zeros(2, 5, 4)
+
+    def run():
+        model[1](model[0](tokens)[:1])
+
+    return recorded(model, run, statistics="entropy", **PLACED).statistics
+
+
+case(
+    "maps",
+    "Or measure those of one stage: layers=[...]",
+    lambda _: of_two_stages().by_head("entropy"),
+    lambda _: (
+        [one.nanmean(-1) for one in of_two_stages()["entropy"]],
+        statistics_of("entropy", layers=[0], **PLACED).by_head("entropy"),
+    ),
+)
+case(
     "apps/viz",
     "draw one of them, such as found[0]",
     lambda lab: viz.plot_statistics(statistics(lab.model, [lab.x])),

@@ -43,6 +43,7 @@ def restored(
         _measured={
             name: tuple(layer[None] for layer in row[name]) for name in entry.get("statistics", ())
         },
+        _seen=None if seen == grid else seen,
     )
 
 

@@ -282,12 +282,14 @@ def _caption(queries: Queries, sample: int | None, name: str | None) -> list[str
 
 def _uniform(found: Statistics[Any], name: Statistic) -> float | None:
     """Return what uniform attention has, a mean over patches."""
-    tokens = found[name][0].shape[-1]
+    tokens, seen = found[name][0].shape[-1], found.seen or found.grid
+    if found.seen and found.grid:  # the model saw other tokens than are here
+        tokens += math.prod(found.seen) - math.prod(found.grid)
     if name == "entropy":
         return math.log(tokens) if tokens else None
-    if found.grid is None or found.per_cell > 1:
+    if seen is None or found.per_cell > 1:
         return None
-    height, width = found.grid
+    height, width = seen
     if name == "prefix_mass":
         return float((tokens - height * width) / tokens)
     if name == "spread":
