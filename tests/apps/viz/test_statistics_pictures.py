@@ -45,6 +45,13 @@ def test_images_queries_and_pixels_may_be_chosen(found):
     assert "Attention of CLS" in figure._suptitle.get_text()
 
 
+def test_a_panel_without_numbers_says_so(found):
+    """CLS has no position, so no distance."""
+    figure = viz.plot_statistics(found, ("entropy", "distance"), queries="cls")
+    entropy, distance = ([text.get_text() for text in ax.texts] for ax in figure.axes)
+    assert (entropy, distance) == ([], ["these tokens have none: NaN"])
+
+
 def test_the_dashed_line_is_that_of_uniform_attention():
     """Of weights that are all alike, every dot is on it."""
     model, images = of_fork()

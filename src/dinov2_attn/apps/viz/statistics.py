@@ -250,6 +250,10 @@ def _by_layer(
 def _dots(ax: Any, found: Statistics[Any], numbers: Values) -> None:
     layers, heads = numbers.shape
     names = list(found.layers)
+    if np.isnan(numbers).all():
+        undefined = "these tokens have none: NaN"
+        at = {"transform": ax.transAxes, "ha": "center", "va": "center"}
+        ax.text(0.5, 0.5, undefined, fontsize=POINTS, family=FONT, color="0.4", **at)
     aside = (np.arange(heads) - (heads - 1) / 2) * 0.7 / max(1, heads)
     for i in range(layers):
         ax.plot(i + aside, np.sort(numbers[i]), ".-", color="#3b6fb6", linewidth=0.5, markersize=5)
