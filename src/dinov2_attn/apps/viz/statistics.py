@@ -114,7 +114,7 @@ def plot_statistics(
         level = _uniform(found, one)
         if level is not None:
             ax.axhline(level * times, color="0.4", linewidth=0.8, linestyle="--", zorder=1)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.05 * ax.get_ylim()[1])  # dots at the top are whole
     lines = wrap(_caption(queries, sample, name), figure.get_figwidth() - 0.3, POINTS)
     red = wrap([warning], figure.get_figwidth() - 0.3, POINTS, bold=True) if warning else []
     figure.suptitle(
