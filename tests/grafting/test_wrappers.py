@@ -56,6 +56,36 @@ def test_wrappers_of_blocks_pass_the_question_on(models):
     assert_close(model.get_self_attention(IMAGES), expected[1])
 
 
+def test_a_wrapped_block_that_drops_samples_in_training_answers_for_all(models):
+    """Its ratio is an attribute that the wrapper does not hand on."""
+    model = build(models, drop_path_rate=0.5, drop_path_uniform=True).train()
+    images = IMAGES.repeat(4, 1, 1, 1)
+    torch.manual_seed(5)
+    output, expected = model(images, return_attention=True)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = Wrapper(block)
+    torch.manual_seed(5)
+    again, attentions = model(images, return_attention=True)
+    assert_same_bits(again, output)
+    assert_close(attentions, expected)
+    shapes = [weights.shape for weights in model.get_self_attention(images)]
+    assert shapes == [weights.shape for weights in expected]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_projection_runs_twice_where_its_kernel_tells_the_weights(models, training):
+    model, ran = build(models).train(training), []
+    for i, block in enumerate(model.blocks):
+        block.attn.qkv.register_forward_hook(lambda *_, i=i: ran.append(i))
+    for layers in (2, 3, [0, 2]):
+        ran.clear()
+        model.get_self_attention(IMAGES, layers)
+        assert ran == [0, 1, 2]
+    ran.clear()
+    model(IMAGES, return_attention=True)
+    assert ran == [0, 1, 2]
+
+
 @pytest.mark.parametrize("where", ["block", "attn"])
 def test_a_wrapper_that_drops_the_question_is_told(models, where):
     """It would give features in place of weights: (B, N, C), with no error (UPSTREAM trap 2)."""

@@ -239,9 +239,11 @@ def must_ask(backbone: Backbone) -> bool:
     """
     if is_transformed() or is_traced() or backbone.shares_attention:
         return True
-    if any(block.training and getattr(block, "sample_drop_ratio", 0) for block in backbone.blocks):
-        return True
-    return any(map(is_compiled, backbone.model.modules()))
+    # Of all modules, because a wrapper of a block may not hand on its attributes.
+    return any(
+        is_compiled(module) or (module.training and getattr(module, "sample_drop_ratio", 0))
+        for module in backbone.model.modules()
+    )
 
 
 def is_grafted(model: object) -> bool:
