@@ -247,6 +247,7 @@ def test_what_is_not_asked_keeps_nothing(models):
 def test_a_switch_is_on_while_anybody_holds_it():
     switch = type(ACTIVE)()
     assert not switch.on
+    assert not switch.edits
     with switch.active():
         with switch.active():
             assert switch.on

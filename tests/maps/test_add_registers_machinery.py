@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import copy
 import pickle
@@ -189,6 +190,20 @@ def test_checkpoints_are_run_again_as_they_were(model, images, reentrant):
         for block in model.blocks:
             del block.forward
     assert_same_bits(found, expected)
+
+
+def test_a_thread_of_autograds_runs_with_them_again(model, images):
+    """As on a GPU, whose backward pass is in a thread that Python did not start."""
+    images.requires_grad_()
+    with add_registers(model, {0: [1], 4: [2]}):
+        (expected,) = torch.autograd.grad(model(images).square().sum(), images)
+        x, done = model.prepare_tokens_with_masks(images), threading.Event()
+        for block in model.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)
+        loss = model.head(model.norm(x)[:, 0]).square().sum()
+        _thread.start_new_thread(lambda: (loss.backward(), done.set()), ())
+        assert done.wait(60)
+    assert_close(images.grad, expected)
 
 
 def test_tasks_of_asyncio_have_their_own(model, images):

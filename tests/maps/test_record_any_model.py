@@ -365,6 +365,30 @@ def test_the_grid_of_one_size_is_not_taken_for_another():
         assert maps.grid == (4, 4)
 
 
+class Flat(nn.Module):
+    """Its own child cuts the images, as in torchvision's and CLIP's vision transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut = nn.Conv2d(3, 8, 2, 2)
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+
+    def forward(self, images):
+        tokens = self.cut(images).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            tokens = tokens + layer(tokens)
+        return tokens
+
+
+@torch.no_grad()
+def test_passes_of_a_model_that_cuts_its_images_itself_have_their_own_grids():
+    model, images = sharp(Flat()), noise(2, 3, 8, 12, seed=0).float()
+    with record(model) as maps:
+        for some in (images, images[..., :8], images[:, :, :6]):
+            model(some)
+    assert [one.grid for one in maps.passes] == [(4, 6), (4, 4), (3, 6)]
+
+
 class Two(nn.Module):
     def __init__(self, first, second):
         super().__init__()

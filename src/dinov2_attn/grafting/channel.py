@@ -64,11 +64,11 @@ class Receiver(Protocol):
         """Keep what the kernel of ``attention`` was given. May change what it returned."""
 
     def failed(self, module: nn.Module) -> None:
-        """Note that ``module``, which contains all others, has raised an exception."""
+        """Note that ``module``, a whole model or an entrance, has raised an exception."""
         return  # for those who count layers
 
     def left(self, module: nn.Module) -> None:
-        """Note that ``module``, which contains all others, has returned."""
+        """Note that ``module``, a whole model or an entrance, has returned."""
         return  # for those who count layers
 
 
@@ -315,18 +315,6 @@ def graft_captured_list(original: Forward) -> Forward:
     return forward_list
 
 
-def graft_entrance(original: Forward) -> Forward:
-    """Let the ``forward`` that cuts images into patches tell receivers that a pass begins."""
-
-    @functools.wraps(original, updated=())
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.on:
-            _begin(self, args, kwargs)
-        return original(self, *args, **kwargs)
-
-    return forward
-
-
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tell receivers of the images that ``module`` is given."""
     if not (STATE.receivers or STATE.editors) or is_compiling() or is_in_backward():
@@ -339,8 +327,11 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             editor.begin(images)
 
 
-def graft_whole(original: Forward) -> Forward:
-    """Let the ``forward`` of a whole model tell receivers when it begins and when it returns."""
+def graft_given_images(original: Forward) -> Forward:
+    """Let a ``forward`` that is given images tell receivers when it begins and when it returns.
+
+    It is that of a whole model or of what cuts images into patches, which may be the same module.
+    """
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -590,8 +581,7 @@ def _set_grafts(
 ) -> None:
     for graft, modules in (
         (graft_captured, attentions),
-        (graft_entrance, entrances),
-        (graft_whole, wholes),
+        (graft_given_images, (*entrances, *wholes)),
     ):
         for module in modules:
             _graft(module, graft, target)
@@ -677,7 +667,7 @@ def _forget_other_threads() -> None:
     """Drop, in a forked process, what belongs to threads that do not exist there."""
     for key, life in list(_ALIVE.items()):
         if not life.is_here:
-            _ALIVE.pop(key, None)
+            del _ALIVE[key]
     ACTIVE.leave_others()
     _note_editors()
 
