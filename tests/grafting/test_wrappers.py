@@ -72,6 +72,22 @@ def test_a_wrapped_block_that_drops_samples_in_training_answers_for_all(models):
     assert shapes == [weights.shape for weights in expected]
 
 
+def test_transforms_of_functions_differentiate_weights(models):
+    model = build(models)
+
+    def of_asked(images):
+        return sum(weights.square().sum() for weights in model.get_self_attention(images))
+
+    def of_pass(images):
+        output, attentions = model(images, return_attention=True)
+        return sum(weights.square().sum() for weights in attentions) + output.sum()
+
+    for function in (of_asked, of_pass):
+        images = IMAGES.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(function(images), images)
+        assert_close(torch.func.grad(function)(IMAGES), expected)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_no_projection_runs_twice_where_its_kernel_tells_the_weights(models, training):
     model, ran = build(models).train(training), []

@@ -413,6 +413,19 @@ def test_neurons_that_a_kernel_hides_are_an_error(model, images):
             model(images)
 
 
+def test_a_last_layer_may_be_given_its_weight_and_bias_by_name(model, images):
+    class Named(type(model.blocks[1].mlp)):
+        def forward(self, x):
+            x = self.act(self.fc1(x))
+            return torch.nn.functional.linear(x, weight=self.fc2.weight, bias=self.fc2.bias)
+
+    with add_registers(model, {1: [1]}):
+        expected = model(images)
+    model.blocks[1].mlp.__class__ = Named
+    with add_registers(model, {1: [1]}):
+        assert_same_bits(model(images), expected)
+
+
 def test_a_last_layer_that_is_used_twice_is_an_error(model, images):
     """Which of its inputs are the neurons cannot be told."""
 

@@ -389,6 +389,21 @@ def test_passes_of_a_model_that_cuts_its_images_itself_have_their_own_grids():
     assert [one.grid for one in maps.passes] == [(4, 6), (4, 4), (3, 6)]
 
 
+class Guided(Flat):
+    def forward(self, images, guide=None, prompt=None):
+        return super().forward(images)
+
+
+@torch.no_grad()
+def test_the_grid_is_that_of_the_first_images_that_a_model_is_given():
+    model, images = sharp(Guided()), noise(2, 3, 8, 12, seed=0).float()
+    prompt, guide = noise(2, 4, 8, seed=1).float(), noise(2, 3, 10, 10, seed=2).float()
+    with record(model) as maps:
+        model(images, guide)
+        model(prompt=prompt, guide=None, images=images)
+    assert [one.grid for one in maps.passes] == [(4, 6), (4, 6)]
+
+
 class Two(nn.Module):
     def __init__(self, first, second):
         super().__init__()
