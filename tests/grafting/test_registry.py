@@ -11,6 +11,7 @@ from torch import nn
 from dinov2_attn._locks import Life
 from dinov2_attn.errors import PatchedOnTopError
 from dinov2_attn.grafting.registry import GraftRegistry, RecordingTarget
+from dinov2_attn.grafting.transaction import Transaction
 from tests.support.dinov2_package import passing_on
 
 
@@ -193,6 +194,15 @@ def test_what_an_interruption_left_is_undone_and_no_more(upstream):
     assert registry.begun == []
     registry.release(kept)
     assert vars(upstream)["old"] is old
+
+
+def test_an_installation_that_was_undone_by_then_may_end(upstream):
+    registry, old = GraftRegistry(), vars(upstream)["old"]
+    with Transaction(registry, "package") as transaction:
+        transaction.set(upstream, "old", lambda self: "half")
+        registry.heal()
+    assert vars(upstream)["old"] is old
+    assert (list(registry), registry.begun) == ([], [])
 
 
 def test_another_patch_on_top_of_what_is_left_over_is_no_error_of_the_next_call(upstream):

@@ -213,6 +213,23 @@ def test_an_own_forward_keeps_its_signature_while_it_is_recorded(first):
     assert len(maps) == 1
 
 
+@pytest.mark.parametrize("layers", [["layers.0", "layers.1"], ["layers.1"], ["layers.0"]])
+def test_modules_may_be_given_their_tokens_by_name(first, layers):
+    class Named(Other):
+        def forward(self, images):
+            tokens = self.cut(images).flatten(2).transpose(1, 2)
+            for layer in self.layers:
+                tokens = tokens + layer(tokens=tokens)
+            return tokens
+
+    model = Named()
+    model.layers[1].forward = functools.partial(without_projections, factor=2)
+    expected = model(IMAGES)
+    with record(model, layers) as maps:
+        assert_same_bits(model(IMAGES), expected)
+    assert maps[0].layers == tuple(layers)
+
+
 def test_modules_of_torchs_classes_that_are_not_recorded_run_as_ever(first):
     """A recording of one model concerns no other convolution, in its own thread either."""
     model, other = Other(), nn.Conv2d(3, 4, 2, 2).double()
