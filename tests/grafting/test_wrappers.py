@@ -68,8 +68,11 @@ def test_a_wrapped_block_that_drops_samples_in_training_answers_for_all(models):
     again, attentions = model(images, return_attention=True)
     assert_same_bits(again, output)
     assert_close(attentions, expected)
-    shapes = [weights.shape for weights in model.get_self_attention(images)]
-    assert shapes == [weights.shape for weights in expected]
+    for some in (images, images[:1]):
+        shapes = [weights.shape for weights in model.get_self_attention(some)]
+        assert shapes == [weights[: len(some)].shape for weights in expected]
+        shapes = [weights.shape for weights in model(some, return_attention=True)[1]]
+        assert shapes == [weights[: len(some)].shape for weights in expected]
 
 
 def test_transforms_of_functions_differentiate_weights(models):

@@ -62,6 +62,13 @@ def in_another_thread(run):
     thread.join()
 
 
+def in_a_foreign_thread(run):
+    """Run in a thread that Python did not start, as those of autograd on a GPU."""
+    done = threading.Event()
+    _thread.start_new_thread(lambda: (run(), done.set()), ())
+    assert done.wait(60)
+
+
 # What stays
 
 
@@ -76,6 +83,7 @@ def test_nothing_is_changed_outside(kind):
             changed = model(images)
             assert_same_bits(other(images), expected)
             in_another_thread(lambda: found.append((model(images), registers_of(model))))
+            in_a_foreign_thread(lambda: found.append((model(images), registers_of(model))))
             twin = copy.deepcopy(model)
             assert pickle.dumps(model) == pickled
             assert vars(model) == attributes
@@ -85,8 +93,8 @@ def test_nothing_is_changed_outside(kind):
             assert_same_bits(pickle.loads(pickled)(images), expected)
         assert_same_bits(model(images), expected)
     assert not same_bits(changed, expected)
-    assert_same_bits(found[0][0], expected)
-    assert found[0][1] == registers_of(model)
+    assert_same_bits([output for output, _ in found], [expected] * 2)
+    assert [count for _, count in found] == [registers_of(model)] * 2
     assert not interventions._OPEN
     assert not interventions._MODULES
 
@@ -135,8 +143,10 @@ def test_each_thread_has_its_own(model, images):
         assert_same_bits(outputs, [expected[i]] * 10)
 
 
-def test_blocks_of_two_models_are_nested(model, images):
-    other = dinov2(upstreams.DEPTH_ANYTHING, 0)
+@pytest.mark.parametrize("upstream", [upstreams.DEPTH_ANYTHING, upstreams.LIGHTLY], ids=str)
+def test_blocks_of_two_models_are_nested(model, images, upstream):
+    """Of different classes, and of the same."""
+    other = dinov2(upstream, 0)
     alone = []
     for one, neurons in ((model, {0: [1]}), (other, {2: [3]})):
         with add_registers(one, neurons):
@@ -147,7 +157,7 @@ def test_blocks_of_two_models_are_nested(model, images):
     assert_same_bits([model(images), other(images)], alone)
     outer.__exit__(None, None, None)
     assert_same_bits(other(images), alone[1])
-    assert registers_of(model) == 1
+    assert (registers_of(model), registers_of(other)) == (1, 1)
     inner.__exit__(None, None, None)
     assert not interventions._OPEN
 
@@ -197,12 +207,10 @@ def test_a_thread_of_autograds_runs_with_them_again(model, images):
     images.requires_grad_()
     with add_registers(model, {0: [1], 4: [2]}):
         (expected,) = torch.autograd.grad(model(images).square().sum(), images)
-        x, done = model.prepare_tokens_with_masks(images), threading.Event()
+        x = model.prepare_tokens_with_masks(images)
         for block in model.blocks:
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)
-        loss = model.head(model.norm(x)[:, 0]).square().sum()
-        _thread.start_new_thread(lambda: (loss.backward(), done.set()), ())
-        assert done.wait(60)
+        in_a_foreign_thread(model.head(model.norm(x)[:, 0]).square().sum().backward)
     assert_close(images.grad, expected)
 
 
@@ -265,6 +273,15 @@ def test_the_first_revision_is_refused():
         pytest.raises(InvalidInputError, match="num_register_tokens"),
         add_registers(model, {0: [1]}),
     ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "attribute", [{"num_register_tokens": 1.0}, {"prepare_tokens_with_masks": lambda x, masks: x}]
+)
+def test_a_model_with_its_own_way_to_its_tokens_is_refused(model, attribute):
+    vars(model).update(attribute)
+    with pytest.raises(InvalidInputError, match="counts its reg"), add_registers(model, {0: [1]}):
         pass
 
 
