@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from dinov2_attn.errors import NotGraftedError
 from dinov2_attn.grafting.channel import ACTIVE, STATE
+from dinov2_attn.grafting.models import is_grafted
 from dinov2_attn.grafting.modules import ASKED
 from tests.support import reference
 from tests.support.strategies import noise, randomise
@@ -89,6 +91,19 @@ def test_transforms_of_functions_differentiate_weights(models):
         images = IMAGES.clone().requires_grad_()
         (expected,) = torch.autograd.grad(function(images), images)
         assert_close(torch.func.grad(function)(IMAGES), expected)
+
+
+def test_a_model_that_install_reached_is_known_through_what_wraps_its_method(models):
+    """FSDP wraps the method of an instance, and a subclass may have one of its own."""
+    model = build(models)
+    own = type("Own", (type(model),), {"get_self_attention": lambda self, x: x})
+    shell, stranger = SimpleNamespace(), SimpleNamespace(get_self_attention=lambda x: x)
+    shell.get_self_attention = functools.wraps(model.get_self_attention)(lambda *_: None)
+    assert is_grafted(model)
+    assert is_grafted(own.__new__(own))
+    assert is_grafted(shell)
+    assert not is_grafted(stranger)
+    assert not is_grafted(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("training", [False, True])

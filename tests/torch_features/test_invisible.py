@@ -230,19 +230,26 @@ def test_modules_may_be_given_their_tokens_by_name(first, layers):
     assert maps[0].layers == tuple(layers)
 
 
-def test_modules_of_torchs_classes_that_are_not_recorded_run_as_ever(first):
-    """A recording of one model concerns no other convolution, in its own thread either."""
-    model, other = Other(), nn.Conv2d(3, 4, 2, 2).double()
+def sequential():
+    return nn.Sequential(Other(), nn.Identity())
+
+
+@pytest.mark.parametrize("build_it", [Other, sequential])
+def test_a_module_of_a_recorded_class_runs_as_ever_in_the_middle_of_a_pass(first, build_it):
+    """Such as another model, or a Sequential of anybody."""
+    model, other = build_it(), build_it()
     larger = torch.cat([IMAGES, IMAGES], -1)
-    model.layers[0].register_forward_hook(lambda *_: other(larger).sum() and None)
+    for layer in model.modules():
+        if type(layer) is Attention:
+            layer.register_forward_pre_hook(lambda *_: other(larger).sum() and None)
     with record(model) as maps:
-        model(IMAGES)
-        other(IMAGES)
-        nn.Sequential(other)(IMAGES)
-        model(IMAGES)
+        for _ in range(2):
+            model(IMAGES)
+            other(IMAGES)
     assert [one.grid for one in maps.passes] == [(2, 3), (2, 3)]
-    assert "forward" not in vars(model.cut)
-    assert not hasattr(nn.Conv2d.forward, "__wrapped__")
+    for module in (model, other):
+        assert "forward" not in vars(module)
+        assert not hasattr(type(module).forward, "__wrapped__")
 
 
 @contextlib.contextmanager

@@ -317,7 +317,7 @@ def graft_captured_list(original: Forward) -> Forward:
 
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tell receivers of the images that ``module`` is given."""
-    if not (STATE.receivers or STATE.editors) or is_compiling() or is_in_backward():
+    if is_in_backward():  # checkpointing runs it again
         return
     given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 3)
     for images in islice(given, 1):
@@ -335,10 +335,9 @@ def graft_given_images(original: Forward) -> Forward:
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.on:
-            _begin(self, args, kwargs)
         if not ACTIVE.on or is_compiling():
             return original(self, *args, **kwargs)
+        _begin(self, args, kwargs)
         try:
             output = original(self, *args, **kwargs)
         except BaseException as error:
@@ -594,9 +593,6 @@ def _set_grafts(
 
 
 def _graft(module: nn.Module, graft: Graft, target: RecordingTarget) -> None:
-    if _is_torchs(module):
-        target.modules.add(module)
-        graft = partial(_only_recorded, graft)
     owner: Owner = vars(module) if _is_its_own(module) else type(module)
     if REGISTRY.claim(owner, "forward", target):
         return
@@ -607,27 +603,9 @@ def _graft(module: nn.Module, graft: Graft, target: RecordingTarget) -> None:
         REGISTRY.set(owner, "forward", graft(owner.forward), target)  # type: ignore[attr-defined]
 
 
-def _only_recorded(graft: Graft, original: Forward) -> Forward:
-    """Graft a class of PyTorch's for those of its modules that a recording concerns."""
-    grafted = graft(original)
-
-    @functools.wraps(original, updated=())
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.on and not is_compiling() and REGISTRY.concerns(self):
-            return grafted(self, *args, **kwargs)
-        return original(self, *args, **kwargs)
-
-    return forward
-
-
 def _is_its_own(module: nn.Module) -> bool:
     """Return whether the class of ``module`` does not decide what runs."""
     return "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule)
-
-
-def _is_torchs(module: nn.Module) -> bool:
-    """Return whether many other modules may share the class."""
-    return not _is_its_own(module) and type(module).__module__.partition(".")[0] == "torch"
 
 
 def _with_self(forward: Forward) -> Forward:
