@@ -151,6 +151,7 @@ def test_blocks_of_two_models_are_nested(model, images, upstream):
     for one, neurons in ((model, {0: [1]}), (other, {2: [3]})):
         with add_registers(one, neurons):
             alone.append(one(images))
+    classes = [dict(vars(type(one))) for one in (model, other)]
     outer, inner = add_registers(model, {0: [1]}), add_registers(other, {2: [3]})
     outer.__enter__()
     inner.__enter__()
@@ -159,6 +160,7 @@ def test_blocks_of_two_models_are_nested(model, images, upstream):
     assert_same_bits(other(images), alone[1])
     assert (registers_of(model), registers_of(other)) == (1, 1)
     inner.__exit__(None, None, None)
+    assert [dict(vars(type(one))) for one in (model, other)] == classes
     assert not interventions._OPEN
 
 
