@@ -1,8 +1,8 @@
 """A pytest plugin that `tools/mutate` loads: it tells mutmut of calls that mutmut cannot see.
 
 mutmut runs for a mutant the tests that called its function. Fixtures of a module call some
-functions once for all its tests, and fresh processes call others. It forks from a process that has
-run tests, so what they found out about classes is forgotten.
+functions once for all its tests, and fresh or forked processes call others. It forks from a
+process that has run tests, so what they found out about classes is forgotten.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ GRAFTING_FIXTURES = {"layers", "models", "nested", "grafted"}
 # Called once for all tests of a module. Each of its tests calls the functions that they return.
 CALLED_FOR_ALL = {
     "dinov2_attn.grafting.channel.x_graft_captured",
-    "dinov2_attn.grafting.channel.x_graft_entrance",
-    "dinov2_attn.grafting.channel.x_graft_whole",
+    "dinov2_attn.grafting.channel.x_graft_given_images",
     "dinov2_attn.grafting.modules.x_graft_attention",
     "dinov2_attn.grafting.modules.x_graft_block",
     "dinov2_attn.grafting.modules.x_graft_block_at_kernel",
     "dinov2_attn.grafting.models.x_graft_forward",
     "dinov2_attn.grafting.models.x_graft_forward_features",
+}
+
+# Called after a fork, in the child.
+CALLED_AFTER_FORK = {
+    "dinov2_attn.grafting.channel.x__forget_other_threads",
+    "dinov2_attn.grafting.channel.xǁ_Activeǁleave_others",
 }
 
 
@@ -62,5 +67,7 @@ def pytest_runtest_setup(item: pytest.Function) -> None:
     called |= CALLED_ELSEWHERE.get(item.path.name, set())
     if item.path.name == "test_source.py":
         called |= _called_in_fresh_processes()
+    if item.path.name == "test_invisible.py":
+        called |= CALLED_AFTER_FORK
     for name in called:
         record_trampoline_hit(name)

@@ -147,6 +147,14 @@ def test_with_stochastic_depth_the_weights_belong_to_the_very_pass(models):
     assert_close(both["attentions"][3], expected)
 
 
+def test_classes_of_upstream_go_by_their_projection(layers):
+    """What the proof refuses would go by its kernel, with the same answers and more work."""
+    for module in (layers.attention, layers.block):
+        layers.module(module)
+    status = dinov2_attn.status()
+    assert (status.at_kernel, status.left_out) == ({}, {})
+
+
 def test_blocks_answer_for_themselves(layers):
     block = layers.cls("Block")(12, num_heads=2, qkv_bias=True).double()
     tokens = noise(2, 7, 12, seed=1, dtype=torch.float64)

@@ -400,6 +400,24 @@ def test_a_block_answers_a_list_tensor_by_tensor():
             block(tokens, ropes, return_attention=True, heads="max")
 
 
+def test_an_attention_at_its_kernel_runs_once_and_names_what_it_does_not_take():
+    class Attention(MOGE.cls("Attention")):
+        def forward(self, x, attn_bias=None):
+            return attend(self, x, CHANGES["scaled twice"])
+
+    model, ran = model_with(Attention), []
+    attention = model.blocks[0].attn
+    tokens = noise(2, 5, 8, seed=3, dtype=torch.float64)
+    attention.register_forward_hook(lambda *_: ran.append(1))
+    with dinov2_attn.install(model):
+        for _ in range(2):
+            attention(tokens, return_attn=True, queries=1, heads="mean")
+        assert len(ran) == 2
+        for wrong in ({"heads": "max"}, {"queries": "first"}):
+            with pytest.raises(InvalidInputError, match=r"max|first"):
+                attention(tokens, return_attn=True, **wrong)
+
+
 def test_features_in_another_dict():
     class Model(MOGE.cls("DinoVisionTransformer")):
         def forward_features(self, x, masks=None):
@@ -444,7 +462,8 @@ def test_a_block_that_attends_twice_or_never_says_so_when_asked(found):
     tokens = model.prepare_tokens_with_masks(IMAGES)
     with dinov2_attn.install(model):
         for _ in range(2):
-            with pytest.raises(NotRecordedError, match=f"Found {found}"):
+            said = rf"(?s)blocks_of.*\.{type(model.blocks[0]).__name__} to call.*Found {found}"
+            with pytest.raises(NotRecordedError, match=said):
                 model.blocks[0](tokens, return_attention=True)
             with pytest.raises(dinov2_attn.Dinov2AttnError, match=r"record\(model"):
                 model.get_self_attention(IMAGES)
@@ -525,6 +544,39 @@ def test_what_calls_no_kernel_or_two_is_refused(forward, found, alone):
         dinov2_attn.install(cls(12, num_heads=2))
     assert vars(cls)["forward"] is forward
     assert dinov2_attn.status().grafted == ()
+
+
+def test_weights_at_a_kernel_that_drops_some_are_those_before():
+    """Its output is not made of them, so it proves nothing."""
+
+    class Dropping(MOGE.cls("Attention")):
+        def forward(self, x, attn_bias=None):
+            q, k, v = split(self, x)
+            p = 0.5 if self.training else 0.0
+            out = F.scaled_dot_product_attention(q * 2, k, v, dropout_p=p)
+            return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+    model = model_with(Dropping)
+    tokens = noise(2, 5, 8, seed=3, dtype=torch.float64)
+    with dinov2_attn.install(model):
+        for block in model.blocks:
+            q, k, _ = split(block.attn, tokens)
+            for training in (True, False, True):
+                weights = block.train(training).attn(tokens, return_attn=True)
+                assert_close(weights, softmax_of(q * 2, k))
+
+
+def test_the_error_of_a_class_that_cannot_be_built_is_the_cause(monkeypatch):
+    cls = without_kernel(by_hand)
+    attention, failure = cls(12, num_heads=2), ValueError("needs a license")
+
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(cls, "__init__", fail)
+    with pytest.raises(IncompatibleUpstreamError) as caught:
+        dinov2_attn.install(attention)
+    assert caught.value.__cause__.__cause__ is failure
 
 
 def test_a_sibling_that_is_refused_is_left_out(monkeypatch):

@@ -118,4 +118,6 @@ def test_a_generator_that_another_thread_closes_ends_its_recording(model, edited
     with torch.no_grad(), record(model) as maps:  # and the next recording is as ever
         model(IMAGES)
     assert_close(list(maps.weights), list(dinov2_attn.attention_maps(model, IMAGES).weights))
-    assert STATE.receivers == ()
+    with dinov2_attn.edit(model, heads=0):
+        model(IMAGES)
+    assert (STATE.receivers, STATE.editors) == ((), ())

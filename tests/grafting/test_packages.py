@@ -135,6 +135,22 @@ def test_a_package_of_a_longer_name_is_another(package, tmp_path):
     assert not hasattr(ours.Attention.forward, "__wrapped__")
 
 
+def test_nothing_is_said_of_a_package_that_is_refused_after_a_reload(package, tmp_path):
+    """Its classes went by their kernel before, and now there is none."""
+    other = SOURCE.replace("q, k, v =", "k, q, v =")
+    package({"__init__.py": "", "layers.py": other}, ("vit.layers",))
+    dinov2_attn.install("vit")
+    assert list(dinov2_attn.status().at_kernel) == ["vit.layers.Attention"]
+    hidden = other.replace("F.scaled_dot_product_attention(q, k, v)", "(q + k + v)")
+    (tmp_path / "vit" / "layers.py").write_text(f"{hidden}# another size, so it is compiled anew")
+    with pytest.raises(IncompatibleUpstreamError, match="to call one kernel"):
+        importlib.reload(sys.modules["vit.layers"])
+    status = dinov2_attn.status()
+    assert (status.grafted, status.at_kernel) == ((), {})
+    assert status.recognised["vit"].startswith("refused: ")
+    dinov2_attn.uninstall()
+
+
 def test_a_module_of_upstream_without_its_class_names_both():
     """Upstream moved it: a live model knows where to."""
     with upstreams.FIRST.imported_anew():

@@ -6,11 +6,11 @@ import functools
 from types import FunctionType
 
 import pytest
-from torch import nn
 
 from dinov2_attn._locks import Life
 from dinov2_attn.errors import PatchedOnTopError
 from dinov2_attn.grafting.registry import GraftRegistry, RecordingTarget
+from dinov2_attn.grafting.transaction import Transaction
 from tests.support.dinov2_package import passing_on
 
 
@@ -176,10 +176,6 @@ def test_what_an_interruption_left_is_undone_and_no_more(upstream):
     kept, left = recording(registry, stays), recording(registry, gone)
     registry.set(upstream, "old", lambda self: "records", kept)
     registry.set(upstream, "left", lambda self: "left", left)
-    module = nn.Linear(2, 2)
-    left.modules.add(module)
-    assert registry.concerns(module)
-    assert not registry.concerns(nn.Linear(2, 2))
     for name in ("first", "second"):
         registry.begun.append(list(registry))
         registry.set(upstream, name, lambda self: "half", "package")
@@ -189,10 +185,18 @@ def test_what_an_interruption_left_is_undone_and_no_more(upstream):
     registry.heal()
     assert upstream().old() == "records"
     assert not {"left", "first", "second"} & set(vars(upstream))
-    assert not registry.concerns(module)
     assert registry.begun == []
     registry.release(kept)
     assert vars(upstream)["old"] is old
+
+
+def test_an_installation_that_was_undone_by_then_may_end(upstream):
+    registry, old = GraftRegistry(), vars(upstream)["old"]
+    with Transaction(registry, "package") as transaction:
+        transaction.set(upstream, "old", lambda self: "half")
+        registry.heal()
+    assert vars(upstream)["old"] is old
+    assert (list(registry), registry.begun) == ([], [])
 
 
 def test_another_patch_on_top_of_what_is_left_over_is_no_error_of_the_next_call(upstream):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from dinov2_attn.errors import NotGraftedError
 from dinov2_attn.grafting.channel import ACTIVE, STATE
+from dinov2_attn.grafting.models import is_grafted
 from dinov2_attn.grafting.modules import ASKED
 from tests.support import reference
 from tests.support.strategies import noise, randomise
@@ -54,6 +56,68 @@ def test_wrappers_of_blocks_pass_the_question_on(models):
     assert_same_bits(output, expected[0])
     assert_close(attentions, expected[1])
     assert_close(model.get_self_attention(IMAGES), expected[1])
+
+
+def test_a_wrapped_block_that_drops_samples_in_training_answers_for_all(models):
+    """Its ratio is an attribute that the wrapper does not hand on."""
+    model = build(models, drop_path_rate=0.5, drop_path_uniform=True).train()
+    images = IMAGES.repeat(4, 1, 1, 1)
+    torch.manual_seed(5)
+    output, expected = model(images, return_attention=True)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = Wrapper(block)
+    torch.manual_seed(5)
+    again, attentions = model(images, return_attention=True)
+    assert_same_bits(again, output)
+    assert_close(attentions, expected)
+    for some in (images, images[:1]):
+        shapes = [weights.shape for weights in model.get_self_attention(some)]
+        assert shapes == [weights[: len(some)].shape for weights in expected]
+        shapes = [weights.shape for weights in model(some, return_attention=True)[1]]
+        assert shapes == [weights[: len(some)].shape for weights in expected]
+
+
+def test_transforms_of_functions_differentiate_weights(models):
+    model = build(models)
+
+    def of_asked(images):
+        return sum(weights.square().sum() for weights in model.get_self_attention(images))
+
+    def of_pass(images):
+        output, attentions = model(images, return_attention=True)
+        return sum(weights.square().sum() for weights in attentions) + output.sum()
+
+    for function in (of_asked, of_pass):
+        images = IMAGES.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(function(images), images)
+        assert_close(torch.func.grad(function)(IMAGES), expected)
+
+
+def test_a_model_that_install_reached_is_known_through_what_wraps_its_method(models):
+    """FSDP wraps the method of an instance, and a subclass may have one of its own."""
+    model = build(models)
+    own = type("Own", (type(model),), {"get_self_attention": lambda self, x: x})
+    shell, stranger = SimpleNamespace(), SimpleNamespace(get_self_attention=lambda x: x)
+    shell.get_self_attention = functools.wraps(model.get_self_attention)(lambda *_: None)
+    assert is_grafted(model)
+    assert is_grafted(own.__new__(own))
+    assert is_grafted(shell)
+    assert not is_grafted(stranger)
+    assert not is_grafted(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_projection_runs_twice_where_its_kernel_tells_the_weights(models, training):
+    model, ran = build(models).train(training), []
+    for i, block in enumerate(model.blocks):
+        block.attn.qkv.register_forward_hook(lambda *_, i=i: ran.append(i))
+    for layers in (2, 3, [0, 2]):
+        ran.clear()
+        model.get_self_attention(IMAGES, layers)
+        assert ran == [0, 1, 2]
+    ran.clear()
+    model(IMAGES, return_attention=True)
+    assert ran == [0, 1, 2]
 
 
 @pytest.mark.parametrize("where", ["block", "attn"])
@@ -217,6 +281,7 @@ def test_what_is_not_asked_keeps_nothing(models):
 def test_a_switch_is_on_while_anybody_holds_it():
     switch = type(ACTIVE)()
     assert not switch.on
+    assert not switch.edits
     with switch.active():
         with switch.active():
             assert switch.on

@@ -365,6 +365,45 @@ def test_the_grid_of_one_size_is_not_taken_for_another():
         assert maps.grid == (4, 4)
 
 
+class Flat(nn.Module):
+    """Its own child cuts the images, as in torchvision's and CLIP's vision transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut = nn.Conv2d(3, 8, 2, 2)
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+
+    def forward(self, images):
+        tokens = self.cut(images).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            tokens = tokens + layer(tokens)
+        return tokens
+
+
+@torch.no_grad()
+def test_passes_of_a_model_that_cuts_its_images_itself_have_their_own_grids():
+    model, images = sharp(Flat()), noise(2, 3, 8, 12, seed=0).float()
+    with record(model) as maps:
+        for some in (images, images[..., :8], images[:, :, :6]):
+            model(some)
+    assert [one.grid for one in maps.passes] == [(4, 6), (4, 4), (3, 6)]
+
+
+class Guided(Flat):
+    def forward(self, images, guide=None, prompt=None):
+        return super().forward(images)
+
+
+@torch.no_grad()
+def test_the_grid_is_that_of_the_first_images_that_a_model_is_given():
+    model, images = sharp(Guided()), noise(2, 3, 8, 12, seed=0).float()
+    prompt, guide = noise(2, 4, 8, seed=1).float(), noise(2, 3, 10, 10, seed=2).float()
+    with record(model) as maps:
+        model(images, guide)
+        model(prompt=prompt, guide=None, images=images)
+    assert [one.grid for one in maps.passes] == [(4, 6), (4, 6)]
+
+
 class Two(nn.Module):
     def __init__(self, first, second):
         super().__init__()

@@ -73,6 +73,7 @@ def test_a_causal_block_asks_as_it_runs(newest, is_causal):
     weights = block(tokens, return_attention=True)
     expected = reference.weights(block.attention, block.attention_norm(tokens), causal=is_causal)
     assert_close(weights, expected)
+    assert dinov2_attn.status().at_kernel == {}
 
 
 def test_a_causal_block_takes_a_list_in_training(newest):

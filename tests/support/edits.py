@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-from dinov2_attn.grafting.channel import STATE
+from dinov2_attn.grafting.channel import ACTIVE, STATE
 from tests.support.recordings import assert_nothing_on
 
 
@@ -16,4 +16,5 @@ def nothing_left(model):
     yield
     assert {cls: dict(vars(cls)) for cls in classes} == before
     assert STATE.editors == ()
+    assert not ACTIVE.edits
     assert_nothing_on(model)

@@ -43,6 +43,9 @@ class Attention(nn.Module):
         out = nn.functional.scaled_dot_product_attention(query, key, value)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
+    def doubled(self, tokens):
+        return Attention.forward(self, tokens * 2)
+
 
 class Other(nn.Module):
     """No DINOv2. What cuts the images is PyTorch's own class, which other modules share."""
@@ -165,18 +168,34 @@ def check_is_clean(model):
             assert not isinstance(value, InstanceForward)
 
 
-def test_a_module_with_its_own_function_is_copied_and_read_without_ours(first):
+def own_forwards(layer):
+    return {
+        "function": attention,
+        "partial": functools.partial(without_projections, factor=2),
+        "method": layer.doubled,
+    }
+
+
+@pytest.mark.parametrize("kind", ["function", "partial", "method"])
+def test_a_module_with_its_own_forward_is_copied_and_read_without_ours(first, kind):
     """A plain function is the one thing that a pickle keeps in a shell, one of Python's own."""
-    model = Other()
-    model.layers[0].forward = attention
+    model, plain = Other(), Other()
+    plain.load_state_dict(model.state_dict())
+    for one in (model, plain):
+        one.layers[0].forward = own_forwards(one.layers[0])[kind]
+    own = model.layers[0].forward
     with record(model):
         model(IMAGES)
-        twin = copy.deepcopy(model)
+        twin, alone = copy.deepcopy(model), copy.copy(model.layers[0].forward)
         content = saved(model)
-    assert twin.layers[0].forward is attention
+    assert alone is own
+    copied = twin.layers[0].forward
+    assert type(copied) is type(own)
+    assert getattr(copied, "__self__", twin.layers[0]) is twin.layers[0]
     assert b"dinov2_attn" not in content
     read = torch.load(io.BytesIO(content), **WHOLE)
-    assert_close(read(IMAGES), model(IMAGES))
+    for other in (model, twin, read):
+        assert_same_bits(other(IMAGES), plain(IMAGES))
 
 
 def attention(tokens):
@@ -194,17 +213,43 @@ def test_an_own_forward_keeps_its_signature_while_it_is_recorded(first):
     assert len(maps) == 1
 
 
-def test_modules_of_torchs_classes_that_are_not_recorded_run_as_ever(first):
-    """A recording of one model concerns no other convolution, in its own thread either."""
-    model, other = Other(), nn.Conv2d(3, 4, 2, 2).double()
+@pytest.mark.parametrize("layers", [["layers.0", "layers.1"], ["layers.1"], ["layers.0"]])
+def test_modules_may_be_given_their_tokens_by_name(first, layers):
+    class Named(Other):
+        def forward(self, images):
+            tokens = self.cut(images).flatten(2).transpose(1, 2)
+            for layer in self.layers:
+                tokens = tokens + layer(tokens=tokens)
+            return tokens
+
+    model = Named()
+    model.layers[1].forward = functools.partial(without_projections, factor=2)
+    expected = model(IMAGES)
+    with record(model, layers) as maps:
+        assert_same_bits(model(IMAGES), expected)
+    assert maps[0].layers == tuple(layers)
+
+
+def sequential():
+    return nn.Sequential(Other(), nn.Identity())
+
+
+@pytest.mark.parametrize("build_it", [Other, sequential])
+def test_a_module_of_a_recorded_class_runs_as_ever_in_the_middle_of_a_pass(first, build_it):
+    """Such as another model, or a Sequential of anybody."""
+    model, other = build_it(), build_it()
+    larger = torch.cat([IMAGES, IMAGES], -1)
+    for layer in model.modules():
+        if type(layer) is Attention:
+            layer.register_forward_pre_hook(lambda *_: other(larger).sum() and None)
     with record(model) as maps:
-        model(IMAGES)
-        other(IMAGES)
-        nn.Sequential(other)(IMAGES)
-        model(IMAGES)
-    assert len(maps) == 2
-    assert "forward" not in vars(model.cut)
-    assert not hasattr(nn.Conv2d.forward, "__wrapped__")
+        for _ in range(2):
+            model(IMAGES)
+            other(IMAGES)
+    assert [one.grid for one in maps.passes] == [(2, 3), (2, 3)]
+    for module in (model, other):
+        assert "forward" not in vars(module)
+        assert not hasattr(type(module).forward, "__wrapped__")
 
 
 @contextlib.contextmanager

@@ -64,11 +64,11 @@ class Receiver(Protocol):
         """Keep what the kernel of ``attention`` was given. May change what it returned."""
 
     def failed(self, module: nn.Module) -> None:
-        """Note that ``module``, which contains all others, has raised an exception."""
+        """Note that ``module``, a whole model or an entrance, has raised an exception."""
         return  # for those who count layers
 
     def left(self, module: nn.Module) -> None:
-        """Note that ``module``, which contains all others, has returned."""
+        """Note that ``module``, a whole model or an entrance, has returned."""
         return  # for those who count layers
 
 
@@ -315,21 +315,9 @@ def graft_captured_list(original: Forward) -> Forward:
     return forward_list
 
 
-def graft_entrance(original: Forward) -> Forward:
-    """Let the ``forward`` that cuts images into patches tell receivers that a pass begins."""
-
-    @functools.wraps(original, updated=())
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.on:
-            _begin(self, args, kwargs)
-        return original(self, *args, **kwargs)
-
-    return forward
-
-
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tell receivers of the images that ``module`` is given."""
-    if not (STATE.receivers or STATE.editors) or is_compiling() or is_in_backward():
+    if is_in_backward():  # checkpointing runs it again
         return
     given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 3)
     for images in islice(given, 1):
@@ -339,15 +327,17 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             editor.begin(images)
 
 
-def graft_whole(original: Forward) -> Forward:
-    """Let the ``forward`` of a whole model tell receivers when it begins and when it returns."""
+def graft_given_images(original: Forward) -> Forward:
+    """Let a ``forward`` that is given images tell receivers when it begins and when it returns.
+
+    It is that of a whole model or of what cuts images into patches, which may be the same module.
+    """
 
     @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.on:
-            _begin(self, args, kwargs)
         if not ACTIVE.on or is_compiling():
             return original(self, *args, **kwargs)
+        _begin(self, args, kwargs)
         try:
             output = original(self, *args, **kwargs)
         except BaseException as error:
@@ -590,8 +580,7 @@ def _set_grafts(
 ) -> None:
     for graft, modules in (
         (graft_captured, attentions),
-        (graft_entrance, entrances),
-        (graft_whole, wholes),
+        (graft_given_images, (*entrances, *wholes)),
     ):
         for module in modules:
             _graft(module, graft, target)
@@ -604,9 +593,6 @@ def _set_grafts(
 
 
 def _graft(module: nn.Module, graft: Graft, target: RecordingTarget) -> None:
-    if _is_torchs(module):
-        target.modules.add(module)
-        graft = partial(_only_recorded, graft)
     owner: Owner = vars(module) if _is_its_own(module) else type(module)
     if REGISTRY.claim(owner, "forward", target):
         return
@@ -617,27 +603,9 @@ def _graft(module: nn.Module, graft: Graft, target: RecordingTarget) -> None:
         REGISTRY.set(owner, "forward", graft(owner.forward), target)  # type: ignore[attr-defined]
 
 
-def _only_recorded(graft: Graft, original: Forward) -> Forward:
-    """Graft a class of PyTorch's for those of its modules that a recording concerns."""
-    grafted = graft(original)
-
-    @functools.wraps(original, updated=())
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if ACTIVE.on and not is_compiling() and REGISTRY.concerns(self):
-            return grafted(self, *args, **kwargs)
-        return original(self, *args, **kwargs)
-
-    return forward
-
-
 def _is_its_own(module: nn.Module) -> bool:
     """Return whether the class of ``module`` does not decide what runs."""
     return "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule)
-
-
-def _is_torchs(module: nn.Module) -> bool:
-    """Return whether many other modules may share the class."""
-    return not _is_its_own(module) and type(module).__module__.partition(".")[0] == "torch"
 
 
 def _with_self(forward: Forward) -> Forward:
@@ -677,7 +645,7 @@ def _forget_other_threads() -> None:
     """Drop, in a forked process, what belongs to threads that do not exist there."""
     for key, life in list(_ALIVE.items()):
         if not life.is_here:
-            _ALIVE.pop(key, None)
+            del _ALIVE[key]
     ACTIVE.leave_others()
     _note_editors()
 

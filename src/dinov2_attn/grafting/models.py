@@ -68,6 +68,8 @@ def get_self_attention(
     wanted = backbone.layers(n)
     pairs, queries = _given(backbone, x, masks, queries)
     selection = {"queries": queries, "heads": heads}
+    if not wanted:
+        return ()
     if runs_itself(self):
         passes = [_own_pass(backbone, wanted, selection, *pair) for pair in pairs]
         return passes[0] if isinstance(x, Tensor) else tuple(map(list, zip(*passes, strict=True)))
@@ -75,7 +77,7 @@ def get_self_attention(
     if not isinstance(x, list | tuple):
         return walk(backbone.tokens(*pairs[0]))
     tokens = [backbone.tokens(images, mask) for images, mask in pairs]
-    if _nests(self, backbone.blocks[: _end(wanted)], [images for images, _ in pairs]):
+    if _nests(self, backbone.blocks[: wanted[-1] + 1], [images for images, _ in pairs]):
         return walk(tokens)
     return tuple(map(list, zip(*map(walk, tokens), strict=True)))
 
@@ -182,8 +184,6 @@ def _own_pass(
     backbone: Backbone, wanted: list[int], selection: dict[str, Any], images: Tensor, masks: Any
 ) -> tuple[Any, ...]:
     """Return the weights of the blocks ``wanted`` from the model's own pass, ended after them."""
-    if not wanted:
-        return ()
     model, given = backbone.model, {} if masks is None else {"masks": masks}
     run = partial(getattr(model, "forward_features", model), images, **given)
     if must_ask(backbone):
@@ -211,13 +211,13 @@ def _walk(
     if not others:
         return tuple(
             weights_from(block, given, **selection)
-            for i, block, given in backbone.walk(tokens, _end(wanted))
+            for i, block, given in backbone.walk(tokens, wanted[-1] + 1)
             if i in wanted
         )
     modules = {m: i for m, i in backbone.attentions().items() if i in others}
     collector = Collector(modules, **selection)
     with recording(collector, modules):
-        for _, block, given in backbone.walk(tokens, _end(wanted)):
+        for _, block, given in backbone.walk(tokens, wanted[-1] + 1):
             tokens, final = given, block
     _check_count(collector.weights, len(others))
     return (*collector.weights, weights_from(final, tokens, **selection))
@@ -239,9 +239,11 @@ def must_ask(backbone: Backbone) -> bool:
     """
     if is_transformed() or is_traced() or backbone.shares_attention:
         return True
-    if any(block.training and getattr(block, "sample_drop_ratio", 0) for block in backbone.blocks):
-        return True
-    return any(map(is_compiled, backbone.model.modules()))
+    # Of all modules, because a wrapper of a block may not hand on its attributes.
+    return any(
+        is_compiled(module) or (module.training and getattr(module, "sample_drop_ratio", 0))
+        for module in backbone.model.modules()
+    )
 
 
 def is_grafted(model: object) -> bool:
@@ -257,10 +259,6 @@ def is_grafted(model: object) -> bool:
     return any(
         vars(cls).get("get_self_attention") is get_self_attention for cls in type(model).__mro__
     )
-
-
-def _end(wanted: list[int]) -> int:
-    return max(wanted, default=-1) + 1
 
 
 def _nests(model: Any, blocks: Sequence[nn.Module], images: Sequence[Tensor]) -> bool:

@@ -10,14 +10,11 @@ from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 from dinov2_attn._locks import Life, fork_safe_lock
 from dinov2_attn.errors import PatchedOnTopError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _ABSENT = object()
 
@@ -26,16 +23,10 @@ Owner = type | dict[str, Any]
 
 
 class RecordingTarget:
-    """A target that is a recording: its grafts end with it, whatever is uninstalled before.
-
-    Attributes:
-        modules: Those of PyTorch's own classes that it concerns.
-
-    """
+    """A target that is a recording: its grafts end with it, whatever is uninstalled before."""
 
     def __init__(self, life: Life) -> None:
         self._life = ref(life)
-        self.modules: set[nn.Module] = set()
 
     @property
     def is_left(self) -> bool:
@@ -136,10 +127,6 @@ class GraftRegistry:
     def begin(self, recording: RecordingTarget) -> None:
         """Note that grafts for ``recording`` come."""
         self._recordings.append(recording)
-
-    def concerns(self, module: nn.Module) -> bool:
-        """Return whether a recording concerns ``module``, which is of one of PyTorch's classes."""
-        return any(module in recording.modules for recording in tuple(self._recordings))
 
     def heal(self) -> None:
         """Undo what an interruption kept from being undone, or a fork in another thread."""

@@ -103,7 +103,7 @@ def _may_come_below(package: str, places: Iterable[str]) -> bool:
 
 def _may_attend(finder: Any, module: str) -> bool:
     """Return whether the source of ``module``, or below it, has a projection or is hidden."""
-    spec = finder.find_spec(module, None)
+    spec = finder.find_spec(module)
     get_source = getattr(spec and spec.loader, "get_source", lambda _: None)
     source = get_source(module)
     if source is None or _PROJECTION.search(source):
