@@ -528,3 +528,26 @@ def test_an_unknown_word_is_an_error_before_any_pass(given):
     model = build(upstreams.FIRST)
     with pytest.raises(InvalidInputError, match="register'"), edit(model, **given):
         raise AssertionError("entered")
+
+
+def test_a_model_of_the_same_class_inside_a_pass_is_not_asked_for_its_layout():
+    """A graft stands on a class, so a teacher's images come by too. They cost no probe."""
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 12, "num_heads": 2, "depth": 2}
+    student, teacher, other = (
+        timm.models.VisionTransformer(dynamic_img_size=True, **sizes).eval() for _ in range(3)
+    )
+    other.load_state_dict(student.state_dict())
+    others, images, found = noise(1, 3, 48, 64, seed=0), noise(1, 3, 32, 48, seed=1), []
+
+    def run_teacher(*_):
+        teacher(others)
+
+    student.pos_drop.register_forward_hook(run_teacher)
+    for model in (student, other):
+        runs = []
+        model.patch_embed.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        with torch.no_grad(), edit(model, keys="patches", queries="cls"):
+            found.append((model(images), len(runs)))
+    assert_same_bits(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1] > 1

@@ -90,8 +90,8 @@ class Editor(Protocol):
         """Whether its first call of a module is proved as it is."""
         return True
 
-    def begin(self, images: Tensor) -> None:
-        """Note the ``images (B, C, H, W)`` with which a pass begins."""
+    def begin(self, entrance: nn.Module, images: Tensor) -> None:
+        """Note that ``entrance`` is given ``images (B, C, H, W)``, with which a pass begins."""
         return  # for those who need no images
 
     def wants(self, attention: nn.Module) -> bool:
@@ -324,7 +324,7 @@ def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         for receiver in _receivers():
             receiver.begin(module, images)
         for editor in _editors():
-            editor.begin(images)
+            editor.begin(module, images)
 
 
 def graft_given_images(original: Forward) -> Forward:

@@ -134,8 +134,10 @@ class _Editor(Editor):
         self._stopped = False
         self.report = Edit(tuple(dict.fromkeys(modules.wanted.values())))
 
-    def begin(self, images: Tensor) -> None:
+    def begin(self, entrance: nn.Module, images: Tensor) -> None:
         """Keep one image of each size: a probe may need it."""
+        if entrance is not self._recorded.whole and entrance not in self._recorded.entrances:
+            return  # another module of their class
         self._images[(images.shape[-2], images.shape[-1])] = images[:1].detach()
 
     def wants(self, attention: nn.Module) -> bool:
