@@ -143,7 +143,7 @@ def test_another_module_at_qkv_is_called_once_with_all_tokens(layers, adorn, tin
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [None, "mean"])
-def test_no_second_matrix_is_made(dtype, heads, tiny, monkeypatch):
+def test_no_second_matrix_is_made(dtype, heads, monkeypatch):
     """The largest tensor beside the result is a tile; a result in float32 needs not even that."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -156,7 +156,7 @@ def test_no_second_matrix_is_made(dtype, heads, tiny, monkeypatch):
                 self.largest = max(self.largest, out.numel() * out.element_size())
             return out
 
-    tiny(2**19 // torch.get_num_threads())
+    monkeypatch.setattr(attention, "tile_bytes", lambda: 2**19)
     monkeypatch.setattr(attention, "is_fresh", lambda result: True)
     query = noise(2, 3, 400, 16, seed=0, dtype=dtype)
     result = torch.empty((2, 400, 400) if heads else (2, 3, 400, 400), dtype=dtype)
