@@ -136,8 +136,8 @@ class _Editor(Editor):
 
     def begin(self, entrance: nn.Module, images: Tensor) -> None:
         """Keep one image of each size: a probe may need it."""
-        if entrance is not self._recorded.whole and entrance not in self._recorded.entrances:
-            return  # another module of their class
+        if not self._recorded.takes_images(entrance):
+            return
         self._images[(images.shape[-2], images.shape[-1])] = images[:1].detach()
 
     def wants(self, attention: nn.Module) -> bool:

@@ -54,6 +54,10 @@ class Recorded:
         """Whether the model is a DINOv2 itself."""
         return self.backbone is not None and self.backbone.model is self.whole
 
+    def takes_images(self, module: nn.Module) -> bool:
+        """Return whether ``module`` is given images of this model, and is no other of its class."""
+        return module is self.whole or module in self.entrances
+
 
 def recorded_in(model: object, layers: RecordedLayers, *, every: bool = False) -> Recorded:
     """Return the attention modules of ``model``, those that ``layers`` names apart.

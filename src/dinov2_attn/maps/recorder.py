@@ -131,8 +131,8 @@ class Recorder:
 
     def begin(self, entrance: nn.Module, images: Tensor) -> None:
         """Note the ``images`` of a pass; batches of a list come one by one."""
-        if entrance is not self.modules.whole and entrance not in self.modules.entrances:
-            return  # another module of their class
+        if not self.modules.takes_images(entrance):
+            return
         if self._size is None or entrance is self.modules.whole:
             self._size = tuple(map(int, images.shape[1:]))
         if entrance in self.modules.entrances:
