@@ -68,8 +68,12 @@ def outlying_in(
 
 def subject(row: AttentionRow, where: str, name: str | None) -> str:
     """Return what a picture shows: the attention of which token, where, and in which model."""
-    model = f" Model: {shown_name(name)}." if name else ""
-    return f"Attention of {token_sentence(row)}, {where}.{model}"
+    return f"Attention of {token_sentence(row)}, {where}.{of_model(name)}"
+
+
+def of_model(name: str | None) -> str:
+    """Return the sentence that names the model, with a space before it, or nothing."""
+    return f" Model: {shown_name(name)}." if name else ""
 
 
 def in_layer(layer: Layer, head: Head | None = None) -> str:

@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 
 from dinov2_attn.apps.viz.bars import Bar, bar_of, short
-from dinov2_attn.apps.viz.captions import colour_sentence
+from dinov2_attn.apps.viz.captions import colour_sentence, of_model
 from dinov2_attn.apps.viz.limits import extend, scale
 from dinov2_attn.apps.viz.rows import Values
 from dinov2_attn.apps.viz.style import PLAIN, Style
-from dinov2_attn.errors import InvalidInputError, shown_name
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.places import place_of_query, place_of_sample
 from dinov2_attn.maps.relevance import Relevance
 from dinov2_attn.maps.result import as_array
@@ -67,7 +67,7 @@ def map_of(
     maps: Any = result.patch_maps()
     one = maps[place_of_sample(sample, len(maps)), row]
     values = np.asarray(as_array(one) if hasattr(one, "detach") else one, dtype=np.float64)
-    model = f" Model: {shown_name(name)}." if name else ""
+    model = of_model(name)
     if isinstance(result, Relevance):
         norm = scale(values, style)
         ends = extend(norm, values)

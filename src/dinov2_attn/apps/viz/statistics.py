@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dinov2_attn.apps.viz.bars import bar_of
-from dinov2_attn.apps.viz.captions import colour_sentence, in_layer
+from dinov2_attn.apps.viz.captions import colour_sentence, in_layer, of_model
 from dinov2_attn.apps.viz.layout import line_width, single_sheet
 from dinov2_attn.apps.viz.limits import scale
 from dinov2_attn.apps.viz.mosaic import Cells, Mosaic
@@ -22,7 +22,7 @@ from dinov2_attn.apps.viz.sheet import BAR_POINTS, POINTS
 from dinov2_attn.apps.viz.shown import ShownFigure
 from dinov2_attn.apps.viz.style import PLAIN, Style
 from dinov2_attn.apps.viz.text import FONT, wrap
-from dinov2_attn.errors import InvalidInputError, shown_name
+from dinov2_attn.errors import InvalidInputError
 from dinov2_attn.maps.measuring import check_statistics
 from dinov2_attn.maps.places import (
     Head,
@@ -170,7 +170,7 @@ def plot_received(
     norm = scale(values, style)
     caption = [
         f"Attention that patches receive from all tokens, {in_layer(one.layer, head)}."
-        + (f" Model: {shown_name(name)}." if name else ""),
+        + of_model(name),
         colour_sentence([one.tokens], [norm], [values], style),
     ]
     if ax is None:
@@ -277,9 +277,8 @@ def _caption(queries: Queries, sample: int | None, name: str | None) -> list[str
     who = of.get(queries, "some tokens") if isinstance(queries, str) else "some tokens"
     who = "all tokens" if queries is None else who
     where = "mean of all images" if sample is None else f"image {sample}"
-    model = f" Model: {shown_name(name)}." if name else ""
     return [
-        f"Attention of {who}, {where}: a dot for each head, sorted in each layer.{model} "
+        f"Attention of {who}, {where}: a dot for each head, sorted in each layer.{of_model(name)} "
         "Dashed: attention that is the same for all tokens."
     ]
 
