@@ -67,12 +67,20 @@ def check_destination(path: Path) -> None:
         ) from error
 
 
+def is_no_file(path: str | Path) -> bool:
+    """Return whether there is something at ``path`` that is not a file: a pipe, device or folder.
+
+    Reading a pipe may never end.
+    """
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
 def check_is_file(path: Path) -> None:
     """Raise ``OSError`` if ``path`` is a pipe or a device, whose bytes may never come, or a folder.
 
     Where they are waited for in code of a library, nothing else of this process may run.
     """
-    if path.exists() and not path.is_file():
+    if is_no_file(path):
         raise OSError(errno.EINVAL, "There is something that is not a file", str(path))
 
 

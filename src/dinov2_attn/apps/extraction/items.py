@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from dinov2_attn._files import is_no_file
 from dinov2_attn.apps.extraction.layout import ABOUT
 from dinov2_attn.apps.extraction.passed_over import LINKS, Sieve, describe, is_hidden, suffix_of
 from dinov2_attn.apps.viz.decoding import stored_size
@@ -56,7 +57,7 @@ class Item:
 
     def check(self) -> None:
         """Raise ``UnreadableFileError`` if it is no file: reading a pipe may never end."""
-        if os.path.exists(self.file) and not os.path.isfile(self.file):
+        if is_no_file(self.file):
             raise UnreadableFileError(
                 "a file that can be read",
                 f"{self.path}, which is a pipe, a device or a folder",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import filelock
 
+from dinov2_attn._files import is_no_file
 from dinov2_attn.apps.extraction import shards
 from dinov2_attn.apps.extraction.bar import Bar
 from dinov2_attn.apps.extraction.distributed import Ranks, ranks
@@ -196,7 +197,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    if path.is_symlink() or (path.exists() and not path.is_file()):  # it would be emptied
+    if path.is_symlink() or is_no_file(path):  # it would be emptied
         raise UnwritableOutputError(
             f"a lock of an extraction at {path}",
             "a link, or something that is not a file",

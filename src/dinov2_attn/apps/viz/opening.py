@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from dinov2_attn._files import is_no_file
 from dinov2_attn._locks import fork_safe_lock
 from dinov2_attn.errors import Dinov2AttnError, InvalidInputError, UnreadableFileError, is_failure
 
@@ -115,7 +116,7 @@ def header(path: Path, content: Content, size: int = 32) -> bytes:
 
 def check_is_file(path: Path) -> None:
     """Raise ``UnreadableFileError`` if ``path`` is a pipe, which may never end, or the like."""
-    if path.exists() and not path.is_file():
+    if is_no_file(path):
         raise UnreadableFileError(
             "a file of an image",
             f"{path}, which cannot be read: it is a pipe, a device or a folder",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from dinov2_attn._files import is_no_file
 from dinov2_attn._imports import is_installed
 from dinov2_attn.apps.viz.opening import check_pixels, readable_suffixes
 from dinov2_attn.apps.viz.reading import IMAGENET, Range, warn
@@ -397,7 +397,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 def _check_regular(path: Path) -> None:
     """Raise ``UnreadableFileError`` if ``path`` is no file: reading a pipe may never end."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    if is_no_file(path):
         raise UnreadableFileError(
             "a video in a file",
             f"{path}, which is a pipe, a device or a folder",
